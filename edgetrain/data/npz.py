@@ -1,0 +1,121 @@
+"""NumPy .npz files with images and labels. Never unpickles anything."""
+
+from __future__ import annotations
+
+import zipfile
+import zlib
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgetrain.data.checks import missing_split, naming
+from edgetrain.data.convert import class_names_for, images_from, labels_from
+from edgetrain.data.dataset import Dataset
+from edgetrain.errors import DataError
+
+_DAMAGED = (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError)
+_KEYS_BY_SPLIT = {"train": (("x", "y"), ("x_train", "y_train")), "test": (("x_test", "y_test"),)}
+
+
+def load_npz(path: str | Path, split: str = "train") -> Dataset:
+    """Read arrays ``x``, ``y`` (or ``x_train``, ``y_train``), or for the test split ``x_test``, ``y_test``.
+
+    Shapes and dtypes are those of ``Dataset.from_arrays``. An optional array ``class_names`` of strings names
+    the classes; without it both splits together say how many there are. A test split may lack classes.
+
+    Args:
+        path: a file as written by ``numpy.savez`` or ``numpy.savez_compressed``.
+        split: "train" or "test".
+
+    Raises:
+        DataError: the file is missing or damaged, lacks the split, or its arrays are bad.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     np.savez(folder + "/digits.npz", x=np.zeros((2, 8, 8), np.uint8), y=[0, 1])
+        ...     load_npz(folder + "/digits.npz").input_shape
+        (1, 8, 8)
+    """
+    path = Path(path)
+    keys = _split_keys(path)
+    if split not in keys:
+        raise missing_split(path, split, tuple(keys))
+    x_key, y_key = keys[split]
+    label_keys = {label_key for _, label_key in keys.values()}
+    arrays = read_npz(path, path, {x_key, "class_names"} | label_keys)
+    with naming(path):
+        images = images_from(arrays[x_key])
+        labels = {key: labels_from(arrays[key]) for key in label_keys}
+        names = _class_names(arrays.get("class_names"), np.concatenate(list(labels.values())))
+        return Dataset(images, labels[y_key], names, path.stem, allow_missing_classes=split == "test")
+
+
+def npz_splits(path: Path) -> tuple[str, ...]:
+    """Return the splits that a file holds.
+
+    Raises:
+        DataError: the file is missing, damaged, or holds no split at all.
+    """
+    return tuple(_split_keys(path))
+
+
+def read_npz(path: Path, source: Path | BytesIO, wanted: set[str]) -> dict[str, NDArray[Any]]:
+    """Return the ``wanted`` arrays that a .npz holds, by name.
+
+    Args:
+        path: names the file in errors.
+        source: the file to open, or its content.
+        wanted: names to read; absent ones are left out.
+
+    Raises:
+        DataError: missing, damaged, or an array of Python objects.
+    """
+    try:
+        with _opened(path, source) as archive:
+            return {key: archive[key] for key in archive.files if key in wanted}
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file; check the path") from None
+    except _DAMAGED as error:
+        raise DataError(
+            f"{path}: cannot be read ({error}), expected a whole .npz without pickled objects; write it again"
+            " with numpy.savez"
+        ) from error
+
+
+def _opened(path: Path, source: Path | BytesIO) -> np.lib.npyio.NpzFile:
+    archive = np.load(source, allow_pickle=False)
+    if not isinstance(archive, np.lib.npyio.NpzFile):
+        raise ValueError(f"a single array, not an archive: {path.name} was written by numpy.save")
+    return archive
+
+
+def _split_keys(path: Path) -> dict[str, tuple[str, str]]:
+    try:
+        with _opened(path, path) as archive:
+            present = set(archive.files)
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file; check the path") from None
+    except _DAMAGED as error:
+        raise DataError(f"{path}: cannot be read ({error}), expected a .npz file; write it again") from error
+    found = {}
+    for split, choices in _KEYS_BY_SPLIT.items():
+        pair = next((pair for pair in choices if present.issuperset(pair)), None)
+        if pair:
+            found[split] = pair
+    if not found:
+        raise DataError(f"{path}: holds {sorted(present)}, expected arrays 'x' and 'y'; rename them")
+    return found
+
+
+def _class_names(stored: NDArray[Any] | None, labels: NDArray[np.int64]) -> tuple[str, ...]:
+    if stored is None:
+        return class_names_for(labels)
+    if stored.ndim != 1 or stored.dtype.kind != "U":
+        raise DataError(
+            f"class_names have dtype {stored.dtype} and shape {stored.shape}, expected strings (num_classes,)"
+        )
+    return tuple(str(name) for name in stored)
