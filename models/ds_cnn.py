@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from edgetrain.graph import Graph
-from edgetrain.models._layers import Layers, checked_count, checked_shape
+from ._layers import Layers, checked_count, checked_shape
 
 _CHANNELS = 64
 _BLOCKS = 4

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from edgetrain.graph import Graph
-from edgetrain.models._layers import Layers, checked_count, checked_shape
+from ._layers import Layers, checked_count, checked_shape
 
 
 def lenet5(input_shape: Sequence[int] = (1, 28, 28), num_classes: int = 10, *, seed: int = 0) -> Graph:

@@ -6,14 +6,12 @@ from collections.abc import Sequence
 
 from edgetrain.errors import ModelError
 from edgetrain.graph import Graph
-from edgetrain.models._layers import Layers, checked_count, checked_shape
+from ._layers import Layers, checked_count, checked_shape
 
 _WIDTHS = (16, 32, 64)
 
 
-def resnet(
-    input_shape: Sequence[int] = (3, 32, 32), num_classes: int = 10, *, depth: int = 20, seed: int = 0
-) -> Graph:
+def resnet(input_shape: Sequence[int] = (3, 32, 32), num_classes: int = 10, *, depth: int = 20, seed: int = 0) -> Graph:
     """Build a residual network of ``6 n + 2`` layers: three stages of ``n`` blocks with 16, 32 and 64 channels.
 
     The second and third stage begin with stride 2. Their shortcut is the paper's option A:
