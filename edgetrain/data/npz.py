@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import zipfile
 import zlib
-from io import BytesIO
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -46,7 +47,8 @@ def load_npz(path: str | Path, split: str = "train") -> Dataset:
         raise missing_split(path, split, tuple(keys))
     x_key, y_key = keys[split]
     label_keys = {label_key for _, label_key in keys.values()}
-    arrays = read_npz(path, path, {x_key, "class_names"} | label_keys)
+    with _opened(path) as file:
+        arrays = read_npz(path, file, {x_key, "class_names"} | label_keys)
     with naming(path):
         images = images_from(arrays[x_key])
         labels = {key: labels_from(arrays[key]) for key in label_keys}
@@ -63,44 +65,52 @@ def npz_splits(path: Path) -> tuple[str, ...]:
     return tuple(_split_keys(path))
 
 
-def read_npz(path: Path, source: Path | BytesIO, wanted: set[str]) -> dict[str, NDArray[Any]]:
-    """Return the ``wanted`` arrays that a .npz holds, by name.
+def read_npz(path: Path, file: BinaryIO, wanted: set[str]) -> dict[str, NDArray[Any]]:
+    """Return the ``wanted`` arrays that an open .npz holds, by name.
 
     Args:
         path: names the file in errors.
-        source: the file to open, or its content.
+        file: the open file, or its content in memory.
         wanted: names to read; absent ones are left out.
 
     Raises:
-        DataError: missing, damaged, or an array of Python objects.
+        DataError: damaged, or an array of Python objects.
     """
+    with _archive(path, file) as archive:
+        return {key: archive[key] for key in archive.files if key in wanted}
+
+
+@contextmanager
+def _archive(path: Path, file: BinaryIO) -> Iterator[np.lib.npyio.NpzFile]:
     try:
-        with _opened(path, source) as archive:
-            return {key: archive[key] for key in archive.files if key in wanted}
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such file; check the path") from None
+        archive = np.load(file, allow_pickle=False)
+        if not isinstance(archive, np.lib.npyio.NpzFile):
+            raise ValueError("a single array, as numpy.save writes it")
+        with archive:
+            yield archive
     except _DAMAGED as error:
         raise DataError(
-            f"{path}: cannot be read ({error}), expected a whole .npz without pickled objects; write it again"
-            " with numpy.savez"
+            f"{path}: cannot be read ({error}), expected a whole .npz file without pickled objects;"
+            " write it again with numpy.savez"
         ) from error
 
 
-def _opened(path: Path, source: Path | BytesIO) -> np.lib.npyio.NpzFile:
-    archive = np.load(source, allow_pickle=False)
-    if not isinstance(archive, np.lib.npyio.NpzFile):
-        raise ValueError(f"a single array, not an archive: {path.name} was written by numpy.save")
-    return archive
+@contextmanager
+def _opened(path: Path) -> Iterator[BinaryIO]:
+    # Opened here: numpy.load, given a path, leaves the file open when the archive is damaged.
+    try:
+        file = path.open("rb")
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file; check the path") from None
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}); expected a readable file") from error
+    with file:
+        yield file
 
 
 def _split_keys(path: Path) -> dict[str, tuple[str, str]]:
-    try:
-        with _opened(path, path) as archive:
-            present = set(archive.files)
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such file; check the path") from None
-    except _DAMAGED as error:
-        raise DataError(f"{path}: cannot be read ({error}), expected a .npz file; write it again") from error
+    with _opened(path) as file, _archive(path, file) as archive:
+        present = set(archive.files)
     found = {}
     for split, choices in _KEYS_BY_SPLIT.items():
         pair = next((pair for pair in choices if present.issuperset(pair)), None)
