@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from edgetrain.graph import Graph
+
 from ._layers import Layers, checked_count, checked_shape
 
 _LAYERS = ((32, 8), (64, 5), (64, 3))  # (channels, kernel): the paper's kernels, a quarter to a half of its channels

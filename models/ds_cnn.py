@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from edgetrain.graph import Graph
+
 from ._layers import Layers, checked_count, checked_shape
 
 _CHANNELS = 64

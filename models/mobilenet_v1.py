@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from edgetrain.errors import ModelError
 from edgetrain.graph import Graph
+
 from ._layers import Layers, checked_count, checked_shape
 
 # (channels, stride) of the 13 separable blocks, table 1 of the paper

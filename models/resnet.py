@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from edgetrain.errors import ModelError
 from edgetrain.graph import Graph
+
 from ._layers import Layers, checked_count, checked_shape
 
 _WIDTHS = (16, 32, 64)
