@@ -84,7 +84,7 @@ def test_damaged_image_is_named(animals: Path, keep: int) -> None:
 
 def test_sixteen_bit_image_is_refused(animals: Path) -> None:
     Image.fromarray(np.zeros((5, 4), np.uint16)).save(animals / "dog" / "deep.png")
-    with pytest.raises(DataError, match=r"deep\.png: pixels of mode 'I;16', expected 8 bits per channel"):
+    with pytest.raises(DataError, match=r"deep\.png: pixels of mode 'I(;16)?', expected 8 bits per channel"):
         load_dataset(animals)
 
 
@@ -140,8 +140,15 @@ def test_folder_with_splits(tmp_path: Path, animals: Path) -> None:
     shutil.copytree(animals, root / "train", dirs_exist_ok=True)
     write_image(root / "test" / "dog" / "x.png", value=5)
     assert available_splits(root) == ("train", "test")
+    assert load_dataset(root).labels.tolist() == [0, 0, 1]
     test = load_dataset(root, split="test")
     assert (test.class_names, test.labels.tolist()) == (("cat", "dog"), [1])
+
+
+def test_folder_with_a_test_split_alone(tmp_path: Path) -> None:
+    write_image(tmp_path / "test" / "cat" / "a.png")
+    assert available_splits(tmp_path) == ("test",)
+    assert load_dataset(tmp_path, split="test").class_names == ("cat",)
 
 
 def test_splits_agree_on_colour(tmp_path: Path) -> None:

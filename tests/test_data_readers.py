@@ -285,6 +285,18 @@ def test_single_array_is_not_an_npz(tmp_path: Path) -> None:
         load_npz(tmp_path / "one.npy")
 
 
+@pytest.mark.parametrize("name", ["data_batch_1.bin", "own.npz"])
+def test_unreadable_file_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    write_cifar(tmp_path / name, np.arange(10))
+    monkeypatch.setattr(np, "memmap", refuse)
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(DataError, match=rf"{name}: cannot be read \(Permission denied\)"):
+        load_dataset(tmp_path / name)
+
+
 def test_missing_npz_is_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"none\.npz: no such file"):
         load_npz(tmp_path / "none.npz")

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from edgetrain.data.checks import missing_split, naming, read_bytes
+from edgetrain.data.checks import naming, read_bytes
 from edgetrain.data.convert import class_names_for
 from edgetrain.data.dataset import Dataset
 from edgetrain.errors import DataError
@@ -79,14 +79,12 @@ def idx_pairs(folder: Path) -> dict[str, tuple[Path, Path]]:
 
 
 def load_idx_folder(folder: Path, split: str) -> Dataset:
-    """Read one split of a folder with IDX files; the training labels define the classes.
+    """Read one of the splits in ``idx_pairs(folder)``; the training labels define the classes.
 
     Raises:
-        DataError: the split is absent or a file is bad.
+        DataError: a file is bad.
     """
     pairs = idx_pairs(folder)
-    if split not in pairs:
-        raise missing_split(folder, split, tuple(pairs))
     names = None
     if split != "train" and "train" in pairs:
         names = class_names_for(read_idx_labels(pairs["train"][1]))

@@ -130,7 +130,7 @@ def _split_folder_splits(path: Path) -> tuple[str, ...]:
 
 
 def _load_split_folder(path: Path, split: str, options: _ImageOptions) -> Dataset:
-    if split == "train" or not (path / "train").is_dir():
+    if split == "train" or "train" not in _split_folder_splits(path):
         return load_folder(path / split, image_size=options.image_size, channels=options.channels)
     # The training split decides on classes and channels: a test split may lack a class, or all colour.
     return load_folder(
