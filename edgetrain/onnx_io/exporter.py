@@ -1,0 +1,263 @@
+"""Writing a graph as an ONNX file that checkers accept and runtimes execute.
+
+The file holds the inference network: BatchNormalization uses its running averages
+and Dropout does nothing (it stays in the file, so that reading it back gives the
+same training behaviour).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Callable, Mapping
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgetrain._version import __version__
+from edgetrain.errors import ModelError
+from edgetrain.graph import Graph, Node, Normalization, Value
+from edgetrain.onnx_io.names import (
+    BATCH,
+    CLASS_NAMES,
+    DIVIDE_BY_STD,
+    NORMALIZATION,
+    PROBABILITIES,
+    PRODUCER,
+    SUBTRACT_MEAN,
+)
+
+if TYPE_CHECKING:
+    from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto
+
+    Written = tuple[list[NodeProto], list[TensorProto]]
+
+OPSET, IR_VERSION = 17, 8
+# AveragePool knows dilations since opset 19, which came with the file format 9.
+DILATED_OPSET, DILATED_IR_VERSION = 19, 9
+
+
+def save_onnx(
+    graph: Graph,
+    path: str | PathLike[str],
+    *,
+    arrays: Mapping[str, NDArray[np.float32]] | None = None,
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Write a graph for inference, with weights, input normalisation, Softmax and class names.
+
+    The file appears complete or not at all: it is written beside ``path`` and renamed.
+
+    Args:
+        graph: what to write. Inputs and outputs get a free first dimension named ``batch``.
+        path: of the file.
+        arrays: float32 arrays in ONNX layout that replace those of the graph, by name (trained parameters).
+        metadata: more key-value pairs for the file's ``metadata_props``.
+
+    Raises:
+        ModelError: an array does not fit the graph, or the result does not pass ``onnx.checker``.
+        OSError: the file cannot be written.
+    """
+    import onnx
+
+    model = build_model(graph, arrays=arrays, metadata=metadata)
+    try:
+        onnx.checker.check_model(model, full_check=True)
+    except Exception as error:  # ValidationError or InferenceError, whose classes differ between versions of onnx
+        raise ModelError(f"graph '{graph.name}' cannot be written as ONNX: {error}") from error
+    _write(model.SerializeToString(), Path(path))
+
+
+def build_model(
+    graph: Graph,
+    *,
+    arrays: Mapping[str, NDArray[np.float32]] | None = None,
+    metadata: Mapping[str, str] | None = None,
+) -> ModelProto:
+    """Return the ONNX model of a graph; see ``save_onnx``.
+
+    Raises:
+        ModelError: an array does not fit the graph.
+    """
+    from onnx import helper
+
+    opset, ir_version = _versions(graph)
+    nodes, tensors = _normalization(graph)
+    tensors += [_tensor(name, array) for name, array in _merged(graph, arrays or {}).items()]
+    for node in graph.nodes:
+        more_nodes, more_tensors = WRITERS.get(node.op_type, _plain)(_renamed_input(graph, node))
+        nodes += more_nodes
+        tensors += more_tensors
+    outputs = [_described(graph.values[name]) for name in graph.outputs]
+    if graph.softmax_output:
+        logits = graph.outputs[0]
+        nodes.append(helper.make_node("Softmax", [logits], [PROBABILITIES], name=PROBABILITIES, axis=-1))
+        outputs[0] = _described(Value(PROBABILITIES, graph.output_shape))
+    inputs = [_described(graph.values[name]) for name in graph.inputs]
+    body = helper.make_graph(nodes, graph.name, inputs, outputs, tensors)
+    model = helper.make_model(
+        body, producer_name=PRODUCER, producer_version=__version__, opset_imports=[helper.make_opsetid("", opset)]
+    )
+    model.ir_version = ir_version
+    _set_metadata(model, graph, metadata or {})
+    return model
+
+
+def _versions(graph: Graph) -> tuple[int, int]:
+    """Return the opset and the file format version that the graph needs."""
+    dilated = any(n.op_type == "AveragePool" and max(n.get("dilations") or [1]) > 1 for n in graph.nodes)
+    return (DILATED_OPSET, DILATED_IR_VERSION) if dilated else (OPSET, IR_VERSION)
+
+
+def _merged(graph: Graph, arrays: Mapping[str, NDArray[np.float32]]) -> dict[str, NDArray[np.float32]]:
+    """Return the graph's arrays with replacements.
+
+    Raises:
+        ModelError: a replacement has an unknown name or another shape.
+    """
+    for name, array in arrays.items():
+        if name not in graph.arrays:
+            raise ModelError(f"'{name}' is no array of graph '{graph.name}'; it has: {', '.join(graph.arrays)}")
+        if np.shape(array) != graph.arrays[name].shape:
+            raise ModelError(f"array '{name}' has the shape {np.shape(array)}; expected {graph.arrays[name].shape}")
+    used = {value.name for node in graph.nodes for value in node.inputs if value is not None}
+    return {name: arrays.get(name, array) for name, array in graph.arrays.items() if name in used}
+
+
+def _set_metadata(model: ModelProto, graph: Graph, metadata: Mapping[str, str]) -> None:
+    from onnx import helper
+
+    props = {str(key): str(value) for key, value in metadata.items()}
+    if graph.class_names:
+        props[CLASS_NAMES] = json.dumps(list(graph.class_names))
+    helper.set_model_props(model, props)
+
+
+def _write(data: bytes, path: Path) -> None:
+    """Write to a temporary file beside ``path``, sync it, rename it."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        Path(temporary).chmod(0o644)  # mkstemp lets only the owner read
+        Path(temporary).replace(path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def _described(value: Value) -> ValueInfoProto:
+    from onnx import TensorProto, helper
+
+    return helper.make_tensor_value_info(value.name, TensorProto.FLOAT, [BATCH, *value.shape])
+
+
+def _tensor(name: str, array: Any, dtype: type[np.generic] = np.float32) -> TensorProto:
+    from onnx import numpy_helper
+
+    return numpy_helper.from_array(np.asarray(array, dtype=dtype, order="C"), name)
+
+
+# --- input normalisation: two recognisable nodes in front of the network ---------------------------------------------
+
+
+def _normalized(name: str) -> str:
+    return f"{name}.normalized"
+
+
+def _normalization(graph: Graph) -> Written:
+    """Return ``(x - mean) / std`` for the first input, or nothing."""
+    if graph.normalization is None:
+        return [], []
+    from onnx import helper
+
+    x, centred = graph.inputs[0], f"{graph.inputs[0]}.centred"
+    mean, std = f"{NORMALIZATION}.mean", f"{NORMALIZATION}.std"
+    nodes = [
+        helper.make_node("Sub", [x, mean], [centred], name=SUBTRACT_MEAN),
+        helper.make_node("Div", [centred, std], [_normalized(x)], name=DIVIDE_BY_STD),
+    ]
+    return nodes, [_tensor(mean, _per_channel(graph, "mean")), _tensor(std, _per_channel(graph, "std"))]
+
+
+def _per_channel(graph: Graph, part: str) -> NDArray[np.float32]:
+    """Return the mean or the standard deviation in a shape that broadcasts over pixels."""
+    normalization: Normalization | None = graph.normalization
+    numbers = np.asarray(getattr(normalization, part), np.float32)
+    return numbers.reshape(-1, *[1] * (len(graph.input_shape) - 1))
+
+
+def _renamed_input(graph: Graph, node: Node) -> Node:
+    """Let readers of the first input read the normalised one."""
+    if graph.normalization is None:
+        return node
+    renamed = [
+        Value(_normalized(v.name), v.shape) if v is not None and v.name == graph.inputs[0] else v for v in node.inputs
+    ]
+    return Node(node.op_type, node.name, tuple(renamed), node.outputs, node.attributes)
+
+
+# --- operators -------------------------------------------------------------------------------------------------------
+
+
+def _made(node: Node, more_inputs: list[str], tensors: list[TensorProto], **attributes: Any) -> Written:
+    from onnx import helper
+
+    inputs = ["" if value is None else value.name for value in node.inputs] + more_inputs
+    while inputs and not inputs[-1]:
+        inputs.pop()
+    outputs = [value.name for value in node.outputs]
+    return [helper.make_node(node.op_type, inputs, outputs, name=node.name, **attributes)], tensors
+
+
+def _plain(node: Node) -> Written:
+    """Write an operator whose attributes are those of ONNX."""
+    attributes = {key: value for key, value in node.attributes.items() if value is not None}
+    return _made(node, [], [], **attributes)
+
+
+def _average_pool(node: Node) -> Written:
+    attributes = {key: value for key, value in node.attributes.items() if value is not None}
+    if max(attributes.get("dilations", [1])) == 1:
+        attributes.pop("dilations", None)
+    return _made(node, [], [], **attributes)
+
+
+def _clip(node: Node) -> Written:
+    names, tensors = [], []
+    for bound in ("min", "max"):
+        given = node.get(bound) is not None and np.isfinite(node.get(bound))
+        names.append(f"{node.name}.{bound}" if given else "")
+        tensors += [_tensor(names[-1], node.get(bound))] if given else []
+    return _made(node, names, tensors)
+
+
+def _pad(node: Node) -> Written:
+    pads, value = f"{node.name}.pads", f"{node.name}.value"
+    tensors = [_tensor(pads, node.get("pads"), np.int64), _tensor(value, node.get("value", 0.0))]
+    return _made(node, [pads, value], tensors, mode="constant")
+
+
+def _reshape(node: Node) -> Written:
+    shape = f"{node.name}.shape"
+    return _made(node, [shape], [_tensor(shape, [0, *node.y.shape], np.int64)])  # 0 keeps the batch dimension
+
+
+def _dropout(node: Node) -> Written:
+    ratio = f"{node.name}.ratio"
+    return _made(node, [ratio], [_tensor(ratio, node.get("ratio", 0.5))])
+
+
+WRITERS: dict[str, Callable[[Node], Written]] = {
+    "AveragePool": _average_pool,
+    "Clip": _clip,
+    "Dropout": _dropout,
+    "Pad": _pad,
+    "Reshape": _reshape,
+}

@@ -1,0 +1,11 @@
+"""Names that edgetrain writes into ONNX files and recognises when it reads them back."""
+
+from __future__ import annotations
+
+PRODUCER = "edgetrain"
+BATCH = "batch"
+CLASS_NAMES = "class_names"
+PROBABILITIES = "probabilities"
+NORMALIZATION = "edgetrain.normalization"
+SUBTRACT_MEAN = f"{NORMALIZATION}.subtract_mean"
+DIVIDE_BY_STD = f"{NORMALIZATION}.divide_by_std"

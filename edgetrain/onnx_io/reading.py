@@ -1,0 +1,257 @@
+"""What is known while one ONNX file is read: constants, values so far, and how to complain."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import numpy as np
+
+from edgetrain.errors import GraphError, ModelError, UnsupportedError
+from edgetrain.graph import Graph, Normalization, Value
+from edgetrain.onnx_io.folding import Array, evaluate, is_foldable, without_repeats
+
+if TYPE_CHECKING:
+    from onnx import NodeProto
+
+# A weight that went through one of these is still that weight and keeps its name. Not Identity: PyTorch's exporter
+# writes it between equal but independent weights (fresh BatchNormalization layers), which must not become one.
+_KEEPS_NAME = frozenset({"Cast", "Reshape", "Squeeze", "Transpose", "Unsqueeze"})
+
+
+@dataclass(frozen=True)
+class Source:
+    """A node of the file: operator, name for messages, inputs, outputs, decoded attributes."""
+
+    op_type: str
+    name: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    attributes: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, node: NodeProto) -> Source:
+        """Decode a node."""
+        from onnx.helper import get_attribute_value
+
+        attributes = {a.name: _decoded(get_attribute_value(a)) for a in node.attribute}
+        prefix = f"{node.domain}." if node.domain not in ("", "ai.onnx") else ""
+        name = node.name or next((out for out in node.output if out), node.op_type)
+        return cls(prefix + node.op_type, name, tuple(node.input), tuple(node.output), attributes)
+
+    def get(self, attribute: str, default: Any = None) -> Any:
+        """Return an attribute or a default."""
+        return self.attributes.get(attribute, default)
+
+    def has(self, index: int) -> bool:
+        """Return whether the node has that input."""
+        return index < len(self.inputs) and bool(self.inputs[index])
+
+    def only(self, *names: str) -> dict[str, Any]:
+        """Return those of the named attributes that the file sets."""
+        return {name: self.attributes[name] for name in names if name in self.attributes}
+
+
+def _decoded(value: Any) -> Any:
+    if isinstance(value, bytes):
+        return value.decode("utf-8", "replace")
+    return list(value) if isinstance(value, (list, tuple)) else value
+
+
+@dataclass
+class Reading:
+    """State of one import.
+
+    Attributes:
+        graph: what has been built so far.
+        opset: version of the standard operators in the file.
+        batch: a size that stands for the batch dimension inside folded shape arithmetic.
+        fixed_batch: the batch size that the file fixes, ``None`` when it is free.
+        constants: every array known by its ONNX name.
+        origins: ONNX name of a folded weight -> the initializer it comes from.
+        values: ONNX name -> value of the graph.
+        probabilities: ONNX names of Softmax outputs; their entry in ``values`` is the logits.
+        withheld: ONNX name of an output that is not made -> the reason.
+        mean, std: of an input normalisation that edgetrain wrote.
+    """
+
+    graph: Graph
+    opset: int
+    batch: int
+    fixed_batch: int | None = None
+    constants: dict[str, Array] = field(default_factory=dict)
+    origins: dict[str, str] = field(default_factory=dict)
+    values: dict[str, str] = field(default_factory=dict)
+    probabilities: set[str] = field(default_factory=set)
+    withheld: dict[str, str] = field(default_factory=dict)
+    mean: Array | None = None
+    std: Array | None = None
+
+    def fail(self, node: Source, reason: str) -> NoReturn:
+        """Refuse a node.
+
+        Raises:
+            UnsupportedError: always; names node, operator, opset and reason.
+        """
+        raise UnsupportedError(f"node '{node.name}' ({node.op_type}, opset {self.opset}): {reason}")
+
+    def fold(self, node: NodeProto) -> bool:
+        """Compute a node now if its inputs are constants; return whether that was possible.
+
+        Raises:
+            UnsupportedError: the onnx package cannot compute it.
+        """
+        if not is_foldable(node, self.constants):
+            return False
+        try:
+            results = evaluate(node, self.constants, self.opset)
+        except Exception as error:  # the reference evaluator raises anything, depending on the operator
+            self.fail(Source.of(node), f"the constant expression cannot be computed: {error}")
+        outputs = [name for name in node.output if name]
+        self.constants.update(zip(outputs, results, strict=True))
+        if node.op_type in _KEEPS_NAME and results[0].dtype == np.float32:
+            self.origins[outputs[0]] = self.origins.get(node.input[0], node.input[0])
+        return True
+
+    def value(self, node: Source, index: int = 0) -> Value:
+        """Return a batched input.
+
+        Raises:
+            UnsupportedError: it is a constant, or comes after a Softmax.
+            ModelError: nothing in the file makes it.
+        """
+        name = node.inputs[index] if node.has(index) else ""
+        if name in self.probabilities:
+            self.fail(node, f"its input '{name}' comes from a Softmax, which is supported at the end of a network only")
+        if name in self.constants:
+            self.fail(node, f"input {index} ('{name}') is a constant; expected a value that depends on the input")
+        if name in self.withheld:
+            self.fail(node, self.withheld[name])
+        if name not in self.values:
+            raise ModelError(
+                f"node '{node.name}' ({node.op_type}): no node before it makes its input {index} ('{name}')"
+            )
+        return self.graph.values[self.values[name]]
+
+    def is_constant(self, node: Source, index: int) -> bool:
+        """Return whether an input is known now."""
+        return node.has(index) and node.inputs[index] in self.constants
+
+    def constant(self, node: Source, index: int) -> Array | None:
+        """Return a constant input, ``None`` when it is left out.
+
+        Raises:
+            UnsupportedError: it depends on the network's input.
+        """
+        if not node.has(index):
+            return None
+        if not self.is_constant(node, index):
+            self.fail(
+                node, f"input {index} ('{node.inputs[index]}') must be a constant, but depends on the network's input"
+            )
+        return self.constants[node.inputs[index]]
+
+    def integers(self, node: Source, index: int, attribute: str) -> list[int] | None:
+        """Return integers that older opsets give as an attribute and newer ones as an input."""
+        if attribute in node.attributes:
+            return [int(n) for n in np.atleast_1d(node.attributes[attribute])]
+        array = self.constant(node, index)
+        return None if array is None else [int(n) for n in array.reshape(-1)]
+
+    def scalar(self, node: Source, index: int, attribute: str) -> float | None:
+        """Return a number that older opsets give as an attribute and newer ones as an input."""
+        if attribute in node.attributes:
+            return float(node.attributes[attribute])
+        array = self.constant(node, index)
+        return None if array is None or not array.size else float(array.reshape(-1)[0])
+
+    def parameter(
+        self, node: Source, index: int, trainable: bool, shape: tuple[int, ...] | None = None, scale: float = 1.0
+    ) -> str:
+        """Put a constant input into the graph, once for all nodes that use it; return its name.
+
+        Args:
+            node: the node that reads it.
+            index: of the input.
+            trainable: whether training may change it.
+            shape: broadcast to it first.
+            scale: multiply by it first.
+
+        Raises:
+            UnsupportedError: not a constant, not float32, or the shape does not broadcast.
+        """
+        array = self.constant(node, index)
+        name = node.inputs[index]
+        if array is None or array.dtype != np.float32:
+            kind = "none" if array is None else array.dtype
+            self.fail(node, f"'{name}' has the type {kind}; edgetrain computes in float32")
+        if shape is not None and array.shape != shape:
+            array = self._broadcast(node, name, array, shape)
+        scaled = array if scale == 1.0 else array * np.float32(scale)
+        return self.place(self.origins.get(name, name), scaled, trainable, otherwise=name)
+
+    def _broadcast(self, node: Source, name: str, array: Array, shape: tuple[int, ...]) -> Array:
+        squeezed = without_repeats(array, self.batch)
+        while squeezed.ndim > len(shape) and squeezed.shape[0] == 1:
+            squeezed = squeezed[0]
+        try:
+            return np.broadcast_to(squeezed, shape)
+        except ValueError:
+            self.fail(node, f"'{name}' has the shape {array.shape}; expected {shape}")
+
+    def place(self, name: str, array: Array, trainable: bool = False, otherwise: str = "") -> str:
+        """Put an array into the graph under a free name; the same array again gives the same name."""
+        arrays = self.graph.arrays
+        for candidate in [name, otherwise or f"{name}.derived", *(f"{name}.{i}" for i in range(2, 1000))]:
+            if candidate in arrays and np.array_equal(arrays[candidate], array, equal_nan=True):
+                if trainable:
+                    self.graph.trainable.add(candidate)
+                return candidate
+            if candidate not in self.graph.values:
+                return self.graph.parameter(candidate, array, trainable)
+        raise ModelError(f"the name '{name}' is used for a thousand different arrays")
+
+    def emit(self, node: Source, op_type: str, inputs: list[str | None], part: str = "", **attributes: Any) -> str:
+        """Add a node to the graph; return the name of its output.
+
+        Args:
+            node: what it stands for.
+            op_type: operator of the graph.
+            inputs: names of values and arrays in the graph.
+            part: suffix of a helper node; the last node of several has none and makes the ONNX output.
+            attributes: as ONNX names them.
+
+        Raises:
+            UnsupportedError: the operator cannot do this.
+        """
+        suffix = f".{part}" if part else ""
+        output = node.outputs[0] + suffix
+        try:
+            self.graph.add(op_type, inputs, name=node.name + suffix, outputs=[output], **attributes)
+        except GraphError as error:
+            self.fail(node, str(error))
+        if not part:
+            self.values[output] = output
+        return output
+
+    def alias(self, node: Source, value: Value) -> None:
+        """Let a node's output be a value that exists: the node does nothing."""
+        self.values[node.outputs[0]] = value.name
+
+    def withhold(self, node: Source, reason: str) -> None:
+        """Remember why the outputs after the first do not exist, in case something reads them."""
+        for name in node.outputs[1:]:
+            self.withheld[name] = f"output '{name}' of node '{node.name}' ({node.op_type}) is not supported: {reason}"
+
+    @property
+    def normalization(self) -> Normalization | None:
+        """The recognised input normalisation."""
+        if self.mean is None or self.std is None:
+            return None
+        return Normalization(self.mean.reshape(-1).astype(np.float32), self.std.reshape(-1).astype(np.float32))
+
+    @property
+    def batches(self) -> set[int]:
+        """Sizes that stand for the batch dimension."""
+        return {self.batch} if self.fixed_batch is None else {self.batch, self.fixed_batch}
