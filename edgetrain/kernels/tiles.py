@@ -140,28 +140,41 @@ def correlate_tile(
             for c in range(cr):
                 for k in range(kr):
                     _fma(builder, grads[c], values[k], slots[c * kr + k])
+        totals = _lane_sums(builder, [builder.load(slot) for slot in slots])
         for c in range(cr):
+            row = builder.add(dw_, builder.mul(dw_channel_, ir.Constant(I64, c)))
             for k in range(kr):
                 inside = builder.and_(builder.icmp_signed(">", rows_, ir.Constant(I64, c)),
                                       builder.icmp_signed(">", columns_, ir.Constant(I64, k)))  # fmt: skip
                 with builder.if_then(inside, likely=True):
-                    row = builder.add(dw_, builder.mul(dw_channel_, ir.Constant(I64, c)))
                     target = pointer(builder, builder.add(row, table[2 * k + 1]), F32)
-                    total = reduce_lanes(builder, builder.load(slots[c * kr + k]))
-                    builder.store(builder.fadd(builder.load(target), total), target)
+                    builder.store(builder.fadd(builder.load(target), totals[c * kr + k]), target)
         return context.get_dummy_value()
 
     return types.void(*([types.int64] * 10), channels, width, lanes), codegen
 
 
-def reduce_lanes(builder: Any, vector: Any) -> Any:
-    """Return the sum of the lanes of an LLVM vector, added pairwise in a fixed order."""
-    while vector.type.count > 1:
-        half = vector.type.count // 2
-        undefined = ir.Constant(vector.type, ir.Undefined)
-        low = ir.Constant(ir.VectorType(I32, half), list(range(half)))
-        high = ir.Constant(ir.VectorType(I32, half), list(range(half, 2 * half)))
-        vector = builder.fadd(
-            builder.shuffle_vector(vector, undefined, low), builder.shuffle_vector(vector, undefined, high)
-        )
-    return builder.extract_element(vector, ir.Constant(I32, 0))
+def _lane_sums(builder: Any, vectors: list[Any]) -> list[Any]:
+    """Return the sum of the lanes of every vector, as scalars.
+
+    Vectors are added in pairs, even lanes to odd lanes, until one vector holds the
+    sums of ``lanes`` vectors: three instructions a sum instead of ten.
+    """
+    lanes = vectors[0].type.count
+    zero = ir.Constant(vectors[0].type, [0.0] * lanes)
+    totals = []
+    for start in range(0, len(vectors), lanes):
+        part = vectors[start : start + lanes]
+        part += [zero] * (lanes - len(part))
+        while len(part) > 1:
+            part = [_add_neighbours(builder, a, b) for a, b in zip(part[0::2], part[1::2], strict=True)]
+        totals += [builder.extract_element(part[0], ir.Constant(I32, i)) for i in range(lanes)]
+    return totals[: len(vectors)]
+
+
+def _add_neighbours(builder: Any, a: Any, b: Any) -> Any:
+    """Return ``[a0 + a1, a2 + a3, ..., b0 + b1, ...]``."""
+    lanes = a.type.count
+    even = ir.Constant(ir.VectorType(I32, lanes), list(range(0, 2 * lanes, 2)))
+    odd = ir.Constant(ir.VectorType(I32, lanes), list(range(1, 2 * lanes, 2)))
+    return builder.fadd(builder.shuffle_vector(a, b, even), builder.shuffle_vector(a, b, odd))

@@ -1,0 +1,141 @@
+"""Arrays at the door, and how samples lie in memory behind it.
+
+Floor 0. A ``Layout`` describes one batched value in lanes (docs/architecture.md,
+"One lane, one sample"): ``[blocks][channels][top + rows + bottom][left + columns +
+right][lanes]`` float32, the border being zeros.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgetrain.errors import DataError
+
+ALIGNMENT = 64  # bytes; a cache line, and the largest vector
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Sizes and byte strides of a batched value.
+
+    Attributes:
+        blocks: groups of ``lanes`` samples.
+        lanes: samples interleaved in a vector.
+        channels, rows, columns: of one sample; a signal has one row, a vector of features one pixel.
+        border: zeros above, left, below, right of every map, in pixels.
+    """
+
+    blocks: int
+    lanes: int
+    channels: int
+    rows: int
+    columns: int
+    border: tuple[int, int, int, int] = (0, 0, 0, 0)
+
+    @property
+    def pixel(self) -> int:
+        """Bytes from a pixel to the next."""
+        return 4 * self.lanes
+
+    @property
+    def row(self) -> int:
+        """Bytes from a row to the next."""
+        return (self.border[1] + self.columns + self.border[3]) * self.pixel
+
+    @property
+    def channel(self) -> int:
+        """Bytes from a channel to the next."""
+        return (self.border[0] + self.rows + self.border[2]) * self.row
+
+    @property
+    def block(self) -> int:
+        """Bytes from a block to the next."""
+        return self.channels * self.channel
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the whole value."""
+        return self.blocks * self.block
+
+    @property
+    def origin(self) -> int:
+        """Byte offset of the first pixel inside the border."""
+        return self.border[0] * self.row + self.border[1] * self.pixel
+
+    @property
+    def bordered(self) -> bool:
+        """Whether there is a border at all."""
+        return any(self.border)
+
+    @property
+    def planes(self) -> int:
+        """Number of maps, all blocks together."""
+        return self.blocks * self.channels
+
+
+def map_sizes(shape: tuple[int, ...]) -> tuple[int, int, int]:
+    """Return (channels, rows, columns) of a per-sample shape of any rank.
+
+    Example:
+        >>> map_sizes((16, 8, 8)), map_sizes((6, 128)), map_sizes((10,)), map_sizes(())
+        ((16, 8, 8), (6, 1, 128), (10, 1, 1), (1, 1, 1))
+    """
+    channels = shape[0] if shape else 1
+    columns = shape[-1] if len(shape) > 1 else 1
+    return channels, math.prod(shape[1:-1]), columns
+
+
+def aligned(count: int, dtype: Any = np.float32) -> NDArray[Any]:
+    """Return ``count`` zeros that start at a multiple of ``ALIGNMENT`` bytes."""
+    size = np.dtype(dtype).itemsize
+    raw = np.zeros(count * size + ALIGNMENT, np.uint8)
+    start = -raw.ctypes.data % ALIGNMENT
+    return raw[start : start + count * size].view(dtype)
+
+
+def batch_of(x: Any, shape: tuple[int, ...], what: str = "x") -> NDArray[np.float32]:
+    """Check a batch of samples and return it as dense float32 ``(N, *shape)``; the input is not modified.
+
+    A one-dimensional signal may come as ``(N, C, 1, W)`` as well as ``(N, C, W)``.
+
+    Raises:
+        DataError: another shape or type, no sample, or a number that is not finite.
+    """
+    array = np.asarray(x)
+    if array.dtype.kind not in "fiub":
+        raise DataError(f"{what}: dtype {array.dtype} given, expected float32; convert it with astype")
+    wanted = "x".join(["N", *map(str, shape)])
+    if array.shape[1:] != shape and math.prod(array.shape[1:]) == math.prod(shape) and 1 in array.shape[2:]:
+        array = array.reshape(array.shape[0], *shape)
+    if array.ndim != len(shape) + 1 or array.shape[1:] != shape:
+        hint = "; add the batch dimension: x[None]" if array.shape == shape else ""
+        raise DataError(f"{what}: shape {array.shape} given, the network expects ({wanted}){hint}")
+    if array.shape[0] < 1:
+        raise DataError(f"{what}: no sample given, expected at least one")
+    dense = np.ascontiguousarray(array, np.float32)
+    if not np.isfinite(dense.sum(dtype=np.float64)):
+        raise DataError(f"{what}: contains NaN or infinite numbers; clean the data first")
+    return dense
+
+
+def labels_of(y: Any, count: int, classes: int) -> NDArray[np.int64]:
+    """Check labels and return them as int64 ``(N,)``.
+
+    Raises:
+        DataError: not integers, another number than samples, or out of range.
+    """
+    array = np.asarray(y)
+    if array.dtype.kind not in "iu":
+        raise DataError(f"y: dtype {array.dtype} given, expected integer class labels")
+    if array.shape != (count,):
+        raise DataError(f"y: shape {array.shape} given, expected ({count},): one label per sample")
+    labels = array.astype(np.int64)
+    wrong = labels[(labels < 0) | (labels >= classes)]
+    if wrong.size:
+        raise DataError(f"y: label {wrong[0]} given, expected 0 to {classes - 1}: the network has {classes} outputs")
+    return labels

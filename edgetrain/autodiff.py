@@ -1,0 +1,152 @@
+"""Reverse-mode differentiation, ahead of time: a graph in, a training graph out.
+
+The backward pass is derived once per graph, as nodes of the same kind as the
+forward pass, and only where a gradient is needed. What a gradient node reads is
+what the forward pass must keep; nothing else is saved.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from edgetrain.errors import GraphError
+from edgetrain.graph import Graph, Node, Value
+from edgetrain.ops import get_op
+
+LABELS, TARGET = "labels", "target"
+# Operators that behave differently while training.
+_TRAINING = {"BatchNormalization": "BatchNormalizationTraining", "Dropout": "DropoutTraining"}
+
+
+@dataclass
+class TrainingGraph:
+    """A graph whose later nodes are its own backward pass.
+
+    Attributes:
+        graph: forward nodes, the loss, gradient nodes.
+        forward_count: how many nodes come before the first gradient node (the loss included).
+        losses, correct: names of the per-sample loss and of the per-sample 1 for a right answer.
+        logits: name of the network's output.
+        gradients: name of the gradient of every trainable array.
+    """
+
+    graph: Graph
+    forward_count: int
+    losses: str
+    correct: str
+    logits: str
+    gradients: dict[str, str] = field(default_factory=dict)
+
+
+class Tape:
+    """Adds gradient nodes to a training graph for the operators' gradient rules."""
+
+    def __init__(self, graph: Graph) -> None:
+        self._graph = graph
+        self._needed = set(graph.trainable)
+        for node in graph.nodes:
+            if any(value is not None and value.name in self._needed for value in node.inputs):
+                self._needed.update(out.name for out in node.outputs)
+
+    def needs(self, value: Value) -> bool:
+        """Whether a trainable array lies before this value."""
+        return value.name in self._needed
+
+    def add(self, op_type: str, inputs: Iterable[str | None], like: Value, **attributes: Any) -> str:
+        """Append a gradient node whose output has the shape of ``like``; return its output's name.
+
+        Raises:
+            GraphError: the node does not fit.
+        """
+        return self.add_many(op_type, inputs, 1, like, **attributes)[0]
+
+    def add_many(
+        self, op_type: str, inputs: Iterable[str | None], outputs: int, like: Value, **attributes: Any
+    ) -> list[str]:
+        """Append a gradient node with several outputs; return their names."""
+        name = f"grad.{like.name}.{len(self._graph.nodes)}"
+        names = [f"{name}.{i}" if i else name for i in range(outputs)]
+        if "like" in get_op(op_type).attributes:
+            attributes["like"] = like
+        self._graph.add(op_type, inputs, name=name, outputs=names, **attributes)
+        return names
+
+
+def training_graph(graph: Graph, loss: str = "cross_entropy", label_smoothing: float = 0.0) -> TrainingGraph:
+    """Derive the training graph of a network.
+
+    Args:
+        graph: with one output, the logits ``(N, K)`` for cross-entropy.
+        loss: ``"cross_entropy"`` or ``"mse"``.
+        label_smoothing: share of the uniform distribution in the targets (cross-entropy only).
+
+    Raises:
+        GraphError: unknown loss, an operator without gradient, or nothing to train.
+    """
+    if not graph.trainable:
+        raise GraphError(f"graph '{graph.name}': no trainable parameter; load a model that has weights")
+    train = _forward(graph)
+    if loss == "cross_entropy":
+        train.add_value(Value(LABELS, ()))
+        train.add("SoftmaxCrossEntropyLoss", [graph.outputs[0], LABELS], name="loss", label_smoothing=label_smoothing)
+    elif loss == "mse":
+        train.add_input(TARGET, graph.output_shape)
+        train.add("MeanSquaredErrorLoss", [graph.outputs[0], TARGET], name="loss")
+    else:
+        raise GraphError(f"loss '{loss}' is unknown; expected 'cross_entropy' or 'mse'")
+    *_, losses, correct = (value.name for value in train.nodes[-1].outputs)
+    result = TrainingGraph(train, len(train.nodes), losses, correct, graph.outputs[0])
+    result.gradients = _backward(train)
+    return result
+
+
+def _forward(graph: Graph) -> Graph:
+    """Copy a network, with the training forms of its operators."""
+    train = graph.copy()
+    train.nodes, train.values = [], {n: v for n, v in graph.values.items() if graph.producer(n) is None}
+    for number, node in enumerate(graph.nodes):
+        op_type = _TRAINING.get(node.op_type, node.op_type)
+        attributes = dict(node.attributes)
+        if op_type == "DropoutTraining":
+            attributes["stream"] = number
+        extra = [f"{node.y.name}.{part}" for part in ("mean", "variance", "inverse_std")]
+        outputs = [node.y.name, *extra] if op_type == "BatchNormalizationTraining" else [v.name for v in node.outputs]
+        train.add(op_type, [v.name if v else None for v in node.inputs], node.name, outputs, **attributes)
+    return train
+
+
+def _backward(train: Graph) -> dict[str, str]:
+    """Append the reverse pass; return the gradient of every trainable array."""
+    tape = Tape(train)
+    grads: dict[str, str] = {}
+    for node in list(reversed(train.nodes)):
+        grad_out = [grads.get(value.name) for value in node.outputs]
+        is_loss = node.name == "loss"
+        if not is_loss and not any(grad_out):
+            continue
+        if not any(value is not None and tape.needs(value) for value in node.inputs):
+            continue
+        for value, grad in zip(node.inputs, get_op(node.op_type).gradient(node, grad_out, tape), strict=False):
+            if value is not None and grad is not None and tape.needs(value):
+                grads[value.name] = _accumulate(tape, grads.get(value.name), grad, value)
+    missing = sorted(train.trainable - set(grads))
+    if missing:
+        raise GraphError(f"graph '{train.name}': the loss does not depend on the parameters {missing}; freeze or remove them")
+    return {name: grads[name] for name in train.arrays if name in train.trainable}
+
+
+def _accumulate(tape: Tape, total: str | None, grad: str, value: Value) -> str:
+    """Add a gradient to what other consumers of the value contributed."""
+    return grad if total is None else tape.add("Add", [total, grad], like=value)
+
+
+def node_users(nodes: list[Node]) -> dict[str, list[int]]:
+    """Return for every value the positions of the nodes that read it, ascending."""
+    users: dict[str, list[int]] = {}
+    for position, node in enumerate(nodes):
+        for value in node.inputs:
+            if value is not None:
+                users.setdefault(value.name, []).append(position)
+    return users

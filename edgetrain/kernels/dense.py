@@ -1,0 +1,128 @@
+"""Products of training with dense weights: one gather-multiply and one gather-correlate.
+
+Convolution of any stride, dilation, padding and group, its input gradient (one
+call per phase of the stride), fully connected layers and their gradients are all
+the same two loops; only the offset tables differ (see ``ops/conv.py``). On the
+x86 machine of docs/performance.md these reach the rate of the BLAS sgemm, and a
+3x3 kernel with unrolled taps was not faster, so there is no special case.
+"""
+
+from __future__ import annotations
+
+from edgetrain.kernels.registry import kernel
+from edgetrain.kernels.simd import arguments, load_f32, load_i64, store_f32
+from edgetrain.kernels.tiles import correlate_tile, multiply_tile
+
+# pixels: table of int64 pairs (input, output byte offset); terms: table of int64 byte offsets.
+
+
+@kernel(
+    "x", "y", "weight", "bias", "pixels", "terms", "pixel_count", "term_count", "channel_count",
+    "x_block", "y_block", "x_group", "y_group", "weight_group", "y_channel",
+    "groups", "pixel_chunk", "pixel_chunks", "channel_chunk", "channel_chunks", "f_low", "f_high",
+)  # fmt: skip
+def multiply(lanes, channels, width):  # type: ignore[no-untyped-def]
+    """Write ``y[block][c][p] = clip(bias[c] + sum_k weight[k][c] * x[block][p + term k], low, high)``.
+
+    Job: (block, group, chunk of pixels, chunk of channels). ``weight`` is packed
+    ``[group][channel / channels][k][channels]``; ``pixels`` holds whole multiples of
+    ``width`` pairs (the last pixel repeated).
+    """
+    tile_bytes = 4 * channels
+
+    def body(args, first, last):  # type: ignore[no-untyped-def]
+        (x, y, weight, bias, pixels, terms, pixel_count, term_count, channel_count, x_block, y_block, x_group, y_group,
+         weight_group, y_channel, groups, pixel_chunk, pixel_chunks, channel_chunk, channel_chunks) = arguments(args, 20)  # fmt: skip
+        low, high = load_f32(args + 160), load_f32(args + 168)
+        for job in range(first, last):
+            chunk_c = job % channel_chunks
+            rest = job // channel_chunks
+            chunk_p = rest % pixel_chunks
+            rest = rest // pixel_chunks
+            group = rest % groups
+            block = rest // groups
+            source = x + block * x_block + group * x_group
+            target = y + block * y_block + group * y_group
+            packed = weight + group * weight_group
+            biases = bias + 4 * group * channel_count
+            last_pixel = min(pixel_count, (chunk_p + 1) * pixel_chunk)
+            last_channel = min(channel_count, (chunk_c + 1) * channel_chunk)
+            for c in range(chunk_c * channel_chunk, last_channel, channels):
+                for p in range(chunk_p * pixel_chunk, last_pixel, width):
+                    multiply_tile(
+                        source, target + c * y_channel, packed + (c // channels) * term_count * tile_bytes,
+                        biases + 4 * c, pixels + 16 * p, terms, term_count, y_channel, channel_count - c,
+                        low, high, channels, width, lanes,
+                    )  # fmt: skip
+
+    return body
+
+
+@kernel(
+    "x", "grad_out", "grad_weight", "pixels", "terms", "pixel_count", "term_count", "channel_count",
+    "x_block", "grad_block", "x_group", "grad_group", "weight_group", "grad_channel", "weight_channel",
+    "blocks", "groups", "pixel_chunk", "term_chunk", "term_chunks", "channel_tiles",
+)  # fmt: skip
+def correlate(lanes, channels, width):  # type: ignore[no-untyped-def]
+    """Write ``grad_weight[c][k] = sum over blocks, pixels, lanes of grad_out[c][p] * x[p + term k]``.
+
+    Job: (group, tile of channels, chunk of terms). ``terms`` holds int64 pairs (input
+    offset, offset in ``grad_weight``), padded to a whole multiple of ``width``.
+    Pixels are taken in chunks so that the channels of ``grad_out`` stay in the first-level cache.
+    """
+
+    def body(args, first, last):  # type: ignore[no-untyped-def]
+        (x, grad_out, grad_weight, pixels, terms, pixel_count, term_count, channel_count, x_block, grad_block, x_group,
+         grad_group, weight_group, grad_channel, weight_channel, blocks, groups, pixel_chunk, term_chunk, term_chunks,
+         channel_tiles) = arguments(args, 21)  # fmt: skip
+        for job in range(first, last):
+            chunk_k = job % term_chunks
+            rest = job // term_chunks
+            c = (rest % channel_tiles) * channels
+            group = rest // channel_tiles
+            target = grad_weight + group * weight_group + c * weight_channel
+            rows = min(channels, channel_count - c)
+            first_term, last_term = chunk_k * term_chunk, min(term_count, (chunk_k + 1) * term_chunk)
+            for row in range(rows):
+                for k in range(first_term, last_term):
+                    store_f32(target + row * weight_channel + load_i64(terms + 16 * k + 8), 0.0)
+            for block in range(blocks):
+                source = x + block * x_block + group * x_group
+                grad = grad_out + block * grad_block + group * grad_group + c * grad_channel
+                for p in range(0, pixel_count, pixel_chunk):
+                    count = min(pixel_chunk, pixel_count - p)
+                    for k in range(first_term, last_term, width):
+                        correlate_tile(
+                            source, grad, target, pixels + 16 * p, terms + 16 * k, count, grad_channel,
+                            weight_channel, rows, last_term - k, channels, width, lanes,
+                        )  # fmt: skip
+
+    return body
+
+
+@kernel(
+    "weight", "packed", "sources", "term_count", "channel_count", "group_bytes", "packed_group", "channel_bytes",
+    "tiles", "groups",
+)  # fmt: skip
+def pack_weights(channels):  # type: ignore[no-untyped-def]
+    """Copy weights to ``[group][tile][k][channels]``; channels that do not exist become 0.
+
+    Job: (group, tile). ``sources``: table of ``term_count`` int64 byte offsets, those of term k for channel 0.
+    """
+
+    def body(args, first, last):  # type: ignore[no-untyped-def]
+        (weight, packed, sources, term_count, channel_count, group_bytes, packed_group, channel_bytes,
+         tiles, groups) = arguments(args, 10)  # fmt: skip
+        for job in range(first, last):
+            group, tile = job // tiles, job % tiles
+            source = weight + group * group_bytes + tile * channels * channel_bytes
+            target = packed + group * packed_group + tile * term_count * 4 * channels
+            rows = min(channels, channel_count - tile * channels)
+            for k in range(term_count):
+                offset = load_i64(sources + 8 * k)
+                for c in range(rows):
+                    store_f32(target + 4 * (k * channels + c), load_f32(source + offset + c * channel_bytes))
+                for c in range(rows, channels):
+                    store_f32(target + 4 * (k * channels + c), 0.0)
+
+    return body

@@ -1,0 +1,112 @@
+"""Kernels that move data: into lanes, between layouts, and the zeros around maps."""
+
+from __future__ import annotations
+
+from edgetrain.kernels.registry import kernel
+from edgetrain.kernels.simd import arguments, broadcast, load, load_f32, load_i64, store, store_f32
+
+
+@kernel(
+    "x", "y", "scale", "shift", "state", "channels", "rows", "columns", "y_block", "y_channel", "y_row",
+)  # fmt: skip
+def pack_input(lanes):  # type: ignore[no-untyped-def]
+    """Interleave samples: ``y[block][c][h][w][lane] = x[block * lanes + lane][c][h][w] * scale[c] + shift[c]``.
+
+    ``x`` is dense float32 ``(N, C, H, W)``; lanes without a sample become 0. Job: (block,
+    channel). ``state`` starts with the number of samples N (int64).
+    """
+
+    def body(args, first, last):  # type: ignore[no-untyped-def]
+        x, y, scale, shift, state, channels, rows, columns, y_block, y_channel, y_row = arguments(args, 11)
+        count = load_i64(state)
+        for job in range(first, last):
+            block, channel = job // channels, job % channels
+            factor, offset = load_f32(scale + 4 * channel), load_f32(shift + 4 * channel)
+            for lane in range(lanes):
+                sample = block * lanes + lane
+                source = x + 4 * rows * columns * (sample * channels + channel)
+                target = y + block * y_block + channel * y_channel + 4 * lane
+                for row in range(rows):
+                    for column in range(columns):
+                        value = 0.0
+                        if sample < count:
+                            value = load_f32(source + 4 * (row * columns + column)) * factor + offset
+                        store_f32(target + row * y_row + column * 4 * lanes, value)
+
+    return body
+
+
+@kernel("y", "rows", "columns", "top", "left", "bottom", "right", "y_plane", "f_value")
+def fill_border(lanes):  # type: ignore[no-untyped-def]
+    """Write ``value`` around a map of ``rows`` x ``columns``; ``y`` is the address of the border's first pixel. Job: plane."""
+    step = 4 * lanes
+
+    def body(args, first, last):  # type: ignore[no-untyped-def]
+        y, rows, columns, top, left, bottom, right, y_plane = arguments(args, 8)
+        value = broadcast(load_f32(args + 64), lanes)
+        pitch = left + columns + right
+        for plane in range(first, last):
+            start = y + plane * y_plane
+            for i in range(top * pitch):
+                store(start + i * step, value)
+            for row in range(top, top + rows):
+                line = start + row * pitch * step
+                for i in range(left):
+                    store(line + i * step, value)
+                for i in range(left + columns, pitch):
+                    store(line + i * step, value)
+            for i in range((top + rows) * pitch, (top + rows + bottom) * pitch):
+                store(start + i * step, value)
+
+    return body
+
+
+@kernel("y", "channels", "rows", "vectors", "y_block", "y_channel", "y_row", "f_value")
+def fill(lanes):  # type: ignore[no-untyped-def]
+    """Write ``value`` to all pixels of a value. Job: (block, channel)."""
+    step = 4 * lanes
+
+    def body(args, first, last):  # type: ignore[no-untyped-def]
+        y, channels, rows, vectors, y_block, y_channel, y_row = arguments(args, 7)
+        value = broadcast(load_f32(args + 56), lanes)
+        for job in range(first, last):
+            for row in range(rows):
+                line = y + (job // channels) * y_block + (job % channels) * y_channel + row * y_row
+                for i in range(vectors):
+                    store(line + i * step, value)
+
+    return body
+
+
+@kernel(
+    "x", "y", "channels", "rows", "vectors", "x_block", "x_channel", "x_row", "y_block", "y_channel", "y_row",
+)  # fmt: skip
+def copy_maps(lanes):  # type: ignore[no-untyped-def]
+    """Copy maps between two values or parts of values. Job: (block, channel)."""
+    step = 4 * lanes
+
+    def body(args, first, last):  # type: ignore[no-untyped-def]
+        x, y, channels, rows, vectors, x_block, x_channel, x_row, y_block, y_channel, y_row = arguments(args, 11)
+        for job in range(first, last):
+            block, channel = job // channels, job % channels
+            for row in range(rows):
+                source = x + block * x_block + channel * x_channel + row * x_row
+                target = y + block * y_block + channel * y_channel + row * y_row
+                for i in range(vectors):
+                    store(target + i * step, load(source + i * step, lanes))
+
+    return body
+
+
+@kernel("x", "y", "table", "count", "x_block", "y_block")
+def copy_table(lanes):  # type: ignore[no-untyped-def]
+    """Copy the pixels of a table of int64 pairs (input, output byte offset). Job: block."""
+
+    def body(args, first, last):  # type: ignore[no-untyped-def]
+        x, y, table, count, x_block, y_block = arguments(args, 6)
+        for block in range(first, last):
+            for i in range(count):
+                source = x + block * x_block + load_i64(table + 16 * i)
+                store(y + block * y_block + load_i64(table + 16 * i + 8), load(source, lanes))
+
+    return body

@@ -1,0 +1,166 @@
+"""Batch normalisation. One job is one channel: its sums never leave the thread, so results do not depend on threads.
+
+``mask`` holds one vector per block, 1 where a lane has a sample and 0 where it has
+none; ``state`` starts with the number of samples (int64).
+"""
+
+from __future__ import annotations
+
+import math
+
+from edgetrain.kernels.registry import kernel
+from edgetrain.kernels.simd import arguments, broadcast, fma, load, load_f32, load_i64, store, store_f32, sum_lanes
+
+_MAPS = ("blocks", "rows", "columns")
+
+
+@kernel(
+    "x", "y", "scale", "bias", "mean", "variance", "inverse_std", "mask", "state", *_MAPS,
+    "x_block", "x_channel", "x_row", "y_block", "y_channel", "y_row", "f_epsilon",
+)  # fmt: skip
+def batch_norm(lanes):  # type: ignore[no-untyped-def]
+    """Normalise with the batch's own statistics; writes mean, biased variance and ``1 / sqrt(variance + epsilon)``."""
+    step = 4 * lanes
+
+    def body(args, first, last):  # type: ignore[no-untyped-def]
+        (x, y, scale, bias, mean, variance, inverse_std, mask, state, blocks, rows, columns, x_block, x_channel, x_row,
+         y_block, y_channel, y_row) = arguments(args, 18)  # fmt: skip
+        epsilon = load_f32(args + 144)
+        count = load_i64(state) * rows * columns
+        for channel in range(first, last):
+            total = 0.0
+            for block in range(blocks):
+                alive = load(mask + block * step, lanes)
+                for row in range(rows):
+                    source = x + block * x_block + channel * x_channel + row * x_row
+                    part = broadcast(0.0, lanes)
+                    for i in range(columns):
+                        part = part + load(source + i * step, lanes)
+                    total += sum_lanes(part * alive)
+            centre = total / count
+            middle = broadcast(centre, lanes)
+            # A second pass instead of E[x^2] - E[x]^2: the map is still in the second-level cache, and
+            # float32 would cancel where the mean is large against the deviation.
+            total = 0.0
+            for block in range(blocks):
+                alive = load(mask + block * step, lanes)
+                for row in range(rows):
+                    source = x + block * x_block + channel * x_channel + row * x_row
+                    part = broadcast(0.0, lanes)
+                    for i in range(columns):
+                        away = load(source + i * step, lanes) - middle
+                        part = fma(away, away, part)
+                    total += sum_lanes(part * alive)
+            spread = total / count
+            inverse = 1.0 / math.sqrt(spread + epsilon)
+            store_f32(mean + 4 * channel, centre)
+            store_f32(variance + 4 * channel, spread)
+            store_f32(inverse_std + 4 * channel, inverse)
+            factor = broadcast(load_f32(scale + 4 * channel) * inverse, lanes)
+            offset = broadcast(load_f32(bias + 4 * channel), lanes)
+            for block in range(blocks):
+                for row in range(rows):
+                    source = x + block * x_block + channel * x_channel + row * x_row
+                    target = y + block * y_block + channel * y_channel + row * y_row
+                    for i in range(columns):
+                        store(target + i * step, fma(load(source + i * step, lanes) - middle, factor, offset))
+
+    return body
+
+
+@kernel(
+    "x", "y", "scale", "bias", "mean", "variance", *_MAPS,
+    "x_block", "x_channel", "x_row", "y_block", "y_channel", "y_row", "f_epsilon",
+)  # fmt: skip
+def batch_norm_inference(lanes):  # type: ignore[no-untyped-def]
+    """Normalise with given statistics."""
+    step = 4 * lanes
+
+    def body(args, first, last):  # type: ignore[no-untyped-def]
+        (x, y, scale, bias, mean, variance, blocks, rows, columns, x_block, x_channel, x_row, y_block, y_channel,
+         y_row) = arguments(args, 15)  # fmt: skip
+        epsilon = load_f32(args + 120)
+        for channel in range(first, last):
+            inverse = 1.0 / math.sqrt(load_f32(variance + 4 * channel) + epsilon)
+            middle = broadcast(load_f32(mean + 4 * channel), lanes)
+            factor = broadcast(load_f32(scale + 4 * channel) * inverse, lanes)
+            offset = broadcast(load_f32(bias + 4 * channel), lanes)
+            for block in range(blocks):
+                for row in range(rows):
+                    source = x + block * x_block + channel * x_channel + row * x_row
+                    target = y + block * y_block + channel * y_channel + row * y_row
+                    for i in range(columns):
+                        store(target + i * step, fma(load(source + i * step, lanes) - middle, factor, offset))
+
+    return body
+
+
+@kernel(
+    "x", "grad_out", "grad_x", "scale", "mean", "inverse_std", "grad_scale", "grad_bias", "mask", "state", *_MAPS,
+    "x_block", "x_channel", "x_row", "grad_block", "grad_channel", "grad_row", "grad_x_block", "grad_x_channel", "grad_x_row",
+)  # fmt: skip
+def batch_norm_gradient(lanes):  # type: ignore[no-untyped-def]
+    """Write the gradients of input, scale and bias (Ioffe and Szegedy 2015, section 3).
+
+    ``grad_x`` is 0 in lanes without a sample, as every gradient must be.
+    """
+    step = 4 * lanes
+
+    def body(args, first, last):  # type: ignore[no-untyped-def]
+        (x, grad_out, grad_x, scale, mean, inverse_std, grad_scale, grad_bias, mask, state, blocks, rows, columns,
+         x_block, x_channel, x_row, grad_block, grad_channel, grad_row, grad_x_block, grad_x_channel,
+         grad_x_row) = arguments(args, 22)  # fmt: skip
+        count = load_i64(state) * rows * columns
+        for channel in range(first, last):
+            middle = broadcast(load_f32(mean + 4 * channel), lanes)
+            inverse = load_f32(inverse_std + 4 * channel)
+            total, product = 0.0, 0.0
+            for block in range(blocks):
+                for row in range(rows):
+                    source = x + block * x_block + channel * x_channel + row * x_row
+                    grads = grad_out + block * grad_block + channel * grad_channel + row * grad_row
+                    part, along = broadcast(0.0, lanes), broadcast(0.0, lanes)
+                    for i in range(columns):
+                        grad = load(grads + i * step, lanes)
+                        part = part + grad
+                        along = fma(grad, load(source + i * step, lanes) - middle, along)
+                    total += sum_lanes(part)
+                    product += sum_lanes(along)
+            store_f32(grad_bias + 4 * channel, total)
+            store_f32(grad_scale + 4 * channel, product * inverse)
+            factor = broadcast(load_f32(scale + 4 * channel) * inverse, lanes)
+            shift = broadcast(total / count, lanes)
+            slope = broadcast(product * inverse * inverse / count, lanes)
+            for block in range(blocks):
+                alive = load(mask + block * step, lanes) * factor
+                for row in range(rows):
+                    source = x + block * x_block + channel * x_channel + row * x_row
+                    grads = grad_out + block * grad_block + channel * grad_channel + row * grad_row
+                    target = grad_x + block * grad_x_block + channel * grad_x_channel + row * grad_x_row
+                    for i in range(columns):
+                        away = load(source + i * step, lanes) - middle
+                        store(target + i * step, (load(grads + i * step, lanes) - shift - away * slope) * alive)
+
+    return body
+
+
+@kernel("running", "current", "state", "pixels", "f_keep", "unbiased")
+def running_average():  # type: ignore[no-untyped-def]
+    """Move running statistics: ``running = keep * running + (1 - keep) * current``. Job: channel.
+
+    With ``unbiased`` the batch variance is multiplied by n / (n - 1), as PyTorch does
+    (n values per channel; left alone when n is 1).
+    """
+
+    def body(args, first, last):  # type: ignore[no-untyped-def]
+        running, current, state, pixels = arguments(args, 4)
+        keep = load_f32(args + 32)
+        count = load_i64(state) * pixels
+        factor = 1.0
+        if load_i64(args + 40) != 0 and count > 1:
+            factor = count / (count - 1.0)
+        for channel in range(first, last):
+            old, new = load_f32(running + 4 * channel), load_f32(current + 4 * channel)
+            store_f32(running + 4 * channel, keep * old + (1.0 - keep) * new * factor)
+
+    return body

@@ -1,0 +1,160 @@
+"""What the kernels mean, in plain NumPy written to be read.
+
+Arrays have the batch dimension first and their ONNX shapes; any float dtype works
+(tests use float64). Maps are ``(N, C, H, W)``. Nothing here is fast.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[Any]
+Pads = tuple[int, int, int, int]  # top, left, bottom, right
+
+
+def pad(x: Array, pads: Pads, value: float = 0.0) -> Array:
+    """Surround maps ``(N, C, H, W)`` with a constant."""
+    top, left, bottom, right = pads
+    return np.pad(x, ((0, 0), (0, 0), (top, bottom), (left, right)), constant_values=value)
+
+
+def taps(
+    x: Array, kernel: Sequence[int], strides: Sequence[int], dilations: Sequence[int], out: Sequence[int]
+) -> Iterator[tuple[int, int, Array]]:
+    """Yield ``(i, j, view)``: the pixels ``(N, C, OH, OW)`` of padded maps that meet kernel position (i, j)."""
+    for i in range(kernel[0]):
+        for j in range(kernel[1]):
+            rows = slice(i * dilations[0], i * dilations[0] + (out[0] - 1) * strides[0] + 1, strides[0])
+            columns = slice(j * dilations[1], j * dilations[1] + (out[1] - 1) * strides[1] + 1, strides[1])
+            yield i, j, x[:, :, rows, columns]
+
+
+def _pad_to_fit(x: Array, g: Any, value: float = 0.0) -> Array:
+    """Pad as the geometry says, and further if the last window reaches beyond that."""
+    top, left, bottom, right = g.pads
+    need = [(o - 1) * s + (k - 1) * d + 1 for o, s, k, d in zip(g.out, g.strides, g.kernel, g.dilations, strict=True)]
+    bottom = max(bottom, need[0] - x.shape[2] - top)
+    right = max(right, need[1] - x.shape[3] - left)
+    return pad(x, (top, left, bottom, right), value)
+
+
+def conv(x: Array, w: Array, b: Array | None, g: Any) -> Array:
+    """Convolution: ``y[n,o,h,w] = b[o] + sum x[n, c, h*s + i*d - p, ...] * w[o,c,i,j]`` within each group."""
+    padded = _pad_to_fit(x, g)
+    y = np.zeros((x.shape[0], w.shape[0], *g.out), x.dtype)
+    for group in range(g.groups):
+        inputs = slice(group * w.shape[1], (group + 1) * w.shape[1])
+        outputs = slice(group * w.shape[0] // g.groups, (group + 1) * w.shape[0] // g.groups)
+        for i, j, view in taps(padded, g.kernel, g.strides, g.dilations, g.out):
+            y[:, outputs] += np.einsum("nchw,oc->nohw", view[:, inputs], w[outputs, :, i, j])
+    return y if b is None else y + b[:, None, None]
+
+
+def conv_input_gradient(grad_out: Array, w: Array, g: Any) -> Array:
+    """Gradient of the convolution's input, ``(N, C, H, W)``."""
+    padded = _pad_to_fit(np.zeros((grad_out.shape[0], g.channels_in, *g.size), grad_out.dtype), g)
+    for group in range(g.groups):
+        inputs = slice(group * w.shape[1], (group + 1) * w.shape[1])
+        outputs = slice(group * w.shape[0] // g.groups, (group + 1) * w.shape[0] // g.groups)
+        for i, j, view in taps(padded, g.kernel, g.strides, g.dilations, g.out):
+            view[:, inputs] += np.einsum("nohw,oc->nchw", grad_out[:, outputs], w[outputs, :, i, j])
+    top, left = g.pads[:2]
+    return padded[:, :, top : top + g.size[0], left : left + g.size[1]]
+
+
+def conv_weight_gradient(x: Array, grad_out: Array, g: Any) -> Array:
+    """Gradient of the convolution's weights, ``(O, C / groups, KH, KW)``."""
+    padded, per_group = _pad_to_fit(x, g), g.channels_in // g.groups
+    grad = np.zeros((g.channels_out, per_group, *g.kernel), x.dtype)
+    for group in range(g.groups):
+        inputs = slice(group * per_group, (group + 1) * per_group)
+        outputs = slice(group * g.channels_out // g.groups, (group + 1) * g.channels_out // g.groups)
+        for i, j, view in taps(padded, g.kernel, g.strides, g.dilations, g.out):
+            grad[outputs, :, i, j] = np.einsum("nohw,nchw->oc", grad_out[:, outputs], view[:, inputs])
+    return grad
+
+
+def max_pool(x: Array, g: Any) -> Array:
+    """Largest value of every window; padding never wins."""
+    padded = _pad_to_fit(x, g, -np.inf)
+    return np.max([view for _, _, view in taps(padded, g.kernel, g.strides, g.dilations, g.out)], axis=0)
+
+
+def max_pool_gradient(x: Array, y: Array, grad_out: Array, g: Any) -> Array:
+    """Each window's gradient goes to the first pixel that holds its maximum."""
+    padded = _pad_to_fit(x, g, -np.inf)
+    grad, left_over = np.zeros_like(padded), grad_out.copy()
+    views = zip(
+        taps(padded, g.kernel, g.strides, g.dilations, g.out),
+        taps(grad, g.kernel, g.strides, g.dilations, g.out),
+        strict=True,
+    )
+    for (_, _, values), (_, _, target) in views:
+        share = np.where(values == y, left_over, 0)
+        target += share
+        left_over = left_over - share
+    top, left = g.pads[:2]
+    return grad[:, :, top : top + x.shape[2], left : left + x.shape[3]]
+
+
+def average_pool(x: Array, g: Any) -> Array:
+    """Sum of every window over its number of pixels (``g.divisors``: per output row, per output column)."""
+    padded = _pad_to_fit(x, g)
+    total = np.sum([view for _, _, view in taps(padded, g.kernel, g.strides, g.dilations, g.out)], axis=0)
+    return total / np.outer(*g.divisors).astype(x.dtype)
+
+
+def average_pool_gradient(grad_out: Array, g: Any) -> Array:
+    """Spread every output gradient evenly over its window."""
+    padded = _pad_to_fit(np.zeros((*grad_out.shape[:2], *g.size), grad_out.dtype), g)
+    share = grad_out / np.outer(*g.divisors).astype(grad_out.dtype)
+    for _, _, view in taps(padded, g.kernel, g.strides, g.dilations, g.out):
+        view += share
+    top, left = g.pads[:2]
+    return padded[:, :, top : top + g.size[0], left : left + g.size[1]]
+
+
+def channelwise(v: Array, x: Array) -> Array:
+    """Reshape a vector of channels so that it broadcasts over ``x`` ``(N, C, ...)``."""
+    return v.reshape(1, -1, *([1] * (x.ndim - 2)))
+
+
+def batch_norm(x: Array, scale: Array, bias: Array, epsilon: float) -> tuple[Array, Array, Array, Array]:
+    """Normalise with the batch's statistics; returns (y, mean, biased variance, 1 / sqrt(variance + epsilon))."""
+    axes = (0, *range(2, x.ndim))
+    mean, variance = x.mean(axes), x.var(axes)
+    inverse = 1 / np.sqrt(variance + epsilon)
+    y = (x - channelwise(mean, x)) * channelwise(inverse * scale, x) + channelwise(bias, x)
+    return y, mean, variance, inverse
+
+
+def batch_norm_gradient(x: Array, grad_out: Array, scale: Array, mean: Array, inverse: Array) -> tuple[Array, ...]:
+    """Gradients of input, scale and bias."""
+    axes = (0, *range(2, x.ndim))
+    unit = (x - channelwise(mean, x)) * channelwise(inverse, x)
+    grad_scale, grad_bias = (grad_out * unit).sum(axes), grad_out.sum(axes)
+    count = x.size / x.shape[1]
+    centred = grad_out - channelwise(grad_bias / count, x) - unit * channelwise(grad_scale / count, x)
+    return centred * channelwise(scale * inverse, x), grad_scale, grad_bias
+
+
+def softmax(logits: Array) -> Array:
+    """Softmax over axis 1."""
+    power = np.exp(logits - logits.max(1, keepdims=True))
+    return power / power.sum(1, keepdims=True)
+
+
+def smooth_targets(labels: Array, classes: int, smoothing: float) -> Array:
+    """One-hot targets ``(N, classes)`` mixed with the uniform distribution."""
+    return (1 - smoothing) * np.eye(classes)[labels] + smoothing / classes
+
+
+def sum_to(x: Array, shape: tuple[int, ...]) -> Array:
+    """Sum ``x`` over leading and broadcast axes down to ``shape``."""
+    x = x.sum(tuple(range(x.ndim - len(shape)))) if x.ndim > len(shape) else x
+    axes = tuple(i for i, (have, want) in enumerate(zip(x.shape, shape, strict=True)) if want == 1 and have > 1)
+    return x.sum(axes, keepdims=True)

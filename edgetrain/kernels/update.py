@@ -1,0 +1,131 @@
+"""Optimizer updates and the check before them; all on dense float32 arrays padded to whole vectors.
+
+``settings`` is an array of float32 that the learner fills before every step:
+``[lr, weight_decay, momentum, nesterov, beta1, beta2, epsilon, lr / (1 - beta1^t),
+1 / sqrt(1 - beta2^t), decoupled, clip_norm, gradient scale]``.
+"""
+
+from __future__ import annotations
+
+import math
+
+from edgetrain.kernels.program import STATUS
+from edgetrain.kernels.registry import kernel
+from edgetrain.kernels.simd import (
+    arguments,
+    broadcast,
+    fma,
+    load,
+    load_f32,
+    load_f64,
+    sqrt,
+    store,
+    store_f32,
+    store_f64,
+    store_i64,
+    sum_lanes,
+)
+
+(LR, WEIGHT_DECAY, MOMENTUM, NESTEROV, BETA1, BETA2, EPSILON, ADAM_LR, ADAM_CORRECTION, DECOUPLED, CLIP_NORM,
+ GRADIENT_SCALE, SETTINGS) = range(13)  # fmt: skip
+WIDTH = 8  # lanes of a vector here; parameters are padded to a multiple of CHUNK floats
+CHUNK = 16
+JOB = 4096  # floats per job
+
+
+@kernel("grad", "count", "partial")
+def sum_of_squares():  # type: ignore[no-untyped-def]
+    """Write the sum of squares of each job's gradients as float64. Job: ``JOB`` floats."""
+
+    def body(args, first, last):  # type: ignore[no-untyped-def]
+        grad, count, partial = arguments(args, 3)
+        for job in range(first, last):
+            total = 0.0
+            for start in range(job * JOB, min(count, (job + 1) * JOB), CHUNK):
+                a = load(grad + 4 * start, WIDTH)
+                b = load(grad + 4 * start + 4 * WIDTH, WIDTH)
+                total += sum_lanes(fma(a, a, b * b))
+            store_f64(partial + 8 * job, total)
+
+    return body
+
+
+@kernel("partial", "jobs", "result", "settings", "sync")
+def check_step():  # type: ignore[no-untyped-def]
+    """Set the status word if loss or gradient norm is not finite, else the gradient scale of norm clipping. One job.
+
+    ``result``: float64 loss (read), correct, gradient norm (written). Clipping as
+    ``torch.nn.utils.clip_grad_norm_``; a clip norm of 0 means none.
+    """
+
+    def body(args, first, last):  # type: ignore[no-untyped-def]
+        partial, jobs, result, settings, sync = arguments(args, 5)
+        total = 0.0
+        for job in range(jobs):
+            total += load_f64(partial + 8 * job)
+        norm = math.sqrt(total)
+        store_f64(result + 16, norm)
+        healthy = math.isfinite(norm) and math.isfinite(load_f64(result))
+        store_i64(sync + STATUS, 0 if healthy else 1)
+        limit = load_f32(settings + 4 * CLIP_NORM)
+        scale = limit / (norm + 1e-6) if limit > 0.0 else 1.0
+        store_f32(settings + 4 * GRADIENT_SCALE, min(1.0, scale))
+
+    return body
+
+
+@kernel("weight", "grad", "velocity", "count", "settings", "decay")
+def sgd():  # type: ignore[no-untyped-def]
+    """SGD with momentum as in ``torch.optim.SGD`` (no dampening). Job: ``JOB`` floats.
+
+    ``decay`` is 1 where weight decay applies, else 0; ``velocity`` is 0 (no address) without momentum.
+    """
+
+    def body(args, first, last):  # type: ignore[no-untyped-def]
+        weight, grad, velocity, count, settings, decay = arguments(args, 6)
+        scale = broadcast(load_f32(settings + 4 * GRADIENT_SCALE), WIDTH)
+        lr = broadcast(-load_f32(settings + 4 * LR), WIDTH)
+        shrink = broadcast(load_f32(settings + 4 * WEIGHT_DECAY) * decay, WIDTH)
+        momentum = broadcast(load_f32(settings + 4 * MOMENTUM), WIDTH)
+        nesterov = load_f32(settings + 4 * NESTEROV) != 0.0
+        for job in range(first, last):
+            for i in range(job * JOB, min(count, (job + 1) * JOB), WIDTH):
+                w = load(weight + 4 * i, WIDTH)
+                g = fma(shrink, w, load(grad + 4 * i, WIDTH) * scale)
+                if velocity != 0:
+                    v = fma(momentum, load(velocity + 4 * i, WIDTH), g)
+                    store(velocity + 4 * i, v)
+                    g = fma(momentum, v, g) if nesterov else v
+                store(weight + 4 * i, fma(lr, g, w))
+
+    return body
+
+
+@kernel("weight", "grad", "first_moment", "second_moment", "count", "settings", "decay")
+def adam():  # type: ignore[no-untyped-def]
+    """Adam and AdamW as in PyTorch (Kingma and Ba 2015, algorithm 1; Loshchilov and Hutter 2019). Job: ``JOB`` floats."""
+
+    def body(args, first, last):  # type: ignore[no-untyped-def]
+        weight, grad, first_moment, second_moment, count, settings, decay = arguments(args, 7)
+        scale = broadcast(load_f32(settings + 4 * GRADIENT_SCALE), WIDTH)
+        shrink = load_f32(settings + 4 * WEIGHT_DECAY) * decay
+        decoupled = load_f32(settings + 4 * DECOUPLED)
+        coupled = broadcast(shrink * (1.0 - decoupled), WIDTH)
+        keep = broadcast(1.0 - decoupled * load_f32(settings + 4 * LR) * shrink, WIDTH)
+        beta1, beta2 = load_f32(settings + 4 * BETA1), load_f32(settings + 4 * BETA2)
+        b1, b2 = broadcast(beta1, WIDTH), broadcast(beta2, WIDTH)
+        c1, c2 = broadcast(1.0 - beta1, WIDTH), broadcast(1.0 - beta2, WIDTH)
+        epsilon = broadcast(load_f32(settings + 4 * EPSILON), WIDTH)
+        lr = broadcast(-load_f32(settings + 4 * ADAM_LR), WIDTH)
+        correction = broadcast(load_f32(settings + 4 * ADAM_CORRECTION), WIDTH)
+        for job in range(first, last):
+            for i in range(job * JOB, min(count, (job + 1) * JOB), WIDTH):
+                w = load(weight + 4 * i, WIDTH)
+                g = fma(coupled, w, load(grad + 4 * i, WIDTH) * scale)
+                m = fma(b1, load(first_moment + 4 * i, WIDTH), c1 * g)
+                v = fma(b2, load(second_moment + 4 * i, WIDTH), c2 * (g * g))
+                store(first_moment + 4 * i, m)
+                store(second_moment + 4 * i, v)
+                store(weight + 4 * i, fma(lr, m / fma(sqrt(v), correction, epsilon), w * keep))
+
+    return body

@@ -1,0 +1,357 @@
+"""Convolution and fully connected layers: one gather-multiply, one gather-correlate, different offset tables.
+
+Every product is ``y[channel][pixel] = sum over terms of weight[term][channel] * x[pixel + term]``:
+
+- forward: a term is (input channel, kernel position), a pixel is an output pixel;
+- input gradient: the output gradient is gathered; with stride s there are s x s
+  phases, each a stride-1 product with the kernel positions that meet that phase;
+- weight gradient: the sum runs over pixels and samples instead;
+- a fully connected layer is a 1x1 convolution of 1x1 maps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from edgetrain.arrays import map_sizes
+from edgetrain.errors import GraphError
+from edgetrain.graph import Node, Shape, Value
+from edgetrain.kernels import reference
+from edgetrain.ops.geometry import Pair, Window, channels_of, out_shape, window_of
+from edgetrain.ops.registry import NO_BORDER, Array, Border, Op, describe, register
+
+if TYPE_CHECKING:
+    from edgetrain.autodiff import Tape
+    from edgetrain.plan import Lowering
+
+
+@dataclass(frozen=True)
+class Product(Window):
+    """A convolution's sizes and the byte strides of its weights."""
+
+    channels_in: int = 1
+    channels_out: int = 1
+    groups: int = 1
+    weight_out: int = 4
+    weight_in: int = 4
+    weight_tap: int = 4
+
+    @property
+    def inputs(self) -> int:
+        """Input channels of a group."""
+        return self.channels_in // self.groups
+
+    @property
+    def outputs(self) -> int:
+        """Output channels of a group."""
+        return self.channels_out // self.groups
+
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulates per sample."""
+        return self.channels_out * self.inputs * len(self.taps) * self.out[0] * self.out[1]
+
+    @property
+    def grad_border(self) -> Border:
+        """Zeros that the input gradient touches around the output gradient."""
+        top, bottom = _reach(self, 0)
+        left, right = _reach(self, 1)
+        return (top, left, bottom, right)
+
+
+def _phase(g: Product, axis: int, first: int) -> list[Pair]:
+    """Return (kernel position, offset in the output) that meet input pixels ``first + n * stride`` at output ``n``."""
+    stride, dilation, pad = g.strides[axis], g.dilations[axis], g.pads[axis]
+    places = [(k, first + pad - k * dilation) for k in range(g.kernel[axis])]
+    return [(k, place // stride) for k, place in places if place % stride == 0]
+
+
+def _reach(g: Product, axis: int) -> Pair:
+    """Return how far before the first and behind the last output pixel the input gradient reads."""
+    before, behind = 0, 0
+    for first in range(min(g.strides[axis], g.size[axis])):
+        steps = (g.size[axis] - first - 1) // g.strides[axis]
+        for _, offset in _phase(g, axis, first):
+            before = max(before, -offset)
+            behind = max(behind, offset + steps - (g.out[axis] - 1))
+    return before, behind
+
+
+def conv_of(node: Node, x: Value, weight: Value) -> Product:
+    """Work out the sizes of a Conv node.
+
+    Raises:
+        GraphError: weights, groups or bias do not fit the input.
+    """
+    if weight.batched or len(weight.shape) not in (3, 4):
+        raise GraphError(f"{describe(node)}: weights must be a parameter of shape (O, C/groups, [KH,] KW), got {weight}")
+    groups, (outputs, inputs, *kernel) = int(node.get("group", 1)), weight.shape
+    if tuple(node.get("kernel_shape") or kernel) != tuple(kernel):
+        raise GraphError(f"{describe(node)}: kernel_shape={node.get('kernel_shape')} but the weights have {kernel}")
+    channels = channels_of(x)
+    if channels != inputs * groups:
+        raise GraphError(f"{describe(node)}: {channels} input channels, expected {inputs} x {groups} groups")
+    if outputs % groups:
+        raise GraphError(f"{describe(node)}: {outputs} output channels (weights) not divisible by {groups} groups")
+    window, taps = window_of(node, x, tuple(kernel)), int(np.prod(kernel))
+    return Product(
+        **vars(window), channels_in=channels, channels_out=outputs, groups=groups,
+        weight_out=4 * inputs * taps, weight_in=4 * taps, weight_tap=4,
+    )  # fmt: skip
+
+
+def dense_of(node: Node, x: Value, weight: Value) -> Product:
+    """Work out the sizes of a Gemm or MatMul node, as a 1x1 convolution.
+
+    Raises:
+        GraphError: the input is not a vector per sample, or the weights do not fit.
+    """
+    if not x.batched or len(x.shape) != 1 or weight.batched or len(weight.shape) != 2:
+        raise GraphError(f"{describe(node)}: expected an input (N, F) and weights of two sizes; flatten the input first")
+    if any(float(node.get(a, 1.0)) != 1.0 for a in ("alpha", "beta")) or node.get("transA", 0):
+        raise GraphError(f"{describe(node)}: alpha and beta must be 1 and transA 0; fold them into the weights")
+    transposed = bool(node.get("transB", 0))
+    outputs, inputs = weight.shape if transposed else weight.shape[::-1]
+    if inputs != x.shape[0]:
+        raise GraphError(f"{describe(node)}: {x.shape[0]} features given, the weights expect {inputs}")
+    strides = (4 * inputs, 4) if transposed else (4, 4 * outputs)
+    return Product(
+        (1, 1), (1, 1), (1, 1), NO_BORDER, (1, 1), (1, 1), channels_in=inputs, channels_out=outputs,
+        weight_out=strides[0], weight_in=strides[1],
+    )  # fmt: skip
+
+
+class ProductOp(Op):
+    """What Conv, Gemm and MatMul share. ``geometry(node, x, weight)`` is their only difference."""
+
+    arity = (2, 3)
+
+    def geometry(self, node: Node, x: Value, weight: Value) -> Product:
+        """Return the sizes."""
+        raise NotImplementedError
+
+    def product(self, node: Node) -> Product:
+        """Return the sizes of a forward node."""
+        return self.geometry(node, node.x, node.input(1))
+
+    def infer(self, node: Node) -> Sequence[tuple[Shape, bool]]:
+        """(C, H, W) -> (O, OH, OW), or (F,) -> (O,)."""
+        g, bias = self.product(node), node.optional(2)
+        if bias is not None and (bias.batched or bias.size != g.channels_out):
+            raise GraphError(f"{describe(node)}: the bias must be a parameter of {g.channels_out} numbers, got {bias}")
+        return [(out_shape(g.channels_out, g, len(node.x.shape) - 1), True)]
+
+    def reference(self, node: Node, *inputs: Array) -> tuple[Array, ...]:
+        """See ``kernels.reference.conv``."""
+        g, (x, w) = self.product(node), inputs[:2]
+        bias = inputs[2].reshape(-1) if len(inputs) > 2 else None
+        y = reference.conv(as_maps(x), as_kernels(w, g), bias, g)
+        return (y.reshape(x.shape[0], *node.y.shape),)
+
+    def gradient(self, node: Node, grad_out: Sequence[str | None], tape: Tape) -> Sequence[str | None]:
+        """Input, weight and bias gradients, each only when needed."""
+        grad, (x, weight, bias) = grad_out[0], (node.x, node.input(1), node.optional(2))
+        shared = {**node.attributes, "forward": node.op_type}
+        grad_x = grad_w = grad_b = None
+        if tape.needs(x):
+            grad_x = tape.add("ProductInputGrad", [grad, weight.name], like=x, **shared)
+        if tape.needs(weight):
+            grad_w = tape.add("ProductWeightGrad", [x.name, grad], like=weight, **shared)
+        if bias is not None and tape.needs(bias):
+            grad_b = tape.add("SumTo", [grad], like=bias, per_channel=1)
+        return [grad_x, grad_w, grad_b]
+
+    def macs(self, node: Node) -> int:
+        """Output pixels times weights."""
+        return self.product(node).macs
+
+    def borders(self, node: Node) -> Sequence[Border]:
+        """The padding that windows touch."""
+        return [self.product(node).border, NO_BORDER, NO_BORDER]
+
+    def lower(self, node: Node, low: Lowering) -> None:
+        """Pack the weights, then one gather-multiply."""
+        g, x, y = self.product(node), low.layout(node.x), low.layout(node.y)
+        terms = [
+            c * x.channel + (i * g.dilations[0] - g.pads[0]) * x.row + (j * g.dilations[1] - g.pads[1]) * x.pixel
+            for c in range(g.inputs)
+            for i, j in g.taps
+        ]
+        sources = [c * g.weight_in + t * g.weight_tap for c in range(g.inputs) for t in range(len(g.taps))]
+        bias = node.optional(2)
+        low.multiply(
+            low.address(node.x), x, low.address(node.y), y, pixels=forward_pixels(g, x.row, x.pixel, y.row, y.pixel),
+            terms=terms, weight=low.address(node.input(1)), sources=sources, weight_channel=g.weight_out,
+            weight_group=g.outputs * g.weight_out, groups=g.groups, inputs=g.inputs, outputs=g.outputs,
+            bias=low.address(bias) if bias is not None else None,
+        )  # fmt: skip
+
+
+def forward_pixels(g: Window, x_row: int, x_pixel: int, y_row: int, y_pixel: int) -> list[Pair]:
+    """Return (input, output) byte offsets of every output pixel."""
+    return [
+        (h * g.strides[0] * x_row + w * g.strides[1] * x_pixel, h * y_row + w * y_pixel)
+        for h in range(g.out[0])
+        for w in range(g.out[1])
+    ]
+
+
+def as_maps(x: Array) -> Array:
+    """Reshape ``(N, C, ...)`` to ``(N, C, H, W)``."""
+    return x.reshape(x.shape[0], *map_sizes(x.shape[1:]))
+
+
+def as_kernels(w: Array, g: Product) -> Array:
+    """Reshape weights to ``(O, C / groups, KH, KW)``."""
+    if w.ndim == 2 and g.weight_out == 4:  # (inputs, outputs)
+        w = w.T
+    return w.reshape(g.channels_out, g.inputs, *g.kernel)
+
+
+@register
+class Conv(ProductOp):
+    """ONNX Conv over ``(N, C, H, W)`` or ``(N, C, W)``: x, weights ``(O, C/group, ...)``, optional bias ``(O,)``."""
+
+    name = "Conv"
+    attributes = ("kernel_shape", "strides", "pads", "dilations", "group", "auto_pad")
+
+    def geometry(self, node: Node, x: Value, weight: Value) -> Product:
+        """See ``conv_of``."""
+        return conv_of(node, x, weight)
+
+
+@register
+class Gemm(ProductOp):
+    """ONNX Gemm: ``(N, F)`` times weights ``(F, O)``, or ``(O, F)`` with ``transB=1``, plus a bias."""
+
+    name = "Gemm"
+    attributes = ("transA", "transB", "alpha", "beta")
+
+    def geometry(self, node: Node, x: Value, weight: Value) -> Product:
+        """See ``dense_of``."""
+        return dense_of(node, x, weight)
+
+
+@register
+class MatMul(Gemm):
+    """ONNX MatMul with a parameter: ``(N, F)`` times ``(F, O)``."""
+
+    name = "MatMul"
+    arity = (2, 2)
+    attributes = ()
+
+
+class ProductGrad(Op):
+    """Shared by both product gradients; attribute ``forward`` names the operator whose gradient this is."""
+
+    arity = (2, 2)
+    training_only = True
+    attributes = (*Conv.attributes, *Gemm.attributes, "forward", "like")
+
+    def geometry(self, node: Node, x: Value, weight: Value) -> Product:
+        """Return the sizes of the forward node."""
+        return conv_of(node, x, weight) if node.get("forward") == "Conv" else dense_of(node, x, weight)
+
+    def product(self, node: Node) -> Product:
+        """Return the sizes of the forward node."""
+        raise NotImplementedError
+
+    def infer(self, node: Node) -> Sequence[tuple[Shape, bool]]:
+        """The shape of what the gradient is of."""
+        like: Value = node.get("like")
+        return [(like.shape, like.batched)]
+
+    def macs(self, node: Node) -> int:
+        """As many as the forward product."""
+        return self.product(node).macs
+
+
+@register
+class ProductInputGrad(ProductGrad):
+    """Gradient of a product's input: (grad_out, weights) -> grad_x."""
+
+    name = "ProductInputGrad"
+
+    def product(self, node: Node) -> Product:
+        """Return the sizes of the forward node."""
+        return self.geometry(node, node.get("like"), node.input(1))
+
+    def reference(self, node: Node, *inputs: Array) -> tuple[Array, ...]:
+        """See ``kernels.reference.conv_input_gradient``."""
+        g, (grad_out, w) = self.product(node), inputs
+        grad = reference.conv_input_gradient(as_maps(grad_out), as_kernels(w, g), g)
+        return (grad.reshape(grad_out.shape[0], *node.y.shape),)
+
+    def borders(self, node: Node) -> Sequence[Border]:
+        """Zeros around the output gradient."""
+        return [self.product(node).grad_border, NO_BORDER]
+
+    def lower(self, node: Node, low: Lowering) -> None:
+        """One gather-multiply per phase of the stride; a phase that no window meets becomes 0."""
+        g = self.product(node)
+        for first_row in range(min(g.strides[0], g.size[0])):
+            for first_column in range(min(g.strides[1], g.size[1])):
+                self._lower_phase(node, low, g, (first_row, first_column))
+
+    def _lower_phase(self, node: Node, low: Lowering, g: Product, first: Pair) -> None:
+        grad, out = low.layout(node.x), low.layout(node.y)
+        taps = [(i, j, a, b) for i, a in _phase(g, 0, first[0]) for j, b in _phase(g, 1, first[1])]
+        terms = [c * grad.channel + a * grad.row + b * grad.pixel for c in range(g.outputs) for _, _, a, b in taps]
+        sources = [
+            c * g.weight_out + (i * g.kernel[1] + j) * g.weight_tap for c in range(g.outputs) for i, j, _, _ in taps
+        ]
+        pixels = [
+            (n * grad.row + m * grad.pixel, h * out.row + w * out.pixel)
+            for n, h in enumerate(range(first[0], g.size[0], g.strides[0]))
+            for m, w in enumerate(range(first[1], g.size[1], g.strides[1]))
+        ]
+        low.multiply(
+            low.address(node.x), grad, low.address(node.y), out, pixels=pixels, terms=terms,
+            weight=low.address(node.input(1)), sources=sources, weight_channel=g.weight_in,
+            weight_group=g.outputs * g.weight_out, groups=g.groups, inputs=g.outputs, outputs=g.inputs, bias=None,
+        )  # fmt: skip
+
+
+@register
+class ProductWeightGrad(ProductGrad):
+    """Gradient of a product's weights, summed over the batch: (x, grad_out) -> grad_w."""
+
+    name = "ProductWeightGrad"
+
+    def product(self, node: Node) -> Product:
+        """Return the sizes of the forward node."""
+        return self.geometry(node, node.x, node.get("like"))
+
+    def reference(self, node: Node, *inputs: Array) -> tuple[Array, ...]:
+        """See ``kernels.reference.conv_weight_gradient``."""
+        g, (x, grad_out) = self.product(node), inputs
+        grad = reference.conv_weight_gradient(as_maps(x), as_maps(grad_out), g)
+        transposed = len(node.y.shape) == 2 and g.weight_out == 4
+        return (grad.reshape(g.channels_out, g.inputs).T if transposed else grad.reshape(node.y.shape),)
+
+    def borders(self, node: Node) -> Sequence[Border]:
+        """The padding that windows touch."""
+        return [self.product(node).border, NO_BORDER]
+
+    def lower(self, node: Node, low: Lowering) -> None:
+        """One gather-correlate."""
+        g, x, grad = self.product(node), low.layout(node.x), low.layout(node.input(1))
+        terms = [
+            (
+                c * x.channel + (i * g.dilations[0] - g.pads[0]) * x.row + (j * g.dilations[1] - g.pads[1]) * x.pixel,
+                c * g.weight_in + (i * g.kernel[1] + j) * g.weight_tap,
+            )
+            for c in range(g.inputs)
+            for i, j in g.taps
+        ]
+        low.correlate(
+            low.address(node.x), x, low.address(node.input(1)), grad, low.address(node.y),
+            pixels=forward_pixels(g, x.row, x.pixel, grad.row, grad.pixel), terms=terms, groups=g.groups,
+            inputs=g.inputs, outputs=g.outputs, weight_channel=g.weight_out, weight_group=g.outputs * g.weight_out,
+        )  # fmt: skip
+
+

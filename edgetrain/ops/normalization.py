@@ -1,0 +1,186 @@
+"""Batch normalisation and dropout: the two operators that behave differently in training and inference."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from edgetrain.errors import GraphError
+from edgetrain.graph import Node, Shape, Value
+from edgetrain.kernels import reference
+from edgetrain.ops.geometry import channels_of
+from edgetrain.ops.registry import Array, Op, describe, register
+
+if TYPE_CHECKING:
+    from edgetrain.autodiff import Tape
+    from edgetrain.plan import Lowering
+
+
+def check_channels(node: Node, count: int) -> None:
+    """Check that the inputs after the first are ``count`` parameters of one number per channel.
+
+    Raises:
+        GraphError: one is not.
+    """
+    channels = channels_of(node.x)
+    for value in node.inputs[1 : 1 + count]:
+        if value is None or value.batched or value.shape != (channels,):
+            raise GraphError(f"{describe(node)}: scale, bias, mean and variance must be parameters of shape ({channels},)")
+
+
+@register
+class BatchNormalization(Op):
+    """ONNX BatchNormalization for inference, with running statistics.
+
+    In a training graph autodiff replaces it by ``BatchNormalizationTraining``.
+    Attribute ``momentum`` in ONNX's sense: ``running = momentum * running + (1 - momentum) * batch``.
+    """
+
+    name = "BatchNormalization"
+    arity = (5, 5)
+    in_place = 0
+    attributes = ("epsilon", "momentum", "spatial", "training_mode")
+
+    def infer(self, node: Node) -> Sequence[tuple[Shape, bool]]:
+        """Same shape."""
+        check_channels(node, 4)
+        return [(node.x.shape, True)]
+
+    def reference(self, node: Node, *inputs: Array) -> tuple[Array, ...]:
+        """``(x - mean) / sqrt(variance + epsilon) * scale + bias``."""
+        x, scale, bias, mean, variance = inputs
+        factor = scale / np.sqrt(variance + epsilon_of(node))
+        wide = reference.channelwise
+        return ((x - wide(mean, x)) * wide(factor, x) + wide(bias, x),)
+
+    def lower(self, node: Node, low: Lowering) -> None:
+        """One pass."""
+        low.batch_norm_inference(node, epsilon_of(node))
+
+
+def epsilon_of(node: Node) -> float:
+    """Return the attribute, 1e-5 by default."""
+    return float(node.get("epsilon", 1e-5))
+
+
+@register
+class BatchNormalizationTraining(Op):
+    """(x, scale, bias, running mean, running variance) -> (y, mean, variance, 1 / std) with the batch's statistics.
+
+    Ioffe and Szegedy 2015, algorithm 1. The running statistics move when the step is applied.
+    """
+
+    name = "BatchNormalizationTraining"
+    arity = (5, 5)
+    training_only = True
+    attributes = BatchNormalization.attributes
+
+    def output_count(self, node: Node) -> int:
+        """Four."""
+        return 4
+
+    def infer(self, node: Node) -> Sequence[tuple[Shape, bool]]:
+        """Same shape, and three vectors of channels."""
+        check_channels(node, 4)
+        return [(node.x.shape, True)] + [((channels_of(node.x),), False)] * 3
+
+    def reference(self, node: Node, *inputs: Array) -> tuple[Array, ...]:
+        """See ``kernels.reference.batch_norm``."""
+        return reference.batch_norm(inputs[0], inputs[1], inputs[2], epsilon_of(node))
+
+    def gradient(self, node: Node, grad_out: Sequence[str | None], tape: Tape) -> Sequence[str | None]:
+        """All three gradients in one node: they share their sums."""
+        x, scale, bias, mean, inverse = node.x, node.input(1), node.input(2), node.outputs[1], node.outputs[3]
+        grads = tape.add_many(
+            "BatchNormalizationGrad", [x.name, grad_out[0], scale.name, mean.name, inverse.name], 3, like=x
+        )
+        return [grads[0] if tape.needs(x) else None, grads[1] if tape.needs(scale) else None,
+                grads[2] if tape.needs(bias) else None, None, None]  # fmt: skip
+
+    def lower(self, node: Node, low: Lowering) -> None:
+        """Three passes per channel, and the move of the running statistics in the update."""
+        low.batch_norm(node, epsilon_of(node), float(node.get("momentum", 0.9)))
+
+
+@register
+class BatchNormalizationGrad(Op):
+    """(x, grad_out, scale, mean, 1 / std) -> (grad_x, grad_scale, grad_bias)."""
+
+    name = "BatchNormalizationGrad"
+    arity = (5, 5)
+    in_place = 1
+    training_only = True
+    attributes = ("like",)
+
+    def output_count(self, node: Node) -> int:
+        """Three."""
+        return 3
+
+    def infer(self, node: Node) -> Sequence[tuple[Shape, bool]]:
+        """Same shape, and two vectors of channels."""
+        like: Value = node.get("like")
+        return [(like.shape, True)] + [((channels_of(like),), False)] * 2
+
+    def reference(self, node: Node, *inputs: Array) -> tuple[Array, ...]:
+        """See ``kernels.reference.batch_norm_gradient``."""
+        return reference.batch_norm_gradient(*inputs)
+
+    def lower(self, node: Node, low: Lowering) -> None:
+        """Two passes per channel."""
+        low.batch_norm_gradient(node)
+
+
+@register
+class Dropout(Op):
+    """ONNX Dropout in inference: nothing. Autodiff replaces it by ``DropoutTraining``."""
+
+    name = "Dropout"
+    in_place = 0
+    attributes = ("ratio", "seed")
+
+    def infer(self, node: Node) -> Sequence[tuple[Shape, bool]]:
+        """Same shape; the ratio must be at least 0 and below 1."""
+        ratio = float(node.get("ratio", 0.5))
+        if not 0 <= ratio < 1:
+            raise GraphError(f"{describe(node)}: ratio={ratio}, expected at least 0 and below 1")
+        return [(node.x.shape, node.x.batched)]
+
+    def reference(self, node: Node, *inputs: Array) -> tuple[Array, ...]:
+        """Nothing."""
+        return (inputs[0],)
+
+    def lower(self, node: Node, low: Lowering) -> None:
+        """Nothing to do when the output took over the input's memory."""
+        low.copy(node.x, node.y)
+
+
+@register
+class DropoutTraining(Op):
+    """Zero a share ``ratio`` of the elements, scale the rest (Srivastava et al. 2014, inverted form).
+
+    The same node serves forward and backward: the decision is a function of the
+    counters (seed, step, ``stream``, sample, element), so no mask is saved.
+    """
+
+    name = "DropoutTraining"
+    in_place = 0
+    training_only = True
+    attributes = ("ratio", "seed", "stream", "like")
+
+    def infer(self, node: Node) -> Sequence[tuple[Shape, bool]]:
+        """Same shape."""
+        return [(node.x.shape, True)]
+
+    def reference(self, node: Node, *inputs: Array) -> tuple[Array, ...]:
+        """Without randomness the readable twin is the expectation: nothing. Masks are tested by their statistics."""
+        return (inputs[0],)
+
+    def gradient(self, node: Node, grad_out: Sequence[str | None], tape: Tape) -> Sequence[str | None]:
+        """The same mask on the gradient."""
+        return [tape.add("DropoutTraining", [grad_out[0]], like=node.x, **dict(node.attributes))]
+
+    def lower(self, node: Node, low: Lowering) -> None:
+        """One pass."""
+        low.dropout(node.x, node.y, float(node.get("ratio", 0.5)), int(node.get("stream", 0)))

@@ -1,0 +1,193 @@
+"""Operators that only move data: Flatten, Reshape, Concat, Pad, and the slices that undo them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from edgetrain.arrays import map_sizes
+from edgetrain.errors import GraphError
+from edgetrain.graph import Node, Shape, Value
+from edgetrain.ops.geometry import channels_of
+from edgetrain.ops.registry import Array, Op, describe, register
+
+if TYPE_CHECKING:
+    from edgetrain.autodiff import Tape
+    from edgetrain.plan import Lowering
+
+
+@register
+class Reshape(Op):
+    """Give every sample another shape; attribute ``shape`` leaves the batch dimension out, one size may be -1."""
+
+    name = "Reshape"
+    attributes = ("shape",)
+
+    def target(self, node: Node) -> Shape:
+        """Return the per-sample output shape.
+
+        Raises:
+            GraphError: the number of elements changes.
+        """
+        shape = [int(n) for n in node.get("shape") or ()]
+        if shape.count(-1) == 1:
+            rest = math.prod(n for n in shape if n != -1)
+            shape[shape.index(-1)] = node.x.size // max(1, rest)
+        if math.prod(shape) != node.x.size:
+            raise GraphError(f"{describe(node)}: {node.x.size} elements per sample do not fit the shape {shape}")
+        return tuple(shape)
+
+    def infer(self, node: Node) -> Sequence[tuple[Shape, bool]]:
+        """The target shape."""
+        return [(self.target(node), True)]
+
+    def reference(self, node: Node, *inputs: Array) -> tuple[Array, ...]:
+        """NumPy's reshape."""
+        return (inputs[0].reshape(inputs[0].shape[0], *node.y.shape),)
+
+    def gradient(self, node: Node, grad_out: Sequence[str | None], tape: Tape) -> Sequence[str | None]:
+        """Reshape back."""
+        return [tape.add("Reshape", [grad_out[0]], like=node.x, shape=node.x.shape)]
+
+    def lower(self, node: Node, low: Lowering) -> None:
+        """Nothing when both share memory, else a copy."""
+        low.copy(node.x, node.y)
+
+
+@register
+class Flatten(Reshape):
+    """ONNX Flatten with ``axis=1``: one vector per sample."""
+
+    name = "Flatten"
+    attributes = ("axis",)
+
+    def target(self, node: Node) -> Shape:
+        """Return ``(F,)``.
+
+        Raises:
+            GraphError: another axis than 1.
+        """
+        axis = int(node.get("axis", 1))
+        if axis not in (1, -len(node.x.shape)):
+            raise GraphError(f"{describe(node)}: axis={axis}; only axis=1 keeps one vector per sample")
+        return (node.x.size,)
+
+
+@register
+class Concat(Op):
+    """ONNX Concat along the channels (``axis=1``)."""
+
+    name = "Concat"
+    arity = (1, 1024)
+    attributes = ("axis",)
+
+    def infer(self, node: Node) -> Sequence[tuple[Shape, bool]]:
+        """Channels add up; all other sizes must be equal."""
+        values = [v for v in node.inputs if v is not None]
+        rank = len(node.x.shape)
+        axis = int(node.get("axis", 1))
+        if axis not in (1, -rank) or len({(v.shape[1:], v.batched) for v in values}) != 1 or rank == 0:
+            raise GraphError(f"{describe(node)}: axis={axis}; only axis=1 of batched values with equal maps is supported")
+        return [((sum(v.shape[0] for v in values), *node.x.shape[1:]), True)]
+
+    def reference(self, node: Node, *inputs: Array) -> tuple[Array, ...]:
+        """NumPy's concatenate."""
+        return (np.concatenate(inputs, axis=1),)
+
+    def gradient(self, node: Node, grad_out: Sequence[str | None], tape: Tape) -> Sequence[str | None]:
+        """Each input's channels."""
+        grads, start = [], 0
+        for value in node.inputs:
+            assert value is not None
+            wanted = tape.needs(value)
+            grads.append(tape.add("ChannelSlice", [grad_out[0]], like=value, start=start) if wanted else None)
+            start += value.shape[0]
+        return grads
+
+    def lower(self, node: Node, low: Lowering) -> None:
+        """One copy per input."""
+        start, y = 0, low.layout(node.y)
+        for value in node.inputs:
+            assert value is not None
+            low.copy_part(value, node.y, to=start * y.channel)
+            start += channels_of(value)
+
+
+@register
+class ChannelSlice(Op):
+    """Channels ``start`` to ``start + C`` of a value, C from attribute ``like``."""
+
+    name = "ChannelSlice"
+    training_only = True
+    attributes = ("like", "start")
+
+    def infer(self, node: Node) -> Sequence[tuple[Shape, bool]]:
+        """The shape of ``like``."""
+        like: Value = node.get("like")
+        return [(like.shape, True)]
+
+    def reference(self, node: Node, *inputs: Array) -> tuple[Array, ...]:
+        """A slice."""
+        start = node.get("start")
+        return (inputs[0][:, start : start + node.y.shape[0]],)
+
+    def lower(self, node: Node, low: Lowering) -> None:
+        """One copy."""
+        low.copy_part(node.x, node.y, source=node.get("start") * low.layout(node.x).channel)
+
+
+def _pad_axes(node: Node) -> list[tuple[int, int]]:
+    """Return (before, behind) for channels, rows, columns.
+
+    Raises:
+        GraphError: the pads touch the batch, or have the wrong number.
+    """
+    rank = len(node.x.shape)
+    pads = [int(n) for n in node.get("pads") or ()]
+    if len(pads) != 2 * (rank + 1) or pads[0] or pads[rank + 1] or not 1 <= rank <= 3:
+        raise GraphError(f"{describe(node)}: pads={pads}, expected {2 * (rank + 1)} numbers that leave the batch alone")
+    pairs = list(zip(pads[1 : rank + 1], pads[rank + 2 :], strict=True))
+    return {1: [pairs[0], (0, 0), (0, 0)], 2: [pairs[0], (0, 0), pairs[-1]]}.get(rank, pairs)
+
+
+@register
+class Pad(Op):
+    """ONNX Pad, constant mode; negative pads crop. Attributes ``pads`` (batch included) and ``value``."""
+
+    name = "Pad"
+    attributes = ("pads", "value")
+
+    def infer(self, node: Node) -> Sequence[tuple[Shape, bool]]:
+        """Sizes plus pads."""
+        sizes = map_sizes(node.x.shape)
+        grown = tuple(n + a + b for n, (a, b) in zip(sizes, _pad_axes(node), strict=True))
+        return [({1: grown[:1], 2: (grown[0], grown[2])}.get(len(node.x.shape), grown), True)]
+
+    def reference(self, node: Node, *inputs: Array) -> tuple[Array, ...]:
+        """NumPy's pad after cropping."""
+        x = inputs[0].reshape(inputs[0].shape[0], *map_sizes(node.x.shape))
+        axes = _pad_axes(node)
+        inside = tuple(slice(max(0, -a), n - max(0, -b)) for n, (a, b) in zip(x.shape[1:], axes, strict=True))
+        widths = [(0, 0), *[(max(0, a), max(0, b)) for a, b in axes]]
+        y = np.pad(x[(slice(None), *inside)], widths, constant_values=node.get("value", 0.0))
+        return (y.reshape(x.shape[0], *node.y.shape),)
+
+    def gradient(self, node: Node, grad_out: Sequence[str | None], tape: Tape) -> Sequence[str | None]:
+        """Pad by the negative amounts."""
+        return [tape.add("Pad", [grad_out[0]], like=node.x, pads=[-int(n) for n in node.get("pads")], value=0.0)]
+
+    def lower(self, node: Node, low: Lowering) -> None:
+        """Fill, then copy the part that both have."""
+        x, y, axes = low.layout(node.x), low.layout(node.y), _pad_axes(node)
+        if any(a > 0 or b > 0 for a, b in axes):
+            low.fill(node.y, float(node.get("value", 0.0)))
+        skip, start = [max(0, -a) for a, _ in axes], [max(0, a) for a, _ in axes]
+        sizes = [n - s - max(0, -b) for n, s, (_, b) in zip(map_sizes(node.x.shape), skip, axes, strict=True)]
+        low.copy_part(
+            node.x, node.y, sizes=(sizes[0], sizes[1], sizes[2]),
+            source=skip[0] * x.channel + skip[1] * x.row + skip[2] * x.pixel,
+            to=start[0] * y.channel + start[1] * y.row + start[2] * y.pixel,
+        )  # fmt: skip
