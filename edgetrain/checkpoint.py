@@ -1,0 +1,204 @@
+"""Checkpoints: everything a learner needs to go on exactly, in one file that survives a power cut.
+
+Floor 6. The file is safetensors (tensors and text, nothing executable); its one metadata entry holds JSON: the
+graph, the settings, the position in the data, the history, and a SHA-256 over all of it. A file is first written
+beside its destination, then synced and renamed, so the destination is always a whole file, old or new.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgetrain.errors import CheckpointError
+from edgetrain.graph_json import graph_from_dict, graph_to_dict
+
+if TYPE_CHECKING:
+    from edgetrain.learner import Learner
+
+FORMAT_VERSION = 1
+_ENTRY = "edgetrain"
+_REMEDY = "use another checkpoint of the run (such as best.safetensors), or train again"
+
+Tensors = dict[str, NDArray[Any]]
+
+
+def save_checkpoint(learner: Learner, path: str | os.PathLike[str]) -> None:
+    """Write a learner to one file; a crash at any moment leaves the old file or the new one, never a part.
+
+    Args:
+        learner: is not changed.
+        path: of the file; its folder must exist.
+
+    Raises:
+        CheckpointError: the file cannot be written.
+    """
+    tensors, meta = learner.state()
+    arrays = learner.graph.arrays | learner.parameters()
+    tensors = {f"state/{name}": np.ascontiguousarray(array) for name, array in tensors.items()}
+    tensors |= {f"graph/{name}": array for name, array in arrays.items()}
+    tensors, aliases = _without_duplicates(tensors)
+    table = {
+        "format_version": FORMAT_VERSION,
+        "graph": graph_to_dict(learner.graph),
+        "learner": meta,
+        "aliases": aliases,
+    }
+    write_file(path, _encode(tensors, table))
+
+
+def load_checkpoint(path: str | os.PathLike[str]) -> Learner:
+    """Return the learner that ``save_checkpoint`` wrote, ready to go on exactly.
+
+    Raises:
+        CheckpointError: the file is missing, truncated, damaged, or of another format version.
+    """
+    tensors, table = read_checkpoint(path)
+    try:
+        arrays = {name[6:]: array for name, array in tensors.items() if name.startswith("graph/")}
+        state = {name[6:]: array for name, array in tensors.items() if name.startswith("state/")}
+        graph = graph_from_dict(table["graph"], arrays)
+        return _learner(graph, state, table["learner"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: the content does not fit together ({error!r}); {_REMEDY}") from error
+
+
+def read_checkpoint(path: str | os.PathLike[str]) -> tuple[Tensors, dict[str, Any]]:
+    """Return the tensors and the JSON of a checkpoint after checking its hash.
+
+    Raises:
+        CheckpointError: the file is missing, truncated, damaged, or of another format version.
+    """
+    path = Path(path)
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: no such checkpoint; check the path") from None
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror}); expected a checkpoint file") from error
+    tensors, table = _decode(path, content)
+    for name, original in table["aliases"].items():
+        tensors[name] = tensors[original]
+    return tensors, table
+
+
+def write_file(path: str | os.PathLike[str], content: bytes) -> None:
+    """Replace a file in one step: temporary file, fsync, rename, fsync of the folder.
+
+    Temporary files that a crash left behind are removed first.
+
+    Raises:
+        CheckpointError: the folder is missing, full or not writable; the old file is untouched.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        _remove_orphans(path)
+        _write_synced(temporary, content)
+        os.replace(temporary, path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        message = f"{path}: cannot be written ({error.strerror}); free space or choose another folder"
+        raise CheckpointError(message) from error
+
+
+def _write_synced(path: Path, content: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    # Without this the rename itself may be lost in a power cut.
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _remove_orphans(path: Path) -> None:
+    for orphan in path.parent.glob(f".{path.name}.*.tmp"):
+        owner = orphan.name.split(".")[-2]
+        if not (owner.isdigit() and _alive(int(owner))):
+            orphan.unlink(missing_ok=True)
+
+
+def _alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
+def _without_duplicates(tensors: Tensors) -> tuple[Tensors, dict[str, str]]:
+    """Drop tensors whose bytes are stored under another name already (state and graph share the weights)."""
+    first: dict[tuple[str, tuple[int, ...], bytes], str] = {}
+    aliases = {}
+    for name, array in tensors.items():
+        key = (str(array.dtype), array.shape, hashlib.sha256(array.tobytes()).digest())
+        if first.setdefault(key, name) != name:
+            aliases[name] = first[key]
+    return {name: array for name, array in tensors.items() if name not in aliases}, aliases
+
+
+def _encode(tensors: Tensors, table: dict[str, Any]) -> bytes:
+    from safetensors.numpy import save
+
+    signed = json.dumps(table | {"sha256": _digest(tensors, table)})
+    # One entry only: the order of several would differ from run to run, and with it the bytes of the file.
+    return bytes(save(tensors, metadata={_ENTRY: signed}))
+
+
+def _decode(path: Path, content: bytes) -> tuple[Tensors, dict[str, Any]]:
+    from safetensors import SafetensorError
+    from safetensors.numpy import load
+
+    try:
+        tensors = load(content)
+        table = json.loads(_header(content)["__metadata__"][_ENTRY])
+    except (SafetensorError, ValueError) as error:
+        message = f"{path}: not a whole checkpoint ({error}), {len(content)} bytes; {_REMEDY}"
+        raise CheckpointError(message) from error
+    except (KeyError, TypeError):
+        raise CheckpointError(f"{path}: a safetensors file, but not written by edgetrain; {_REMEDY}") from None
+    if table.get("format_version") != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path}: format version {table.get('format_version')}, expected {FORMAT_VERSION}; "
+            "load it with the edgetrain version that wrote it"
+        )
+    if table.pop("sha256", None) != _digest(tensors, table):
+        raise CheckpointError(f"{path}: the content does not match its SHA-256, the file is damaged; {_REMEDY}")
+    return tensors, table
+
+
+def _header(content: bytes) -> Any:
+    length = int.from_bytes(content[:8], "little")
+    return json.loads(content[8 : 8 + length])
+
+
+def _digest(tensors: Mapping[str, NDArray[Any]], table: Mapping[str, Any]) -> str:
+    digest = hashlib.sha256(json.dumps(table, sort_keys=True).encode())
+    for name in sorted(tensors):
+        array = tensors[name]
+        digest.update(f"{name} {array.dtype} {array.shape}".encode())
+        digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()
+
+
+def _learner(graph: Any, state: Tensors, meta: dict[str, Any]) -> Learner:
+    from edgetrain.learner import Learner
+
+    return Learner.from_state(graph, state, meta)

@@ -1,0 +1,205 @@
+"""The settings of a training run: defaults, then the device profile, then a file, then flags.
+
+The records are the schema of ``config.toml``: unknown keys, wrong types and values out of range are errors that
+name the key.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from edgetrain.cli.output import parse_bytes
+from edgetrain.data.embedded import EMBEDDED_NAMES
+from edgetrain.devices import DeviceProfile, load_profile
+from edgetrain.errors import UsageError
+from edgetrain.runs import read_toml
+from edgetrain.schema import OneOf, Within, build
+
+Table = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSettings:
+    """Which network, and where its weights begin."""
+
+    name: str = "lenet5"
+    initial_weights: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSettings:
+    """Which images, and what happens to them."""
+
+    source: str = "embedded"
+    image_size: str | None = None
+    augment: str = ""
+    normalize: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeviceSettings:
+    """Limits of the run."""
+
+    profile: str = "host"
+    threads: Annotated[int, Within(1, 4096)]
+    batch_size: Annotated[int, Within(1, 65_536)]
+    memory_budget_mib: Annotated[float, Within(0.001, 1 << 24)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingSettings:
+    """The recipe; ``lr`` is the peak of the schedule."""
+
+    epochs: Annotated[int, Within(1, 100_000)]
+    seed: Annotated[int, Within(0, 2**63 - 1)] = 0
+    optimizer: Annotated[str, OneOf(("sgd", "adam", "adamw"))]
+    lr: Annotated[float, Within(1e-8, 10)]
+    momentum: Annotated[float, Within(0, 0.9999)]
+    nesterov: bool
+    weight_decay: Annotated[float, Within(0, 1)]
+    decay_bias_and_norm: bool
+    clip_norm: Annotated[float, Within(1e-6, 1e6)] | None = None
+    schedule: Annotated[str, OneOf(("constant", "step", "cosine", "one_cycle"))]
+    warmup_fraction: Annotated[float, Within(0, 1)]
+    label_smoothing: Annotated[float, Within(0, 0.9)]
+    save_every_minutes: Annotated[float, Within(0.01, 1e6)] = 10.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Everything that decides the result of a run."""
+
+    model: ModelSettings
+    data: DataSettings
+    device: DeviceSettings
+    training: TrainingSettings
+
+    def to_dict(self) -> Table:
+        """Return nested dicts, as in ``config.toml``."""
+        return asdict(self)
+
+
+# A recipe's learning rate is for its own optimizer; these are for a run that asks for another one.
+_USUAL_LR = {"sgd": 0.05, "adam": 0.001, "adamw": 0.001}
+
+# Flag of `edgetrain fit` -> key of config.toml.
+FLAG_KEYS = {
+    "model": "model.name", "initial_weights": "model.initial_weights", "data": "data.source",
+    "image_size": "data.image_size", "augment": "data.augment", "normalize": "data.normalize",
+    "profile": "device.profile", "threads": "device.threads", "batch_size": "device.batch_size",
+    "epochs": "training.epochs", "seed": "training.seed", "optimizer": "training.optimizer", "lr": "training.lr",
+    "momentum": "training.momentum", "nesterov": "training.nesterov", "weight_decay": "training.weight_decay",
+    "clip_norm": "training.clip_norm", "schedule": "training.schedule", "warmup": "training.warmup_fraction",
+    "label_smoothing": "training.label_smoothing", "save_every": "training.save_every_minutes",
+}  # fmt: skip
+
+
+def from_flags(flags: Mapping[str, Any]) -> tuple[Config, DeviceProfile]:
+    """Return the effective settings of ``edgetrain fit``.
+
+    Args:
+        flags: parameters of the command; ``None`` means not given.
+
+    Raises:
+        UsageError, ProfileError: a flag, a key or a value is wrong.
+    """
+    given: Table = {}
+    if flags.get("config") is not None:
+        given = read_toml(Path(flags["config"]))
+    for key, value in _settings(flags.get("set_") or ()):
+        _put(given, key, value)
+    for flag, key in FLAG_KEYS.items():
+        if flags.get(flag) is not None:
+            _put(given, key, _absolute(key, flags[flag]))
+    if flags.get("memory_budget") is not None:
+        _put(given, "device.memory_budget_mib", parse_bytes(flags["memory_budget"]) / (1 << 20))
+    return effective(given)
+
+
+def effective(given: Mapping[str, Any]) -> tuple[Config, DeviceProfile]:
+    """Fill what is not given from the device profile, and check all of it.
+
+    Raises:
+        UsageError, ProfileError: a key or a value is wrong.
+    """
+    device = given.get("device")
+    name = device.get("profile", "host") if isinstance(device, Mapping) else "host"
+    profile = load_profile(str(name))
+    merged = _merge(_from_profile(profile, str(name)), given)
+    if merged["training"]["optimizer"] != profile.recipe.optimizer and "lr" not in given.get("training", {}):
+        merged["training"]["lr"] = _USUAL_LR.get(merged["training"]["optimizer"], profile.recipe.lr)
+    return build(Config, merged, Path("settings")), profile
+
+
+def from_run(table: Mapping[str, Any], path: Path) -> Config:
+    """Return the settings that a run saved; nothing is filled in.
+
+    Raises:
+        ProfileError: the file was changed into something else.
+    """
+    sections = {key: table.get(key, {}) for key in ("model", "data", "device", "training")}
+    return build(Config, sections | dict(table), path)
+
+
+def _from_profile(profile: DeviceProfile, name: str) -> Table:
+    recipe = asdict(profile.recipe)
+    augment = recipe.pop("augmentation")
+    training = {key: value for key, value in recipe.items() if value is not None}
+    threads = min(profile.threads, _usable_cores())
+    limits = {"batch_size": profile.batch_size, "memory_budget_mib": float(profile.memory_budget_mib)}
+    device = {"profile": name, "threads": threads, **limits}
+    return {"model": {}, "data": {"augment": augment}, "device": device, "training": training}
+
+
+def _usable_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _absolute(key: str, value: Any) -> Any:
+    """Return the full path of a file or folder, so that the run can be resumed from anywhere."""
+    is_path = (
+        key == "model.initial_weights"
+        or (key == "model.name" and value.lower().endswith(".onnx"))
+        or (key == "data.source" and value not in EMBEDDED_NAMES)
+        or (key == "device.profile" and value.endswith(".toml"))
+    )
+    return str(Path(value).resolve()) if is_path else value
+
+
+def _merge(base: Table, over: Mapping[str, Any]) -> Table:
+    merged = dict(base)
+    for key, value in over.items():
+        both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged
+
+
+def _settings(texts: Sequence[str]) -> list[tuple[str, Any]]:
+    pairs = []
+    for text in texts:
+        key, equals, value = text.partition("=")
+        if not equals or not key.strip():
+            raise UsageError(f"--set '{text}': expected KEY=VALUE such as training.lr=0.1")
+        pairs.append((key.strip(), _literal(value.strip())))
+    return pairs
+
+
+def _literal(text: str) -> Any:
+    """Return a number or truth value if the text is one, else the text itself."""
+    try:
+        value = json.loads(text)
+    except ValueError:
+        return text
+    return value if isinstance(value, (bool, int, float, str)) else text
+
+
+def _put(table: Table, key: str, value: Any) -> None:
+    section, dot, name = key.partition(".")
+    if not dot or not isinstance(table.setdefault(section, {}), dict):
+        raise UsageError(f"'{key}' is not a setting; expected SECTION.KEY such as training.lr")
+    table[section][name] = value

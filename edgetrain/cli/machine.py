@@ -1,0 +1,111 @@
+"""``profiles`` and ``doctor``: what the target can do, and how this machine is."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import edgetrain
+from edgetrain.cli.output import emit
+from edgetrain.devices import host_facts, list_profiles, load_profile
+
+_HOT_C = 80.0
+_NEEDED_DISK_MIB = 200
+_NEEDED_RAM_MIB = 200
+
+
+def list_profiles_command(*, as_json: bool) -> None:
+    """Print names and descriptions."""
+    profiles = [load_profile(name) for name in (*list_profiles(), "host")]
+    rows = [f"{profile.name:<20} {profile.description}" for profile in profiles]
+    result = {"profiles": [{"name": p.name, "description": p.description} for p in profiles]}
+    emit(result, "\n".join(rows), as_json)
+
+
+def show_profile_command(name: str, *, as_json: bool) -> None:
+    """Print one profile."""
+    profile = load_profile(name)
+    origins = [f"  {key}: {origin}" for key, origin in profile.sources.items()]
+    emit(profile.to_dict(), "\n".join([profile.summary(), "sources:", *origins]), as_json)
+
+
+def doctor_command(*, as_json: bool) -> None:
+    """Print what was found and what to do about it."""
+    facts, cache, disk = host_facts(), _cache(), _free_mib(Path.cwd())
+    advice = _advice(facts, cache, disk)
+    result = {
+        "edgetrain": edgetrain.__version__,
+        "host": facts,
+        "cache": cache,
+        "disk_free_mib": disk,
+        "healthy": not advice,
+        "advice": advice,
+    }
+    emit(result, _doctor_text(result), as_json)
+
+
+def _cache() -> dict[str, Any]:
+    """Return where compiled kernels are kept: Numba's rule, first writable place wins."""
+    chosen = os.environ.get("NUMBA_CACHE_DIR")
+    beside = Path(edgetrain.__file__).parent / "kernels" / "__pycache__"
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "numba"
+    folders = [Path(chosen)] if chosen else [beside, home]
+    folder = next((candidate for candidate in folders if _writable(candidate)), None)
+    files = list((folder or folders[-1]).rglob("*.nbi"))
+    return {"folder": str(folder or folders[-1]), "writable": folder is not None, "kernels": len(files)}
+
+
+def _writable(folder: Path) -> bool:
+    existing = next((place for place in (folder, *folder.parents) if place.exists()), folder)
+    return os.access(existing, os.W_OK | os.X_OK)
+
+
+def _free_mib(folder: Path) -> int | None:
+    try:
+        return shutil.disk_usage(folder).free >> 20
+    except OSError:
+        return None
+
+
+def _advice(facts: dict[str, Any], cache: dict[str, Any], disk: int | None) -> list[str]:
+    """Return one sentence for everything that would spoil a run."""
+    temperature, ram = facts["temperature_c"], facts["ram_available_mib"]
+    missing = [name for name in ("numpy", "numba", "onnx") if facts["packages"].get(name) is None]
+    checks = [
+        (bool(missing), f"not installed: {', '.join(missing)}; use pip install edgetrain"),
+        (not cache["writable"], "kernels cannot be cached and compile at every start; set NUMBA_CACHE_DIR to a "
+                                "folder you may write"),
+        (disk is not None and disk < _NEEDED_DISK_MIB, f"{disk} MiB of disk are free; runs need space for checkpoints"),
+        (ram is not None and ram < _NEEDED_RAM_MIB, f"{ram} MiB of memory are available; close other programs"),
+        (temperature is not None and temperature >= _HOT_C, f"the processor has {temperature} °C; add a heat sink or "
+                                                            "a fan, or use fewer --threads"),
+        (bool(facts["throttled"]), f"the board slows down: {', '.join(facts['throttled'] or ())}; check power supply "
+                                   "and cooling"),
+        (facts["governor"] == "powersave", "the clock governor is 'powersave'; choose 'ondemand' or 'performance'"),
+    ]  # fmt: skip
+    return [sentence for wrong, sentence in checks if wrong]
+
+
+def _doctor_text(result: dict[str, Any]) -> str:
+    facts, cache = result["host"], result["cache"]
+    packages = ", ".join(f"{name} {found or 'missing'}" for name, found in facts["packages"].items())
+    throttled = {None: "not known here", (): "no"}.get(
+        None if facts["throttled"] is None else tuple(facts["throttled"]), "yes"
+    )
+    rows = [
+        ("edgetrain", result["edgetrain"]),
+        ("processor", f"{facts['cpu'] or facts['architecture']}, {facts['cores']} cores, {facts['simd']}"),
+        ("board", facts["board"] or "not known"),
+        ("memory", f"{facts['ram_available_mib']} of {facts['ram_mib']} MiB available"),
+        ("temperature", "not known here" if facts["temperature_c"] is None else f"{facts['temperature_c']:.0f} °C"),
+        ("throttled", throttled),
+        ("python", facts["python"]),
+        ("packages", packages),
+        ("kernel cache", f"{cache['folder']}, {cache['kernels']} kernels, "
+                         f"{'writable' if cache['writable'] else 'NOT writable'}"),
+        ("disk", f"{result['disk_free_mib']} MiB free"),
+    ]  # fmt: skip
+    lines = [f"{name:<13} {value}" for name, value in rows]
+    return "\n".join([*lines, *(f"do: {sentence}" for sentence in result["advice"])] + ["all well"] * result["healthy"])

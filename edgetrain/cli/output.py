@@ -1,0 +1,112 @@
+"""Results as text for people or as one JSON document for machines; small conversions of flags."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import typer
+
+from edgetrain.errors import UsageError
+
+_UNITS = {"b": 1, "kb": 1000, "mb": 1000**2, "gb": 1000**3, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30}
+
+
+def emit(result: dict[str, Any], text: str, as_json: bool) -> None:
+    """Print a result on standard output."""
+    typer.echo(json.dumps(finite(result), indent=2) if as_json else text)
+
+
+def finite(value: Any) -> Any:
+    """Return JSON-able data with ``None`` in place of NaN and infinity, which JSON lacks."""
+    if isinstance(value, dict):
+        return {str(key): finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def table(rows: Iterable[Sequence[str]]) -> str:
+    """Return aligned columns: the first left, the others right.
+
+    Example:
+        >>> print(table([("weights", "12"), ("peak", "345")]))
+        weights   12
+        peak     345
+    """
+    cells = list(rows)
+    widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))] if cells else []
+    lines = (
+        "  ".join(cell.ljust(width) if i == 0 else cell.rjust(width)
+                  for i, (cell, width) in enumerate(zip(row, widths, strict=True)))
+        for row in cells
+    )  # fmt: skip
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def parse_bytes(text: str) -> int:
+    """Return the number of bytes that a text such as "64MiB" says.
+
+    Raises:
+        UsageError: no number or no unit.
+
+    Example:
+        >>> parse_bytes("64MiB")
+        67108864
+    """
+    number = text.strip().rstrip("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ ")
+    unit = text.strip()[len(number) :].strip().lower()
+    try:
+        amount = float(number) * _UNITS[unit]
+    except (ValueError, KeyError):
+        amount = -1.0
+    if not 1 <= amount < 1 << 60:
+        raise UsageError(f"memory '{text}': expected a number and a unit, such as 64MiB, 512MB or 1GiB")
+    return int(amount)
+
+
+def parse_sizes(text: str, what: str, counts: Sequence[int]) -> tuple[int, ...]:
+    """Return the sizes in a text such as "1x28x28".
+
+    Args:
+        text: whole numbers with "x" or "," between them.
+        what: names the flag in the error.
+        counts: how many numbers are accepted.
+
+    Raises:
+        UsageError: not such a text.
+
+    Example:
+        >>> parse_sizes("1x28x28", "--input-shape", (2, 3))
+        (1, 28, 28)
+    """
+    parts = text.lower().replace(",", "x").split("x")
+    if len(parts) not in counts or not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
+        example = "x".join(["1", "28", "28"][-max(counts) :])
+        raise UsageError(f"{what} is '{text}', expected sizes such as {example}")
+    return tuple(int(part) for part in parts)
+
+
+def mebibytes(count: float) -> str:
+    """Return a number of bytes in MiB.
+
+    Example:
+        >>> mebibytes(1 << 20)
+        '1.00 MiB'
+    """
+    return f"{count / (1 << 20):,.2f} MiB"
+
+
+def duration(seconds: float) -> str:
+    """Return a time span.
+
+    Example:
+        >>> duration(3), duration(75), duration(3700)
+        ('3.0 s', '1 min 15 s', '1 h 01 min')
+    """
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"

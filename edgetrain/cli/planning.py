@@ -1,0 +1,73 @@
+"""``plan`` and ``verify``: what one wants to know before training."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from edgetrain.cli.output import emit, mebibytes, parse_bytes, parse_sizes, table
+from edgetrain.errors import MemoryBudgetError, VerificationError
+from edgetrain.graph import Graph
+
+
+def plan_command(
+    model: str, batch_size: int | None, profile_name: str | None, memory_budget: str | None, optimizer: str,
+    input_shape: str | None, classes: int | None, threads: int | None, *, as_json: bool,
+) -> None:  # fmt: skip
+    """Print the bytes of every part; over the budget is an error after the table."""
+    from edgetrain.cli.config import effective
+    from edgetrain.cli.sources import make_learner
+
+    device = {"profile": profile_name or "host", "batch_size": batch_size, "threads": threads}
+    given: dict[str, Any] = {
+        "model": {"name": model},
+        "device": {key: value for key, value in device.items() if value is not None},
+        "training": {"optimizer": optimizer},
+    }
+    graph = _graph(model, input_shape, classes)
+    budget = None if memory_budget is None else parse_bytes(memory_budget)
+    config, profile = effective(given)
+    # Planned without a limit: the table is most useful when the budget is exceeded.
+    unlimited, _ = effective(given | {"device": given["device"] | {"memory_budget_mib": float(1 << 23)}})
+    learner = make_learner(unlimited, graph, profile)
+    plan = learner.memory_plan()
+    limit = budget or round(config.device.memory_budget_mib * (1 << 20))
+    result = {"model": model, "batch_size": learner.batch_size, "parts": plan.parts, "peak_bytes": plan.peak_bytes,
+              "budget_bytes": limit, "fits": plan.peak_bytes <= limit}  # fmt: skip
+    emit(result, _plan_text(result), as_json)
+    if plan.peak_bytes > limit:
+        raise MemoryBudgetError(
+            f"{model} with batch size {learner.batch_size} needs {mebibytes(plan.peak_bytes)}, the budget is "
+            f"{mebibytes(limit)}; use a smaller --batch-size or a larger --memory-budget"
+        )
+
+
+def verify_command(
+    model: str, steps: int, batch_size: int, input_shape: str | None, classes: int | None, seed: int, *, as_json: bool
+) -> None:
+    """Print the comparison; a disagreement is an error after the table."""
+    from edgetrain.verify import verify
+
+    report = verify(_graph(model, input_shape, classes, seed), steps=steps, batch_size=batch_size, seed=seed)
+    rows = [{"quantity": r.quantity, "error": r.error, "tolerance": r.tolerance, "ok": r.ok} for r in report.rows]
+    result = {"model": model, "passed": report.passed, "steps": steps, "batch_size": batch_size, "seed": seed,
+              "notes": list(report.notes), "rows": rows}  # fmt: skip
+    emit(result, report.table(), as_json)
+    if not report.passed:
+        worst = max((row for row in report.rows if not row.ok), key=lambda row: row.error / row.tolerance)
+        raise VerificationError(
+            f"{model} disagrees with PyTorch: {worst.quantity} differs by {worst.error:.1e}, "
+            f"the tolerance is {worst.tolerance:.0e}; do not trust its training, and report the model"
+        )
+
+
+def _graph(model: str, input_shape: str | None, classes: int | None, seed: int = 0) -> Graph:
+    from edgetrain.catalog import build_model
+
+    shape = None if input_shape is None else parse_sizes(input_shape, "--input-shape", (1, 2, 3))
+    return build_model(model, shape, classes, seed)
+
+
+def _plan_text(result: dict[str, Any]) -> str:
+    rows = [(part, mebibytes(count)) for part, count in result["parts"].items()]
+    rows += [("peak", mebibytes(result["peak_bytes"])), ("budget", mebibytes(result["budget_bytes"]))]
+    return f"{result['model']}, batch size {result['batch_size']}\n{table(rows)}"

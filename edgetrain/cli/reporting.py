@@ -1,0 +1,67 @@
+"""``report``: what a run folder tells."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from edgetrain.cli.output import duration, emit, table
+from edgetrain.runs import Run, open_run
+
+_COLUMNS = (("epoch", "epoch"), ("loss", "loss"), ("accuracy", "accuracy"), ("validation_loss", "val. loss"),
+            ("validation_accuracy", "val. acc."), ("lr", "lr"), ("images_per_second", "images/s"))  # fmt: skip
+
+
+def report_command(path: Path, *, as_json: bool) -> None:
+    """Print settings, epochs and files of a run."""
+    run = open_run(path)
+    result = summarise(run)
+    emit(result, _text(result), as_json)
+
+
+def summarise(run: Run) -> dict[str, Any]:
+    """Return the content of a run folder as one table."""
+    metrics, events = run.read_metrics(), run.read_events()
+    known = [row for row in metrics if row.get("validation_accuracy") is not None]
+    files = (run.last, run.best, run.model, run.metrics_file, run.events_file, run.environment_file, run.config_file)
+    return {
+        "run": str(run.path),
+        "status": _status(events),
+        "config": run.read_config(),
+        "environment": run.read_environment(),
+        "epochs": metrics,
+        "best": max(known, key=lambda row: row["validation_accuracy"] or 0.0, default=None),
+        "seconds": sum(row["seconds"] or 0.0 for row in metrics),
+        "files": {file.name: file.stat().st_size for file in files if file.exists()},
+    }
+
+
+def _status(events: list[dict[str, Any]]) -> str:
+    """Return "finished", "interrupted", "failed", or "unfinished" for a run that was killed or is still going."""
+    last = next((e["event"] for e in reversed(events) if e.get("event") in _ENDS), "")
+    return _ENDS.get(last, "unfinished")
+
+
+_ENDS = {"finished": "finished", "interrupted": "interrupted", "failed": "failed", "started": "unfinished",
+         "resumed": "unfinished"}  # fmt: skip
+
+
+def _text(result: dict[str, Any]) -> str:
+    settings = result["config"]
+    model, data = settings.get("model", {}).get("name"), settings.get("data", {}).get("source")
+    profile = settings.get("device", {}).get("profile")
+    lines = [f"{result['run']}: {result['status']}, {model} on {data}, profile {profile}"]
+    if result["epochs"]:
+        lines.append(table([tuple(title for _, title in _COLUMNS), *map(_row, result["epochs"])]))
+    if result["best"] is not None:
+        best = result["best"]
+        lines.append(f"best: epoch {best['epoch']:g}, validation accuracy {best['validation_accuracy']:.4f}")
+    lines.append(f"training time {duration(result['seconds'])} on the machine of the run")
+    lines += [f"  {name:<20} {size:>12,} bytes" for name, size in result["files"].items()]
+    return "\n".join(lines)
+
+
+def _row(row: dict[str, float | None]) -> tuple[str, ...]:
+    shapes = {"epoch": "{:g}", "lr": "{:.4g}", "images_per_second": "{:,.0f}"}
+    values = [(key, row.get(key)) for key, _ in _COLUMNS]
+    return tuple("-" if value is None else shapes.get(key, "{:.4f}").format(value) for key, value in values)

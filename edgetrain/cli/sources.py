@@ -1,0 +1,170 @@
+"""From what a user names to objects: data sets, models, trained learners."""
+
+from __future__ import annotations
+
+import zlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edgetrain.cli.output import parse_sizes
+from edgetrain.data import Dataset, available_splits, load_dataset
+from edgetrain.data.folder import class_folders
+from edgetrain.errors import DataError, UsageError
+from edgetrain.runs import Run, open_run
+
+if TYPE_CHECKING:
+    from edgetrain.cli.config import Config
+    from edgetrain.devices import DeviceProfile
+    from edgetrain.graph import Graph, Shape
+    from edgetrain.learner import Learner
+
+# Share of the training images kept for validation when the data have no part of their own for it.
+HELD_OUT = 0.1
+
+
+def load_splits(config: Config) -> tuple[Dataset, Dataset, str]:
+    """Return training data, validation data, and what the latter is called: "test", "validation" or "held-out".
+
+    Raises:
+        DataError, UsageError: the source is bad.
+    """
+    source, size = config.data.source, config.data.image_size
+    options: dict[str, Any] = {}
+    if size is not None:
+        height, width = parse_sizes(size, "--image-size", (2,))
+        options["image_size"] = (height, width)
+    training = load_dataset(source, split="train", **options)
+    splits = available_splits(source)
+    for name in ("test", "validation"):
+        if name in splits:
+            return training, load_dataset(source, split=name, **options), name
+    return (*training.split(1 - HELD_OUT, config.training.seed), "held-out")
+
+
+def describe_data(training: Dataset, validation: Dataset) -> dict[str, Any]:
+    """Return what a resumed run compares: counts, classes, and a checksum of all pixels and labels."""
+    checksum = 0
+    for dataset in (training, validation):
+        # Contiguous arrays have the buffer that crc32 reads without a copy; others are copied once.
+        for array in (dataset.images, dataset.labels):
+            checksum = zlib.crc32(array.data if array.flags.c_contiguous else array.tobytes(), checksum)
+    return {
+        "name": training.name,
+        "training_images": len(training),
+        "validation_images": len(validation),
+        "class_names": list(training.class_names),
+        "crc32": checksum,
+    }
+
+
+def make_graph(config: Config, data: Dataset) -> Graph:
+    """Build the network for the data; an .onnx file brings its own shape, which ``fit`` checks.
+
+    Raises:
+        UsageError, ModelError: unknown or unsuitable model.
+    """
+    from edgetrain.catalog import build_model
+
+    name = config.model.name
+    if name.lower().endswith(".onnx"):
+        return build_model(name)
+    return build_model(name, data.input_shape, data.num_classes, config.training.seed)
+
+
+def make_optimizer(config: Config) -> Any:
+    """Return the optimizer and schedule that the settings describe."""
+    from edgetrain.optim import SGD, Adam, AdamW, Schedule
+
+    t = config.training
+    common: dict[str, Any] = {
+        "lr": t.lr, "weight_decay": t.weight_decay, "decay_bias_and_norm": t.decay_bias_and_norm,
+        "clip_norm": t.clip_norm, "schedule": Schedule(kind=t.schedule, warmup=t.warmup_fraction),
+    }  # fmt: skip
+    if t.optimizer == "sgd":
+        return SGD(momentum=t.momentum, nesterov=t.nesterov, **common)
+    return (Adam if t.optimizer == "adam" else AdamW)(**common)
+
+
+def make_learner(config: Config, graph: Graph, profile: DeviceProfile) -> Learner:
+    """Return a learner with the settings of a run.
+
+    Raises:
+        MemoryBudgetError: the plan needs more than the budget.
+    """
+    from edgetrain.learner import Learner
+
+    device = config.device
+    return Learner(
+        graph, profile=profile, batch_size=device.batch_size, seed=config.training.seed, threads=device.threads,
+        memory_budget=round(device.memory_budget_mib * (1 << 20)), optimizer=make_optimizer(config),
+        label_smoothing=config.training.label_smoothing,
+    )  # fmt: skip
+
+
+def load_trained(source: str, threads: int | None = None, best: bool = False) -> tuple[Learner, str]:
+    """Return a learner from a run folder, a checkpoint or an .onnx file, and the name of the file it came from.
+
+    Raises:
+        UsageError: nothing of the kind is there.
+        ModelError: the file is damaged or not supported.
+    """
+    from edgetrain.learner import Learner
+
+    path = Path(source)
+    if path.is_dir():
+        path = _checkpoint_of(open_run(path), best)
+    if path.suffix.lower() == ".onnx":
+        from edgetrain.onnx_io import load_onnx
+
+        return Learner(load_onnx(path), profile="host", threads=threads), str(path)
+    if path.suffix != ".safetensors":
+        known = "a run folder (runs/fit-1), a checkpoint (.safetensors) or an .onnx file"
+        raise UsageError(f"{path}: {'not' if path.exists() else 'no such file; expected'} {known}")
+    learner = Learner.load(path)
+    if threads is not None:
+        learner.threads = threads
+    return learner, str(path)
+
+
+def load_for(graph: Graph, source: str, split: str | None) -> Dataset:
+    """Return labelled data in the shape that a model takes; images in folders are resized to it.
+
+    Raises:
+        DataError, UsageError: the source is bad, or its classes are not those of the model.
+    """
+    splits = available_splits(source)
+    chosen = split or next((name for name in ("test", "validation") if name in splits), splits[0])
+    dataset = load_dataset(source, split=chosen, **_image_options(source, graph.input_shape))
+    check_classes(graph, dataset)
+    return dataset
+
+
+def check_classes(graph: Graph, dataset: Dataset) -> None:
+    """Refuse data whose classes are named differently: label 3 would mean something else.
+
+    Raises:
+        DataError: the names differ.
+    """
+    known, found = graph.class_names, dataset.class_names
+    numbers = tuple(str(label) for label in range(len(found)))
+    if known and found != known and found != numbers and known != tuple(map(str, range(len(known)))):
+        raise DataError(
+            f"data set '{dataset.name}' has the classes {', '.join(found)}, but the model was trained on "
+            f"{', '.join(known)}; use data with the same classes in the same order"
+        )
+
+
+def _image_options(source: str, shape: Shape) -> dict[str, Any]:
+    """Return how to bring a folder of images to the model's shape; other formats are taken as they are."""
+    folder = Path(source)
+    is_images = folder.is_dir() and bool(class_folders(folder)) and not any(folder.glob("*.bin"))
+    if not is_images or len(shape) != 3:
+        return {}
+    return {"image_size": (shape[1], shape[2]), "channels": shape[0]}
+
+
+def _checkpoint_of(run: Run, best: bool) -> Path:
+    path = run.best if best else run.last
+    if not path.exists():
+        raise UsageError(f"{run.path}: no {path.name} in it; train with: edgetrain resume {run.path}")
+    return path

@@ -1,0 +1,279 @@
+"""``fit`` and ``resume``: one run folder, from the first step to the last line."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import edgetrain
+from edgetrain.checkpoint import load_checkpoint, save_checkpoint
+from edgetrain.cli.config import Config, from_flags, from_run
+from edgetrain.cli.output import duration, emit
+from edgetrain.cli.progress import CompileNotice, Display, choose_display, resident_mib
+from edgetrain.cli.sources import check_classes, describe_data, load_splits, make_graph, make_learner
+from edgetrain.data import Dataset, batch_count
+from edgetrain.devices import DeviceProfile, host_facts
+from edgetrain.errors import DataError, EdgetrainError, InterruptedRun, UsageError
+from edgetrain.fitting import EpochRecord, StepEvent, fit_loop
+from edgetrain.runs import Run, create_run, open_run
+
+if TYPE_CHECKING:
+    from edgetrain.learner import Learner
+
+
+def fit_command(flags: Mapping[str, Any]) -> None:
+    """Train in a new run folder; ``flags`` are the parameters of the command."""
+    config, profile = from_flags(flags)
+    display = choose_display(flags["quiet"], flags["json"], config.device.memory_budget_mib)
+    with _Closing(display):
+        training, validation, held_out = load_splits(config)
+        graph = make_graph(config, training)
+        check_classes(graph, training)
+        with CompileNotice(display.compiling):
+            learner = make_learner(config, graph, profile)
+        if config.model.initial_weights is not None:
+            display.say(str(learner.load_parameters(config.model.initial_weights)))
+        run = create_run(flags["out"], "fit")
+        run.write_config(config.to_dict())
+        run.write_environment(_environment(training, validation))
+        run.write_metrics(())
+        save_checkpoint(learner, run.last)
+        run.log("started", edgetrain=edgetrain.__version__)
+        _introduce(display, run, learner, config, profile)
+        session = _Session(run, learner, config, display, training, validation, held_out)
+        session.train()
+        session.finish(flags["json"])
+
+
+def resume_command(path: Path, *, epochs: int | None, threads: int | None, quiet: bool, as_json: bool) -> None:
+    """Go on in an existing run folder."""
+    run = open_run(path)
+    before = from_run(run.read_config(), run.config_file)
+    config = _changed(before, epochs, threads)
+    display = choose_display(quiet, as_json, config.device.memory_budget_mib)
+    with _Closing(display):
+        with CompileNotice(display.compiling):
+            learner = load_checkpoint(run.last)
+        learner.threads = config.device.threads
+        training, validation, held_out = load_splits(config)
+        _check_same_data(run, training, validation)
+        if learner.position.epoch >= config.training.epochs:
+            _refuse_finished(run, learner, config)
+        # A finished run that gets more epochs goes on as if it had been asked for them from the start.
+        learner.history.finished = False
+        run.write_config(config.to_dict())
+        run.write_metrics(learner.history.epochs)
+        changes = _differences(before, config)
+        run.log("resumed", epoch=learner.position.epoch, batch=learner.position.batch, changes=changes)
+        display.say(f"resuming {run.path} {_where(learner, training)}")
+        for change in changes:
+            display.say(f"changed: {change}")
+        session = _Session(run, learner, config, display, training, validation, held_out)
+        session.train()
+        session.finish(as_json)
+
+
+@dataclass
+class _Session:
+    """One process' part of a run."""
+
+    run: Run
+    learner: Learner
+    config: Config
+    display: Display
+    training: Dataset
+    validation: Dataset
+    held_out: str
+    _saved_at: float = field(default_factory=time.monotonic)
+
+    def train(self) -> None:
+        """Train to the last epoch.
+
+        Raises:
+            InterruptedRun: a signal asked to stop; the state is saved.
+        """
+        self.display.begin(self.config.training.epochs, self.held_out)
+        with _StopOnSignal(self.display) as stop, CompileNotice(self.display.compiling):
+            try:
+                history = fit_loop(
+                    self.learner, self.training, self.config.training.epochs, validation=self.validation,
+                    augmentation=self.config.data.augment, normalize=self.config.data.normalize,
+                    on_step=self._on_step, on_epoch=self._on_epoch, should_stop=stop.requested,
+                )  # fmt: skip
+            except EdgetrainError as error:
+                self.run.log("failed", error=str(error))
+                raise
+            if not history.finished:
+                self._interrupt()
+
+    def finish(self, as_json: bool) -> None:
+        """Write the ONNX file and print the last line."""
+        save_checkpoint(self.learner, self.run.last)
+        if not self.run.best.exists():
+            save_checkpoint(self.learner, self.run.best)
+        self.learner.export_onnx(self.run.model)
+        result = self._result()
+        self.run.log("finished", accuracy=result["accuracy"], loss=result["loss"])
+        self.display.close()
+        emit(result, _last_line(result, self.held_out), as_json)
+
+    def _on_step(self, event: StepEvent) -> None:
+        self.display.step(event)
+        if time.monotonic() - self._saved_at > 60 * self.config.training.save_every_minutes:
+            self._save()
+
+    def _on_epoch(self, record: EpochRecord) -> None:
+        self._save()
+        if self.learner.history.best() is record:
+            save_checkpoint(self.learner, self.run.best)
+        self.run.add_metrics(record)
+        self.run.log("epoch", epoch=record.epoch, validation_accuracy=record.validation_accuracy)
+        self.display.epoch(record)
+
+    def _save(self) -> None:
+        save_checkpoint(self.learner, self.run.last)
+        self._saved_at = time.monotonic()
+
+    def _interrupt(self) -> None:
+        self._save()
+        where = _where(self.learner, self.training)
+        self.run.log("interrupted", epoch=self.learner.position.epoch, batch=self.learner.position.batch)
+        raise InterruptedRun(
+            f"stopped {where}; the state is saved in {self.run.last}, go on with: edgetrain resume {self.run.path}"
+        )
+
+    def _result(self) -> dict[str, Any]:
+        history = self.learner.history
+        last, best = history.epochs[-1], history.best() or history.epochs[-1]
+        seconds = sum(history.column("seconds"))
+        return {
+            "run": str(self.run.path),
+            "model": self.config.model.name,
+            "data": self.config.data.source,
+            "profile": self.config.device.profile,
+            "epochs": len(history),
+            "validated_on": self.held_out,
+            "loss": last.validation_loss,
+            "accuracy": last.validation_accuracy,
+            "best_epoch": best.epoch,
+            "best_accuracy": best.validation_accuracy,
+            "seconds": seconds,
+            "images_per_second": sum(history.column("instances_seen")) / seconds if seconds else 0.0,
+            "memory_mib": resident_mib(),
+            "files": {"model": str(self.run.model), "last": str(self.run.last), "best": str(self.run.best)},
+        }
+
+
+class _StopOnSignal:
+    """While open, SIGINT and SIGTERM ask for a stop after the present step; a second SIGINT aborts at once."""
+
+    def __init__(self, display: Display) -> None:
+        self._display = display
+        self._asked = False
+        self._before: dict[int, Any] = {}
+
+    def requested(self) -> bool:
+        """Tell whether a signal came."""
+        return self._asked
+
+    def __enter__(self) -> _StopOnSignal:
+        """Take over both signals."""
+        self._before = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Give the signals back."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _ask(self, number: int, frame: object) -> None:
+        if self._asked and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self._asked = True
+        self._display.say("stopping after this step; press Ctrl-C again to stop at once without saving")
+
+
+class _Closing:
+    def __init__(self, display: Display) -> None:
+        self._display = display
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *error: object) -> None:
+        self._display.close()
+
+
+def _environment(training: Dataset, validation: Dataset) -> dict[str, Any]:
+    return {"edgetrain": edgetrain.__version__, "host": host_facts(), "data": describe_data(training, validation)}
+
+
+def _introduce(display: Display, run: Run, learner: Learner, config: Config, profile: DeviceProfile) -> None:
+    device, recipe = config.device, config.training
+    display.say(
+        f"{run.path}: {config.model.name} ({learner.graph.parameter_count:,} parameters) on {config.data.source}, "
+        f"{recipe.epochs} epochs, batch size {device.batch_size}, {recipe.optimizer} with lr {recipe.lr:g}, "
+        f"{device.threads} threads, seed {recipe.seed}"
+    )
+    if profile.name != "host":
+        display.say(
+            f"profile {profile.name}: its batch size, memory budget and recipe are used; all times are this machine's, "
+            "not the device's"
+        )
+
+
+def _changed(config: Config, epochs: int | None, threads: int | None) -> Config:
+    device, training = config.device, config.training
+    if epochs is not None:
+        training = replace(training, epochs=epochs)
+    if threads is not None:
+        device = replace(device, threads=threads)
+    return from_run(replace(config, device=device, training=training).to_dict(), Path("settings"))
+
+
+def _differences(before: Config, after: Config) -> list[str]:
+    old, new = before.to_dict(), after.to_dict()
+    return [
+        f"{section}.{key} was {old[section][key]}, is now {value}"
+        for section, values in new.items()
+        for key, value in values.items()
+        if value != old[section][key]
+    ]
+
+
+def _check_same_data(run: Run, training: Dataset, validation: Dataset) -> None:
+    stored, found = run.read_environment().get("data"), describe_data(training, validation)
+    if stored is None or stored == found:
+        return
+    key = next(key for key in found if found[key] != stored.get(key))
+    raise DataError(
+        f"{run.path}: the data changed since the run began ({key} was {stored.get(key)}, is {found[key]}); "
+        "bring the old data back, or start a new run with: edgetrain fit"
+    )
+
+
+def _refuse_finished(run: Run, learner: Learner, config: Config) -> None:
+    done = learner.position.epoch
+    raise UsageError(
+        f"{run.path}: {done} of {config.training.epochs} epochs are done, nothing is left; "
+        f"for more use: edgetrain resume {run.path} --epochs {done + 1}"
+    )
+
+
+def _where(learner: Learner, training: Dataset) -> str:
+    position, count = learner.position, batch_count(len(training), learner.batch_size)
+    return f"in epoch {position.epoch + 1} after batch {position.batch} of {count}"
+
+
+def _last_line(result: dict[str, Any], held_out: str) -> str:
+    return (
+        f"{held_out} accuracy {result['accuracy']:.4f} after {result['epochs']} epochs "
+        f"in {duration(result['seconds'])} ({result['images_per_second']:,.0f} images/s on this machine); "
+        f"model: {result['files']['model']}, run: {result['run']}"
+    )
+
+

@@ -1,0 +1,392 @@
+"""The fit loop: epochs of training steps, their history, and going on exactly where a fit stopped.
+
+Floor 6. Nothing here prints or touches signals: a caller watches through callbacks and stops through
+``should_stop``.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from edgetrain.data import Augmentation, Dataset, batch_count, batches
+from edgetrain.data.convert import Layout
+from edgetrain.errors import DataError, UsageError
+from edgetrain.graph import Graph, Normalization, Shape
+
+if TYPE_CHECKING:
+    from edgetrain.learner import Learner, StepResult
+
+Data: TypeAlias = Dataset | tuple[ArrayLike, ArrayLike]
+Batch: TypeAlias = tuple[NDArray[np.float32], NDArray[np.int64]]
+
+# Images converted to float32 at a time while evaluating, in batches: bounds the memory whatever the data set.
+_EVALUATED_BATCHES = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class EpochRecord:
+    """What one epoch gave.
+
+    Attributes:
+        epoch: number of the epoch, from 1.
+        steps: optimizer steps done since the learner was new.
+        loss, accuracy: means over the training instances of the epoch, as they were trained on.
+        validation_loss, validation_accuracy: after the epoch; ``None`` without validation data.
+        lr: learning rate of the last step.
+        seconds: training time of the epoch, validation left out.
+        images_per_second: instances seen per second of training time.
+        instances_seen, instances_trained: the second is smaller when a filter skipped some.
+        macs_dense, macs_done: multiply-accumulates a dense epoch needs, and those really executed.
+    """
+
+    epoch: int
+    steps: int
+    loss: float
+    accuracy: float
+    validation_loss: float | None
+    validation_accuracy: float | None
+    lr: float
+    seconds: float
+    images_per_second: float
+    instances_seen: int
+    instances_trained: int
+    macs_dense: int
+    macs_done: int
+
+
+@dataclass
+class Totals:
+    """Sums over the steps of the running epoch."""
+
+    loss: float = 0.0
+    correct: int = 0
+    instances_seen: int = 0
+    instances_trained: int = 0
+    macs_dense: int = 0
+    macs_done: int = 0
+    seconds: float = 0.0
+
+    def add(self, step: StepResult, seconds: float) -> None:
+        """Count one step that took ``seconds``, data preparation included."""
+        self.loss += float(step.loss) * step.instances_seen
+        self.correct += int(step.correct)
+        self.instances_seen += step.instances_seen
+        self.instances_trained += step.instances_trained
+        self.macs_dense += int(step.macs_dense)
+        self.macs_done += int(step.macs_done)
+        self.seconds += seconds
+
+    @property
+    def mean_loss(self) -> float:
+        """Mean loss per instance so far."""
+        return self.loss / max(self.instances_seen, 1)
+
+    @property
+    def accuracy(self) -> float:
+        """Share of instances predicted right so far."""
+        return self.correct / max(self.instances_seen, 1)
+
+    @property
+    def images_per_second(self) -> float:
+        """Instances seen per second so far."""
+        return self.instances_seen / self.seconds if self.seconds > 0 else 0.0
+
+
+@dataclass
+class History:
+    """The epochs that a learner has gone through, and where its present fit stands.
+
+    Attributes:
+        epochs: one record per finished epoch.
+        running: sums of the unfinished epoch.
+        first_epoch: epoch at which the present (or last) fit began.
+        finished: whether that fit reached its last epoch.
+        sets_schedule: whether the fit chose the schedule's number of steps.
+
+    Example:
+        >>> History().column("loss")
+        []
+    """
+
+    epochs: list[EpochRecord] = field(default_factory=list)
+    running: Totals = field(default_factory=Totals)
+    first_epoch: int = 0
+    finished: bool = True
+    sets_schedule: bool = False
+
+    def __len__(self) -> int:
+        """Return the number of finished epochs."""
+        return len(self.epochs)
+
+    def column(self, name: str) -> list[Any]:
+        """Return one field of every epoch, oldest first.
+
+        Raises:
+            UsageError: there is no such field.
+        """
+        known = [item.name for item in fields(EpochRecord)]
+        if name not in known:
+            raise UsageError(f"history has no column '{name}'; there are: {', '.join(known)}")
+        return [getattr(record, name) for record in self.epochs]
+
+    def best(self) -> EpochRecord | None:
+        """Return the first epoch with the highest validation accuracy (training accuracy without validation)."""
+        return max(self.epochs, key=_quality, default=None)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain dicts, lists and numbers; ``from_dict`` turns them back exactly."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, table: Mapping[str, Any]) -> History:
+        """Return the history that ``to_dict`` described.
+
+        Raises:
+            TypeError: a key is unknown or missing.
+        """
+        epochs = [EpochRecord(**record) for record in table["epochs"]]
+        return cls(**{**table, "epochs": epochs, "running": Totals(**table["running"])})
+
+
+@dataclass(frozen=True)
+class StepEvent:
+    """What ``on_step`` is told: epoch and batch count from 1, ``total`` sums up the epoch so far."""
+
+    epoch: int
+    batch: int
+    batches: int
+    lr: float
+    step: StepResult
+    total: Totals
+
+
+@dataclass(frozen=True)
+class Callbacks:
+    """Who watches a fit; see ``fit_loop``."""
+
+    on_step: Callable[[StepEvent], None] | None = None
+    on_epoch: Callable[[EpochRecord], None] | None = None
+    should_stop: Callable[[], bool] | None = None
+
+
+def fit_loop(
+    learner: Learner,
+    data: Data,
+    epochs: int,
+    *,
+    validation: Data | None = None,
+    augmentation: Augmentation | str | None = None,
+    shuffle: bool = True,
+    normalize: bool = True,
+    on_step: Callable[[StepEvent], None] | None = None,
+    on_epoch: Callable[[EpochRecord], None] | None = None,
+    should_stop: Callable[[], bool] | None = None,
+) -> History:
+    """Train for a number of epochs, or finish a fit that was stopped or loaded from a checkpoint.
+
+    A fit that stopped early continues at the very batch where it stood, and ``epochs`` counts from where that fit
+    began: the same call again gives the parameters that it would have given without the stop, bit for bit. After a
+    finished fit, another call trains ``epochs`` more.
+
+    Args:
+        learner: is changed in place.
+        data: a Dataset, or (x, y) as ``Dataset.from_arrays`` takes them.
+        epochs: at least 1.
+        validation: evaluated after every epoch.
+        augmentation: random changes of training images, or their description such as "flip,crop:4".
+        shuffle: a new order in every epoch, from the learner's seed and the number of the epoch.
+        normalize: give a model without input normalisation the mean and deviation of the training set's channels;
+            only before its first step.
+        on_step: called after every step, with the learner's position already past it.
+        on_epoch: called after every epoch.
+        should_stop: asked between steps; true ends the fit early, ready to go on.
+
+    Returns:
+        The learner's history, of this and all earlier fits.
+
+    Raises:
+        UsageError: a bad number of epochs, or fewer than a continued fit has done already.
+        DataError: the data do not fit the network.
+        NumericalError: a loss or gradient was not finite; the learner keeps the state before that step.
+    """
+    graph = learner.graph
+    training = as_dataset(data, "training data", graph)
+    held_out = None
+    if validation is not None:
+        held_out = as_dataset(validation, "validation data", graph, training.class_names)
+    _check_fits(learner, training)
+    last_epoch = _begin(learner, training, epochs, normalize)
+    loop = _Loop(learner, training, _parsed(augmentation), shuffle, Callbacks(on_step, on_epoch, should_stop))
+    while learner.position.epoch < last_epoch:
+        if not loop.epoch(held_out):
+            return learner.history
+    learner.history.finished = True
+    return learner.history
+
+
+def as_dataset(data: Data, name: str, graph: Graph, class_names: tuple[str, ...] | None = None) -> Dataset:
+    """Return a Dataset as it is, or make one of a pair (x, y) in the shape that the graph takes.
+
+    Raises:
+        DataError: the arrays are not images and labels, or ``data`` is not a pair.
+    """
+    if isinstance(data, Dataset):
+        return data
+    if not isinstance(data, Sequence) or len(data) != 2:
+        raise DataError(f"{name} is of type {type(data).__name__}, expected a Dataset or a pair (x, y)")
+    layout: Layout = "signal" if _three_sizes(graph.input_shape)[1] == 1 else "image"
+    return Dataset.from_arrays(*data, class_names, name, layout=layout, allow_missing_classes=True)
+
+
+def evaluate_dataset(learner: Learner, dataset: Dataset) -> dict[str, float]:
+    """Return mean loss and accuracy over a whole data set, converted piece by piece.
+
+    Raises:
+        DataError: the data do not fit the network.
+    """
+    _check_fits(learner, dataset)
+    size = learner.batch_size * _EVALUATED_BATCHES
+    loss = correct = 0.0
+    for first in range(0, len(dataset), size):
+        x, y = dataset.take(np.arange(first, min(first + size, len(dataset))))
+        metrics = learner.evaluate(x, y)
+        loss += metrics["loss"] * len(y)
+        correct += round(metrics["accuracy"] * len(y))
+    return {"loss": loss / len(dataset), "accuracy": correct / len(dataset)}
+
+
+@dataclass(frozen=True)
+class _Loop:
+    learner: Learner
+    dataset: Dataset
+    augmentation: Augmentation | None
+    shuffle: bool
+    callbacks: Callbacks
+
+    def epoch(self, held_out: Dataset | None) -> bool:
+        """Do what is left of the present epoch; return False if asked to stop before its end."""
+        if not self._steps():
+            return False
+        learner = self.learner
+        metrics = {} if held_out is None else evaluate_dataset(learner, held_out)
+        record = _record(learner, metrics)
+        learner.history.epochs.append(record)
+        learner.history.running = Totals()
+        learner.position = replace(learner.position, epoch=learner.position.epoch + 1, batch=0)
+        if self.callbacks.on_epoch is not None:
+            self.callbacks.on_epoch(record)
+        return True
+
+    def _steps(self) -> bool:
+        learner, start = self.learner, time.perf_counter()
+        stop = self.callbacks.should_stop or (lambda: False)
+        if stop():
+            return False
+        for x, y in self._batches():
+            step = learner.partial_fit(x, y)
+            now = time.perf_counter()
+            learner.history.running.add(step, now - start)
+            start = now
+            learner.position = replace(learner.position, batch=learner.position.batch + 1)
+            if self.callbacks.on_step is not None:
+                self.callbacks.on_step(self._event(step))
+            if stop():
+                return False
+        return True
+
+    def _batches(self) -> Iterator[Batch]:
+        return batches(
+            self.dataset, self.learner.batch_size, seed=self.learner.seed, epoch=self.learner.position.epoch,
+            shuffle=self.shuffle, augmentation=self.augmentation, start=self.learner.position.batch,
+        )  # fmt: skip
+
+    def _event(self, step: StepResult) -> StepEvent:
+        learner, position = self.learner, self.learner.position
+        count = batch_count(len(self.dataset), learner.batch_size)
+        return StepEvent(position.epoch + 1, position.batch, count, _last_lr(learner), step, learner.history.running)
+
+
+def _begin(learner: Learner, dataset: Dataset, epochs: int, normalize: bool) -> int:
+    """Start a new fit or take up an unfinished one; return the number of epochs to reach."""
+    if isinstance(epochs, bool) or not isinstance(epochs, int) or epochs < 1:
+        raise UsageError(f"epochs is {epochs!r}, expected a whole number of at least 1")
+    history = learner.history
+    if history.finished:
+        history.first_epoch, history.finished = learner.position.epoch, False
+    last_epoch = history.first_epoch + epochs
+    if last_epoch < learner.position.epoch or (last_epoch == learner.position.epoch and learner.position.batch):
+        done = learner.position.epoch - history.first_epoch
+        raise UsageError(f"epochs is {epochs}, but {done} are done already; ask for more, or load an older checkpoint")
+    _set_schedule(learner, history, last_epoch * batch_count(len(dataset), learner.batch_size))
+    if normalize and learner.step_count == 0 and learner.graph.normalization is None:
+        learner.graph.normalization = Normalization(*dataset.statistics())
+    if not learner.graph.class_names:
+        learner.graph.class_names = dataset.class_names
+    return last_epoch
+
+
+def _set_schedule(learner: Learner, history: History, total_steps: int) -> None:
+    schedule = learner.optimizer.schedule
+    if schedule is None:
+        return
+    history.sets_schedule = history.sets_schedule or schedule.total_steps is None
+    if history.sets_schedule:
+        open_ended = replace(learner.optimizer, schedule=replace(schedule, total_steps=None))
+        learner.optimizer = open_ended.with_total_steps(total_steps)
+
+
+def _check_fits(learner: Learner, dataset: Dataset) -> None:
+    expected, classes = learner.graph.input_shape, learner.graph.output_shape[0]
+    if dataset.input_shape != _three_sizes(expected):
+        raise DataError(
+            f"data set '{dataset.name}' has images of shape {dataset.images.shape[1:]}, but the network "
+            f"'{learner.graph.name}' expects {expected}; build the network for this shape or resize the images"
+        )
+    if dataset.num_classes > classes:
+        raise DataError(
+            f"data set '{dataset.name}' has {dataset.num_classes} classes, but the network '{learner.graph.name}' "
+            f"has {classes} outputs; build the network with num_classes={dataset.num_classes}"
+        )
+
+
+def _three_sizes(shape: Shape) -> Shape:
+    """Return (C, H, W) of images, with height 1 for signals (C, W)."""
+    return (shape[0], 1, shape[1]) if len(shape) == 2 else shape
+
+
+def _record(learner: Learner, metrics: Mapping[str, float]) -> EpochRecord:
+    total = learner.history.running
+    return EpochRecord(
+        epoch=learner.position.epoch + 1,
+        steps=learner.step_count,
+        loss=total.mean_loss,
+        accuracy=total.accuracy,
+        validation_loss=metrics.get("loss"),
+        validation_accuracy=metrics.get("accuracy"),
+        lr=_last_lr(learner),
+        seconds=total.seconds,
+        images_per_second=total.images_per_second,
+        instances_seen=total.instances_seen,
+        instances_trained=total.instances_trained,
+        macs_dense=total.macs_dense,
+        macs_done=total.macs_done,
+    )
+
+
+def _last_lr(learner: Learner) -> float:
+    return float(learner.optimizer.lr_at(max(learner.step_count - 1, 0)))
+
+
+def _parsed(augmentation: Augmentation | str | None) -> Augmentation | None:
+    chosen = Augmentation.parse(augmentation) if isinstance(augmentation, str) else augmentation
+    return None if chosen == Augmentation() else chosen
+
+
+def _quality(record: EpochRecord) -> float:
+    return record.accuracy if record.validation_accuracy is None else record.validation_accuracy

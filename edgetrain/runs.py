@@ -1,0 +1,281 @@
+"""Run folders: one folder per run with its configuration, measurements and checkpoints.
+
+Floor 7. A run folder holds
+
+- ``config.toml``: the effective configuration, every value that the run really used
+- ``environment.json``: the machine, the versions, and what the data looked like
+- ``metrics.csv``: one row per epoch, columns as in ``METRICS``
+- ``events.jsonl``: what happened when, one JSON object per line with ``time`` (UTC) and ``event``
+- ``last.safetensors``, ``best.safetensors``: checkpoints; best by validation accuracy
+- ``model.onnx``: the trained network
+
+Rows and lines are synced one by one; a reader skips a line that a crash cut off.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import tomllib
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, fields
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from edgetrain.checkpoint import write_file
+from edgetrain.errors import UsageError
+from edgetrain.fitting import EpochRecord
+
+METRICS = tuple(item.name for item in fields(EpochRecord))
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder; the properties name its files.
+
+    Attributes:
+        path: of the folder.
+    """
+
+    path: Path
+
+    @property
+    def config_file(self) -> Path:
+        """The effective configuration."""
+        return self.path / "config.toml"
+
+    @property
+    def environment_file(self) -> Path:
+        """Machine, versions and data."""
+        return self.path / "environment.json"
+
+    @property
+    def metrics_file(self) -> Path:
+        """One row per epoch."""
+        return self.path / "metrics.csv"
+
+    @property
+    def events_file(self) -> Path:
+        """What happened when."""
+        return self.path / "events.jsonl"
+
+    @property
+    def last(self) -> Path:
+        """The newest checkpoint."""
+        return self.path / "last.safetensors"
+
+    @property
+    def best(self) -> Path:
+        """The checkpoint of the best epoch."""
+        return self.path / "best.safetensors"
+
+    @property
+    def model(self) -> Path:
+        """The trained network as ONNX."""
+        return self.path / "model.onnx"
+
+    def write_config(self, config: Mapping[str, Any]) -> None:
+        """Write the effective configuration; ``None`` values are left out, as TOML has none."""
+        write_file(self.config_file, to_toml(config).encode())
+
+    def read_config(self) -> dict[str, Any]:
+        """Return the effective configuration.
+
+        Raises:
+            UsageError: the file is missing or not TOML.
+        """
+        return read_toml(self.config_file)
+
+    def write_environment(self, facts: Mapping[str, Any]) -> None:
+        """Write what the run should remember about machine and data."""
+        write_file(self.environment_file, (json.dumps(facts, indent=2) + "\n").encode())
+
+    def read_environment(self) -> dict[str, Any]:
+        """Return what ``write_environment`` wrote; empty when it is missing or damaged."""
+        try:
+            table = json.loads(self.environment_file.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
+        return table if isinstance(table, dict) else {}
+
+    def add_metrics(self, record: EpochRecord) -> None:
+        """Append the row of one epoch and sync it."""
+        if not self.metrics_file.exists():
+            self.write_metrics(())
+        _append(self.metrics_file, _row(_cells(record)))
+
+    def write_metrics(self, records: Iterable[EpochRecord]) -> None:
+        """Replace all rows: on resuming, the checkpoint knows which epochs count."""
+        rows = [list(METRICS), *map(_cells, records)]
+        write_file(self.metrics_file, "".join(map(_row, rows)).encode())
+
+    def read_metrics(self) -> list[dict[str, float | None]]:
+        """Return the rows as numbers, ``None`` for an empty cell; a row that was cut off is skipped."""
+        try:
+            text = self.metrics_file.read_text(encoding="utf-8")
+        except OSError:
+            return []
+        whole = text[: text.rfind("\n") + 1]
+        rows = csv.DictReader(io.StringIO(whole))
+        return [{key: float(cell) if cell else None for key, cell in row.items()} for row in rows]
+
+    def log(self, event: str, **details: Any) -> None:
+        """Append one event with the present time."""
+        now = datetime.now(UTC).isoformat(timespec="milliseconds")
+        _append(self.events_file, json.dumps({"time": now, "event": event, **details}) + "\n")
+
+    def read_events(self) -> list[dict[str, Any]]:
+        """Return all events, oldest first; a line that was cut off is skipped."""
+        try:
+            lines = self.events_file.read_text(encoding="utf-8").splitlines()
+        except OSError:
+            return []
+        return [event for event in map(_parse_event, lines) if event is not None]
+
+
+def create_run(root: str | os.PathLike[str], command: str) -> Run:
+    """Make the folder ``<root>/<command>-<n>`` with the number after the highest there is.
+
+    Two processes at the same time get two folders.
+
+    Raises:
+        UsageError: the folder cannot be made.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     [create_run(folder, "fit").path.name for _ in range(2)]
+        ['fit-1', 'fit-2']
+    """
+    folder = Path(root)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        number = _highest_number(folder, command) + 1
+        while True:
+            path = folder / f"{command}-{number}"
+            try:
+                path.mkdir()
+            except FileExistsError:
+                number += 1
+            else:
+                return Run(path)
+    except OSError as error:
+        raise UsageError(f"{folder}: no run folder can be made ({error.strerror}); choose another folder") from error
+
+
+def open_run(path: str | os.PathLike[str]) -> Run:
+    """Return an existing run.
+
+    Raises:
+        UsageError: there is no such folder, or it is not a run folder.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        raise UsageError(f"{folder}: no such run folder; runs are folders such as runs/fit-1")
+    run = Run(folder)
+    if not run.config_file.exists():
+        raise UsageError(f"{folder}: not a run folder, config.toml is missing; runs are folders such as runs/fit-1")
+    return run
+
+
+def to_toml(table: Mapping[str, Any]) -> str:
+    """Return TOML text of a table of strings, numbers, booleans, lists and nested tables.
+
+    Raises:
+        UsageError: a value of another type.
+
+    Example:
+        >>> print(to_toml({"epochs": 8, "data": {"source": "embedded"}}), end="")
+        epochs = 8
+        <BLANKLINE>
+        [data]
+        source = "embedded"
+    """
+    return "\n".join(_toml_sections(table, ""))
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """Return the content of a TOML file.
+
+    Raises:
+        UsageError: the file is missing or not TOML.
+    """
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path}: cannot be read as TOML: {error}") from error
+
+
+def _toml_sections(table: Mapping[str, Any], prefix: str) -> list[str]:
+    plain = {key: value for key, value in table.items() if value is not None and not isinstance(value, Mapping)}
+    lines = "".join(f"{_toml_key(key)} = {_toml_value(key, value)}\n" for key, value in plain.items())
+    header = f"[{prefix}]\n" if prefix and lines else ""
+    sections = [header + lines] if lines else []
+    for key, value in table.items():
+        if isinstance(value, Mapping):
+            sections += _toml_sections(value, f"{prefix}.{_toml_key(key)}" if prefix else _toml_key(key))
+    return sections
+
+
+def _toml_key(key: str) -> str:
+    bare = key.isascii() and key.replace("_", "a").replace("-", "a").isalnum()
+    return key if bare else json.dumps(key, ensure_ascii=False)
+
+
+def _toml_value(key: str, value: Any) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, float):
+        # TOML wants a point or an exponent with digits around it; repr of a float always has one of them.
+        return repr(value)
+    if isinstance(value, int):
+        return str(value)
+    if isinstance(value, str):
+        # A JSON string is a TOML basic string, save for the delete character.
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    if isinstance(value, (list, tuple)):
+        return "[" + ", ".join(_toml_value(key, item) for item in value) + "]"
+    raise UsageError(f"'{key}' is of type {type(value).__name__}, which a configuration file cannot hold")
+
+
+def _highest_number(folder: Path, command: str) -> int:
+    endings = [path.name[len(command) + 1 :] for path in folder.glob(f"{command}-*")]
+    return max((int(ending) for ending in endings if ending.isdecimal()), default=0)
+
+
+def _append(path: Path, line: str) -> None:
+    """Append one line and sync it; a line that a crash cut off before is ended first."""
+    try:
+        with path.open("a+b") as file:
+            if file.tell() and _last_byte(file) != b"\n":
+                file.write(b"\n")
+            file.write(line.encode())
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        message = f"{path}: cannot be written ({error.strerror}); free space or choose another folder"
+        raise UsageError(message) from error
+
+
+def _last_byte(file: io.BufferedRandom) -> bytes:
+    file.seek(-1, os.SEEK_END)
+    return file.read(1)
+
+
+def _cells(record: EpochRecord) -> list[str]:
+    return ["" if value is None else repr(value) for value in asdict(record).values()]
+
+
+def _row(cells: list[str]) -> str:
+    return ",".join(cells) + "\n"
+
+
+def _parse_event(line: str) -> dict[str, Any] | None:
+    try:
+        event = json.loads(line)
+    except ValueError:
+        return None
+    return event if isinstance(event, dict) else None
