@@ -11,14 +11,18 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from edgetrain.devices import DeviceProfile
 from edgetrain.errors import CheckpointError
+from edgetrain.fitting import History
 from edgetrain.graph_json import graph_from_dict, graph_to_dict
+from edgetrain.schema import build
 
 if TYPE_CHECKING:
     from edgetrain.learner import Learner
@@ -48,7 +52,10 @@ def save_checkpoint(learner: Learner, path: str | os.PathLike[str]) -> None:
     table = {
         "format_version": FORMAT_VERSION,
         "graph": graph_to_dict(learner.graph),
-        "learner": meta,
+        "settings": _settings(learner),
+        "position": asdict(learner.position),
+        "history": learner.history.to_dict(),
+        "state": meta,
         "aliases": aliases,
     }
     write_file(path, _encode(tensors, table))
@@ -61,13 +68,18 @@ def load_checkpoint(path: str | os.PathLike[str]) -> Learner:
         CheckpointError: the file is missing, truncated, damaged, or of another format version.
     """
     tensors, table = read_checkpoint(path)
+    from edgetrain.learner import Learner
+
     try:
         arrays = {name[6:]: array for name, array in tensors.items() if name.startswith("graph/")}
         state = {name[6:]: array for name, array in tensors.items() if name.startswith("state/")}
-        graph = graph_from_dict(table["graph"], arrays)
-        return _learner(graph, state, table["learner"])
+        learner = Learner(graph_from_dict(table["graph"], arrays), **_arguments(table["settings"]))
+        learner.restore(state, table["state"])
+        learner.position = replace(learner.position, **table["position"])
+        learner.history = History.from_dict(table["history"])
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: the content does not fit together ({error!r}); {_REMEDY}") from error
+    return learner
 
 
 def read_checkpoint(path: str | os.PathLike[str]) -> tuple[Tensors, dict[str, Any]]:
@@ -198,7 +210,20 @@ def _digest(tensors: Mapping[str, NDArray[Any]], table: Mapping[str, Any]) -> st
     return digest.hexdigest()
 
 
-def _learner(graph: Any, state: Tensors, meta: dict[str, Any]) -> Learner:
-    from edgetrain.learner import Learner
+def _settings(learner: Learner) -> dict[str, Any]:
+    """Return the arguments of the constructor as JSON-able values."""
+    profile = {key: value for key, value in learner.profile.to_dict().items() if value is not None}
+    return {
+        "profile": profile,
+        "batch_size": learner.batch_size,
+        "seed": learner.seed,
+        "threads": learner.threads,
+        "optimizer": learner.optimizer.to_dict(),
+    }
 
-    return Learner.from_state(graph, state, meta)
+
+def _arguments(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of the constructor; a profile travels whole, as its file may be gone by now."""
+    profile = settings["profile"]
+    chosen = "host" if profile["name"] == "host" else build(DeviceProfile, profile, Path("stored profile"))
+    return dict(settings) | {"profile": chosen, "optimizer": optimizer_from_dict(settings["optimizer"])}

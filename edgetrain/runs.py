@@ -120,7 +120,8 @@ class Run:
             return []
         whole = text[: text.rfind("\n") + 1]
         rows = csv.DictReader(io.StringIO(whole))
-        return [{key: float(cell) if cell else None for key, cell in row.items()} for row in rows]
+        complete = (row for row in rows if None not in row.values())
+        return [{key: float(cell) if cell else None for key, cell in row.items()} for row in complete]
 
     def log(self, event: str, **details: Any) -> None:
         """Append one event with the present time."""

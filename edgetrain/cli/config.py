@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from edgetrain.cli.output import parse_bytes
+from edgetrain.data import Augmentation
 from edgetrain.data.embedded import EMBEDDED_NAMES
 from edgetrain.devices import DeviceProfile, load_profile
 from edgetrain.errors import UsageError
@@ -133,7 +134,9 @@ def effective(given: Mapping[str, Any]) -> tuple[Config, DeviceProfile]:
     merged = _merge(_from_profile(profile, str(name)), given)
     if merged["training"]["optimizer"] != profile.recipe.optimizer and "lr" not in given.get("training", {}):
         merged["training"]["lr"] = _USUAL_LR.get(merged["training"]["optimizer"], profile.recipe.lr)
-    return build(Config, merged, Path("settings")), profile
+    config = build(Config, merged, Path("settings"))
+    Augmentation.parse(config.data.augment)  # an error now, not when the run folder exists
+    return config, profile
 
 
 def from_run(table: Mapping[str, Any], path: Path) -> Config:

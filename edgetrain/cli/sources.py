@@ -6,6 +6,7 @@ import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from edgetrain.checkpoint import load_checkpoint
 from edgetrain.cli.output import parse_sizes
 from edgetrain.data import Dataset, available_splits, load_dataset
 from edgetrain.data.folder import class_folders
@@ -108,19 +109,15 @@ def load_trained(source: str, threads: int | None = None, best: bool = False) ->
         UsageError: nothing of the kind is there.
         ModelError: the file is damaged or not supported.
     """
-    from edgetrain.learner import Learner
-
     path = Path(source)
     if path.is_dir():
         path = _checkpoint_of(open_run(path), best)
     if path.suffix.lower() == ".onnx":
-        from edgetrain.onnx_io import load_onnx
-
-        return Learner(load_onnx(path), profile="host", threads=threads), str(path)
+        return _inference_only(path, threads), str(path)
     if path.suffix != ".safetensors":
-        known = "a run folder (runs/fit-1), a checkpoint (.safetensors) or an .onnx file"
-        raise UsageError(f"{path}: {'not' if path.exists() else 'no such file; expected'} {known}")
-    learner = Learner.load(path)
+        expected = "expected a run folder (runs/fit-1), a checkpoint (.safetensors) or an .onnx file"
+        raise UsageError(f"{path}: {'of unknown kind' if path.exists() else 'no such file'}; {expected}")
+    learner = load_checkpoint(path)
     if threads is not None:
         learner.threads = threads
     return learner, str(path)
@@ -161,6 +158,13 @@ def _image_options(source: str, shape: Shape) -> dict[str, Any]:
     if not is_images or len(shape) != 3:
         return {}
     return {"image_size": (shape[1], shape[2]), "channels": shape[0]}
+
+
+def _inference_only(path: Path, threads: int | None) -> Learner:
+    from edgetrain.learner import Learner
+    from edgetrain.onnx_io import load_onnx
+
+    return Learner(load_onnx(path), profile="host", threads=threads)
 
 
 def _checkpoint_of(run: Run, best: bool) -> Path:
