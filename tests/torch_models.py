@@ -22,7 +22,7 @@ class LeNet(nn.Module):
         super().__init__()
         self.conv1 = nn.Conv2d(1, 6, 5, padding=2)
         self.conv2 = nn.Conv2d(6, 16, 5)
-        self.fc1 = nn.Linear(16 * 4 * 4, 32)
+        self.fc1 = nn.Linear(16 * 3 * 3, 32)
         self.dropout = nn.Dropout(0.3)
         self.fc2 = nn.Linear(32, 10)
 
@@ -181,14 +181,15 @@ class Smooth(nn.Module):
 
 
 def softmax_at_the_end() -> nn.Module:
-    """A network that returns probabilities."""
+    """Return probabilities."""
     return nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 5), nn.Softmax(dim=1))
 
 
 def multilayer_perceptron() -> nn.Module:
     """Features instead of images; normalisation and dropout between fully connected layers."""
     return nn.Sequential(
-        nn.Linear(7, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.5), nn.Linear(16, 8, bias=False), nn.Hardtanh(), nn.Linear(8, 3)
+        nn.Linear(7, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.5),
+        nn.Linear(16, 8, bias=False), nn.Hardtanh(), nn.Linear(8, 3),
     )  # fmt: skip
 
 
@@ -219,7 +220,9 @@ def build(name: str) -> nn.Module:
     return model.eval()
 
 
-def export(name: str, path: Path, *, dynamo: bool, training: bool = True, dynamic: bool = True, opset: int = 18) -> nn.Module:
+def export(
+    name: str, path: Path, *, dynamo: bool, training: bool = True, dynamic: bool = True, opset: int = 18
+) -> nn.Module:
     """Export a network of the table to ONNX and return it.
 
     Args:

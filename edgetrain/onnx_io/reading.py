@@ -110,7 +110,7 @@ class Reading:
             self.fail(Source.of(node), f"the constant expression cannot be computed: {error}")
         outputs = [name for name in node.output if name]
         self.constants.update(zip(outputs, results, strict=True))
-        if node.op_type in _KEEPS_NAME and results[0].dtype == np.float32:
+        if node.op_type in _KEEPS_NAME and self.constants[node.input[0]].dtype.kind == "f":
             self.origins[outputs[0]] = self.origins.get(node.input[0], node.input[0])
         return True
 
@@ -230,7 +230,7 @@ class Reading:
         try:
             self.graph.add(op_type, inputs, name=node.name + suffix, outputs=[output], **attributes)
         except GraphError as error:
-            self.fail(node, str(error))
+            self.fail(node, str(error).partition("]: ")[2] or str(error))  # the node is named by ``fail``
         if not part:
             self.values[output] = output
         return output

@@ -1,0 +1,419 @@
+"""ONNX files of PyTorch's exporters come in with the same outputs; what goes out runs in onnxruntime and comes back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from edgetrain.reference import evaluate
+from onnx import TensorProto, helper, numpy_helper
+from torch import nn
+
+import edgetrain as et
+from edgetrain.errors import GraphError, ModelError, UnsupportedError
+from edgetrain.graph import Graph, Normalization
+from edgetrain.onnx_io import load_onnx, match_parameters, save_onnx
+from tests import torch_models
+
+Array = np.ndarray
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A network of the table as PyTorch wrote it."""
+
+    path: Path
+    model: nn.Module
+    x: Array
+
+    @property
+    def y(self) -> Array:
+        with torch.no_grad():
+            return self.model(torch.from_numpy(self.x)).numpy()
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Exported]:
+    """Export each network once per exporter."""
+    folder, done = tmp_path_factory.mktemp("exported"), {}
+
+    def get(name: str, exporter: str) -> Exported:
+        if (name, exporter) not in done:
+            path = folder / f"{name}-{exporter}.onnx"
+            model = torch_models.export(name, path, dynamo=exporter == "dynamo")
+            x = np.random.default_rng(1).normal(size=(5, *torch_models.MODELS[name][1])).astype(np.float32)
+            done[name, exporter] = Exported(path, model, x)
+        return done[name, exporter]
+
+    return get
+
+
+def outputs(graph: Graph, x: Array) -> Array:
+    """Return what a user of the network gets: logits, or probabilities where the file ends in Softmax."""
+    logits = evaluate(graph, x, training=False)[graph.outputs[0]]
+    if not graph.softmax_output:
+        return logits
+    return torch.softmax(torch.from_numpy(np.asarray(logits)), 1).numpy()
+
+
+def run(path: Path, x: Array) -> Array:
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    return session.run(None, {session.get_inputs()[0].name: x})[0]
+
+
+def net(text: str, opset: int = 17, **arrays: Array) -> onnx.ModelProto:
+    """Parse a network in ONNX's textual form; ``arrays`` become initializers."""
+    model = onnx.parser.parse_model(f'<ir_version: 8, opset_import: ["": {opset}]> net {text}')
+    model.graph.initializer.extend(numpy_helper.from_array(np.asarray(a), n) for n, a in arrays.items())
+    return model
+
+
+def ones(*shape: int) -> Array:
+    return np.ones(shape, np.float32)
+
+
+EXPORTERS = ("script", "dynamo")
+
+
+# --- import ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("exporter", EXPORTERS)
+@pytest.mark.parametrize("name", torch_models.MODELS)
+def test_imported_network_computes_what_pytorch_computes(
+    name: str, exporter: str, exported: Callable[[str, str], Exported]
+) -> None:
+    file = exported(name, exporter)
+    np.testing.assert_allclose(outputs(load_onnx(file.path), file.x), file.y, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", torch_models.MODELS)
+def test_fixed_batch_folded_and_oldest_opset(name: str, tmp_path: Path) -> None:
+    opset = 14 if name == "squeeze_excite" else 11  # HardSwish is in ONNX since 14
+    model = torch_models.export(name, tmp_path / "m.onnx", dynamo=False, training=False, dynamic=False, opset=opset)
+    x = np.random.default_rng(2).normal(size=(3, *torch_models.MODELS[name][1])).astype(np.float32)
+    with torch.no_grad():
+        expected = model(torch.from_numpy(x)).numpy()
+    np.testing.assert_allclose(outputs(load_onnx(tmp_path / "m.onnx"), x), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", torch_models.MODELS)
+def test_learner_runs_the_imported_network(name: str, exported: Callable[[str, str], Exported]) -> None:
+    file = exported(name, "script")
+    graph = load_onnx(file.path)
+    learner = et.Learner(graph, batch_size=4, seed=0)
+    got = learner.predict_proba(file.x) if graph.softmax_output else learner.logits(file.x)
+    np.testing.assert_allclose(got, file.y, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("exporter", EXPORTERS)
+def test_parameters_of_a_file_are_those_of_the_pytorch_module(
+    exporter: str, exported: Callable[[str, str], Exported]
+) -> None:
+    file = exported("lenet", exporter)
+    graph = load_onnx(file.path)
+    expected = {name: tensor.detach().numpy() for name, tensor in file.model.named_parameters()}
+    assert graph.trainable == set(expected)
+    for name, array in expected.items():
+        np.testing.assert_array_equal(graph.arrays[name], array)
+
+
+def test_equal_weights_of_different_layers_stay_two_arrays(exported: Callable[[str, str], Exported]) -> None:
+    # The exporter stores fresh, hence equal, BatchNormalization scales once and copies them with Identity nodes.
+    file = exported("mobilenet", "script")
+    expected = {name for name, _ in file.model.named_parameters()}
+    assert load_onnx(file.path).trainable == expected
+
+
+def test_one_weight_used_by_two_nodes_stays_one_array() -> None:
+    text = "(float[N,2] x) => (float[N,2] y) { h = MatMul(x, w) y = MatMul(h, w) }"
+    graph = load_onnx(net(text, w=ones(2, 2)))
+    assert list(graph.arrays) == ["w"]
+
+
+def test_running_averages_and_constants_are_not_trainable(exported: Callable[[str, str], Exported]) -> None:
+    graph = load_onnx(exported("cnn1d", "script").path)
+    assert set(graph.arrays) - graph.trainable == {"1.running_mean", "1.running_var"}
+    assert load_onnx(exported("hand_written", "script").path).trainable == {
+        "bias", "weight", "conv1.bias", "conv1.weight", "conv2.bias", "conv2.weight"
+    }  # fmt: skip
+
+
+def test_softmax_at_the_end_is_taken_off(exported: Callable[[str, str], Exported]) -> None:
+    graph = load_onnx(exported("softmax", "dynamo").path)
+    assert graph.softmax_output
+    assert graph.nodes[-1].op_type == "Gemm"
+
+
+def test_external_data_beside_the_file(exported: Callable[[str, str], Exported], tmp_path: Path) -> None:
+    file = exported("lenet", "script")
+    model = onnx.load(file.path)
+    onnx.save(model, tmp_path / "m.onnx", save_as_external_data=True, location="weights.bin", size_threshold=0)
+    np.testing.assert_allclose(outputs(load_onnx(tmp_path / "m.onnx"), file.x), file.y, rtol=1e-4, atol=1e-5)
+    (tmp_path / "weights.bin").unlink()
+    with pytest.raises(ModelError, match=r"m\.onnx' cannot be read as an ONNX model"):
+        load_onnx(tmp_path / "m.onnx")
+
+
+def test_branch_with_a_constant_condition_is_taken() -> None:
+    # torch.squeeze on an axis that might not have size 1 is exported like this.
+    text = """(float[N,3,1] x) => (float[N,3] y) {
+        s = Shape(x) i = Constant<value = int64[1] {2}>() n = Gather(s, i) one = Constant<value = int64[1] {1}>()
+        c = Equal(n, one)
+        y = If(c) <then_branch = t () => (float[N,3] a) { ax = Constant<value = int64[1] {2}>() a = Squeeze(x, ax) },
+                   else_branch = e () => (float[N,3] b) { b = Identity(x) }>
+    }"""
+    graph = load_onnx(net(text))
+    assert [node.op_type for node in graph.nodes] == ["Flatten"]
+
+
+def test_gemm_factors_go_into_the_weights() -> None:
+    text = "(float[N,2] x) => (float[N,3] y) { y = Gemm<alpha = 0.5, beta = 2.0, transB = 1>(x, w, b) }"
+    graph = load_onnx(net(text, w=ones(3, 2), b=np.float32(1)))
+    np.testing.assert_array_equal(outputs(graph, ones(1, 2)), 3 * ones(1, 3))
+
+
+def test_unused_nodes_and_outputs_are_dropped() -> None:
+    text = "(float[N,2] x) => (float[N,2] y) { z = Erf(x) y, mask = Dropout(x) }"
+    assert [node.op_type for node in load_onnx(net(text)).nodes] == ["Dropout"]
+
+
+# --- errors ----------------------------------------------------------------------------------------------------------
+
+REFUSED = {
+    "operator": ("(float[N,2] x) => (float[N,2] y) { [gelu] y = Erf(x) }", {},
+                 r"node 'gelu' \(Erf, opset 17\): the operator is not supported; supported: Add, AveragePool"),
+    "domain": ("(float[N,2] x) => (float[N,2] y) { y = com.microsoft.Gelu(x) }", {},
+               r"node 'y' \(com\.microsoft\.Gelu, opset 17\): the operator is not supported"),
+    "type": ("(double[N,2] x) => (double[N,2] y) { y = Relu(x) }", {}, r"input 'x' .* has the type double; .*float32"),
+    "cast": ("(float[N,2] x) => (float16[N,2] y) { y = Cast<to = 10>(x) }", {}, r"'y' \(Cast, opset 17\): converts"),
+    "free size": ("(float[N,3,H,8] x) => (float[N,3,H,8] y) { y = Relu(x) }", {},
+                  r"input 'x' .* shape \(\?, 3, \?, 8\); only dimension 0 may be free"),
+    "no batch": ("(float x) => (float y) { y = Relu(x) }", {}, r"input 'x' .* no dimensions; expected the batch"),
+    "batch sizes": ("(float[2,3] x, float[4,3] z) => (float[N,3] y) { y = Add(x, z) }", {},
+                    r"input 'z' .*: dimension 0 is 4, but 2 in other inputs"),
+    "computed weights": ("(float[N,2] x, float[N,2] w) => (float[N,2] y) { y = MatMul(x, w) }", {},
+                         r"'y' \(MatMul, opset 17\): input 1 \('w'\) must be a constant"),
+    "3-D convolution": ("(float[N,1,4,4,4] x) => (float[N,1,4,4,4] y) { y = Conv(x, w) }", {"w": ones(1, 1, 1, 1, 1)},
+                        r"'y' \(Conv, .*3-D convolution; supported are 1-D and 2-D"),
+    "does not fit": ("(float[N,3,4,4] x) => (float[N,1,2,2] y) { y = Conv(x, w) }", {"w": ones(1, 2, 3, 3)},
+                     r"node 'y' \(Conv, opset 17\): 3 input channels, expected 2"),
+    "mean": ("(float[N,3,4,4] x) => (float[N,3,4] y) { y = ReduceMean<axes = [3], keepdims = 0>(x) }", {},
+             r"'y' \(ReduceMean, .*mean over the axes \[3\] of Nx3x4x4; supported is the mean over all spatial axes"),
+    "pad mode": ("(float[N,1,4,4] x) => (float[N,1,4,6] y) { y = Pad<mode = \"reflect\">(x, p) }",
+                 {"p": np.array([0, 0, 0, 1, 0, 0, 0, 1])}, r"'y' \(Pad, .*mode 'reflect'; supported is 'constant'"),
+    "merged batch": ("(float[N,4,2] x) => (float[M,2] y) { y = Reshape(x, s) }", {"s": np.array([-1, 2])},
+                     r"'y' \(Reshape, .*from Nx4x2 to \[-1, 2\]: the batch dimension must stay first"),
+    "batch size as number": (
+        "(float[N,2] x) => (float[N,2] y) { s = Shape(x) g = Gather(s, i) f = Cast<to = 1>(g) y = Mul(x, f) }",
+        {"i": np.array(0)}, r"the constant 'f' is computed from the batch size"),
+    "softmax inside": ("(float[N,2] x) => (float[N,2] y) { p = Softmax(x) y = MatMul(p, w) }", {"w": ones(2, 2)},
+                       r"'y' \(MatMul, .*comes from a Softmax, which is supported at the end"),
+    "softmax axis": ("(float[N,2,4,4] x) => (float[N,2,4,4] y) { y = Softmax<axis = 1>(x) }", {},
+                     r"'y' \(Softmax, .*over axis 1 of Nx2x4x4"),
+    "pool indices": ("(float[N,1,4,4] x) => (int64[N,1,2,2] i) { y, i = MaxPool<kernel_shape = [2,2]>(x) }", {},
+                     r"output 'i' of node 'y' \(MaxPool\) is not supported"),
+    "transposed data": ("(float[N,2,3] x) => (float[N,3,2] y) { y = Transpose<perm = [0,2,1]>(x) }", {},
+                        r"'y' \(Transpose, .*reorders data"),
+    "division": ("(float[N,2] x) => (float[N,2] y) { y = Div(c, x) }", {"c": ones(1)}, r"'y' \(Div, .*by a value"),
+    "zero": ("(float[N,2] x) => (float[N,2] y) { y = Div(x, c) }", {"c": 0 * ones(1)}, r"'c', which contains zero"),
+    "per sample constant": ("(float[3,2] x) => (float[3,2] y) { y = Add(x, c) }", {"c": ones(3, 2)},
+                            r"'y' \(Add, .*the batch dimension must stay free"),
+    "per sample bias": ("(float[3,2] x) => (float[3,2] y) { y = Gemm(x, w, b) }", {"w": ones(2, 2), "b": ones(3, 2)},
+                        r"'y' \(Gemm, .*'b' has the shape \(3, 2\); expected \(2,\)"),
+    "constant output": ("(float[N,2] x) => (float[2] y) { y = Identity(c) }", {"c": ones(2)},
+                        r"output 'y' does not depend on the input"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_is_not_supported_is_refused_with_one_clear_error(case: str) -> None:
+    text, arrays, message = REFUSED[case]
+    with pytest.raises(UnsupportedError, match=message):
+        load_onnx(net(text, **arrays))
+
+
+def test_opset_newer_than_the_onnx_package() -> None:
+    text = "(float[N,2] x) => (float[N,2] y) { y = Relu(x) }"
+    with pytest.raises(UnsupportedError, match=r"uses opset 999; the installed onnx .* knows 11 to \d+: update onnx"):
+        load_onnx(net(text, opset=999))
+
+
+def test_older_opset_goes_through_the_version_converter() -> None:
+    graph = load_onnx(net("(float[N,2] x) => (float[N,2] y) { y = Clip<min = 0.0, max = 6.0>(x) }", opset=7))
+    assert graph.nodes[0].attributes == {"min": 0.0, "max": 6.0}
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"no protobuf at all", b"\x08\x08" + bytes(40)], ids=["empty", "text", "damaged"]
+)
+def test_what_is_no_onnx_file_is_named(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "bad.onnx").write_bytes(content)
+    with pytest.raises(ModelError, match=r"bad\.onnx' (cannot be read as|is not) an ONNX model"):
+        load_onnx(tmp_path / "bad.onnx")
+
+
+def test_truncated_file(exported: Callable[[str, str], Exported], tmp_path: Path) -> None:
+    (tmp_path / "cut.onnx").write_bytes(exported("lenet", "script").path.read_bytes()[:-5000])
+    with pytest.raises(ModelError, match=r"cut\.onnx' cannot be read as an ONNX model"):
+        load_onnx(tmp_path / "cut.onnx")
+
+
+def test_value_that_no_node_makes() -> None:
+    node = helper.make_node("Add", ["x", "ghost"], ["y"], name="sum")
+    infos = [helper.make_tensor_value_info(n, TensorProto.FLOAT, ["N", 2]) for n in "xy"]
+    model = helper.make_model(helper.make_graph([node], "g", infos[:1], infos[1:]))
+    with pytest.raises(ModelError, match=r"node 'sum' \(Add\): no node before it makes its input 1 \('ghost'\)"):
+        load_onnx(model)
+
+
+# --- export ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("batch", [1, 7])
+@pytest.mark.parametrize("name", torch_models.MODELS)
+def test_written_file_gives_the_same_outputs_in_onnxruntime(
+    name: str, batch: int, exported: Callable[[str, str], Exported], tmp_path: Path
+) -> None:
+    file = exported(name, "script")
+    save_onnx(load_onnx(file.path), tmp_path / "out.onnx")
+    x = np.resize(file.x, (batch, *file.x.shape[1:]))
+    with torch.no_grad():
+        expected = file.model(torch.from_numpy(x)).numpy()
+    np.testing.assert_allclose(run(tmp_path / "out.onnx", x), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", torch_models.MODELS)
+def test_reading_back_gives_the_same_graph(name: str, exported: Callable[[str, str], Exported], tmp_path: Path) -> None:
+    graph = load_onnx(exported(name, "script").path)
+    save_onnx(graph, tmp_path / "out.onnx")
+    again = load_onnx(tmp_path / "out.onnx")
+    assert [(n.name, n.op_type, n.inputs, n.outputs) for n in again.nodes] == [
+        (n.name, n.op_type, n.inputs, n.outputs) for n in graph.nodes
+    ]
+    assert again.trainable == graph.trainable
+    assert again.softmax_output == graph.softmax_output
+    assert again.arrays.keys() == graph.arrays.keys()
+    for array_name, array in graph.arrays.items():
+        np.testing.assert_array_equal(again.arrays[array_name], array)
+
+
+def tiny_graph() -> Graph:
+    graph = Graph("tiny", input_shape=(2, 4, 4))
+    weight = graph.parameter("fc.weight", np.random.default_rng(0).normal(size=(3, 32)))
+    flat = graph.add("Flatten", ["input"], axis=1)
+    graph.set_outputs([graph.add("Gemm", [flat, weight], transB=1)])
+    graph.class_names = ("cat", "dog", "Wölfin")
+    graph.normalization = Normalization(np.array([0.5, -1], np.float32), np.array([2, 0.25], np.float32))
+    graph.softmax_output = True
+    return graph
+
+
+def test_normalisation_softmax_and_class_names_travel_with_the_file(tmp_path: Path) -> None:
+    graph, x = tiny_graph(), np.random.default_rng(1).normal(size=(3, 2, 4, 4)).astype(np.float32)
+    save_onnx(graph, tmp_path / "m.onnx", metadata={"trained_on": "nothing"})
+    logits = ((x - np.array([0.5, -1]).reshape(2, 1, 1)) / np.array([2, 0.25]).reshape(2, 1, 1)).reshape(3, -1)
+    logits = logits @ graph.arrays["fc.weight"].T
+    expected = torch.softmax(torch.from_numpy(logits), 1).numpy()
+    np.testing.assert_allclose(run(tmp_path / "m.onnx", x), expected, rtol=1e-4, atol=1e-5)
+
+    again = load_onnx(tmp_path / "m.onnx")
+    assert [node.op_type for node in again.nodes] == ["Flatten", "Gemm"]
+    assert again.class_names == graph.class_names
+    assert again.softmax_output
+    np.testing.assert_array_equal(again.normalization.mean, graph.normalization.mean)
+    np.testing.assert_array_equal(again.normalization.std, graph.normalization.std)
+
+
+def test_facts_about_the_written_file(tmp_path: Path) -> None:
+    save_onnx(tiny_graph(), tmp_path / "m.onnx", metadata={"trained_on": "nothing"})
+    model = onnx.load(tmp_path / "m.onnx")
+    assert (model.ir_version, model.opset_import[0].version) == (8, 17)
+    assert (model.producer_name, model.producer_version) == ("edgetrain", et.__version__)
+    assert {p.key: p.value for p in model.metadata_props} == {
+        "trained_on": "nothing", "class_names": '["cat", "dog", "W\\u00f6lfin"]'
+    }  # fmt: skip
+    for info in [*model.graph.input, *model.graph.output]:
+        assert info.type.tensor_type.shape.dim[0].dim_param == "batch"
+
+
+def test_trained_arrays_replace_those_of_the_graph(tmp_path: Path) -> None:
+    graph = tiny_graph()
+    save_onnx(graph, tmp_path / "m.onnx", arrays={"fc.weight": ones(3, 32)})
+    np.testing.assert_array_equal(load_onnx(tmp_path / "m.onnx").arrays["fc.weight"], ones(3, 32))
+    with pytest.raises(ModelError, match=r"array 'fc\.weight' has the shape \(3, 2\); expected \(3, 32\)"):
+        save_onnx(graph, tmp_path / "m.onnx", arrays={"fc.weight": ones(3, 2)})
+    with pytest.raises(ModelError, match=r"'fc' is no array of graph 'tiny'; it has: fc\.weight"):
+        save_onnx(graph, tmp_path / "m.onnx", arrays={"fc": ones(3, 32)})
+
+
+def test_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "m.onnx").write_bytes(b"old")
+
+    def full(_: int) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match="no space"):
+        save_onnx(tiny_graph(), tmp_path / "m.onnx")
+    assert [(p.name, p.read_bytes()) for p in tmp_path.iterdir()] == [("m.onnx", b"old")]
+
+
+def test_dilated_average_pool_needs_a_newer_opset(tmp_path: Path) -> None:
+    graph = Graph("dilated", input_shape=(1, 7, 7))
+    graph.set_outputs([graph.add("AveragePool", ["input"], kernel_shape=[2, 2], dilations=[3, 3])])
+    save_onnx(graph, tmp_path / "m.onnx")
+    assert onnx.load(tmp_path / "m.onnx").opset_import[0].version == 19
+    x = np.random.default_rng(0).normal(size=(2, 1, 7, 7)).astype(np.float32)
+    np.testing.assert_allclose(run(tmp_path / "m.onnx", x), outputs(graph, x), rtol=1e-5, atol=1e-6)
+
+
+# --- initial weights -------------------------------------------------------------------------------------------------
+
+
+def test_weights_match_by_name_then_by_order_and_shape(exported: Callable[[str, str], Exported]) -> None:
+    file = exported("lenet", "script")
+    graph = load_onnx(file.path)
+    renamed = {name.replace("fc1", "hidden"): array for name, array in graph.arrays.items()} | {"extra": ones(9)}
+    arrays, report = match_parameters(graph, renamed)
+    assert set(arrays) == set(graph.arrays)
+    np.testing.assert_array_equal(arrays["fc1.weight"], graph.arrays["fc1.weight"])
+    assert set(report.by_order) == {("fc1.weight", "hidden.weight"), ("fc1.bias", "hidden.bias")}
+    assert report.unused == ("extra",)
+    assert "matched by order and shape (2): fc1.weight from hidden.weight" in str(report)
+
+
+def test_weights_from_a_file_whose_operators_are_unknown() -> None:
+    text = "(float[N,2] x) => (float[N,2] y) { e = Erf(x) c = Constant<value_float = 1.0>() y = MatMul(e, w) }"
+    graph = Graph("g", input_shape=(2,))
+    graph.parameter("mine", ones(2, 2))
+    other = graph.parameter("other", ones(5))
+    graph.set_outputs([graph.add("MatMul", ["input", "mine"])])
+    arrays, report = match_parameters(graph, net(text, w=3 * ones(2, 2)))
+    np.testing.assert_array_equal(arrays["mine"], 3 * ones(2, 2))
+    assert report.missing == (other,)
+
+
+def test_same_name_with_another_shape_is_reported() -> None:
+    graph = tiny_graph()
+    offered = {"fc.weight": ones(10, 32), "spare": ones(3, 32)}
+    _, report = match_parameters(graph, offered)
+    assert report.other_shape == ("fc.weight",)
+    assert report.by_order == (("fc.weight", "spare"),)
+
+
+def test_nothing_matches() -> None:
+    with pytest.raises(
+        ModelError, match=r"no weights match the graph 'tiny': fc\.weight \(3, 32\) wanted, a \(2,\) found"
+    ):
+        match_parameters(tiny_graph(), {"a": ones(2)})
+
+
+def test_graph_errors_are_model_errors() -> None:
+    assert issubclass(GraphError, ModelError)
