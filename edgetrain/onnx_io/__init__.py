@@ -2,7 +2,8 @@
 
 The ``onnx`` package is imported by the first call, not by ``import edgetrain``.
 In the order of use: ``importer`` (the file as a whole), ``reading`` (names, constants
-and errors while one file is read), ``readers`` (one function per operator),
+and errors while one file is read), ``readers`` and ``shapes`` (one function per
+operator),
 ``folding`` (computing constants with the onnx package), ``exporter``, ``matching``.
 """
 

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 
 from edgetrain.graph import Value
-from edgetrain.onnx_io.folding import static_shape, without_repeats
+from edgetrain.onnx_io import shapes
+from edgetrain.onnx_io.folding import without_repeats
 from edgetrain.onnx_io.names import DIVIDE_BY_STD, SUBTRACT_MEAN
 from edgetrain.onnx_io.reading import Reading, Source
 
@@ -32,19 +33,11 @@ def _plain(*attributes: str) -> Reader:
     return read
 
 
-def _identity(r: Reading, node: Source) -> None:
-    if node.inputs[0] in r.probabilities:
-        r.probabilities.add(node.outputs[0])
-        r.values[node.outputs[0]] = r.values[node.inputs[0]]
-    else:
-        r.alias(node, r.value(node))
-
-
 def _cast(r: Reading, node: Source) -> None:
     float32 = 1  # TensorProto.FLOAT
     if node.op_type == "Cast" and node.get("to") != float32:
         r.fail(node, "converts to another type than float32; edgetrain computes in float32")
-    _identity(r, node)
+    shapes.read_identity(r, node)
 
 
 # --- layers with weights ---------------------------------------------------------------------------------------------
@@ -129,19 +122,24 @@ def _global_max_pool(r: Reading, node: Source) -> None:
 
 
 def _reduce_mean(r: Reading, node: Source) -> None:
+    """Read a mean over all spatial axes, or over one of them (a pool as wide as the map)."""
     x, axes = r.value(node), r.integers(node, 1, "axes")
     if not axes and node.get("noop_with_empty_axes", 0):
         r.alias(node, x)
         return
     rank = len(x.shape) + 1
     reduced = sorted(axis % rank for axis in axes or range(rank))
-    if rank < 3 or reduced != list(range(2, rank)):
-        r.fail(node, f"a mean over the axes {reduced} of {x}; supported is the mean over all spatial axes")
-    if node.get("keepdims", 1):
-        r.emit(node, "GlobalAveragePool", [x.name])
-        return
-    pooled = r.emit(node, "GlobalAveragePool", [x.name], part="pool")
-    r.emit(node, "Flatten", [pooled], axis=1)
+    if reduced[0] < 2:
+        r.fail(node, f"a mean over the axes {reduced} of {x}; supported are means over spatial axes (2 and higher)")
+    part = "" if node.get("keepdims", 1) else "pool"
+    if reduced == list(range(2, rank)):
+        pooled = r.emit(node, "GlobalAveragePool", [x.name], part=part)
+    else:
+        kernel = [size if axis in reduced else 1 for axis, size in enumerate(x.shape[1:], start=2)]
+        pooled = r.emit(node, "AveragePool", [x.name], part=part, kernel_shape=kernel)
+    if part:
+        kept = [size for axis, size in enumerate(x.shape, start=1) if axis not in reduced]
+        shapes.to_shape(r, node, r.graph.values[pooled], kept)
 
 
 # --- arithmetic ------------------------------------------------------------------------------------------------------
@@ -219,136 +217,14 @@ def _neg(r: Reading, node: Source) -> None:
 
 
 def _sum(r: Reading, node: Source) -> None:
-    shapes = {len(r.value(node, i).shape) for i in range(len(node.inputs))}
-    if len(shapes) != 1:
+    if len({len(r.value(node, i).shape) for i in range(len(node.inputs))}) != 1:
         r.fail(node, "inputs of different rank: broadcasting would move the batch dimension")
     total = r.value(node).name
     if len(node.inputs) == 1:
-        _identity(r, node)
+        shapes.read_identity(r, node)
     for i in range(1, len(node.inputs)):
         part = f"part{i}" if i < len(node.inputs) - 1 else ""
         total = r.emit(node, "Add", [total, r.value(node, i).name], part=part)
-
-
-# --- shape -----------------------------------------------------------------------------------------------------------
-
-
-def _concat(r: Reading, node: Source) -> None:
-    parts = [r.value(node, i) for i in range(len(node.inputs))]
-    axis = node.get("axis", 1) % (len(parts[0].shape) + 1)
-    if len(parts) == 1:
-        r.alias(node, parts[0])
-    else:
-        r.emit(node, "Concat", [part.name for part in parts], axis=axis)
-
-
-def _pad(r: Reading, node: Source) -> None:
-    x, pads = r.value(node), r.integers(node, 1, "pads")
-    if node.get("mode", "constant") != "constant":
-        r.fail(node, f"mode '{node.get('mode')}'; supported is 'constant'")
-    rank = len(x.shape) + 1
-    axes = [axis % rank for axis in r.integers(node, 3, "axes") or range(rank)]
-    if pads is None or len(pads) != 2 * len(axes):
-        r.fail(node, f"pads {pads} for the axes {axes}; expected two numbers per axis")
-    full = [0] * (2 * rank)
-    for i, axis in enumerate(axes):
-        full[axis], full[axis + rank] = pads[i], pads[i + len(axes)]
-    if not any(full):
-        r.alias(node, x)
-        return
-    if full[0] or full[rank]:
-        r.fail(node, f"pads {full} would add samples to the batch")
-    r.emit(node, "Pad", [x.name], pads=full, value=r.scalar(node, 2, "value") or 0.0)
-
-
-def _to_shape(r: Reading, node: Source, x: Value, shape: list[int]) -> None:
-    """Emit what gives a value the shape (without the batch dimension): nothing, Flatten, or Reshape."""
-    if tuple(shape) == x.shape:
-        r.alias(node, x)
-    elif len(shape) == 1:
-        r.emit(node, "Flatten", [x.name], axis=1)
-    else:
-        r.emit(node, "Reshape", [x.name], shape=shape)
-
-
-def _flatten(r: Reading, node: Source) -> None:
-    x = r.value(node)
-    if node.get("axis", 1) % (len(x.shape) + 1) != 1:
-        r.fail(node, f"axis {node.get('axis')} of {x} would merge other dimensions with the batch; supported is axis 1")
-    _to_shape(r, node, x, [x.size])
-
-
-def _reshape(r: Reading, node: Source) -> None:
-    x, target = r.value(node), r.integers(node, 1, "shape") or []
-    shape = static_shape(target, x.shape, r.batches, bool(node.get("allowzero", 0)))
-    if shape is None:
-        r.fail(node, f"from {x} to {target}: the batch dimension must stay first and whole")
-    _to_shape(r, node, x, shape)
-
-
-def _squeeze(r: Reading, node: Source) -> None:
-    x, axes = r.value(node), r.integers(node, 1, "axes")
-    rank = len(x.shape) + 1
-    gone = {axis % rank for axis in axes} if axes is not None else {i + 1 for i, n in enumerate(x.shape) if n == 1}
-    if 0 in gone or any(x.shape[axis - 1] != 1 for axis in gone):
-        r.fail(node, f"removes the axes {sorted(gone)} of {x}; supported are axes of size 1 after the batch dimension")
-    _to_shape(r, node, x, [n for i, n in enumerate(x.shape, start=1) if i not in gone])
-
-
-def _unsqueeze(r: Reading, node: Source) -> None:
-    x, axes = r.value(node), r.integers(node, 1, "axes") or []
-    rank = len(x.shape) + 1 + len(axes)
-    new = {axis % rank for axis in axes}
-    if 0 in new:
-        r.fail(node, f"adds an axis before the batch dimension of {x}")
-    sizes = iter(x.shape)
-    _to_shape(r, node, x, [1 if axis in new else next(sizes) for axis in range(1, rank)])
-
-
-def _transpose(r: Reading, node: Source) -> None:
-    x = r.value(node)
-    perm = node.get("perm", list(range(len(x.shape) + 1))[::-1])
-    moved = [axis for axis in perm[1:] if axis and x.shape[axis - 1] > 1]
-    if perm[0] != 0 or moved != sorted(moved):
-        r.fail(node, f"perm {perm} of {x} reorders data; supported are permutations that only move axes of size 1")
-    _to_shape(r, node, x, [x.shape[axis - 1] for axis in perm[1:]])
-
-
-def _expand(r: Reading, node: Source) -> None:
-    x, target = r.value(node), r.integers(node, 1, "shape") or []
-    sizes = zip(reversed(target), reversed(x.shape), strict=False)
-    if len(target) > len(x.shape) + 1 or any(wanted not in (1, size) for wanted, size in sizes):
-        r.fail(node, f"from {x} to {target}: supported is an Expand that changes nothing")
-    _identity(r, node)
-
-
-def _slice(r: Reading, node: Source) -> None:
-    """Read a Slice that keeps everything, or every n-th pixel as shortcuts of residual networks do."""
-    x, rank = r.value(node), len(r.value(node).shape) + 1
-    starts, ends = r.integers(node, 1, "starts") or [], r.integers(node, 2, "ends") or []
-    axes = [axis % rank for axis in r.integers(node, 3, "axes") or range(len(starts))]
-    strides = [1] * rank
-    for axis, start, end, step in zip(axes, starts, ends, r.integers(node, 4, "steps") or [1] * len(axes), strict=True):
-        size = r.batch if axis == 0 else x.shape[axis - 1]
-        if start % size or start >= size or end < size or step < 1:
-            cut = f"[{start}:{end}:{step}] of axis {axis} of {x}"
-            r.fail(node, f"{cut} drops data; supported are whole axes and steps over pixels")
-        strides[axis] = step
-    if max(strides) == 1:
-        r.alias(node, x)
-    elif max(strides[:2]) > 1:
-        r.fail(node, f"steps {strides} over samples or channels; supported are steps over pixels")
-    else:
-        r.emit(node, "AveragePool", [x.name], kernel_shape=[1] * (rank - 2), strides=strides[2:])
-
-
-def _shape(r: Reading, node: Source) -> None:
-    sizes = np.array([r.batch, *r.value(node).shape], np.int64)
-    r.constants[node.outputs[0]] = sizes[slice(node.get("start", 0), node.get("end"))]
-
-
-def _size(r: Reading, node: Source) -> None:
-    r.constants[node.outputs[0]] = np.array(r.batch * r.value(node).size, np.int64)
 
 
 READERS: dict[str, Reader] = {
@@ -358,36 +234,36 @@ READERS: dict[str, Reader] = {
     "Cast": _cast,
     "CastLike": _cast,
     "Clip": _clip,
-    "Concat": _concat,
+    "Concat": shapes.read_concat,
     "Conv": _conv,
     "Div": _div,
     "Dropout": _dropout,
-    "Expand": _expand,
-    "Flatten": _flatten,
+    "Expand": shapes.read_expand,
+    "Flatten": shapes.read_flatten,
     "Gemm": _gemm,
     "GlobalAveragePool": _plain(),
     "GlobalMaxPool": _global_max_pool,
     "HardSigmoid": _plain("alpha", "beta"),
     "HardSwish": _plain(),
-    "Identity": _identity,
+    "Identity": shapes.read_identity,
     "LeakyRelu": _plain("alpha"),
     "MatMul": _matmul,
     "MaxPool": _max_pool,
     "Mul": _add_or_mul,
     "Neg": _neg,
-    "Pad": _pad,
+    "Pad": shapes.read_pad,
     "ReduceMean": _reduce_mean,
     "Relu": _plain(),
-    "Reshape": _reshape,
-    "Shape": _shape,
+    "Reshape": shapes.read_reshape,
+    "Shape": shapes.read_shape,
     "Sigmoid": _plain(),
-    "Size": _size,
-    "Slice": _slice,
+    "Size": shapes.read_size,
+    "Slice": shapes.read_slice,
     "Softmax": _softmax,
-    "Squeeze": _squeeze,
+    "Squeeze": shapes.read_squeeze,
     "Sub": _sub,
     "Sum": _sum,
     "Tanh": _plain(),
-    "Transpose": _transpose,
-    "Unsqueeze": _unsqueeze,
+    "Transpose": shapes.read_transpose,
+    "Unsqueeze": shapes.read_unsqueeze,
 }
