@@ -20,8 +20,9 @@ from numpy.typing import NDArray
 
 from edgetrain.devices import DeviceProfile
 from edgetrain.errors import CheckpointError
-from edgetrain.fitting import History
 from edgetrain.graph_json import graph_from_dict, graph_to_dict
+from edgetrain.history import History
+from edgetrain.optim import Optimizer
 from edgetrain.schema import build
 
 if TYPE_CHECKING:
@@ -218,7 +219,10 @@ def _settings(learner: Learner) -> dict[str, Any]:
         "batch_size": learner.batch_size,
         "seed": learner.seed,
         "threads": learner.threads,
+        "memory_budget": learner.memory_budget,
         "optimizer": learner.optimizer.to_dict(),
+        "loss": learner.loss,
+        "label_smoothing": learner.label_smoothing,
     }
 
 
@@ -226,4 +230,4 @@ def _arguments(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Return the arguments of the constructor; a profile travels whole, as its file may be gone by now."""
     profile = settings["profile"]
     chosen = "host" if profile["name"] == "host" else build(DeviceProfile, profile, Path("stored profile"))
-    return dict(settings) | {"profile": chosen, "optimizer": optimizer_from_dict(settings["optimizer"])}
+    return dict(settings) | {"profile": chosen, "optimizer": Optimizer.from_dict(settings["optimizer"])}

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
-from typing import TYPE_CHECKING, Any, TypeAlias
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -18,140 +18,18 @@ from edgetrain.data import Augmentation, Dataset, batch_count, batches
 from edgetrain.data.convert import Layout
 from edgetrain.errors import DataError, UsageError
 from edgetrain.graph import Graph, Normalization, Shape
+from edgetrain.history import EpochRecord, History, Totals
 
 if TYPE_CHECKING:
     from edgetrain.learner import Learner, StepResult
+
+__all__ = ["Callbacks", "Data", "History", "StepEvent", "as_dataset", "check_fits", "evaluate_dataset", "fit_loop"]
 
 Data: TypeAlias = Dataset | tuple[ArrayLike, ArrayLike]
 Batch: TypeAlias = tuple[NDArray[np.float32], NDArray[np.int64]]
 
 # Images converted to float32 at a time while evaluating, in batches: bounds the memory whatever the data set.
 _EVALUATED_BATCHES = 8
-
-
-@dataclass(frozen=True, kw_only=True)
-class EpochRecord:
-    """What one epoch gave.
-
-    Attributes:
-        epoch: number of the epoch, from 1.
-        steps: optimizer steps done since the learner was new.
-        loss, accuracy: means over the training instances of the epoch, as they were trained on.
-        validation_loss, validation_accuracy: after the epoch; ``None`` without validation data.
-        lr: learning rate of the last step.
-        seconds: training time of the epoch, validation left out.
-        images_per_second: instances seen per second of training time.
-        instances_seen, instances_trained: the second is smaller when a filter skipped some.
-        macs_dense, macs_done: multiply-accumulates a dense epoch needs, and those really executed.
-    """
-
-    epoch: int
-    steps: int
-    loss: float
-    accuracy: float
-    validation_loss: float | None
-    validation_accuracy: float | None
-    lr: float
-    seconds: float
-    images_per_second: float
-    instances_seen: int
-    instances_trained: int
-    macs_dense: int
-    macs_done: int
-
-
-@dataclass
-class Totals:
-    """Sums over the steps of the running epoch."""
-
-    loss: float = 0.0
-    correct: int = 0
-    instances_seen: int = 0
-    instances_trained: int = 0
-    macs_dense: int = 0
-    macs_done: int = 0
-    seconds: float = 0.0
-
-    def add(self, step: StepResult, seconds: float) -> None:
-        """Count one step that took ``seconds``, data preparation included."""
-        self.loss += float(step.loss) * step.instances_seen
-        self.correct += int(step.correct)
-        self.instances_seen += step.instances_seen
-        self.instances_trained += step.instances_trained
-        self.macs_dense += int(step.macs_dense)
-        self.macs_done += int(step.macs_done)
-        self.seconds += seconds
-
-    @property
-    def mean_loss(self) -> float:
-        """Mean loss per instance so far."""
-        return self.loss / max(self.instances_seen, 1)
-
-    @property
-    def accuracy(self) -> float:
-        """Share of instances predicted right so far."""
-        return self.correct / max(self.instances_seen, 1)
-
-    @property
-    def images_per_second(self) -> float:
-        """Instances seen per second so far."""
-        return self.instances_seen / self.seconds if self.seconds > 0 else 0.0
-
-
-@dataclass
-class History:
-    """The epochs that a learner has gone through, and where its present fit stands.
-
-    Attributes:
-        epochs: one record per finished epoch.
-        running: sums of the unfinished epoch.
-        first_epoch: epoch at which the present (or last) fit began.
-        finished: whether that fit reached its last epoch.
-        sets_schedule: whether the fit chose the schedule's number of steps.
-
-    Example:
-        >>> History().column("loss")
-        []
-    """
-
-    epochs: list[EpochRecord] = field(default_factory=list)
-    running: Totals = field(default_factory=Totals)
-    first_epoch: int = 0
-    finished: bool = True
-    sets_schedule: bool = False
-
-    def __len__(self) -> int:
-        """Return the number of finished epochs."""
-        return len(self.epochs)
-
-    def column(self, name: str) -> list[Any]:
-        """Return one field of every epoch, oldest first.
-
-        Raises:
-            UsageError: there is no such field.
-        """
-        known = [item.name for item in fields(EpochRecord)]
-        if name not in known:
-            raise UsageError(f"history has no column '{name}'; there are: {', '.join(known)}")
-        return [getattr(record, name) for record in self.epochs]
-
-    def best(self) -> EpochRecord | None:
-        """Return the first epoch with the highest validation accuracy (training accuracy without validation)."""
-        return max(self.epochs, key=_quality, default=None)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain dicts, lists and numbers; ``from_dict`` turns them back exactly."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, table: Mapping[str, Any]) -> History:
-        """Return the history that ``to_dict`` described.
-
-        Raises:
-            TypeError: a key is unknown or missing.
-        """
-        epochs = [EpochRecord(**record) for record in table["epochs"]]
-        return cls(**{**table, "epochs": epochs, "running": Totals(**table["running"])})
 
 
 @dataclass(frozen=True)
@@ -220,7 +98,7 @@ def fit_loop(
     held_out = None
     if validation is not None:
         held_out = as_dataset(validation, "validation data", graph, training.class_names)
-    _check_fits(learner, training)
+    check_fits(graph, training)
     last_epoch = _begin(learner, training, epochs, normalize)
     loop = _Loop(learner, training, _parsed(augmentation), shuffle, Callbacks(on_step, on_epoch, should_stop))
     while learner.position.epoch < last_epoch:
@@ -250,7 +128,7 @@ def evaluate_dataset(learner: Learner, dataset: Dataset) -> dict[str, float]:
     Raises:
         DataError: the data do not fit the network.
     """
-    _check_fits(learner, dataset)
+    check_fits(learner.graph, dataset)
     size = learner.batch_size * _EVALUATED_BATCHES
     loss = correct = 0.0
     for first in range(0, len(dataset), size):
@@ -259,6 +137,25 @@ def evaluate_dataset(learner: Learner, dataset: Dataset) -> dict[str, float]:
         loss += metrics["loss"] * len(y)
         correct += round(metrics["accuracy"] * len(y))
     return {"loss": loss / len(dataset), "accuracy": correct / len(dataset)}
+
+
+def check_fits(graph: Graph, dataset: Dataset) -> None:
+    """Refuse data that the network cannot take.
+
+    Raises:
+        DataError: another input shape, or more classes than outputs.
+    """
+    expected, classes = graph.input_shape, graph.output_shape[0]
+    if dataset.input_shape != _three_sizes(expected):
+        raise DataError(
+            f"data set '{dataset.name}' has images of shape {dataset.images.shape[1:]}, but the network "
+            f"'{graph.name}' expects {expected}; build the network for this shape or resize the images"
+        )
+    if dataset.num_classes > classes:
+        raise DataError(
+            f"data set '{dataset.name}' has {dataset.num_classes} classes, but the network '{graph.name}' "
+            f"has {classes} outputs; build the network with num_classes={dataset.num_classes}"
+        )
 
 
 @dataclass(frozen=True)
@@ -341,20 +238,6 @@ def _set_schedule(learner: Learner, history: History, total_steps: int) -> None:
         learner.optimizer = open_ended.with_total_steps(total_steps)
 
 
-def _check_fits(learner: Learner, dataset: Dataset) -> None:
-    expected, classes = learner.graph.input_shape, learner.graph.output_shape[0]
-    if dataset.input_shape != _three_sizes(expected):
-        raise DataError(
-            f"data set '{dataset.name}' has images of shape {dataset.images.shape[1:]}, but the network "
-            f"'{learner.graph.name}' expects {expected}; build the network for this shape or resize the images"
-        )
-    if dataset.num_classes > classes:
-        raise DataError(
-            f"data set '{dataset.name}' has {dataset.num_classes} classes, but the network '{learner.graph.name}' "
-            f"has {classes} outputs; build the network with num_classes={dataset.num_classes}"
-        )
-
-
 def _three_sizes(shape: Shape) -> Shape:
     """Return (C, H, W) of images, with height 1 for signals (C, W)."""
     return (shape[0], 1, shape[1]) if len(shape) == 2 else shape
@@ -380,13 +263,9 @@ def _record(learner: Learner, metrics: Mapping[str, float]) -> EpochRecord:
 
 
 def _last_lr(learner: Learner) -> float:
-    return float(learner.optimizer.lr_at(max(learner.step_count - 1, 0)))
+    return float(learner.optimizer.rate(max(learner.step_count - 1, 0)))
 
 
 def _parsed(augmentation: Augmentation | str | None) -> Augmentation | None:
     chosen = Augmentation.parse(augmentation) if isinstance(augmentation, str) else augmentation
     return None if chosen == Augmentation() else chosen
-
-
-def _quality(record: EpochRecord) -> float:
-    return record.accuracy if record.validation_accuracy is None else record.validation_accuracy

@@ -27,7 +27,7 @@ from typing import Any
 
 from edgetrain.checkpoint import write_file
 from edgetrain.errors import UsageError
-from edgetrain.fitting import EpochRecord
+from edgetrain.history import EpochRecord
 
 METRICS = tuple(item.name for item in fields(EpochRecord))
 

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from edgetrain.errors import UsageError
-from edgetrain.fitting import EpochRecord
+from edgetrain.history import EpochRecord
 from edgetrain.runs import METRICS, create_run, open_run, to_toml
 
 

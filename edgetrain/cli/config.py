@@ -66,7 +66,7 @@ class TrainingSettings:
     decay_bias_and_norm: bool
     clip_norm: Annotated[float, Within(1e-6, 1e6)] | None = None
     schedule: Annotated[str, OneOf(("constant", "step", "cosine", "one_cycle"))]
-    warmup_fraction: Annotated[float, Within(0, 1)]
+    warmup_fraction: Annotated[float, Within(0, 0.99)]
     label_smoothing: Annotated[float, Within(0, 0.9)]
     save_every_minutes: Annotated[float, Within(0.01, 1e6)] = 10.0
 

@@ -26,9 +26,7 @@ def plan_command(
     graph = _graph(model, input_shape, classes)
     budget = None if memory_budget is None else parse_bytes(memory_budget)
     config, profile = effective(given)
-    # Planned without a limit: the table is most useful when the budget is exceeded.
-    unlimited, _ = effective(given | {"device": given["device"] | {"memory_budget_mib": float(1 << 23)}})
-    learner = make_learner(unlimited, graph, profile)
+    learner = make_learner(config, graph, profile)
     plan = learner.memory_plan()
     limit = budget or round(config.device.memory_budget_mib * (1 << 20))
     result = {"model": model, "batch_size": learner.batch_size, "parts": plan.parts, "peak_bytes": plan.peak_bytes,

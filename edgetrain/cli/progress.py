@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any, TextIO
 import typer
 
 from edgetrain.cli.output import duration
-from edgetrain.fitting import EpochRecord, StepEvent
+from edgetrain.fitting import StepEvent
+from edgetrain.history import EpochRecord
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID

@@ -17,8 +17,9 @@ from edgetrain.cli.progress import CompileNotice, Display, choose_display, resid
 from edgetrain.cli.sources import check_classes, describe_data, load_splits, make_graph, make_learner
 from edgetrain.data import Dataset, batch_count
 from edgetrain.devices import DeviceProfile, host_facts
-from edgetrain.errors import DataError, EdgetrainError, InterruptedRun, UsageError
-from edgetrain.fitting import EpochRecord, StepEvent, fit_loop
+from edgetrain.errors import DataError, InterruptedRun, NumericalError, UsageError
+from edgetrain.fitting import StepEvent, check_fits, fit_loop
+from edgetrain.history import EpochRecord
 from edgetrain.runs import Run, create_run, open_run
 
 if TYPE_CHECKING:
@@ -33,8 +34,11 @@ def fit_command(flags: Mapping[str, Any]) -> None:
         training, validation, held_out = load_splits(config)
         graph = make_graph(config, training)
         check_classes(graph, training)
+        for dataset in (training, validation):
+            check_fits(graph, dataset)
         with CompileNotice(display.compiling):
             learner = make_learner(config, graph, profile)
+            learner.training_plan()  # compiles, and checks the memory budget, before there is a run folder
         if config.model.initial_weights is not None:
             display.say(str(learner.load_parameters(config.model.initial_weights)))
         run = create_run(flags["out"], "fit")
@@ -58,7 +62,8 @@ def resume_command(path: Path, *, epochs: int | None, threads: int | None, quiet
     with _Closing(display):
         with CompileNotice(display.compiling):
             learner = load_checkpoint(run.last)
-        learner.threads = config.device.threads
+            learner.threads = config.device.threads
+            learner.training_plan()
         training, validation, held_out = load_splits(config)
         _check_same_data(run, training, validation)
         if learner.position.epoch >= config.training.epochs:
@@ -104,9 +109,10 @@ class _Session:
                     augmentation=self.config.data.augment, normalize=self.config.data.normalize,
                     on_step=self._on_step, on_epoch=self._on_epoch, should_stop=stop.requested,
                 )  # fmt: skip
-            except EdgetrainError as error:
+            except NumericalError as error:
+                self._save()
                 self.run.log("failed", error=str(error))
-                raise
+                raise NumericalError(f"{error}; the state before it is saved in {self.run.last}") from error
             if not history.finished:
                 self._interrupt()
 

@@ -1,0 +1,144 @@
+"""What training has given so far: one record per epoch, and the sums of the running one.
+
+Floor 5. Plain numbers that survive JSON exactly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import TYPE_CHECKING, Any
+
+from edgetrain.errors import UsageError
+
+if TYPE_CHECKING:
+    from edgetrain.learner import StepResult
+
+
+@dataclass(frozen=True, kw_only=True)
+class EpochRecord:
+    """What one epoch gave.
+
+    Attributes:
+        epoch: number of the epoch, from 1.
+        steps: optimizer steps done since the learner was new.
+        loss, accuracy: means over the training instances of the epoch, as they were trained on.
+        validation_loss, validation_accuracy: after the epoch; ``None`` without validation data.
+        lr: learning rate of the last step.
+        seconds: training time of the epoch, validation left out.
+        images_per_second: instances seen per second of training time.
+        instances_seen, instances_trained: the second is smaller when a filter skipped some.
+        macs_dense, macs_done: multiply-accumulates a dense epoch needs, and those really executed.
+    """
+
+    epoch: int
+    steps: int
+    loss: float
+    accuracy: float
+    validation_loss: float | None
+    validation_accuracy: float | None
+    lr: float
+    seconds: float
+    images_per_second: float
+    instances_seen: int
+    instances_trained: int
+    macs_dense: int
+    macs_done: int
+
+
+@dataclass
+class Totals:
+    """Sums over the steps of the running epoch."""
+
+    loss: float = 0.0
+    correct: int = 0
+    instances_seen: int = 0
+    instances_trained: int = 0
+    macs_dense: int = 0
+    macs_done: int = 0
+    seconds: float = 0.0
+
+    def add(self, step: StepResult, seconds: float) -> None:
+        """Count one step that took ``seconds``, data preparation included."""
+        self.loss += float(step.loss) * step.instances_seen
+        self.correct += int(step.correct)
+        self.instances_seen += step.instances_seen
+        self.instances_trained += step.instances_trained
+        self.macs_dense += int(step.macs_dense)
+        self.macs_done += int(step.macs_done)
+        self.seconds += seconds
+
+    @property
+    def mean_loss(self) -> float:
+        """Mean loss per instance so far."""
+        return self.loss / max(self.instances_seen, 1)
+
+    @property
+    def accuracy(self) -> float:
+        """Share of instances predicted right so far."""
+        return self.correct / max(self.instances_seen, 1)
+
+    @property
+    def images_per_second(self) -> float:
+        """Instances seen per second so far."""
+        return self.instances_seen / self.seconds if self.seconds > 0 else 0.0
+
+
+@dataclass
+class History:
+    """The epochs that a learner has gone through, and where its present fit stands.
+
+    Attributes:
+        epochs: one record per finished epoch.
+        running: sums of the unfinished epoch.
+        first_epoch: epoch at which the present (or last) fit began.
+        finished: whether that fit reached its last epoch.
+        sets_schedule: whether the fit chose the schedule's number of steps.
+
+    Example:
+        >>> History().column("loss")
+        []
+    """
+
+    epochs: list[EpochRecord] = field(default_factory=list)
+    running: Totals = field(default_factory=Totals)
+    first_epoch: int = 0
+    finished: bool = True
+    sets_schedule: bool = False
+
+    def __len__(self) -> int:
+        """Return the number of finished epochs."""
+        return len(self.epochs)
+
+    def column(self, name: str) -> list[Any]:
+        """Return one field of every epoch, oldest first.
+
+        Raises:
+            UsageError: there is no such field.
+        """
+        known = [item.name for item in fields(EpochRecord)]
+        if name not in known:
+            raise UsageError(f"history has no column '{name}'; there are: {', '.join(known)}")
+        return [getattr(record, name) for record in self.epochs]
+
+    def best(self) -> EpochRecord | None:
+        """Return the first epoch with the highest validation accuracy (training accuracy without validation)."""
+        return max(self.epochs, key=_quality, default=None)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain dicts, lists and numbers; ``from_dict`` turns them back exactly."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, table: Mapping[str, Any]) -> History:
+        """Return the history that ``to_dict`` described.
+
+        Raises:
+            TypeError: a key is unknown or missing.
+        """
+        epochs = [EpochRecord(**record) for record in table["epochs"]]
+        return cls(**{**table, "epochs": epochs, "running": Totals(**table["running"])})
+
+
+def _quality(record: EpochRecord) -> float:
+    return record.accuracy if record.validation_accuracy is None else record.validation_accuracy

@@ -1,0 +1,237 @@
+"""Checkpoints: going on exactly, surviving crashes, and refusing what is damaged."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import edgetrain as et
+from edgetrain import checkpoint
+from edgetrain.checkpoint import load_checkpoint, read_checkpoint, save_checkpoint, write_file
+from edgetrain.errors import CheckpointError, GraphError
+from edgetrain.fitting import fit_loop
+from edgetrain.graph import Graph, Normalization
+from edgetrain.graph_json import graph_from_dict, graph_to_dict
+
+
+def small_graph() -> Graph:
+    """Convolution, batch normalisation, dropout and a dense layer on 1x4x4 images, three classes."""
+    rng = np.random.default_rng(7)
+    graph = Graph("small", input_shape=(1, 4, 4))
+    weight = graph.parameter("conv.weight", rng.normal(size=(4, 1, 3, 3)))
+    x = graph.add("Conv", ["input", weight], name="conv", kernel_shape=(3, 3), pads=(1, 1, 1, 1))
+    names = [graph.parameter(f"norm.{name}", np.full(4, value), trainable)
+             for name, value, trainable in (("weight", 1, True), ("bias", 0, True),
+                                            ("running_mean", 0, False), ("running_var", 1, False))]  # fmt: skip
+    x = graph.add("BatchNormalization", [x, *names], name="norm")
+    x = graph.add("Flatten", [graph.add("Relu", [x])])
+    dense = [graph.parameter("fc.weight", 0.3 * rng.normal(size=(3, 64))), graph.parameter("fc.bias", np.zeros(3))]
+    graph.set_outputs([graph.add("Gemm", [x, *dense], name="fc", transB=1)])
+    return graph
+
+
+def data(count: int = 22) -> et.Dataset:
+    rng = np.random.default_rng(3)
+    return et.Dataset.from_arrays(rng.integers(0, 256, (count, 1, 4, 4)).astype(np.uint8), np.arange(count) % 3)
+
+
+OPTIMIZERS = {
+    "sgd": lambda: et.SGD(lr=0.05, momentum=0.9, nesterov=True, weight_decay=5e-4, schedule=et.Schedule("cosine")),
+    "adam": lambda: et.Adam(lr=0.01),
+    "adamw": lambda: et.AdamW(lr=0.01, clip_norm=1.0),
+}
+
+
+def learner(optimizer: str = "sgd") -> et.Learner:
+    return et.Learner(small_graph(), batch_size=4, seed=5, threads=1, optimizer=OPTIMIZERS[optimizer]())
+
+
+@pytest.fixture
+def saved(tmp_path) -> Path:
+    path = tmp_path / "last.safetensors"
+    trained = learner()
+    fit_loop(trained, data(), 1)
+    save_checkpoint(trained, path)
+    return path
+
+
+@pytest.mark.parametrize("stop_after", [0, 2, 6, 9], ids=lambda n: f"after_{n}_steps")
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_loading_and_going_on_equals_one_go(tmp_path, optimizer, stop_after):
+    through = learner(optimizer)
+    expected = fit_loop(through, data(), 2, validation=data(9))
+    part = learner(optimizer)
+    fit_loop(part, data(), 2, validation=data(9), should_stop=lambda: part.step_count >= stop_after)
+    save_checkpoint(part, tmp_path / "part.safetensors")
+    loaded = load_checkpoint(tmp_path / "part.safetensors")
+    assert loaded.step_count == stop_after
+    history = fit_loop(loaded, data(), 2, validation=data(9))
+    assert history.column("loss") == expected.column("loss")
+    assert history.column("validation_loss") == expected.column("validation_loss")
+    found = loaded.parameters()
+    for name, array in through.parameters().items():
+        assert np.array_equal(found[name], array), name
+
+
+def test_settings_and_model_come_back(tmp_path):
+    before = et.Learner(
+        small_graph(), profile="raspberrypi4", batch_size=3, seed=11, threads=2, optimizer=et.Adam(lr=0.003)
+    )
+    before.graph.class_names, before.graph.softmax_output = ("a", "b", "c"), True
+    before.graph.normalization = Normalization(np.array([0.1], np.float32), np.array([1 / 3], np.float32))
+    save_checkpoint(before, tmp_path / "x.safetensors")
+    after = load_checkpoint(tmp_path / "x.safetensors")
+    assert (after.batch_size, after.seed, after.threads) == (3, 11, 2)
+    assert after.profile == before.profile
+    assert after.optimizer == before.optimizer
+    assert (after.graph.class_names, after.graph.softmax_output) == (("a", "b", "c"), True)
+    assert after.graph.normalization.std == np.float32(1 / 3)
+    x, _ = data().take(np.arange(5))
+    assert np.array_equal(after.predict_proba(x), before.predict_proba(x))
+
+
+def test_saving_changes_nothing_and_is_repeatable(tmp_path):
+    trained = learner()
+    fit_loop(trained, data(), 1)
+    before = trained.parameters()
+    save_checkpoint(trained, tmp_path / "a.safetensors")
+    save_checkpoint(trained, tmp_path / "b.safetensors")
+    assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
+    assert all(np.array_equal(before[name], array) for name, array in trained.parameters().items())
+
+
+def test_loading_and_saving_again_gives_the_same_tensors(saved):
+    again = saved.with_name("again.safetensors")
+    save_checkpoint(load_checkpoint(saved), again)
+    first, second = read_checkpoint(saved)[0], read_checkpoint(again)[0]
+    assert first.keys() == second.keys()
+    assert all(np.array_equal(first[name], second[name]) for name in first)
+
+
+def test_weights_are_stored_once(saved):
+    _, table = read_checkpoint(saved)
+    assert "graph/fc.weight" in table["aliases"]
+
+
+@pytest.mark.parametrize("share", [0.0, 0.001, 0.3, 0.99])
+def test_truncated_file(saved, share):
+    whole = saved.read_bytes()
+    saved.write_bytes(whole[: int(len(whole) * share)])
+    with pytest.raises(CheckpointError, match=r"last\.safetensors: not a whole checkpoint .* use another checkpoint"):
+        load_checkpoint(saved)
+
+
+def test_flipped_bit_in_a_tensor(saved):
+    content = bytearray(saved.read_bytes())
+    content[-5] ^= 1
+    saved.write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"last\.safetensors: the content does not match its SHA-256"):
+        load_checkpoint(saved)
+
+
+def test_changed_setting(saved):
+    content = saved.read_bytes().replace(b'\\"batch_size\\": 4', b'\\"batch_size\\": 5')
+    saved.write_bytes(content)
+    with pytest.raises(CheckpointError, match="does not match its SHA-256"):
+        load_checkpoint(saved)
+
+
+def test_other_format_version(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "FORMAT_VERSION", 99)
+        save_checkpoint(learner(), tmp_path / "new.safetensors")
+    with pytest.raises(CheckpointError, match=r"new\.safetensors: format version 99, expected 1; load it with the"):
+        load_checkpoint(tmp_path / "new.safetensors")
+
+
+def test_file_of_another_program(tmp_path):
+    from safetensors.numpy import save_file
+
+    save_file({"weight": np.zeros(3, np.float32)}, tmp_path / "other.safetensors")
+    with pytest.raises(CheckpointError, match="a safetensors file, but not written by edgetrain"):
+        load_checkpoint(tmp_path / "other.safetensors")
+
+
+def test_missing_file_and_folder(tmp_path):
+    with pytest.raises(CheckpointError, match=r"gone\.safetensors: no such checkpoint; check the path"):
+        load_checkpoint(tmp_path / "gone.safetensors")
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        load_checkpoint(tmp_path)
+    with pytest.raises(CheckpointError, match=r"cannot be written \(No such file or directory\)"):
+        save_checkpoint(learner(), tmp_path / "gone" / "x.safetensors")
+
+
+def test_crash_while_writing_keeps_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "file"
+    write_file(path, b"old")
+
+    def crash(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", crash)
+    with pytest.raises(CheckpointError, match=r"file: cannot be written \(No space left on device\); free space"):
+        write_file(path, b"new")
+    assert path.read_bytes() == b"old"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
+
+
+def test_orphans_of_dead_processes_are_removed_others_stay(tmp_path):
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    orphan, other = tmp_path / f".file.{dead.pid}.tmp", tmp_path / ".other.tmp"
+    living = tmp_path / f".file.{os.getppid()}.tmp"
+    strange = tmp_path / ".file.notes.tmp"
+    for file in (orphan, other, living, strange):
+        file.write_bytes(b"")
+    write_file(tmp_path / "file", b"new")
+    assert not orphan.exists()
+    assert not strange.exists()
+    assert other.exists()
+    assert living.exists()
+
+
+def test_file_is_synced_before_it_gets_its_name(tmp_path, monkeypatch):
+    calls = []
+    fsync, rename = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda handle: (calls.append("fsync"), fsync(handle)))
+    monkeypatch.setattr(os, "replace", lambda *paths: (calls.append("rename"), rename(*paths)))
+    write_file(tmp_path / "file", b"new")
+    assert calls == ["fsync", "rename", "fsync"]
+
+
+# ---- the graph as JSON
+
+
+@pytest.mark.parametrize("name", ["lenet5", "resnet8", "mobilenet_v1_0.25", "ds_cnn", "cnn1d"])
+def test_graph_round_trip(name):
+    from edgetrain.catalog import build_model
+
+    graph = build_model(name)
+    again = graph_from_dict(json.loads(json.dumps(graph_to_dict(graph))), graph.arrays)
+    assert list(again.values.items()) == list(graph.values.items())
+    assert again.nodes == graph.nodes
+    assert (again.inputs, again.outputs, again.trainable) == (graph.inputs, graph.outputs, graph.trainable)
+    assert list(again.arrays) == list(graph.arrays)
+
+
+def test_graph_whose_array_is_missing_or_has_another_shape():
+    graph = small_graph()
+    table = graph_to_dict(graph)
+    with pytest.raises(GraphError, match=r"stored graph: KeyError\('conv.weight'\)"):
+        graph_from_dict(table, {})
+    with pytest.raises(GraphError, match=r"'fc.bias' has shape \(4,\), expected \(3,\)"):
+        graph_from_dict(table, graph.arrays | {"fc.bias": np.zeros(4, np.float32)})
+
+
+def test_attribute_that_json_lacks():
+    graph = Graph("odd", input_shape=(3,))
+    graph.set_outputs([graph.add("Flatten", ["input"], name="flat")])
+    graph.nodes[0].attributes["axis"] = object()
+    with pytest.raises(GraphError, match=r"node 'flat' .Flatten.: attribute 'axis' is object, not storable"):
+        graph_to_dict(graph)
