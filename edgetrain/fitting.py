@@ -263,7 +263,7 @@ def _record(learner: Learner, metrics: Mapping[str, float]) -> EpochRecord:
 
 
 def _last_lr(learner: Learner) -> float:
-    return float(learner.optimizer.rate(max(learner.step_count - 1, 0)))
+    return float(learner.optimizer.lr_at(max(learner.step_count - 1, 0)))
 
 
 def _parsed(augmentation: Augmentation | str | None) -> Augmentation | None:

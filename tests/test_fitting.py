@@ -25,7 +25,7 @@ class FakeOptimizer:
     lr: float = 0.1
     schedule: FakeSchedule | None = None
 
-    def rate(self, step: int) -> float:
+    def lr_at(self, step: int) -> float:
         total = self.schedule.total_steps if self.schedule else None
         return self.lr if total is None else self.lr * (1 - step / total)
 
@@ -56,7 +56,7 @@ class FakeLearner:
         loss = -np.log(probabilities[np.arange(len(y)), y]).mean()
         correct = int((probabilities.argmax(1) == y).sum())
         error = probabilities - np.eye(3)[y]
-        self.weights -= self.optimizer.rate(self.step_count) * error.T @ x.reshape(len(x), -1) / len(y)
+        self.weights -= self.optimizer.lr_at(self.step_count) * error.T @ x.reshape(len(x), -1) / len(y)
         self.step_count += 1
         self.batches.append(len(y))
         return SimpleNamespace(
