@@ -19,6 +19,7 @@ if not (_ROOT / "models").is_dir():
 
 _PUBLIC = {
     "Graph": "edgetrain.graph",
+    "Normalization": "edgetrain.graph",
     "Learner": "edgetrain.learner",
     "StepResult": "edgetrain.learner",
     "SGD": "edgetrain.optim",

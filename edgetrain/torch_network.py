@@ -58,7 +58,7 @@ class TorchNetwork:
         UnsupportedError: an operator is not in the table.
     """
 
-    def __init__(self, graph: Graph, loss: str = "cross_entropy") -> None:
+    def __init__(self, graph: Graph, loss: str = "cross_entropy") -> None:  # noqa: D107
         if loss not in ("cross_entropy", "mse"):
             raise UsageError(f"verify: the loss is '{loss}', expected 'cross_entropy' or 'mse'")
         for node in graph.nodes:
@@ -116,6 +116,10 @@ class TorchNetwork:
         self.tensors.update(buffers)
         return {name: np.asarray(grad.numpy()) for name, grad in zip(names, grads, strict=True)}
 
+    def trainable(self) -> list[Tensor]:
+        """Return the tensors that training changes."""
+        return [tensor for tensor in self.tensors.values() if tensor.requires_grad]
+
     def load(self, arrays: Mapping[str, Array]) -> dict[str, Tensor]:
         """Set arrays by name, in place, and return the old ones."""
         old = {name: self.tensors[name].detach().clone() for name in arrays}
@@ -171,6 +175,27 @@ class TorchNetwork:
         best = shifts[torch.stack(distances).argmax(0)]
         self.tensors[bias] += best
         return x + best.reshape(-1, *[1] * (x.dim() - 2))
+
+
+def torch_optimizer(optimizer: Any, judge: TorchNetwork) -> Any:
+    """Return PyTorch's optimizer with the same settings, over the judge's trainable tensors.
+
+    Raises:
+        UsageError: PyTorch has no counterpart.
+    """
+    decay = optimizer.weight_decay
+    one_dimensional = decay if optimizer.decay_bias_and_norm else 0.0  # biases, scales and shifts
+    groups = [
+        {"params": [tensor], "weight_decay": decay if tensor.dim() > 1 else one_dimensional}
+        for tensor in judge.trainable()
+    ]
+    kind = type(optimizer).__name__
+    if kind == "SGD":
+        return torch.optim.SGD(groups, lr=optimizer.lr, momentum=optimizer.momentum, nesterov=optimizer.nesterov)
+    if kind in ("Adam", "AdamW"):
+        betas = (optimizer.beta1, optimizer.beta2)
+        return getattr(torch.optim, kind)(groups, lr=optimizer.lr, betas=betas, eps=optimizer.epsilon)
+    raise UsageError(f"verify: no PyTorch counterpart of the optimizer {kind}; expected SGD, Adam or AdamW")
 
 
 # ---- operators: (network, node, input tensors) -> first output, batch dimension first --------------------------------

@@ -32,8 +32,8 @@ _SPINS = 10000
 _yield_core = types.ExternalFunction("sched_yield", types.int32())
 
 
-@njit(types.int64(types.int64, types.int64, types.int64, types.int64, types.int64), nogil=True, cache=True)
-def run_program(program: int, rows: int, thread: int, threads: int, sync: int) -> int:
+@njit(types.int64(*[types.int64] * 6), nogil=True, cache=True)
+def run_program(program: int, rows: int, thread: int, threads: int, sync: int, arrived: int) -> int:
     """Run the rows of a program as one of ``threads`` threads; return the rows done.
 
     Args:
@@ -41,7 +41,9 @@ def run_program(program: int, rows: int, thread: int, threads: int, sync: int) -
         rows: number of rows.
         thread: this thread's number, from 0.
         threads: how many threads call this function for this run, each once.
-        sync: address of ``SYNC_BYTES`` bytes; all 0 before the first thread starts.
+        sync: address of ``SYNC_BYTES`` bytes.
+        arrived: the arrival counter before this run. It only ever grows: a thread may still be leaving
+            the last barrier of the previous run, so it must not be set back.
     """
     state = float_state()
     set_float_state(state | flush_bits())
@@ -54,7 +56,7 @@ def run_program(program: int, rows: int, thread: int, threads: int, sync: int) -
             call_kernel(load_i64(entry), load_i64(entry + 8), first, last)
         if threads > 1:
             atomic_add(sync + ARRIVED, 1)
-            wanted, spins = (row + 1) * threads, 0
+            wanted, spins = arrived + (row + 1) * threads, 0
             while atomic_load(sync + ARRIVED) < wanted:
                 spins += 1
                 if spins > _SPINS:

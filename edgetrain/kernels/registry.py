@@ -9,6 +9,7 @@ memory, so results do not depend on the number of threads.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import threading
 from collections.abc import Callable
@@ -89,8 +90,8 @@ def _compile(key: tuple[str, tuple[int, ...]], number: int, total: int) -> Any:
     return compiled
 
 
+@functools.cache
 def _load() -> None:
     """Import the kernel modules; they enter their factories."""
-    if not _FACTORIES:
-        for module in _MODULES:
-            importlib.import_module(f"edgetrain.kernels.{module}")
+    for module in _MODULES:
+        importlib.import_module(f"edgetrain.kernels.{module}")

@@ -50,7 +50,7 @@ def sum_of_squares():  # type: ignore[no-untyped-def]
     return body
 
 
-@kernel("partial", "jobs", "result", "settings", "sync")
+@kernel("partial", "parts", "result", "settings", "sync")
 def check_step():  # type: ignore[no-untyped-def]
     """Set the status word if loss or gradient norm is not finite, else the gradient scale of norm clipping. One job.
 
@@ -59,10 +59,10 @@ def check_step():  # type: ignore[no-untyped-def]
     """
 
     def body(args, first, last):  # type: ignore[no-untyped-def]
-        partial, jobs, result, settings, sync = arguments(args, 5)
+        partial, parts, result, settings, sync = arguments(args, 5)
         total = 0.0
-        for job in range(jobs):
-            total += load_f64(partial + 8 * job)
+        for part in range(parts):
+            total += load_f64(partial + 8 * part)
         norm = math.sqrt(total)
         store_f64(result + 16, norm)
         healthy = math.isfinite(norm) and math.isfinite(load_f64(result))

@@ -1,0 +1,168 @@
+"""Running a program: compiled kernels, one call per thread, threads that persist between steps."""
+
+from __future__ import annotations
+
+import os
+import threading
+import weakref
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgetrain.arrays import aligned
+from edgetrain.graph import Value
+from edgetrain.kernels.program import ARRIVED, ROW_BYTES, STATUS, SYNC_BYTES, run_program
+from edgetrain.kernels.registry import compile_kernels
+from edgetrain.plan import STAGES, Plan
+
+
+class _Order:
+    """What the waiting threads are to run next; shared with them instead of the team, so that a team can be freed."""
+
+    def __init__(self) -> None:
+        self.work: tuple[int, int, int, int, int] | None = None  # program, rows, threads, sync, arrived; None: stop
+        self.starts: list[threading.Lock] = []
+
+
+def _serve(order: _Order, start: threading.Lock, number: int) -> None:
+    """Wait for work, take part in it, and wait again."""
+    while True:
+        start.acquire()
+        if order.work is None:
+            return
+        program, rows, threads, sync, arrived = order.work
+        run_program(program, rows, number, threads, sync, arrived)
+
+
+def _dismiss(order: _Order) -> None:
+    order.work = None
+    for start in order.starts:
+        start.release()
+
+
+class Team:
+    """Threads that run programs together.
+
+    The calling thread is number 0; the others are started on first use and sleep
+    between programs. Not Numba's thread pool: that one aborts the process when it is
+    entered twice. After a fork the child starts threads of its own.
+    """
+
+    def __init__(self, threads: int) -> None:
+        self.threads = threads
+        self._sync = aligned(SYNC_BYTES // 8, np.int64)
+        self._pid, self._order = 0, _Order()
+        self._lock = threading.Lock()
+
+    @property
+    def sync(self) -> NDArray[np.int64]:
+        """The words that threads meet at; kernels write the status word."""
+        return self._sync
+
+    def run(self, program: int, rows: int) -> bool:
+        """Run ``rows`` rows of the program at address ``program``; return whether all went well (status 0)."""
+        with self._lock:
+            self._sync[STATUS // 8] = 0
+            arrived = int(self._sync[ARRIVED // 8])
+            work = (program, rows, self.threads, self._sync.ctypes.data, arrived)
+            if self.threads > 1:
+                self._start()
+                self._order.work = work
+                for start in self._order.starts:
+                    start.release()
+            run_program(program, rows, 0, self.threads, self._sync.ctypes.data, arrived)
+            return bool(self._sync[STATUS // 8] == 0)
+
+    def _start(self) -> None:
+        if self._pid == os.getpid():
+            return
+        self._pid, self._order = os.getpid(), _Order()
+        for number in range(1, self.threads):
+            start = threading.Lock()
+            start.acquire()
+            self._order.starts.append(start)
+            threading.Thread(target=_serve, args=(self._order, start, number), daemon=True, name="edgetrain").start()
+        weakref.finalize(self, _dismiss, self._order)
+
+
+class Arena:
+    """One block of memory for everything that lives within a step; it grows and tells its users."""
+
+    def __init__(self) -> None:
+        self.memory: NDArray[np.uint8] = aligned(0, np.uint8)
+
+    def reserve(self, nbytes: int) -> None:
+        """Make the arena at least this large; its content is lost when it grows."""
+        if nbytes > self.memory.size:
+            self.memory = aligned(0, np.uint8)  # free the old one first
+            self.memory = aligned(nbytes, np.uint8)
+
+    @property
+    def address(self) -> int:
+        """Address of the first byte."""
+        return int(self.memory.ctypes.data)
+
+
+class Executor:
+    """A plan bound to memory, ready to run."""
+
+    def __init__(self, plan: Plan, arena: Arena, team: Team) -> None:
+        self.plan, self._arena, self._team = plan, arena, team
+        self._addresses = compile_kernels(plan.kernels)
+        self._bound = -1
+        self._sources: dict[str, list[int]] = {}
+        self._program = self._arguments = aligned(0, np.int64)
+        # Rows are sorted by stage: those up to a stage are the first so many.
+        self._rows_until = {stage: sum(STAGES.index(r.stage) <= i for r in plan.rows) for i, stage in enumerate(STAGES)}
+
+    def run(self, sources: Mapping[str, NDArray[Any]], until: str = "update") -> bool:
+        """Run the rows up to the end of a stage.
+
+        Args:
+            sources: dense float32 arrays ``(N, ...)`` by buffer name, see ``Lowering.input``.
+            until: ``forward``, ``backward``, ``check`` or ``update``.
+
+        Returns:
+            False if the step was stopped because it was not finite.
+        """
+        self._bind()
+        for name, array in sources.items():
+            for place in self._sources[name]:
+                self._arguments[place] = array.ctypes.data
+        return self._team.run(self._program.ctypes.data, self._rows_until[until])
+
+    def step_through(self) -> Any:
+        """Yield the position of every node after running its rows on this thread alone, for diagnosis."""
+        self._bind()
+        rows = self.plan.rows[: self._rows_until["backward"]]
+        for number, row in enumerate(rows):
+            sync = self._team.sync
+            run_program(self._program.ctypes.data + ROW_BYTES * number, 1, 0, 1, sync.ctypes.data, 0)
+            if number + 1 == len(rows) or rows[number + 1].node != row.node:
+                yield row.node
+
+    def value(self, value: Value, count: int) -> NDArray[np.float32]:
+        """Return a copy of a value as float32 ``(count, *shape)``, or ``shape`` when it is not batched.
+
+        Only values that the plan keeps (the outputs) are still there after a run.
+        """
+        if not value.batched:
+            start = self.plan.offsets[value.name]
+            return self._arena.memory[start : start + 4 * value.size].view(np.float32).reshape(value.shape).copy()
+        layout = self.plan.layouts[value.name]
+        start = self.plan.offsets[self.plan.root[value.name]]
+        top, left, bottom, right = layout.border
+        sizes = (layout.blocks, layout.channels, top + layout.rows + bottom, left + layout.columns + right, layout.lanes)
+        lanes = self._arena.memory[start : start + layout.nbytes].view(np.float32).reshape(sizes)
+        inside = lanes[:, :, top : top + layout.rows, left : left + layout.columns]
+        return np.moveaxis(inside, 4, 1).reshape(-1, *value.shape)[:count].copy()
+
+    def _bind(self) -> None:
+        """Resolve addresses again if the arena moved."""
+        self._arena.reserve(self.plan.arena_bytes)
+        if self._bound != self._arena.address:
+            self._bound = self._arena.address
+            self._program, self._arguments, self._sources = self.plan.bind(self._bound, self._addresses)
+

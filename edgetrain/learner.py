@@ -1,0 +1,541 @@
+"""The learner: one network, one training step, predictions. This is where the floors below meet.
+
+A training step: check x and y at the door, hand their addresses to the program, run
+it (forward, backward, check, update), report. The program is made once per batch
+size by ``autodiff``, ``lowering`` and ``memory``.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import os
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from edgetrain.arrays import batch_of, labels_of
+from edgetrain.autodiff import LABELS, TARGET, TrainingGraph, training_graph
+from edgetrain.checkpoint import load_checkpoint, save_checkpoint
+from edgetrain.devices import DeviceProfile, detect_host, load_profile
+from edgetrain.errors import CheckpointError, DataError, MemoryBudgetError, NumericalError, UsageError
+from edgetrain.executor import Arena, Executor, Team
+from edgetrain.fitting import Data, History, fit_loop
+from edgetrain.graph import Graph
+from edgetrain.kernels.update import JOB
+from edgetrain.lowering import Lowering
+from edgetrain.memory import Lifetime, place
+from edgetrain.ops import get_op
+from edgetrain.optim import SGD, Optimizer
+from edgetrain.parameters import Parameters
+from edgetrain.plan import Plan, Ref
+
+if TYPE_CHECKING:
+    from edgetrain.onnx_io import MatchReport
+
+Inputs = ArrayLike | Mapping[str, ArrayLike]
+Arrays = dict[str, NDArray[np.float32]]
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one training step did.
+
+    Attributes:
+        loss: mean over the batch, before the update.
+        correct: samples whose largest output was the label's.
+        instances_seen, instances_trained: samples handed in, and samples trained on.
+        macs_dense, macs_done: multiply-accumulates that a dense step needs, and those executed.
+        seconds: wall-clock time.
+    """
+
+    loss: float
+    correct: int
+    instances_seen: int
+    instances_trained: int
+    macs_dense: int
+    macs_done: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where ``fit`` stands: epochs done, batches done in the present epoch."""
+
+    epoch: int = 0
+    batch: int = 0
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes that training needs beyond the interpreter and the data set.
+
+    Attributes:
+        parts: bytes by purpose.
+    """
+
+    parts: dict[str, int]
+
+    @property
+    def peak_bytes(self) -> int:
+        """Sum of all parts."""
+        return sum(self.parts.values())
+
+
+def parse_bytes(size: int | str | None) -> int | None:
+    """Return a size in bytes from a number or from text such as ``"64MiB"``.
+
+    Raises:
+        UsageError: the text is not a size.
+
+    Example:
+        >>> parse_bytes("64MiB"), parse_bytes(1024)
+        (67108864, 1024)
+    """
+    if size is None or isinstance(size, int):
+        return size
+    for unit, factor in (("KiB", 2**10), ("MiB", 2**20), ("GiB", 2**30), ("B", 1), ("", 1)):
+        number = size.strip().removesuffix(unit).strip()
+        if size.strip().endswith(unit) and number.replace(".", "", 1).isdigit():
+            return int(float(number) * factor)
+    raise UsageError(f"memory size '{size}' is not understood; write for example 64MiB, 1.5GiB or a number of bytes")
+
+
+class Learner:
+    """Trains a graph and predicts with it.
+
+    Args:
+        graph: the network; it is copied.
+        profile: name of a device profile, path to a TOML file, ``"host"``, or a profile.
+        batch_size: samples of a usual step; the profile's by default. Any number is accepted later.
+        seed: of shuffling, augmentation and dropout.
+        threads: at most the processors of this machine; the profile's by default.
+        memory_budget: bytes (or text such as ``"64MiB"``) that the plan may need; the profile's by default.
+        optimizer: ``SGD``, ``Adam`` or ``AdamW``; plain SGD with momentum 0.9 by default.
+        loss: ``"cross_entropy"`` (integer labels) or ``"mse"`` (targets of the output's shape).
+        label_smoothing: share of the uniform distribution in the targets (cross-entropy).
+
+    Raises:
+        UsageError: an argument out of range.
+        ProfileError: the profile is not there or bad.
+        MemoryBudgetError: a training step does not fit into the budget.
+
+    Example:
+        >>> import edgetrain as et, numpy as np
+        >>> learner = et.Learner(et.models.lenet5(), batch_size=4, threads=1)
+        >>> step = learner.partial_fit(np.zeros((4, 1, 28, 28), np.float32), np.array([0, 1, 2, 3]))
+        >>> step.instances_trained, learner.predict(np.zeros((2, 1, 28, 28), np.float32)).shape
+        (4, (2,))
+    """
+
+    def __init__(
+        self, graph: Graph, profile: str | os.PathLike[str] | DeviceProfile = "host", *, batch_size: int | None = None,
+        seed: int = 0, threads: int | None = None, memory_budget: int | str | None = None,
+        optimizer: Optimizer | None = None, loss: str = "cross_entropy", label_smoothing: float = 0.0,
+    ) -> None:  # fmt: skip
+        self.profile = profile if isinstance(profile, DeviceProfile) else load_profile(profile)
+        self.graph = graph.copy()
+        self.batch_size = self.profile.batch_size if batch_size is None else batch_size
+        if not isinstance(self.batch_size, int) or self.batch_size < 1:
+            raise UsageError(f"batch_size={batch_size!r}, expected an integer of at least 1")
+        self.seed, self.loss, self.label_smoothing = int(seed), loss, float(label_smoothing)
+        if loss not in ("cross_entropy", "mse") or not 0 <= self.label_smoothing < 1:
+            raise UsageError(f"loss={loss!r}, label_smoothing={label_smoothing}: expected 'cross_entropy' or 'mse', 0 to 1")
+        budget = parse_bytes(memory_budget)
+        self.memory_budget = self.profile.memory_budget_mib * 2**20 if budget is None else budget
+        self._optimizer = optimizer or SGD(lr=0.05, momentum=0.9)
+        self.position, self.history, self.step_count = Position(), History(), 0
+        self._parameters = Parameters(self.graph, self._optimizer)
+        self._arena, self._lock = Arena(), threading.RLock()
+        self._training: TrainingGraph | None = None
+        self._executors: dict[tuple[bool, int], Executor] = {}
+        self.threads = threads  # type: ignore[assignment]  # the setter fills in the profile's number
+
+    # --- settings ---
+
+    @property
+    def threads(self) -> int:
+        """Number of threads; results do not depend on it."""
+        return self._team.threads
+
+    @threads.setter
+    def threads(self, threads: int | None) -> None:
+        available = len(os.sched_getaffinity(0))
+        wanted = min(self.profile.threads, available) if threads is None else threads
+        if not isinstance(wanted, int) or not 1 <= wanted <= max(64, available):
+            raise UsageError(f"threads={threads!r}, expected an integer from 1 to {available}, this machine's processors")
+        self._team = Team(wanted)
+        self._executors.clear()
+
+    @property
+    def optimizer(self) -> Optimizer:
+        """The optimizer; another one with the same moments may be set between steps."""
+        return self._optimizer
+
+    @optimizer.setter
+    def optimizer(self, optimizer: Optimizer) -> None:
+        same = (optimizer.kernel, optimizer.moments, optimizer.decay_bias_and_norm)
+        if same != (self._optimizer.kernel, self._optimizer.moments, self._optimizer.decay_bias_and_norm):
+            raise UsageError(f"cannot go from {self._optimizer.name} to {optimizer.name}: their state differs; make a new Learner")
+        self._optimizer = optimizer
+
+    @property
+    def lanes(self) -> int:
+        """Samples in a vector: this machine's SIMD width, less for small batches."""
+        wide = max(4, _host_lanes())
+        return min(wide, max(4, 1 << (self.batch_size - 1).bit_length()))
+
+    # --- training ---
+
+    def partial_fit(self, x: Inputs, y: ArrayLike) -> StepResult:
+        """Take one optimizer step on exactly this batch.
+
+        Args:
+            x: float32 ``(N, *input_shape)``, or a dict of inputs by name.
+            y: integer labels ``(N,)``, or float32 targets ``(N, *output_shape)`` for ``"mse"``.
+
+        Raises:
+            DataError: arrays that do not fit the network.
+            NumericalError: loss or gradients are not finite; parameters are those before the step.
+            MemoryBudgetError: this batch does not fit into the memory budget.
+        """
+        start = time.perf_counter()
+        with self._lock:
+            executor, sources, count = self._prepare(x, y)
+            self._optimizer.fill(self._settings, self.step_count)
+            if not executor.run(sources):
+                self._explain_broken_step(executor)
+            self.step_count += 1
+            loss, correct = (float(v) for v in self._parameters.buffers["result"][:2])
+            macs = count * self._step_macs()
+        return StepResult(loss, int(correct), count, count, macs, macs, time.perf_counter() - start)
+
+    def gradients(self, x: Inputs, y: ArrayLike) -> Arrays:
+        """Return the gradients of the mean loss by parameter name, in training mode; nothing changes.
+
+        Args:
+            x, y: as for ``partial_fit``.
+        """
+        with self._lock:
+            executor, sources, _ = self._prepare(x, y)
+            executor.run(sources, until="backward")
+            names = [name for name in self.graph.arrays if name in self.graph.trainable]
+            return {name: self._parameters.view(name, "gradients").copy() for name in names}
+
+    def fit(self, data: Data, epochs: int = 5, **options: Any) -> History:
+        """Train for a number of epochs; see ``edgetrain.fitting.fit_loop`` for all options.
+
+        Args:
+            data: a Dataset, or a pair (x, y).
+            epochs: at least 1.
+            options: ``validation``, ``augmentation``, ``shuffle``, ``normalize``, ``on_step``, ``on_epoch``, ``should_stop``.
+        """
+        return fit_loop(self, data, epochs, **options)
+
+    # --- predictions ---
+
+    def logits(self, x: Inputs) -> NDArray[np.float32]:
+        """Return the network's raw outputs float32 ``(N, *output_shape)`` in inference mode.
+
+        Args:
+            x: float32 ``(N, *input_shape)``, any N, or a dict of inputs by name.
+
+        Raises:
+            DataError: arrays that do not fit the network.
+        """
+        arrays = self._inputs(x)
+        total, size = _length(arrays), self.batch_size
+        with self._lock:
+            parts = [self._forward({n: a[i : i + size] for n, a in arrays.items()}) for i in range(0, total, size)]
+        return np.concatenate(parts)
+
+    def predict(self, x: Inputs) -> NDArray[np.int64]:
+        """Return the most probable class of every sample, int64 ``(N,)``."""
+        return self.logits(x).argmax(1)
+
+    def predict_proba(self, x: Inputs) -> NDArray[np.float32]:
+        """Return class probabilities float32 ``(N, num_classes)``."""
+        return np.exp(_log_softmax(self.logits(x))).astype(np.float32)
+
+    def evaluate(self, x: Inputs, y: ArrayLike) -> dict[str, float]:
+        """Return ``{"loss": mean loss, "accuracy": share of right predictions}`` in inference mode.
+
+        Args:
+            x: as for ``logits``.
+            y: as for ``partial_fit``. With ``"mse"`` there is no accuracy: it is NaN.
+        """
+        logits = self.logits(x)
+        if self.loss == "mse":
+            target = batch_of(y, self.graph.output_shape, "y")
+            return {"loss": float(np.mean((logits.astype(np.float64) - target) ** 2)), "accuracy": math.nan}
+        labels = labels_of(y, len(logits), self.graph.output_shape[0])
+        chosen = _log_softmax(logits)[np.arange(len(labels)), labels]
+        return {"loss": float(-chosen.mean()), "accuracy": float((logits.argmax(1) == labels).mean())}
+
+    def score(self, x: Inputs, y: ArrayLike) -> float:
+        """Return the accuracy, as scikit-learn does."""
+        return self.evaluate(x, y)["accuracy"]
+
+    # --- parameters and state ---
+
+    def parameters(self) -> Arrays:
+        """Return copies of all arrays (running averages included) by ONNX initializer name, in ONNX layout."""
+        return {name: self._parameters.view(name).copy() for name in self._parameters.names()}
+
+    def load_parameters(self, source: str | os.PathLike[str] | Mapping[str, ArrayLike]) -> MatchReport:
+        """Take initial values from arrays by name, or from an ONNX file; return what matched.
+
+        Names and shapes are tried first, then order and shape (``onnx_io.match_parameters``).
+
+        Raises:
+            ModelError: nothing matches, or a shape is wrong.
+        """
+        from edgetrain.onnx_io import match_parameters
+
+        given = source if isinstance(source, Mapping) else Path(source)
+        arrays, report = match_parameters(self.graph, given)  # type: ignore[arg-type]
+        with self._lock:
+            self._parameters.load(arrays)
+        return report
+
+    def state(self) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
+        """Return (tensors, plain data): everything that training changes, for ``restore``."""
+        tensors: dict[str, NDArray[Any]] = {f"weights/{n}": a for n, a in self.parameters().items()}
+        if self.step_count:
+            for moment in self._optimizer.moments:
+                tensors |= {f"{moment}/{n}": self._parameters.view(n, moment).copy() for n in self._trained()}
+        return tensors, {"step_count": self.step_count}
+
+    def restore(self, tensors: Mapping[str, NDArray[Any]], meta: Mapping[str, Any]) -> None:
+        """Take the state that ``state`` returned.
+
+        Raises:
+            CheckpointError: it belongs to another network or optimizer.
+        """
+        wanted = {f"weights/{name}" for name in self._parameters.names()}
+        if meta["step_count"]:
+            wanted |= {f"{moment}/{n}" for moment in self._optimizer.moments for n in self._trained()}
+            self._train()
+        if wanted != set(tensors):
+            odd = sorted(wanted ^ set(tensors))
+            raise CheckpointError(f"the state does not belong to this network and optimizer: {odd[:3]} missing or unknown")
+        with self._lock:
+            for key, array in tensors.items():
+                buffer, name = key.split("/", 1)
+                self._parameters.view(name, buffer)[...] = array
+            self.step_count = int(meta["step_count"])
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write a checkpoint: everything needed to go on exactly."""
+        with self._lock:
+            save_checkpoint(self, path)
+
+    @staticmethod
+    def load(path: str | os.PathLike[str]) -> Learner:
+        """Return the learner of a checkpoint.
+
+        Raises:
+            CheckpointError: the file is missing or damaged.
+        """
+        return load_checkpoint(path)
+
+    def export_onnx(self, path: str | os.PathLike[str]) -> None:
+        """Write the network with its present parameters, input normalisation included."""
+        from edgetrain.onnx_io import save_onnx
+
+        save_onnx(self.graph, path, arrays=self.parameters())
+
+    # --- plans ---
+
+    def memory_plan(self, batch_size: int | None = None) -> MemoryPlan:
+        """Return the bytes that training steps of ``batch_size`` samples need."""
+        with self._lock:
+            plan = self._plan(True, self._blocks(batch_size or self.batch_size))
+        return self._memory(plan)
+
+    def training_plan(self, batch_size: int | None = None) -> Plan:
+        """Return the plan of a training step: its rows, layouts and offsets, to look at."""
+        return self._executor(True, self._blocks(batch_size or self.batch_size)).plan
+
+    def _memory(self, plan: Plan) -> MemoryPlan:
+        buffers = self._parameters.buffers
+        lasting = [n for n in plan.offsets if not n.startswith("workspace:")]
+        ends = {n: plan.lifetimes[n] for n in lasting}
+        _, activations = place([Lifetime(n, plan.sizes[n], *ends[n]) for n in lasting])
+        moments = sum(buffers[m].nbytes for m in self._optimizer.moments if m in buffers)
+        return MemoryPlan({
+            "weights": buffers["weights"].nbytes,
+            "gradients": buffers["gradients"].nbytes if "gradients" in buffers else 0,
+            "optimizer": moments,
+            "activations": activations,
+            "workspace": max(0, plan.arena_bytes - activations),
+            "tables": plan.table_bytes,
+        })  # fmt: skip
+
+    def _blocks(self, count: int) -> int:
+        return -(-count // self.lanes)
+
+    def _executor(self, training: bool, blocks: int) -> Executor:
+        key = (training, blocks)
+        if key not in self._executors:
+            plan = self._plan(training, blocks)
+            self._check_budget(plan)
+            self._executors[key] = Executor(plan, self._arena, self._team)
+        return self._executors[key]
+
+    def _plan(self, training: bool, blocks: int) -> Plan:
+        """Lower the training graph, or the network for inference, for so many blocks of samples."""
+        train = self._train() if training else None
+        graph = train.graph if train else self.graph
+        keep = {train.logits, train.losses, train.correct} if train else set(graph.outputs)
+        low = Lowering(graph, graph.nodes, self.lanes, blocks, self._parameters, keep)
+        low.plan.fixed["sync"] = self._team.sync
+        for name in graph.inputs:
+            scale, shift = self._input_scaling(name, low)
+            low.input(graph.values[name], f"source:{name}", scale, shift)
+        low.run(train.forward_count if train else len(graph.nodes))
+        if train:
+            self._lower_update(low)
+        return low.finish()
+
+    def _input_scaling(self, name: str, low: Lowering) -> tuple[Ref, Ref]:
+        """The first input is normalised as the model says; other inputs and targets are taken as they are."""
+        if name == self.graph.inputs[0]:
+            return Ref("scale"), Ref("shift")
+        channels = max(1, low.layout(low.plan.graph.values[name]).channels)
+        ones = np.ones(channels + channels % 2, np.float32)
+        return low.table(ones.view(np.int64)), low.zeros(channels)
+
+    def _lower_update(self, low: Lowering) -> None:
+        """Emit the check of loss and gradients, then the optimizer over both ranges of parameters."""
+        parameters, optimizer = self._parameters, self._optimizer
+        jobs = -(-parameters.trained // JOB)
+        partial = low.workspace(8 * jobs)
+        low.emit("sum_of_squares", (), jobs, stage="check", grad=Ref("gradients"), count=parameters.trained, partial=partial)
+        low.emit("check_step", (), 1, stage="check", guard=True, partial=partial, parts=jobs, result=Ref("result"),
+                 settings=Ref("settings"), sync=Ref("sync"))  # fmt: skip
+        for first, last, decay in ((0, parameters.decayed, 1), (parameters.decayed, parameters.trained, 0)):
+            if first == last:
+                continue
+            count = last - first
+            low.emit(
+                optimizer.kernel, (), -(-count // JOB), stage="update", weight=Ref("weights", 4 * first),
+                grad=Ref("gradients", 4 * first), count=count, settings=Ref("settings"), decay=decay,
+                **_moments(optimizer, 4 * first),
+            )  # fmt: skip
+
+    def _check_budget(self, plan: Plan) -> None:
+        need = self._memory(plan)
+        if self.memory_budget and need.peak_bytes > self.memory_budget:
+            parts = ", ".join(f"{name} {size / 2**20:.1f}" for name, size in need.parts.items())
+            raise MemoryBudgetError(
+                f"a step of {plan.capacity} samples needs {need.peak_bytes / 2**20:.1f} MiB ({parts}), the memory budget is "
+                f"{self.memory_budget / 2**20:.1f} MiB; use a smaller batch size, a smaller network or a larger budget"
+            )
+
+    # --- inside a step ---
+
+    def _train(self) -> TrainingGraph:
+        if self._training is None:
+            self._training = training_graph(self.graph, self.loss, self.label_smoothing)
+            self._parameters.start_training(self._training.gradients, self._optimizer)
+        return self._training
+
+    def _prepare(self, x: Inputs, y: ArrayLike) -> tuple[Executor, Arrays, int]:
+        """Check a batch and put its labels, mask and counters where kernels read them."""
+        arrays = self._inputs(x)
+        count = _length(arrays)
+        if self.loss == "mse":
+            arrays[TARGET] = batch_of(y, self.graph.output_shape, "y")
+            _length(arrays)
+        executor = self._executor(True, self._blocks(count))
+        if self.loss == "cross_entropy":
+            executor.plan.fixed[LABELS][:count] = labels_of(y, count, self.graph.output_shape[0])
+        self._set_counters(executor, count)
+        return executor, {f"source:{name}": array for name, array in arrays.items()}, count
+
+    def _set_counters(self, executor: Executor, count: int) -> None:
+        executor.plan.fixed["mask"][:] = np.arange(executor.plan.capacity) < count
+        self._parameters.buffers["state"][:3] = count, self.step_count, self.seed
+        scale, shift = self._parameters.buffers["scale"], self._parameters.buffers["shift"]
+        if self.graph.normalization is None:
+            scale[:], shift[:] = 1, 0
+        else:
+            scale[:] = 1 / self.graph.normalization.std
+            shift[:] = -self.graph.normalization.mean / self.graph.normalization.std
+
+    def _forward(self, arrays: Arrays) -> NDArray[np.float32]:
+        count = _length(arrays)
+        executor = self._executor(False, self._blocks(count))
+        self._set_counters(executor, count)
+        executor.run({f"source:{name}": array for name, array in arrays.items()})
+        return executor.value(self.graph.values[self.graph.outputs[0]], count)
+
+    def _inputs(self, x: Inputs) -> Arrays:
+        names = self.graph.inputs
+        given = x if isinstance(x, Mapping) else {names[0]: x}
+        if set(given) != set(names):
+            raise DataError(f"x: inputs {sorted(given)} given, the network '{self.graph.name}' expects {sorted(names)}")
+        arrays = {n: batch_of(given[n], self.graph.values[n].shape, "x" if len(names) == 1 else n) for n in names}
+        _length(arrays)
+        return arrays
+
+    @property
+    def _settings(self) -> NDArray[np.float32]:
+        return self._parameters.buffers["settings"]  # type: ignore[return-value]
+
+    def _trained(self) -> Sequence[str]:
+        return [name for name in self.graph.arrays if name in self.graph.trainable]
+
+    def _step_macs(self) -> int:
+        """Multiply-accumulates of one sample's training step: what the nodes of the training graph execute."""
+        return sum(get_op(node.op_type).macs(node) for node in self._train().graph.nodes)
+
+    def _explain_broken_step(self, executor: Executor) -> None:
+        """Run the step again node by node and name the first that gives a number that is not finite.
+
+        Raises:
+            NumericalError: always.
+        """
+        graph, where = executor.plan.graph, "the gradient norm"
+        for position in executor.step_through():
+            values = [v for v in graph.nodes[position].outputs if v.batched or v.name in executor.plan.offsets]
+            if any(not np.isfinite(executor.value(v, executor.plan.capacity)).all() for v in values):
+                where = f"node '{graph.nodes[position].name}' ({graph.nodes[position].op_type})"
+                break
+        raise NumericalError(
+            f"step {self.step_count + 1}: loss or gradients are not finite, first at {where}; the parameters are those "
+            "before this step. Lower the learning rate, clip gradients (clip_norm) or check the data"
+        )
+
+
+def _moments(optimizer: Optimizer, offset: int) -> dict[str, Ref | int]:
+    if optimizer.kernel == "sgd":
+        return {"velocity": Ref("velocity", offset) if optimizer.moments else 0}
+    return {name: Ref(name, offset) for name in optimizer.moments}
+
+
+def _length(arrays: Arrays) -> int:
+    """Return the common number of samples."""
+    lengths = {name: len(array) for name, array in arrays.items()}
+    if len(set(lengths.values())) != 1:
+        raise DataError(f"inputs have different numbers of samples: {lengths}")
+    return next(iter(lengths.values()))
+
+
+def _log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:
+    wide = logits.astype(np.float64)
+    wide -= wide.max(1, keepdims=True)
+    return wide - np.log(np.exp(wide).sum(1, keepdims=True))
+
+
+@functools.cache
+def _host_lanes() -> int:
+    """Return this machine's SIMD width in float32."""
+    return detect_host().simd_float32_lanes

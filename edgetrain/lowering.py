@@ -1,0 +1,505 @@
+"""What operators emit their kernel calls through: the one place that knows kernels' arguments and job sizes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from edgetrain.arrays import Layout, aligned
+from edgetrain.autodiff import LABELS
+from edgetrain.errors import GraphError
+from edgetrain.graph import Graph, Node, Value
+from edgetrain.kernels.choice import TILES
+from edgetrain.kernels.registry import argument_names
+from edgetrain.ops import get_op
+from edgetrain.plan import Plan, Ref, Row, layout_of, share_memory
+
+if TYPE_CHECKING:
+    from edgetrain.ops.pooling import Pool
+    from edgetrain.parameters import Parameters
+
+Pair = tuple[int, int]
+
+# Jobs are the grain that threads share. Below this number per kernel call a product is cut further, so that
+# four threads find work; results do not depend on it.
+_WANTED_JOBS = 16
+_PIXELS_PER_JOB = 64
+# Pixels over which a weight gradient stays in registers. It fixes the order of summation, so it must not depend
+# on threads. 256 measured best of 32, 64, 128, 256 on three layers of ResNet-20 (docs/performance.md).
+_PIXELS_PER_SUM = 256
+# A vector per pixel is wasted on maps smaller than this: there the pixels of all blocks form one list.
+_SMALL_MAP = 16
+
+
+class Lowering:
+    """Collects the rows of one plan. Operators see addresses (``Ref``) and layouts, never memory."""
+
+    def __init__(self, graph: Graph, nodes: Sequence[Node], lanes: int, blocks: int, parameters: Parameters,
+                 keep: set[str]) -> None:  # fmt: skip
+        self.plan = Plan(graph, lanes, blocks)
+        self.lanes, self.blocks = lanes, blocks
+        self._nodes, self._parameters, self._keep = nodes, parameters, keep
+        sharing = share_memory(nodes, keep, graph.inputs)
+        self.plan.root = sharing.root
+        for name, value in graph.values.items():
+            if name in sharing.root and value.batched and name != LABELS:
+                self.plan.layouts[name] = layout_of(value, blocks, lanes, sharing.border[name])
+        self.plan.fixed.update(parameters.buffers)
+        for name, size, dtype in (("labels", blocks * lanes, np.int64), ("mask", blocks * lanes, np.float32)):
+            self.plan.fixed[name] = aligned(size, dtype)
+        self._stage, self._position = "forward", 0
+        self._lifetimes: dict[str, tuple[int, int]] = {}
+        self._workspaces = 0
+
+    def run(self, forward_count: int) -> None:
+        """Lower all nodes; those from ``forward_count`` on are the backward pass."""
+        for position, node in enumerate(self._nodes):
+            self._position, self._stage = position, "forward" if position < forward_count else "backward"
+            for value in node.inputs:
+                self._touch(value)
+            for value in node.outputs:
+                self._start(value)
+            get_op(node.op_type).lower(node, self)
+
+    def finish(self) -> Plan:
+        """Place the buffers and return the plan."""
+        for name in self._keep:
+            buffer = self.plan.root.get(name, name)
+            if buffer in self._lifetimes:
+                self._lifetimes[buffer] = (self._lifetimes[buffer][0], len(self._nodes))
+        self.plan.settle(self._lifetimes)
+        return self.plan
+
+    # --- buffers ---
+
+    def layout(self, value: Value) -> Layout:
+        """Return the layout of a batched value."""
+        return self.plan.layouts[value.name]
+
+    def address(self, value: Value) -> Ref:
+        """Return where a value's first pixel inside the border (or first number) will be."""
+        if not value.batched:
+            known = self._parameters.find(value.name)
+            return Ref(*known) if known else Ref(value.name)
+        return Ref(self.plan.root[value.name], self.layout(value).origin)
+
+    def same_memory(self, a: Value, b: Value) -> bool:
+        """Whether two values share memory."""
+        return self.plan.root.get(a.name, a.name) == self.plan.root.get(b.name, b.name)
+
+    def _touch(self, value: Value | None) -> None:
+        """Keep a value's memory until the current node."""
+        if value is not None:
+            buffer = self.plan.root.get(value.name, value.name)
+            if buffer in self._lifetimes:
+                self._lifetimes[buffer] = (self._lifetimes[buffer][0], self._position)
+
+    def _start(self, value: Value) -> None:
+        """Begin a value's memory at the current node, its border zero, unless it took over another's."""
+        buffer = self.plan.root.get(value.name, value.name)
+        if buffer in self._lifetimes:
+            self._lifetimes[buffer] = (self._lifetimes[buffer][0], self._position)
+        elif not value.batched:
+            if self._parameters.find(value.name) is None:
+                self._reserve(buffer, 4 * value.size)
+        else:
+            self._reserve(buffer, self.layout(value).nbytes)
+            self._clear_border(value)
+
+    def _reserve(self, name: str, nbytes: int) -> None:
+        self.plan.sizes[name] = nbytes
+        self._lifetimes[name] = (self._position, self._position)
+
+    def workspace(self, nbytes: int) -> Ref:
+        """Return memory for the current node alone."""
+        name = f"workspace:{self._workspaces}"
+        self._workspaces += 1
+        self._reserve(name, nbytes)
+        return Ref(name)
+
+    def table(self, numbers: Any) -> Ref:
+        """Return the address of constant int64 numbers; equal tables are stored once."""
+        array = np.asarray(numbers, np.int64).ravel()
+        name = f"table:{hash(array.tobytes())}:{array.size}"
+        if name not in self.plan.fixed:
+            self.plan.fixed[name] = aligned(array.size, np.int64)
+            self.plan.fixed[name][:] = array
+        return Ref(name)
+
+    def zeros(self, count: int) -> Ref:
+        """Return ``count`` float32 zeros."""
+        return self.table(np.zeros(-(-count // 2), np.int64))
+
+    # --- rows ---
+
+    def emit(self, kernel: str, sizes: tuple[int, ...], jobs: int, *, stage: str = "", guard: bool = False,
+             **arguments: int | float | Ref) -> None:  # fmt: skip
+        """Append a kernel call.
+
+        Raises:
+            GraphError: the arguments are not those of the kernel (a bug in an operator).
+        """
+        names = argument_names(kernel)
+        if set(names) != set(arguments):
+            raise GraphError(f"kernel '{kernel}': arguments {sorted(set(names) ^ set(arguments))} missing or unknown")
+        values = tuple(float(arguments[n]) if n.startswith("f_") else arguments[n] for n in names)  # type: ignore[arg-type]
+        self.plan.rows.append(Row((kernel, sizes), values, jobs, stage or self._stage, self._position, guard))
+
+    def input(self, value: Value, source: str, scale: Ref, shift: Ref) -> None:
+        """Interleave an input's samples, read from the address that the learner puts into buffer ``source``."""
+        self._start(value)
+        y = self.layout(value)
+        self.emit(
+            "pack_input", (self.lanes,), y.planes, x=Ref(source), y=self.address(value), scale=scale, shift=shift,
+            state=Ref("state"), channels=y.channels, rows=y.rows, columns=y.columns, y_block=y.block,
+            y_channel=y.channel, y_row=y.row,
+        )  # fmt: skip
+
+    def _clear_border(self, value: Value) -> None:
+        y = self.layout(value)
+        if y.bordered:
+            top, left, bottom, right = y.border
+            self.emit(
+                "fill_border", (self.lanes,), y.planes, y=self.address(value) + -y.origin, rows=y.rows,
+                columns=y.columns, top=top, left=left, bottom=bottom, right=right, y_plane=y.channel, f_value=0.0,
+            )  # fmt: skip
+
+    def multiply(self, x: Ref, x_layout: Layout, y: Ref, y_layout: Layout, *, pixels: list[Pair], terms: list[int],
+                 weight: Ref, sources: list[int], weight_channel: int, weight_group: int, groups: int, inputs: int,
+                 outputs: int, bias: Ref | None) -> None:  # fmt: skip
+        """Emit ``y[c][p] = bias[c] + sum_k weight[k][c] * x[p + term k]``; see ``kernels.dense.multiply``."""
+        pixels, blocks = self._merge_blocks(pixels, x_layout, y_layout)
+        channels, width = TILES.multiply(outputs, len(pixels), self.lanes)
+        tiles, count = -(-outputs // channels), len(pixels)
+        packed_group = 4 * tiles * channels * len(terms)
+        packed = self.workspace(groups * packed_group)
+        self.emit(
+            "pack_weights", (channels,), groups * tiles, weight=weight, packed=packed, sources=self.table(sources),
+            term_count=len(terms), channel_count=outputs, group_bytes=weight_group, packed_group=packed_group,
+            channel_bytes=weight_channel, tiles=tiles, groups=groups,
+        )  # fmt: skip
+        pixel_chunk = _chunk(count, _PIXELS_PER_JOB, width)
+        pixel_chunks = -(-count // pixel_chunk)
+        parts = min(tiles, -(-_WANTED_JOBS // (blocks * groups * pixel_chunks)))
+        channel_chunk = -(-tiles // parts) * channels
+        channel_chunks = -(-outputs // channel_chunk)
+        pixels = pixels + [pixels[-1]] * (-count % width)
+        self.emit(
+            "multiply", (self.lanes, channels, width), blocks * groups * pixel_chunks * channel_chunks, x=x, y=y,
+            weight=packed, bias=bias or self.zeros(groups * outputs + channels), pixels=self.table(pixels),
+            terms=self.table(terms), pixel_count=count, term_count=len(terms), channel_count=outputs,
+            x_block=x_layout.block, y_block=y_layout.block, x_group=inputs * x_layout.channel,
+            y_group=outputs * y_layout.channel, weight_group=packed_group, y_channel=y_layout.channel, groups=groups,
+            pixel_chunk=pixel_chunk, pixel_chunks=pixel_chunks, channel_chunk=channel_chunk,
+            channel_chunks=channel_chunks, f_low=-math.inf, f_high=math.inf,
+        )  # fmt: skip
+
+    def correlate(self, x: Ref, x_layout: Layout, grad: Ref, grad_layout: Layout, target: Ref, *, pixels: list[Pair],
+                  terms: list[Pair], groups: int, inputs: int, outputs: int, weight_channel: int,
+                  weight_group: int) -> None:  # fmt: skip
+        """Emit ``target[c][k] = sum grad[c][p] * x[p + term k]``; see ``kernels.dense.correlate``."""
+        pixels, blocks = self._merge_blocks(pixels, x_layout, grad_layout)
+        channels, width = TILES.correlate(outputs, len(terms), self.lanes)
+        tiles, count = -(-outputs // channels), len(terms)
+        parts = -(-_WANTED_JOBS // (groups * tiles))
+        term_chunk = _chunk(count, -(-count // parts), width)
+        term_chunks = -(-count // term_chunk)
+        terms = terms + [terms[-1]] * (-count % width)
+        self.emit(
+            "correlate", (self.lanes, channels, width), groups * tiles * term_chunks, x=x, grad_out=grad,
+            grad_weight=target, pixels=self.table(pixels), terms=self.table(terms), pixel_count=len(pixels),
+            term_count=count, channel_count=outputs, x_block=x_layout.block, grad_block=grad_layout.block,
+            x_group=inputs * x_layout.channel, grad_group=outputs * grad_layout.channel, weight_group=weight_group,
+            grad_channel=grad_layout.channel, weight_channel=weight_channel, blocks=blocks, groups=groups,
+            pixel_chunk=_PIXELS_PER_SUM, term_chunk=term_chunk, term_chunks=term_chunks, channel_tiles=tiles,
+        )  # fmt: skip
+
+    def _merge_blocks(self, pixels: list[Pair], x: Layout, y: Layout) -> tuple[list[Pair], int]:
+        """Treat all blocks' pixels as one list where maps are small (a fully connected layer has one pixel)."""
+        if len(pixels) >= _SMALL_MAP or self.blocks == 1:
+            return pixels, self.blocks
+        return [(a + b * x.block, c + b * y.block) for b in range(self.blocks) for a, c in pixels], 1
+
+    def unary(self, x: Value, y: Value, code: int, a: float, b: float) -> None:
+        """Emit ``y = function(x)``; see ``kernels.elementwise.unary``."""
+        planes, rows, vectors, strides = self._walk(x, y)
+        self.emit(
+            "unary", (self.lanes, code), planes, x=self.address(x), y=self.address(y), rows=rows, vectors=vectors,
+            x_plane=strides[0][0], x_row=strides[0][1], y_plane=strides[1][0], y_row=strides[1][1], f_a=a, f_b=b,
+        )  # fmt: skip
+
+    def unary_gradient(self, saved: Value, grad: Value, y: Value, code: int, a: float, b: float) -> None:
+        """Emit ``y = grad * function'``; see ``kernels.elementwise.unary_gradient``."""
+        planes, rows, vectors, strides = self._walk(saved, grad, y)
+        self.emit(
+            "unary_gradient", (self.lanes, code), planes, saved=self.address(saved), grad_out=self.address(grad),
+            grad_x=self.address(y), rows=rows, vectors=vectors, saved_plane=strides[0][0], saved_row=strides[0][1],
+            grad_plane=strides[1][0], grad_row=strides[1][1], grad_x_plane=strides[2][0], grad_x_row=strides[2][1],
+            f_a=a, f_b=b,
+        )  # fmt: skip
+
+    def _walk(self, *values: Value) -> tuple[int, int, int, list[Pair]]:
+        """Return planes, rows, vectors and every value's (plane, row) strides for a walk over all pixels."""
+        layouts = [self.layout(v) for v in values]
+        first = layouts[0]
+        if any(layout.bordered for layout in layouts):
+            return first.planes, first.rows, first.columns, [(layout.channel, layout.row) for layout in layouts]
+        total = first.nbytes // first.pixel
+        length = next(n for n in range(min(256, total), 0, -1) if total % n == 0)
+        return total // length, 1, length, [(length * first.pixel, 0)] * len(layouts)
+
+    def binary(self, node: Node, code: int) -> None:
+        """Emit ``y = a op b`` with broadcasting; parameters are expanded to lanes first."""
+        if not node.y.batched:
+            return self._binary_parameters(node, code)
+        y, operands = self.layout(node.y), []
+        for value in (node.x, node.input(1)):
+            operands.append(self._operand(value, y, len(node.y.shape)))
+        (a, sa), (b, sb) = operands
+        self.emit(
+            "binary", (self.lanes, code), y.planes, a=a, b=b, y=self.address(node.y), channels=y.channels, rows=y.rows,
+            vectors=y.columns, a_block=sa[0], a_channel=sa[1], a_row=sa[2], a_pixel=sa[3], b_block=sb[0],
+            b_channel=sb[1], b_row=sb[2], b_pixel=sb[3], y_block=y.block, y_channel=y.channel, y_row=y.row,
+        )  # fmt: skip
+        return None
+
+    def _binary_parameters(self, node: Node, code: int) -> None:
+        """Add or multiply two arrays of parameters of equal shape, as rows of vectors (buffers end on whole lines)."""
+        a, b, y = self.address(node.x), self.address(node.input(1)), self.address(node.y)
+        self.emit(
+            "binary", (self.lanes, code), 1, a=a, b=b, y=y, channels=1, rows=1, vectors=-(-node.y.size // self.lanes),
+            a_block=0, a_channel=0, a_row=0, a_pixel=4 * self.lanes, b_block=0, b_channel=0, b_row=0,
+            b_pixel=4 * self.lanes, y_block=0, y_channel=0, y_row=0,
+        )  # fmt: skip
+
+    def _operand(self, value: Value, y: Layout, rank: int) -> tuple[Ref, tuple[int, int, int, int]]:
+        """Return an operand's address and its strides (block, channel, row, pixel), 0 where it is repeated."""
+        if value.batched:
+            x = self.layout(value)
+            repeat = (x.channels == 1 < y.channels, x.rows == 1 < y.rows, x.columns == 1 < y.columns)
+            strides = (0 if repeat[0] else x.channel, 0 if repeat[1] else x.row, 0 if repeat[2] else x.pixel)
+            return self.address(value), (x.block, *strides)
+        sizes = _sizes_for(value, rank)
+        dense = (4 * sizes[1] * sizes[2], 4 * sizes[2], 4)
+        steps = [0 if n == 1 else s for n, s in zip(sizes, dense, strict=True)]
+        target = self.workspace(4 * self.lanes * math.prod(sizes))
+        self.emit(
+            "expand", (self.lanes,), sizes[0], x=self.address(value), y=target, rows=sizes[1], columns=sizes[2],
+            x_channel=steps[0], x_row=steps[1], x_pixel=steps[2],
+        )  # fmt: skip
+        wide = [0 if n == 1 else s * self.lanes for n, s in zip(sizes, dense, strict=True)]
+        return target, (0, wide[0], wide[1], wide[2])
+
+    def sum_to(self, x: Value, y: Value, target: tuple[int, ...]) -> None:
+        """Emit the sum of ``x`` down to per-sample sizes ``target``, and over the batch for a parameter."""
+        source, sizes = self.layout(x), _map_sizes(target)
+        shared = {
+            "x": self.address(x), "y": self.address(y), "channels": source.channels, "rows": source.rows,
+            "columns": source.columns, "y_channels": sizes[0], "y_rows": sizes[1], "y_columns": sizes[2],
+            "x_block": source.block, "x_channel": source.channel, "x_row": source.row,
+        }  # fmt: skip
+        if y.batched:
+            out = self.layout(y)
+            strides = {"y_block": out.block, "y_channel": out.channel, "y_row": out.row}
+            self.emit("sum_maps", (self.lanes,), self.blocks * sizes[0], **shared, **strides)
+        else:
+            self.emit("sum_samples", (self.lanes,), sizes[0], blocks=self.blocks, **shared)
+
+    def pool(self, kernel: str, x: Value, y: Value, pool: Pool) -> None:
+        """Emit a forward pool; see ``kernels.pooling``."""
+        source, out = self.layout(x), self.layout(y)
+        self.emit(
+            kernel, (self.lanes,), source.planes, x=self.address(x), y=self.address(y),
+            **self._windows(pool, source, out),
+        )  # fmt: skip
+
+    def max_pool_gradient(self, x: Value, y: Value, grad: Value, target: Value, pool: Pool) -> None:
+        """Emit the max pool's input gradient."""
+        source, out, g, t = self.layout(x), self.layout(y), self.layout(grad), self.layout(target)
+        self.emit(
+            "max_pool_gradient", (self.lanes,), source.planes, x=self.address(x), y=self.address(y),
+            grad_out=self.address(grad), grad_x=self.address(target), rows=source.rows, columns=source.columns,
+            x_row=source.row, grad_plane=g.channel, grad_row=g.row, grad_x_plane=t.channel, grad_x_row=t.row,
+            grad_tap_row=pool.dilations[0] * t.row, **self._windows(pool, source, out),
+        )  # fmt: skip
+
+    def average_pool_gradient(self, grad: Value, target: Value, pool: Pool) -> None:
+        """Emit the average pool's input gradient."""
+        t = self.layout(target)
+        self.emit(
+            "average_pool_gradient", (self.lanes,), t.planes, grad_out=self.address(grad), grad_x=self.address(target),
+            rows=t.rows, columns=t.columns, grad_x_row=t.row, **self._windows(pool, t, self.layout(grad)),
+        )  # fmt: skip
+
+    def _windows(self, pool: Pool, x: Layout, y: Layout) -> dict[str, int | Ref]:
+        rows = [(first * x.row, count, max(1, divisor)) for first, count, divisor in pool.spans(0)]
+        columns = [(first * x.pixel, count, max(1, divisor)) for first, count, divisor in pool.spans(1)]
+        return {
+            "window_rows": self.table(rows), "window_columns": self.table(columns), "out_rows": y.rows,
+            "out_columns": y.columns, "x_plane": x.channel, "y_plane": y.channel, "y_row": y.row,
+            "tap_row": pool.dilations[0] * x.row, "tap_column": pool.dilations[1] * x.pixel,
+        }  # fmt: skip
+
+    def batch_norm(self, node: Node, epsilon: float, momentum: float) -> None:
+        """Emit training batch normalisation, and the move of the running statistics in the update."""
+        x, y, outs = self.layout(node.x), self.layout(node.y), node.outputs
+        self.emit(
+            "batch_norm", (self.lanes,), x.channels, x=self.address(node.x), y=self.address(node.y),
+            scale=self.address(node.input(1)), bias=self.address(node.input(2)), mean=self.address(outs[1]),
+            variance=self.address(outs[2]), inverse_std=self.address(outs[3]), mask=Ref("mask"), state=Ref("state"),
+            f_epsilon=epsilon, **_maps(x), **_strides(x=x, y=y),
+        )  # fmt: skip
+        self._keep.update((outs[1].name, outs[2].name))
+        for running, current, unbiased in ((node.input(3), outs[1], 0), (node.input(4), outs[2], 1)):
+            self.emit(
+                "running_average", (), x.channels, stage="update", running=self.address(running),
+                current=self.address(current), state=Ref("state"), pixels=x.rows * x.columns, f_keep=momentum,
+                unbiased=unbiased,
+            )  # fmt: skip
+
+    def batch_norm_inference(self, node: Node, epsilon: float) -> None:
+        """Emit batch normalisation with running statistics."""
+        x, y = self.layout(node.x), self.layout(node.y)
+        self.emit(
+            "batch_norm_inference", (self.lanes,), x.channels, x=self.address(node.x), y=self.address(node.y),
+            scale=self.address(node.input(1)), bias=self.address(node.input(2)), mean=self.address(node.input(3)),
+            variance=self.address(node.input(4)), f_epsilon=epsilon, **_maps(x), **_strides(x=x, y=y),
+        )  # fmt: skip
+
+    def batch_norm_gradient(self, node: Node) -> None:
+        """Emit the gradients of input, scale and bias."""
+        x, grad, out = self.layout(node.x), self.layout(node.input(1)), self.layout(node.y)
+        self.emit(
+            "batch_norm_gradient", (self.lanes,), x.channels, x=self.address(node.x),
+            grad_out=self.address(node.input(1)), grad_x=self.address(node.y), scale=self.address(node.input(2)),
+            mean=self.address(node.input(3)), inverse_std=self.address(node.input(4)),
+            grad_scale=self.address(node.outputs[1]), grad_bias=self.address(node.outputs[2]), mask=Ref("mask"),
+            state=Ref("state"), **_maps(x), **_strides(x=x, grad=grad, grad_x=out),
+        )  # fmt: skip
+
+    def dropout(self, x: Value, y: Value, ratio: float, stream: int) -> None:
+        """Emit dropout, of values or of gradients."""
+        source, out = self.layout(x), self.layout(y)
+        self.emit(
+            "dropout", (self.lanes,), source.planes, x=self.address(x), y=self.address(y), state=Ref("state"),
+            stream=stream, channels=source.channels, rows=source.rows, columns=source.columns, f_ratio=ratio,
+            **_strides(x=source, y=out),
+        )  # fmt: skip
+
+    def copy(self, x: Value, y: Value) -> None:
+        """Emit a copy of all elements in order, whatever the shapes; nothing when both share memory."""
+        if self.same_memory(x, y):
+            return
+        source, out = self.layout(x), self.layout(y)
+        if (source.channels, source.rows, source.columns) == (out.channels, out.rows, out.columns):
+            return self.copy_part(x, y)
+        table = list(zip(_pixel_offsets(source), _pixel_offsets(out), strict=True))
+        self.emit(
+            "copy_table", (self.lanes,), self.blocks, x=self.address(x), y=self.address(y), table=self.table(table),
+            count=len(table), x_block=source.block, y_block=out.block,
+        )  # fmt: skip
+        return None
+
+    def copy_part(self, x: Value, y: Value, sizes: tuple[int, int, int] | None = None, source: int = 0, to: int = 0) -> None:
+        """Emit a copy of a box of ``sizes`` (channels, rows, columns; by default the smaller of both values)."""
+        a, b = self.layout(x), self.layout(y)
+        smaller = (min(a.channels, b.channels), min(a.rows, b.rows), min(a.columns, b.columns))
+        channels, rows, columns = sizes or smaller
+        if min(channels, rows, columns) < 1:
+            return
+        self.emit(
+            "copy_maps", (self.lanes,), self.blocks * channels, x=self.address(x) + source, y=self.address(y) + to,
+            channels=channels, rows=rows, vectors=columns, **_strides(x=a, y=b),
+        )  # fmt: skip
+
+    def fill(self, y: Value, value: float) -> None:
+        """Emit a constant for all pixels."""
+        out = self.layout(y)
+        self.emit(
+            "fill", (self.lanes,), out.planes, y=self.address(y), channels=out.channels, rows=out.rows,
+            vectors=out.columns, f_value=value, **_strides(y=out),
+        )  # fmt: skip
+
+    def cross_entropy(self, node: Node, smoothing: float) -> None:
+        """Emit softmax, per-sample loss and accuracy, and their mean."""
+        x, (probabilities, losses, correct) = self.layout(node.x), node.outputs
+        self.emit(
+            "cross_entropy", (self.lanes,), self.blocks, logits=self.address(node.x),
+            probabilities=self.address(probabilities), labels=Ref("labels"), losses=self.address(losses),
+            correct=self.address(correct), state=Ref("state"), classes=x.channels, logits_block=x.block,
+            f_smoothing=smoothing,
+        )  # fmt: skip
+        self._mean_loss(losses, correct)
+
+    def _mean_loss(self, losses: Value, correct: Value) -> None:
+        places = {"losses": self.address(losses), "correct": self.address(correct)}
+        self.emit("mean_loss", (), 1, result=Ref("result"), state=Ref("state"), **places)
+
+    def cross_entropy_gradient(self, node: Node, smoothing: float) -> None:
+        """Emit the gradient of the logits."""
+        x = self.layout(node.x)
+        self.emit(
+            "cross_entropy_gradient", (self.lanes,), self.blocks, probabilities=self.address(node.x),
+            labels=Ref("labels"), grad_logits=self.address(node.y), mask=Ref("mask"), state=Ref("state"),
+            classes=x.channels, logits_block=x.block, f_smoothing=smoothing,
+        )  # fmt: skip
+
+    def squared_error(self, node: Node) -> None:
+        """Emit the per-sample squared error and its mean."""
+        y, target = self.layout(node.x), self.layout(node.input(1))
+        losses, correct = node.outputs
+        self.emit(
+            "squared_error", (self.lanes,), self.blocks, y=self.address(node.x), target=self.address(node.input(1)),
+            losses=self.address(losses), correct=self.address(correct), channels=y.channels, rows=y.rows,
+            columns=y.columns, mask=Ref("mask"), **_strides(y=y, target=target),
+        )  # fmt: skip
+        self._mean_loss(losses, correct)
+
+    def squared_error_gradient(self, node: Node) -> None:
+        """Emit the gradient of the network's output."""
+        y, target, out = self.layout(node.x), self.layout(node.input(1)), self.layout(node.y)
+        self.emit(
+            "squared_error_gradient", (self.lanes,), self.blocks, y=self.address(node.x),
+            target=self.address(node.input(1)), grad_y=self.address(node.y), channels=y.channels, rows=y.rows,
+            columns=y.columns, mask=Ref("mask"), state=Ref("state"), **_strides(y=y, target=target, grad=out),
+        )  # fmt: skip
+
+
+def _chunk(count: int, wanted: int, multiple: int) -> int:
+    """Cut ``count`` into equal chunks of about ``wanted``; return a chunk's size, a multiple of ``multiple``."""
+    parts = max(1, round(count / max(1, wanted)))
+    return max(multiple, -(-count // (parts * multiple)) * multiple)
+
+
+def _maps(x: Layout) -> dict[str, int]:
+    return {"blocks": x.blocks, "rows": x.rows, "columns": x.columns}
+
+
+def _strides(**layouts: Layout) -> dict[str, int]:
+    """Return ``{name}_block``, ``{name}_channel``, ``{name}_row`` for every layout."""
+    parts = ("block", "channel", "row")
+    return {f"{name}_{part}": getattr(layout, part) for name, layout in layouts.items() for part in parts}
+
+
+def _pixel_offsets(x: Layout) -> list[int]:
+    return [
+        c * x.channel + h * x.row + w * x.pixel
+        for c in range(x.channels)
+        for h in range(x.rows)
+        for w in range(x.columns)
+    ]
+
+
+def _map_sizes(shape: tuple[int, ...]) -> tuple[int, int, int]:
+    from edgetrain.arrays import map_sizes
+
+    return map_sizes(shape)
+
+
+def _sizes_for(value: Value, rank: int) -> tuple[int, int, int]:
+    """Return (channels, rows, columns) of a parameter aligned with per-sample shapes of ``rank`` dimensions."""
+    shape = value.shape[1:] if len(value.shape) > rank else value.shape
+    return _map_sizes((1,) * (rank - len(shape)) + shape)

@@ -1,0 +1,239 @@
+"""Optimizers and learning-rate schedules: what to do, as data. The arithmetic is in ``kernels/update.py``."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, ClassVar, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgetrain.errors import UsageError
+
+KINDS = ("constant", "step", "cosine", "one_cycle")
+# Places in the settings array; the same order as in kernels/update.py (a test compares them).
+(LR, WEIGHT_DECAY, MOMENTUM, NESTEROV, BETA1, BETA2, EPSILON, ADAM_LR, ADAM_CORRECTION, DECOUPLED, CLIP_NORM,
+ GRADIENT_SCALE, SETTINGS) = range(13)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Learning rate over time, as a factor of the optimizer's ``lr``.
+
+    Attributes:
+        kind: ``constant``; ``step``: times ``gamma`` at every share of training in ``milestones``;
+            ``cosine``: half a cosine from 1 to ``final`` (Loshchilov and Hutter 2017, equation 5);
+            ``one_cycle``: cosine up from 1/25 in the first ``warmup`` (0.3 if 0), then down to ``final``
+            (Smith and Topin 2018, as in ``torch.optim.lr_scheduler.OneCycleLR``).
+        warmup: share of training in which the rate rises linearly from almost 0 (not for ``one_cycle``).
+        total_steps: length of training in steps; ``None`` lets ``fit`` fill it in.
+        final: factor at the end.
+        milestones, gamma: of ``step``.
+
+    Example:
+        >>> schedule = Schedule("cosine", total_steps=100)
+        >>> schedule.factor(0), round(schedule.factor(50), 3), round(schedule.factor(100), 3)
+        (1.0, 0.5, 0.0)
+    """
+
+    kind: str = "constant"
+    warmup: float = 0.0
+    total_steps: int | None = None
+    final: float = 0.0
+    milestones: tuple[float, ...] = (0.5, 0.75)
+    gamma: float = 0.1
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise UsageError(f"schedule '{self.kind}' is unknown; expected one of {', '.join(KINDS)}")
+        if not 0 <= self.warmup < 1:
+            raise UsageError(f"schedule: warmup={self.warmup}, expected a share of training, at least 0 and below 1")
+        object.__setattr__(self, "milestones", tuple(self.milestones))
+
+    def factor(self, step: int) -> float:
+        """Return the factor for optimizer step ``step`` (from 0).
+
+        Raises:
+            UsageError: the schedule needs ``total_steps`` and has none.
+        """
+        if self.total_steps is None:
+            if self.kind == "constant" and self.warmup == 0:
+                return 1.0
+            raise UsageError(f"schedule '{self.kind}' needs total_steps; give it, or train with fit")
+        done = min(1.0, step / max(1, self.total_steps))
+        if self.kind == "one_cycle":
+            return self._one_cycle(done)
+        if done < self.warmup:
+            return (step + 1) / (self.warmup * self.total_steps + 1)
+        return self._after_warmup(done)
+
+    def _after_warmup(self, done: float) -> float:
+        if self.kind == "step":
+            return self.gamma ** sum(done >= m for m in self.milestones)
+        if self.kind == "cosine":
+            return _cosine(1.0, self.final, (done - self.warmup) / (1 - self.warmup))
+        return 1.0
+
+    def _one_cycle(self, done: float) -> float:
+        rise = self.warmup or 0.3
+        return _cosine(0.04, 1.0, done / rise) if done < rise else _cosine(1.0, self.final, (done - rise) / (1 - rise))
+
+
+def _cosine(start: float, end: float, share: float) -> float:
+    return end + (start - end) * (1 + math.cos(math.pi * share)) / 2
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """What all optimizers share.
+
+    Attributes:
+        lr: learning rate.
+        weight_decay: L2 penalty (SGD, Adam) or decoupled decay (AdamW).
+        decay_bias_and_norm: whether biases and BatchNormalization's scale and bias decay too.
+        clip_norm: gradients are scaled down to this L2 norm over all parameters; ``None`` for no clipping.
+        schedule: learning rate over time.
+
+    Raises:
+        UsageError: a number out of range.
+    """
+
+    lr: float = 0.05
+    weight_decay: float = 0.0
+    decay_bias_and_norm: bool = True
+    clip_norm: float | None = None
+    schedule: Schedule | None = None
+
+    kernel: ClassVar[str]
+    name: ClassVar[str]
+
+    def __post_init__(self) -> None:
+        for key, low, high in (("lr", 0.0, math.inf), ("weight_decay", 0.0, math.inf), *self._ranges()):
+            value = getattr(self, key)
+            if not (isinstance(value, int | float) and low <= value < high):
+                raise UsageError(f"{self.name}: {key}={value!r}, expected a number from {low} to below {high}")
+        if self.clip_norm is not None and not self.clip_norm > 0:
+            raise UsageError(f"{self.name}: clip_norm={self.clip_norm}, expected a number above 0, or None")
+
+    def _ranges(self) -> tuple[tuple[str, float, float], ...]:
+        return ()
+
+    @property
+    def moments(self) -> tuple[str, ...]:
+        """Names of the arrays kept per parameter."""
+        raise NotImplementedError
+
+    def fill(self, settings: NDArray[np.float32], step: int) -> None:
+        """Write the numbers of step ``step`` (from 0) for the update kernel."""
+        raise NotImplementedError
+
+    def lr_at(self, step: int) -> float:
+        """Return the learning rate of step ``step`` (from 0)."""
+        return self.lr * (self.schedule.factor(step) if self.schedule else 1.0)
+
+    def _fill_shared(self, settings: NDArray[np.float32], step: int) -> None:
+        settings[:] = 0
+        settings[LR], settings[WEIGHT_DECAY] = self.lr_at(step), self.weight_decay
+        settings[CLIP_NORM], settings[GRADIENT_SCALE] = self.clip_norm or 0.0, 1.0
+
+    def with_total_steps(self, steps: int) -> Self:
+        """Return the optimizer with the length of training filled in where the schedule lacks it."""
+        if self.schedule is None or self.schedule.total_steps is not None:
+            return self
+        return replace(self, schedule=replace(self.schedule, total_steps=steps))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the settings as plain data, with the optimizer's name under ``"name"``."""
+        return {"name": self.name, **asdict(self)}
+
+    @staticmethod
+    def from_dict(data: Mapping[str, Any]) -> Optimizer:
+        """Return the optimizer of ``to_dict``.
+
+        Raises:
+            UsageError: unknown optimizer or setting.
+        """
+        settings = dict(data)
+        kind = OPTIMIZERS.get(str(settings.pop("name", "")).lower())
+        if kind is None:
+            raise UsageError(f"optimizer '{data.get('name')}' is unknown; expected one of {', '.join(OPTIMIZERS)}")
+        unknown = set(settings) - {f.name for f in fields(kind)}
+        if unknown:
+            raise UsageError(f"optimizer {kind.name}: unknown settings {sorted(unknown)}")
+        if isinstance(settings.get("schedule"), Mapping):
+            settings["schedule"] = Schedule(**settings["schedule"])
+        return kind(**settings)
+
+
+@dataclass(frozen=True)
+class SGD(Optimizer):
+    """Stochastic gradient descent with momentum, as ``torch.optim.SGD``.
+
+    Example:
+        >>> SGD(lr=0.1, momentum=0.9, nesterov=True).lr_at(0)
+        0.1
+    """
+
+    momentum: float = 0.0
+    nesterov: bool = False
+
+    kernel: ClassVar[str] = "sgd"
+    name: ClassVar[str] = "sgd"
+
+    def _ranges(self) -> tuple[tuple[str, float, float], ...]:
+        return (("momentum", 0.0, 1.0),)
+
+    @property
+    def moments(self) -> tuple[str, ...]:
+        """One velocity, none without momentum."""
+        return ("velocity",) if self.momentum else ()
+
+    def fill(self, settings: NDArray[np.float32], step: int) -> None:
+        """Write learning rate, decay, momentum."""
+        self._fill_shared(settings, step)
+        settings[MOMENTUM], settings[NESTEROV] = self.momentum, self.nesterov
+
+
+@dataclass(frozen=True)
+class Adam(Optimizer):
+    """Adam (Kingma and Ba 2015, algorithm 1), as ``torch.optim.Adam``: weight decay is added to the gradient."""
+
+    lr: float = 1e-3
+    beta1: float = 0.9
+    beta2: float = 0.999
+    epsilon: float = 1e-8
+
+    kernel: ClassVar[str] = "adam"
+    name: ClassVar[str] = "adam"
+    decoupled: ClassVar[bool] = False
+
+    def _ranges(self) -> tuple[tuple[str, float, float], ...]:
+        return (("beta1", 0.0, 1.0), ("beta2", 0.0, 1.0), ("epsilon", 0.0, math.inf))
+
+    @property
+    def moments(self) -> tuple[str, ...]:
+        """Two."""
+        return ("first_moment", "second_moment")
+
+    def fill(self, settings: NDArray[np.float32], step: int) -> None:
+        """Write rates corrected for the moments' start at zero."""
+        self._fill_shared(settings, step)
+        settings[BETA1], settings[BETA2], settings[EPSILON] = self.beta1, self.beta2, self.epsilon
+        settings[ADAM_LR] = self.lr_at(step) / (1 - self.beta1 ** (step + 1))
+        settings[ADAM_CORRECTION] = 1 / math.sqrt(1 - self.beta2 ** (step + 1))
+        settings[DECOUPLED] = self.decoupled
+
+
+@dataclass(frozen=True)
+class AdamW(Adam):
+    """Adam with decoupled weight decay (Loshchilov and Hutter 2019, algorithm 2), as ``torch.optim.AdamW``."""
+
+    weight_decay: float = 1e-2
+
+    name: ClassVar[str] = "adamw"
+    decoupled: ClassVar[bool] = True
+
+
+OPTIMIZERS: dict[str, type[Optimizer]] = {"sgd": SGD, "adam": Adam, "adamw": AdamW}

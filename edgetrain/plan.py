@@ -1,0 +1,208 @@
+"""From a graph to a table of kernel calls: layouts, shared memory, offsets, addresses.
+
+``Plan`` walks the nodes in order; every operator's ``lower`` emits rows through
+``Lowering`` (file ``lowering.py``). Afterwards the memory planner places the buffers
+and the rows become a program for the interpreter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgetrain.arrays import Layout, aligned, map_sizes
+from edgetrain.autodiff import LABELS, node_users
+from edgetrain.graph import Graph, Node, Value
+from edgetrain.memory import Lifetime, place
+from edgetrain.ops import NO_BORDER, Border, get_op
+
+KernelKey = tuple[str, tuple[int, ...]]
+# Stages of a step, in the order in which they run.
+STAGES = ("forward", "backward", "check", "update")
+# Operators whose output may be the input's memory under another shape.
+_RESHAPES = ("Reshape", "Flatten")
+
+
+@dataclass(frozen=True)
+class Ref:
+    """An address to be: a byte offset into a buffer."""
+
+    buffer: str
+    offset: int = 0
+
+    def __add__(self, offset: int) -> Ref:
+        return Ref(self.buffer, self.offset + offset)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One kernel call: arguments in the kernel's order, as integers, floats or references.
+
+    ``stage`` is one of ``STAGES``; ``node`` is the position of the node it belongs to.
+    """
+
+    kernel: KernelKey
+    arguments: tuple[int | float | Ref, ...]
+    jobs: int
+    stage: str
+    node: int
+    guard: bool = False
+
+
+@dataclass
+class Sharing:
+    """Which values share memory, and the border that the shared memory has."""
+
+    root: dict[str, str]
+    border: dict[str, Border]
+
+
+def share_memory(nodes: Sequence[Node], keep: set[str], inputs: Sequence[str]) -> Sharing:
+    """Decide which outputs take over an input's memory, and how wide every value's border is.
+
+    An output takes over the memory of the input that its operator names if nobody
+    reads that memory afterwards; a reshape shares it in any case. Values in ``keep``
+    must survive to the end and are never overwritten.
+    """
+    users, wanted = node_users(list(nodes)), _wanted_borders(nodes)
+    values = {v.name: v for node in nodes for v in (*node.inputs, *node.outputs) if v is not None}
+    root = {name: name for name in values}
+    border = {name: wanted.get(name, NO_BORDER) for name in values}
+    members: dict[str, list[str]] = {name: [name] for name in values}
+    reshaped: set[str] = set()
+    for position, node in enumerate(nodes):
+        source = _takes_over(node)
+        if source is None or node.y.name in keep:
+            continue
+        old, new = root[source.name], root[node.y.name]
+        is_reshape = node.op_type in _RESHAPES
+        if is_reshape:
+            fits = not any(border[old]) and not any(border[new])
+        else:
+            quiet = all(max(users.get(m, [-1])) <= position for m in members[old]) and not keep & set(members[old])
+            fits = quiet and source.size == node.y.size and not (old in reshaped and any(border[new]))
+        if not fits:
+            continue
+        for member in members.pop(new):
+            root[member] = old
+            members[old].append(member)
+        border[old] = _wider(border[old], border.pop(new))
+        if is_reshape:
+            reshaped.add(old)
+    return Sharing(root, {name: border[root[name]] for name in values})
+
+
+def _takes_over(node: Node) -> Value | None:
+    """Return the batched input whose memory the first output may take over."""
+    index = 0 if node.op_type in _RESHAPES else get_op(node.op_type).in_place
+    value = None if index is None else node.optional(index)
+    return value if value is not None and value.batched and node.y.batched and value.name != LABELS else None
+
+
+def _wanted_borders(nodes: Sequence[Node]) -> dict[str, Border]:
+    wanted: dict[str, Border] = {}
+    for node in nodes:
+        for value, border in zip(node.inputs, get_op(node.op_type).borders(node), strict=False):
+            if value is not None and value.batched:
+                wanted[value.name] = _wider(wanted.get(value.name, NO_BORDER), border)
+    return wanted
+
+
+def _wider(a: Border, b: Border) -> Border:
+    return (max(a[0], b[0]), max(a[1], b[1]), max(a[2], b[2]), max(a[3], b[3]))
+
+
+@dataclass
+class Plan:
+    """A program and the memory it needs.
+
+    Attributes:
+        graph: what is computed.
+        lanes, blocks: samples in a vector; vectors of samples.
+        rows: kernel calls in order.
+        layouts: of every batched value.
+        fixed: arrays that outlive a step, by buffer name (parameters, tables, state).
+        offsets: place of every other buffer in the arena.
+        sizes, lifetimes: bytes of every buffer in the arena; first and last node that needs it.
+        arena_bytes: size of the arena.
+    """
+
+    graph: Graph
+    lanes: int
+    blocks: int
+    rows: list[Row] = field(default_factory=list)
+    layouts: dict[str, Layout] = field(default_factory=dict)
+    root: dict[str, str] = field(default_factory=dict)
+    fixed: dict[str, NDArray[np.generic]] = field(default_factory=dict)
+    offsets: dict[str, int] = field(default_factory=dict)
+    sizes: dict[str, int] = field(default_factory=dict)
+    lifetimes: dict[str, tuple[int, int]] = field(default_factory=dict)
+    arena_bytes: int = 0
+
+    @property
+    def capacity(self) -> int:
+        """Largest number of samples."""
+        return self.lanes * self.blocks
+
+    @property
+    def kernels(self) -> list[KernelKey]:
+        """Distinct kernels in order of first use."""
+        return list(dict.fromkeys(row.kernel for row in self.rows))
+
+    @property
+    def table_bytes(self) -> int:
+        """Bytes of the constant offset tables and of the program itself."""
+        arguments = sum(8 * len(row.arguments) + 32 for row in self.rows)
+        return arguments + sum(a.nbytes for name, a in self.fixed.items() if name.startswith("table:"))
+
+    def settle(self, lifetimes: dict[str, tuple[int, int]]) -> None:
+        """Order the rows by stage and place all buffers that have a lifetime."""
+        self.rows.sort(key=lambda row: STAGES.index(row.stage))
+        self.lifetimes = lifetimes
+        names = list(lifetimes)
+        offsets, self.arena_bytes = place([Lifetime(n, self.sizes[n], *lifetimes[n]) for n in names])
+        self.offsets = dict(zip(names, offsets, strict=True))
+
+    def bind(
+        self, arena: int, addresses: dict[KernelKey, int]
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64], dict[str, list[int]]]:
+        """Resolve all addresses, with the arena at address ``arena``.
+
+        Returns:
+            The program int64 ``(rows, 4)``, its arguments, and where in the arguments the
+            addresses of each input (``source:...``) belong, which change at every step.
+        """
+        counts = [len(row.arguments) for row in self.rows]
+        starts = [sum(counts[:i]) for i in range(len(counts))]
+        arguments = aligned(sum(counts), np.int64)
+        program = aligned(4 * len(self.rows), np.int64).reshape(-1, 4)
+        sources: dict[str, list[int]] = {}
+        for number, (row, start) in enumerate(zip(self.rows, starts, strict=True)):
+            for place, argument in enumerate(row.arguments, start):
+                if isinstance(argument, Ref) and argument.buffer.startswith("source:"):
+                    sources.setdefault(argument.buffer, []).append(place)
+                else:
+                    arguments[place] = self._encode(argument, arena)
+            program[number] = (addresses[row.kernel], arguments.ctypes.data + 8 * start, row.jobs, int(row.guard))
+        return program, arguments, sources
+
+    def _encode(self, argument: int | float | Ref, arena: int) -> int:
+        if isinstance(argument, Ref):
+            return self.address(argument, arena)
+        if isinstance(argument, float):
+            return int(np.float32(argument).view(np.uint32))
+        return int(argument)
+
+    def address(self, ref: Ref, arena: int) -> int:
+        """Return the address of a reference."""
+        if ref.buffer in self.fixed:
+            return int(self.fixed[ref.buffer].ctypes.data) + ref.offset
+        return arena + self.offsets[ref.buffer] + ref.offset
+
+
+def layout_of(value: Value, blocks: int, lanes: int, border: Border) -> Layout:
+    """Return the layout of a batched value."""
+    return Layout(blocks, lanes, *map_sizes(value.shape), border)
