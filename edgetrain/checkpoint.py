@@ -213,9 +213,8 @@ def _digest(tensors: Mapping[str, NDArray[Any]], table: Mapping[str, Any]) -> st
 
 def _settings(learner: Learner) -> dict[str, Any]:
     """Return the arguments of the constructor as JSON-able values."""
-    profile = {key: value for key, value in learner.profile.to_dict().items() if value is not None}
     return {
-        "profile": profile,
+        "profile": _without_none(learner.profile.to_dict()),
         "batch_size": learner.batch_size,
         "seed": learner.seed,
         "threads": learner.threads,
@@ -224,6 +223,12 @@ def _settings(learner: Learner) -> dict[str, Any]:
         "loss": learner.loss,
         "label_smoothing": learner.label_smoothing,
     }
+
+
+def _without_none(table: dict[str, Any]) -> dict[str, Any]:
+    """Return nested tables without unknown numbers, as a profile's TOML file leaves them out."""
+    tables = {key: _without_none(value) if isinstance(value, dict) else value for key, value in table.items()}
+    return {key: value for key, value in tables.items() if value is not None}
 
 
 def _arguments(settings: Mapping[str, Any]) -> dict[str, Any]:

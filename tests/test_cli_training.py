@@ -86,7 +86,7 @@ def inside(place, monkeypatch) -> Path:
 def test_run_folder_is_complete(inside):
     folder = inside / "runs" / "fit-1"
     assert sorted(file.name for file in folder.iterdir()) == FILES
-    table = list(csv.DictReader((folder / "metrics.csv").open()))
+    table = list(csv.DictReader((folder / "metrics.csv").read_text().splitlines()))
     assert tuple(table[0]) == METRICS
     assert [row["epoch"] for row in table] == ["1", "2", "3"]
     events = [event["event"] for event in open_run(folder).read_events()]

@@ -81,8 +81,9 @@ class Config:
     training: TrainingSettings
 
     def to_dict(self) -> Table:
-        """Return nested dicts, as in ``config.toml``."""
-        return asdict(self)
+        """Return nested dicts, as in ``config.toml``: what is not set is left out."""
+        sections = asdict(self).items()
+        return {name: {k: v for k, v in section.items() if v is not None} for name, section in sections}
 
 
 # A recipe's learning rate is for its own optimizer; these are for a run that asks for another one.

@@ -143,7 +143,8 @@ class BarDisplay(Display):
     def _show(self, head: str, done: int, total: int, facts: str) -> None:
         if self._task is None:
             self._bar.start()
-            self._task = self._bar.add_task(head, total=total, facts=facts)
+            # A resumed run begins in the middle: counted as progress, that would spoil the time left.
+            self._task = self._bar.add_task(head, total=total, completed=done, facts=facts)
         self._bar.update(self._task, description=head, completed=done, total=total, facts=facts)
 
     def _remove(self) -> None:
@@ -199,9 +200,12 @@ def _progress(stream: TextIO) -> Progress:
     # Here, not above: rich takes 0.1 s to import on this machine, and only terminals need it.
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.table import Column
 
+    # On a narrow terminal the facts at the end are cut; nothing wraps.
+    cut = Column(no_wrap=True, overflow="ellipsis", ratio=1)
     columns: tuple[Any, ...] = (
-        TextColumn("{task.description}"), BarColumn(bar_width=20), TextColumn("{task.percentage:3.0f}%"),
-        TextColumn("{task.fields[facts]}"), TimeRemainingColumn(),
+        TextColumn("{task.description}"), BarColumn(bar_width=12), TextColumn("{task.percentage:3.0f}%"),
+        TimeRemainingColumn(), TextColumn("{task.fields[facts]}", table_column=cut),
     )  # fmt: skip
-    return Progress(*columns, console=Console(file=stream), transient=True)
+    return Progress(*columns, console=Console(file=stream), transient=True, refresh_per_second=4, expand=True)

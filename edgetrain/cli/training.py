@@ -244,10 +244,10 @@ def _changed(config: Config, epochs: int | None, threads: int | None) -> Config:
 def _differences(before: Config, after: Config) -> list[str]:
     old, new = before.to_dict(), after.to_dict()
     return [
-        f"{section}.{key} was {old[section][key]}, is now {value}"
+        f"{section}.{key} was {old[section].get(key)}, is now {value}"
         for section, values in new.items()
         for key, value in values.items()
-        if value != old[section][key]
+        if value != old[section].get(key)
     ]
 
 
