@@ -11,7 +11,6 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from edgetrain.reference import evaluate
 from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
@@ -19,6 +18,7 @@ import edgetrain as et
 from edgetrain.errors import ModelError, UnsupportedError
 from edgetrain.graph import Graph, Normalization
 from edgetrain.onnx_io import load_onnx, save_onnx
+from edgetrain.reference import evaluate
 from tests import torch_models
 
 Array = np.ndarray
@@ -56,7 +56,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], E
 
 def outputs(graph: Graph, x: Array) -> Array:
     """Return what a user of the network gets: logits, or probabilities where the file ends in Softmax."""
-    logits = evaluate(graph, x, training=False)[graph.outputs[0]]
+    logits = evaluate(graph, x)
     if not graph.softmax_output:
         return logits
     return torch.softmax(torch.from_numpy(np.asarray(logits)), 1).numpy()
@@ -135,6 +135,15 @@ def test_one_weight_used_by_two_nodes_stays_one_array() -> None:
     text = "(float[N,2] x) => (float[N,2] y) { h = MatMul(x, w) y = MatMul(h, w) }"
     graph = load_onnx(net(text, w=ones(2, 2)))
     assert list(graph.arrays) == ["w"]
+
+
+def test_shared_running_averages_become_one_per_layer() -> None:
+    text = """(float[N,2] x) => (float[N,2] y) {
+        h = BatchNormalization(x, one, zero, zero, one) [second] y = BatchNormalization(h, one, zero, zero, one) }"""
+    graph = load_onnx(net(text, one=ones(2), zero=0 * ones(2)))
+    first, second = ([value.name for value in node.inputs[1:]] for node in graph.nodes)
+    assert len({*first[2:], *second[2:]}) == 4
+    assert not graph.trainable.intersection(first[2:] + second[2:])
 
 
 def test_running_averages_and_constants_are_not_trainable(exported: Callable[[str, str], Exported]) -> None:
@@ -336,6 +345,18 @@ def test_normalisation_softmax_and_class_names_travel_with_the_file(tmp_path: Pa
     assert again.softmax_output
     np.testing.assert_array_equal(again.normalization.mean, graph.normalization.mean)
     np.testing.assert_array_equal(again.normalization.std, graph.normalization.std)
+
+
+def test_trained_network_is_written_with_what_it_learned(
+    exported: Callable[[str, str], Exported], tmp_path: Path
+) -> None:
+    file = exported("cnn1d", "script")
+    learner = et.Learner(load_onnx(file.path), batch_size=5, seed=0)
+    for _ in range(3):
+        learner.partial_fit(file.x, np.arange(5) % 4)
+    learner.export_onnx(tmp_path / "m.onnx")
+    assert not np.allclose(learner.logits(file.x), file.y, atol=1e-3)
+    np.testing.assert_allclose(run(tmp_path / "m.onnx", file.x), learner.logits(file.x), rtol=1e-4, atol=1e-4)
 
 
 def test_facts_about_the_written_file(tmp_path: Path) -> None:

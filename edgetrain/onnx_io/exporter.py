@@ -95,8 +95,9 @@ def build_model(
     outputs = [_described(graph.values[name]) for name in graph.outputs]
     if graph.softmax_output:
         logits = graph.outputs[0]
-        nodes.append(helper.make_node("Softmax", [logits], [PROBABILITIES], name=PROBABILITIES, axis=-1))
-        outputs[0] = _described(Value(PROBABILITIES, graph.output_shape))
+        name = PROBABILITIES if PROBABILITIES not in graph.values else f"{logits}.{PROBABILITIES}"
+        nodes.append(helper.make_node("Softmax", [logits], [name], name=name, axis=-1))
+        outputs[0] = _described(Value(name, graph.output_shape))
     inputs = [_described(graph.values[name]) for name in graph.inputs]
     body = helper.make_graph(nodes, graph.name, inputs, outputs, tensors)
     model = helper.make_model(

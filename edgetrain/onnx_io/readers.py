@@ -74,7 +74,8 @@ def _batch_normalization(r: Reading, node: Source) -> None:
         r.fail(node, "spatial=0 (one average per pixel); only per-channel normalisation is supported")
     r.withhold(node, "running averages are kept inside the network")
     inputs: list[str | None] = [r.value(node).name]
-    inputs += [r.parameter(node, i, trainable=i in (1, 2)) for i in range(1, 5)]
+    inputs += [r.parameter(node, i, trainable=True) for i in (1, 2)]
+    inputs += [r.running_average(node, i) for i in (3, 4)]
     r.emit(node, "BatchNormalization", inputs, **node.only("epsilon", "momentum"))
 
 

@@ -71,6 +71,7 @@ class Reading:
         constants: every array known by its ONNX name.
         origins: ONNX name of a folded weight -> the initializer it comes from.
         values: ONNX name -> value of the graph.
+        averages: names of running averages in the graph.
         probabilities: ONNX names of Softmax outputs; their entry in ``values`` is the logits.
         withheld: ONNX name of an output that is not made -> the reason.
         mean, std: of an input normalisation that edgetrain wrote.
@@ -83,6 +84,7 @@ class Reading:
     constants: dict[str, Array] = field(default_factory=dict)
     origins: dict[str, str] = field(default_factory=dict)
     values: dict[str, str] = field(default_factory=dict)
+    averages: set[str] = field(default_factory=set)
     probabilities: set[str] = field(default_factory=set)
     withheld: dict[str, str] = field(default_factory=dict)
     mean: Array | None = None
@@ -200,16 +202,25 @@ class Reading:
         except ValueError:
             self.fail(node, f"'{name}' has the shape {array.shape}; expected {shape}")
 
+    def running_average(self, node: Source, index: int) -> str:
+        """Put a running average into the graph, one array per node: files that store equal ones once do not mean it."""
+        name = self.parameter(node, index, trainable=False)
+        if name in self.averages | self.graph.trainable or self.graph.consumers(name):
+            name = self.graph.parameter(f"{node.name}.average{index}", self.graph.arrays[name], trainable=False)
+        self.averages.add(name)
+        return name
+
     def place(self, name: str, array: Array, trainable: bool = False, otherwise: str = "") -> str:
         """Put an array into the graph under a free name; the same array again gives the same name."""
         arrays = self.graph.arrays
         for candidate in [name, otherwise or f"{name}.derived", *(f"{name}.{i}" for i in range(2, 1000))]:
-            if candidate in arrays and np.array_equal(arrays[candidate], array, equal_nan=True):
+            if candidate not in self.graph.values:
+                return self.graph.parameter(candidate, array, trainable)
+            same = candidate in arrays and np.array_equal(arrays[candidate], array, equal_nan=True)
+            if same and not (trainable and candidate in self.averages):
                 if trainable:
                     self.graph.trainable.add(candidate)
                 return candidate
-            if candidate not in self.graph.values:
-                return self.graph.parameter(candidate, array, trainable)
         raise ModelError(f"the name '{name}' is used for a thousand different arrays")
 
     def emit(self, node: Source, op_type: str, inputs: list[str | None], part: str = "", **attributes: Any) -> str:
