@@ -133,7 +133,7 @@ def _backward(train: Graph) -> dict[str, str]:
                 grads[value.name] = _accumulate(tape, grads.get(value.name), grad, value)
     missing = sorted(train.trainable - set(grads))
     if missing:
-        raise GraphError(f"graph '{train.name}': the loss does not depend on the parameters {missing}; freeze or remove them")
+        raise GraphError(f"graph '{train.name}': the loss does not depend on {missing}; freeze or remove them")
     return {name: grads[name] for name in train.arrays if name in train.trainable}
 
 

@@ -64,7 +64,7 @@ class MemoryBudgetError(EdgetrainError):
     exit_code = 4
 
 
-class InterruptedRun(EdgetrainError):
+class InterruptedRunError(EdgetrainError):
     """A run was interrupted; its state was saved."""
 
     exit_code = 5

@@ -154,8 +154,9 @@ class Executor:
         layout = self.plan.layouts[value.name]
         start = self.plan.offsets[self.plan.root[value.name]]
         top, left, bottom, right = layout.border
-        sizes = (layout.blocks, layout.channels, top + layout.rows + bottom, left + layout.columns + right, layout.lanes)
-        lanes = self._arena.memory[start : start + layout.nbytes].view(np.float32).reshape(sizes)
+        height, width = top + layout.rows + bottom, left + layout.columns + right
+        lanes = self._arena.memory[start : start + layout.nbytes].view(np.float32)
+        lanes = lanes.reshape(layout.blocks, layout.channels, height, width, layout.lanes)
         inside = lanes[:, :, top : top + layout.rows, left : left + layout.columns]
         return np.moveaxis(inside, 4, 1).reshape(-1, *value.shape)[:count].copy()
 

@@ -217,7 +217,7 @@ class Graph:
         if not name:
             return None
         if name not in self.values:
-            raise GraphError(f"node '{node}' ({op_type}): input '{name}' does not exist yet; add nodes in execution order")
+            raise GraphError(f"node '{node}' ({op_type}): no input '{name}' so far; add nodes in execution order")
         return self.values[name]
 
     def set_outputs(self, names: Iterable[str]) -> None:

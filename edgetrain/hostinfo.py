@@ -33,7 +33,7 @@ _SYS_CPU = "sys/devices/system/cpu"
 
 @dataclass(frozen=True, kw_only=True)
 class Host:
-    """This machine. ``cpus`` are the usable fast cores, ``little_cpus`` the usable slower ones."""
+    """The machine we run on. ``cpus`` are the usable fast cores, ``little_cpus`` the usable slower ones."""
 
     root: Path
     machine: str

@@ -146,7 +146,9 @@ class Learner:
             raise UsageError(f"batch_size={batch_size!r}, expected an integer of at least 1")
         self.seed, self.loss, self.label_smoothing = int(seed), loss, float(label_smoothing)
         if loss not in ("cross_entropy", "mse") or not 0 <= self.label_smoothing < 1:
-            raise UsageError(f"loss={loss!r}, label_smoothing={label_smoothing}: expected 'cross_entropy' or 'mse', 0 to 1")
+            raise UsageError(
+                f"loss={loss!r}, label_smoothing={label_smoothing}: expected 'cross_entropy' or 'mse', and 0 to below 1"
+            )
         budget = parse_bytes(memory_budget)
         self.memory_budget = self.profile.memory_budget_mib * 2**20 if budget is None else budget
         self._optimizer = optimizer or SGD(lr=0.05, momentum=0.9)
@@ -155,7 +157,7 @@ class Learner:
         self._arena, self._lock = Arena(), threading.RLock()
         self._training: TrainingGraph | None = None
         self._executors: dict[tuple[bool, int], Executor] = {}
-        self.threads = threads  # type: ignore[assignment]  # the setter fills in the profile's number
+        self.threads = threads  # the setter fills in the profile's number
 
     # --- settings ---
 
@@ -169,7 +171,7 @@ class Learner:
         available = len(os.sched_getaffinity(0))
         wanted = min(self.profile.threads, available) if threads is None else threads
         if not isinstance(wanted, int) or not 1 <= wanted <= max(64, available):
-            raise UsageError(f"threads={threads!r}, expected an integer from 1 to {available}, this machine's processors")
+            raise UsageError(f"threads={threads!r}, expected 1 to {available}, the processors of this machine")
         self._team = Team(wanted)
         self._executors.clear()
 
@@ -182,7 +184,9 @@ class Learner:
     def optimizer(self, optimizer: Optimizer) -> None:
         same = (optimizer.kernel, optimizer.moments, optimizer.decay_bias_and_norm)
         if same != (self._optimizer.kernel, self._optimizer.moments, self._optimizer.decay_bias_and_norm):
-            raise UsageError(f"cannot go from {self._optimizer.name} to {optimizer.name}: their state differs; make a new Learner")
+            raise UsageError(
+                f"cannot go from {self._optimizer.name} to {optimizer.name}: their state differs; make a new Learner"
+            )
         self._optimizer = optimizer
 
     @property
@@ -234,7 +238,8 @@ class Learner:
         Args:
             data: a Dataset, or a pair (x, y).
             epochs: at least 1.
-            options: ``validation``, ``augmentation``, ``shuffle``, ``normalize``, ``on_step``, ``on_epoch``, ``should_stop``.
+            options: ``validation``, ``augmentation``, ``shuffle``, ``normalize``, ``on_step``, ``on_epoch``,
+                ``should_stop``.
         """
         return fit_loop(self, data, epochs, **options)
 
@@ -257,7 +262,8 @@ class Learner:
 
     def predict(self, x: Inputs) -> NDArray[np.int64]:
         """Return the most probable class of every sample, int64 ``(N,)``."""
-        return self.logits(x).argmax(1)
+        labels: NDArray[np.int64] = self.logits(x).argmax(1)
+        return labels
 
     def predict_proba(self, x: Inputs) -> NDArray[np.float32]:
         """Return class probabilities float32 ``(N, num_classes)``."""
@@ -324,7 +330,7 @@ class Learner:
             self._train()
         if wanted != set(tensors):
             odd = sorted(wanted ^ set(tensors))
-            raise CheckpointError(f"the state does not belong to this network and optimizer: {odd[:3]} missing or unknown")
+            raise CheckpointError(f"the state belongs to another network or optimizer: {odd[:3]} missing or unknown")
         with self._lock:
             for key, array in tensors.items():
                 buffer, name = key.split("/", 1)
@@ -417,26 +423,26 @@ class Learner:
         parameters, optimizer = self._parameters, self._optimizer
         jobs = -(-parameters.trained // JOB)
         partial = low.workspace(8 * jobs)
-        low.emit("sum_of_squares", (), jobs, stage="check", grad=Ref("gradients"), count=parameters.trained, partial=partial)
-        low.emit("check_step", (), 1, stage="check", guard=True, partial=partial, parts=jobs, result=Ref("result"),
-                 settings=Ref("settings"), sync=Ref("sync"))  # fmt: skip
-        for first, last, decay in ((0, parameters.decayed, 1), (parameters.decayed, parameters.trained, 0)):
-            if first == last:
-                continue
-            count = last - first
-            low.emit(
-                optimizer.kernel, (), -(-count // JOB), stage="update", weight=Ref("weights", 4 * first),
-                grad=Ref("gradients", 4 * first), count=count, settings=Ref("settings"), decay=decay,
-                **_moments(optimizer, 4 * first),
-            )  # fmt: skip
+        with low.stage("check"):
+            low.emit("sum_of_squares", (), jobs, grad=Ref("gradients"), count=parameters.trained, partial=partial)
+            low.emit("check_step", (), 1, partial=partial, parts=jobs, result=Ref("result"), settings=Ref("settings"),
+                     sync=Ref("sync"))  # fmt: skip
+        with low.stage("update"):
+            for first, last, decay in ((0, parameters.decayed, 1), (parameters.decayed, parameters.trained, 0)):
+                if first < last:
+                    low.emit(
+                        optimizer.kernel, (), -(-(last - first) // JOB), weight=Ref("weights", 4 * first),
+                        grad=Ref("gradients", 4 * first), count=last - first, settings=Ref("settings"), decay=decay,
+                        **_moments(optimizer, 4 * first),
+                    )  # fmt: skip
 
     def _check_budget(self, plan: Plan) -> None:
         need = self._memory(plan)
         if self.memory_budget and need.peak_bytes > self.memory_budget:
             parts = ", ".join(f"{name} {size / 2**20:.1f}" for name, size in need.parts.items())
             raise MemoryBudgetError(
-                f"a step of {plan.capacity} samples needs {need.peak_bytes / 2**20:.1f} MiB ({parts}), the memory budget is "
-                f"{self.memory_budget / 2**20:.1f} MiB; use a smaller batch size, a smaller network or a larger budget"
+                f"a step of {plan.capacity} samples needs {need.peak_bytes / 2**20:.1f} MiB ({parts}), the budget"
+                f" is {self.memory_budget / 2**20:.1f} MiB; use a smaller batch size or network, or a larger budget"
             )
 
     # --- inside a step ---
@@ -532,7 +538,8 @@ def _length(arrays: Arrays) -> int:
 def _log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:
     wide = logits.astype(np.float64)
     wide -= wide.max(1, keepdims=True)
-    return wide - np.log(np.exp(wide).sum(1, keepdims=True))
+    wide -= np.log(np.exp(wide).sum(1, keepdims=True))
+    return wide
 
 
 @functools.cache

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from edgetrain.arrays import Layout, aligned
+from edgetrain.arrays import Layout, aligned, map_sizes
 from edgetrain.autodiff import LABELS
 from edgetrain.errors import GraphError
 from edgetrain.graph import Graph, Node, Value
@@ -135,8 +136,14 @@ class Lowering:
 
     # --- rows ---
 
-    def emit(self, kernel: str, sizes: tuple[int, ...], jobs: int, *, stage: str = "", guard: bool = False,
-             **arguments: int | float | Ref) -> None:  # fmt: skip
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Rows emitted inside belong to another stage than the node's own."""
+        before, self._stage = self._stage, name
+        yield
+        self._stage = before
+
+    def emit(self, kernel: str, sizes: tuple[int, ...], jobs: int, **arguments: int | float | Ref) -> None:
         """Append a kernel call.
 
         Raises:
@@ -145,8 +152,8 @@ class Lowering:
         names = argument_names(kernel)
         if set(names) != set(arguments):
             raise GraphError(f"kernel '{kernel}': arguments {sorted(set(names) ^ set(arguments))} missing or unknown")
-        values = tuple(float(arguments[n]) if n.startswith("f_") else arguments[n] for n in names)  # type: ignore[arg-type]
-        self.plan.rows.append(Row((kernel, sizes), values, jobs, stage or self._stage, self._position, guard))
+        values = tuple(arguments[name] for name in names)
+        self.plan.rows.append(Row((kernel, sizes), values, jobs, self._stage, self._position))
 
     def input(self, value: Value, source: str, scale: Ref, shift: Ref) -> None:
         """Interleave an input's samples, read from the address that the learner puts into buffer ``source``."""
@@ -254,17 +261,15 @@ class Lowering:
     def binary(self, node: Node, code: int) -> None:
         """Emit ``y = a op b`` with broadcasting; parameters are expanded to lanes first."""
         if not node.y.batched:
-            return self._binary_parameters(node, code)
-        y, operands = self.layout(node.y), []
-        for value in (node.x, node.input(1)):
-            operands.append(self._operand(value, y, len(node.y.shape)))
-        (a, sa), (b, sb) = operands
+            self._binary_parameters(node, code)
+            return
+        y = self.layout(node.y)
+        (a, sa), (b, sb) = (self._operand(value, y, len(node.y.shape)) for value in (node.x, node.input(1)))
         self.emit(
             "binary", (self.lanes, code), y.planes, a=a, b=b, y=self.address(node.y), channels=y.channels, rows=y.rows,
             vectors=y.columns, a_block=sa[0], a_channel=sa[1], a_row=sa[2], a_pixel=sa[3], b_block=sb[0],
             b_channel=sb[1], b_row=sb[2], b_pixel=sb[3], y_block=y.block, y_channel=y.channel, y_row=y.row,
         )  # fmt: skip
-        return None
 
     def _binary_parameters(self, node: Node, code: int) -> None:
         """Add or multiply two arrays of parameters of equal shape, as rows of vectors (buffers end on whole lines)."""
@@ -295,8 +300,8 @@ class Lowering:
 
     def sum_to(self, x: Value, y: Value, target: tuple[int, ...]) -> None:
         """Emit the sum of ``x`` down to per-sample sizes ``target``, and over the batch for a parameter."""
-        source, sizes = self.layout(x), _map_sizes(target)
-        shared = {
+        source, sizes = self.layout(x), map_sizes(target)
+        shared: dict[str, int | Ref] = {
             "x": self.address(x), "y": self.address(y), "channels": source.channels, "rows": source.rows,
             "columns": source.columns, "y_channels": sizes[0], "y_rows": sizes[1], "y_columns": sizes[2],
             "x_block": source.block, "x_channel": source.channel, "x_row": source.row,
@@ -353,12 +358,12 @@ class Lowering:
             f_epsilon=epsilon, **_maps(x), **_strides(x=x, y=y),
         )  # fmt: skip
         self._keep.update((outs[1].name, outs[2].name))
-        for running, current, unbiased in ((node.input(3), outs[1], 0), (node.input(4), outs[2], 1)):
-            self.emit(
-                "running_average", (), x.channels, stage="update", running=self.address(running),
-                current=self.address(current), state=Ref("state"), pixels=x.rows * x.columns, f_keep=momentum,
-                unbiased=unbiased,
-            )  # fmt: skip
+        with self.stage("update"):
+            for running, current, unbiased in ((node.input(3), outs[1], 0), (node.input(4), outs[2], 1)):
+                self.emit(
+                    "running_average", (), x.channels, running=self.address(running), current=self.address(current),
+                    state=Ref("state"), pixels=x.rows * x.columns, f_keep=momentum, unbiased=unbiased,
+                )  # fmt: skip
 
     def batch_norm_inference(self, node: Node, epsilon: float) -> None:
         """Emit batch normalisation with running statistics."""
@@ -395,15 +400,17 @@ class Lowering:
             return
         source, out = self.layout(x), self.layout(y)
         if (source.channels, source.rows, source.columns) == (out.channels, out.rows, out.columns):
-            return self.copy_part(x, y)
+            self.copy_part(x, y)
+            return
         table = list(zip(_pixel_offsets(source), _pixel_offsets(out), strict=True))
         self.emit(
             "copy_table", (self.lanes,), self.blocks, x=self.address(x), y=self.address(y), table=self.table(table),
             count=len(table), x_block=source.block, y_block=out.block,
         )  # fmt: skip
-        return None
 
-    def copy_part(self, x: Value, y: Value, sizes: tuple[int, int, int] | None = None, source: int = 0, to: int = 0) -> None:
+    def copy_part(
+        self, x: Value, y: Value, sizes: tuple[int, int, int] | None = None, source: int = 0, to: int = 0
+    ) -> None:
         """Emit a copy of a box of ``sizes`` (channels, rows, columns; by default the smaller of both values)."""
         a, b = self.layout(x), self.layout(y)
         smaller = (min(a.channels, b.channels), min(a.rows, b.rows), min(a.columns, b.columns))
@@ -493,13 +500,7 @@ def _pixel_offsets(x: Layout) -> list[int]:
     ]
 
 
-def _map_sizes(shape: tuple[int, ...]) -> tuple[int, int, int]:
-    from edgetrain.arrays import map_sizes
-
-    return map_sizes(shape)
-
-
 def _sizes_for(value: Value, rank: int) -> tuple[int, int, int]:
     """Return (channels, rows, columns) of a parameter aligned with per-sample shapes of ``rank`` dimensions."""
     shape = value.shape[1:] if len(value.shape) > rank else value.shape
-    return _map_sizes((1,) * (rank - len(shape)) + shape)
+    return map_sizes((1,) * (rank - len(shape)) + shape)

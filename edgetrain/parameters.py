@@ -55,7 +55,7 @@ class Parameters:
         return 0 if optimizer.decay_bias_and_norm or graph.arrays[name].ndim > 1 else 1
 
     def start_training(self, gradients: Mapping[str, str], optimizer: Optimizer) -> None:
-        """Make the buffers that only training needs; ``gradients`` names the gradient value of every trainable array."""
+        """Make the buffers that only training needs; ``gradients``: the gradient value of every trainable array."""
         self._gradients = {value: name for name, value in gradients.items()}
         for buffer in ("gradients", *optimizer.moments):
             if buffer not in self.buffers:

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from edgetrain.arrays import Layout, aligned, map_sizes
 from edgetrain.autodiff import LABELS, node_users
 from edgetrain.graph import Graph, Node, Value
+from edgetrain.kernels.registry import argument_names
 from edgetrain.memory import Lifetime, place
 from edgetrain.ops import NO_BORDER, Border, get_op
 
@@ -49,7 +50,11 @@ class Row:
     jobs: int
     stage: str
     node: int
-    guard: bool = False
+
+    @property
+    def guard(self) -> bool:
+        """Whether the threads look at the status word after this row."""
+        return self.kernel[0] == "check_step"
 
 
 @dataclass
@@ -181,20 +186,16 @@ class Plan:
         program = aligned(4 * len(self.rows), np.int64).reshape(-1, 4)
         sources: dict[str, list[int]] = {}
         for number, (row, start) in enumerate(zip(self.rows, starts, strict=True)):
-            for place, argument in enumerate(row.arguments, start):
+            names = argument_names(row.kernel[0])
+            for slot, argument in enumerate(row.arguments, start):
                 if isinstance(argument, Ref) and argument.buffer.startswith("source:"):
-                    sources.setdefault(argument.buffer, []).append(place)
+                    sources.setdefault(argument.buffer, []).append(slot)
+                elif names[slot - start].startswith("f_"):
+                    arguments[slot] = int(np.array(argument, np.float32).view(np.uint32))
                 else:
-                    arguments[place] = self._encode(argument, arena)
+                    arguments[slot] = self.address(argument, arena) if isinstance(argument, Ref) else int(argument)
             program[number] = (addresses[row.kernel], arguments.ctypes.data + 8 * start, row.jobs, int(row.guard))
         return program, arguments, sources
-
-    def _encode(self, argument: int | float | Ref, arena: int) -> int:
-        if isinstance(argument, Ref):
-            return self.address(argument, arena)
-        if isinstance(argument, float):
-            return int(np.float32(argument).view(np.uint32))
-        return int(argument)
 
     def address(self, ref: Ref, arena: int) -> int:
         """Return the address of a reference."""

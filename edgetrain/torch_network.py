@@ -58,7 +58,7 @@ class TorchNetwork:
         UnsupportedError: an operator is not in the table.
     """
 
-    def __init__(self, graph: Graph, loss: str = "cross_entropy") -> None:  # noqa: D107
+    def __init__(self, graph: Graph, loss: str = "cross_entropy") -> None:
         if loss not in ("cross_entropy", "mse"):
             raise UsageError(f"verify: the loss is '{loss}', expected 'cross_entropy' or 'mse'")
         for node in graph.nodes:
@@ -196,6 +196,29 @@ def torch_optimizer(optimizer: Any, judge: TorchNetwork) -> Any:
         betas = (optimizer.beta1, optimizer.beta2)
         return getattr(torch.optim, kind)(groups, lr=optimizer.lr, betas=betas, eps=optimizer.epsilon)
     raise UsageError(f"verify: no PyTorch counterpart of the optimizer {kind}; expected SGD, Adam or AdamW")
+
+
+class TorchLearner:
+    """What the cross-check uses of a ``Learner``, in float64 PyTorch.
+
+    Attributes:
+        loss: mean loss of the last step.
+    """
+
+    def __init__(self, graph: Graph, loss: str, optimizer: Any) -> None:
+        network = TorchNetwork(graph, loss)
+        self.loss = math.nan
+        self.parameters, self.load_parameters, self.gradients = network.parameters, network.load, network.gradients
+        self._network, self._optimizer = network, torch_optimizer(optimizer, network)
+
+    def partial_fit(self, x: Array, y: Array) -> TorchLearner:
+        """Take one optimizer step and return this object, which has the ``loss``."""
+        self._optimizer.zero_grad()
+        loss = self._network.loss(x, y)
+        loss.backward()
+        self._optimizer.step()
+        self.loss = float(loss.item())
+        return self
 
 
 # ---- operators: (network, node, input tensors) -> first output, batch dimension first --------------------------------

@@ -17,14 +17,14 @@ Scales and biases that are all equal are therefore moved by up to 0.5 at random.
 float64 run that starts one float32 rounding away tells whether the steps amplify rounding
 beyond the tolerance (deep networks with small batches do, in any float32 program). If so,
 the steps are repeated with PyTorch taking each gradient at edgetrain's weights and adding
-up its own steps; biases of batch normalisations are moved off kinks on both sides. The
-report says so. A real mistake still adds up over the steps.
+up its own steps, and the report says so. A real mistake still adds up over the steps.
 
 **Kinks.** An input of a rectifier within float32 rounding of 0 may fall on either side, and
 then one float32 gradient rightly differs by a whole term. Of several batches drawn for a
 step, the one whose inputs of rectifiers, clips and maximum pools stay farthest from their
-kinks is used, and biases drawn for a fresh batch normalisation are chosen likewise. The
-report names the draw. Tolerances are never loosened.
+kinks is used; the report names the draw. Where a batch normalisation stands in front, its
+bias moves a little in both programs before a step, to the same end (before the first
+step only if it was fresh). Tolerances are never loosened.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from numpy.typing import NDArray
 
 from edgetrain.errors import UsageError
 from edgetrain.graph import Graph, Node
-from edgetrain.torch_network import TorchNetwork, torch, torch_optimizer
+from edgetrain.torch_network import TorchLearner, TorchNetwork, torch, torch_optimizer
 
 Array = NDArray[Any]
 
@@ -248,7 +248,7 @@ class _Trial:
     """One learner and its judge, both at the graph's weights."""
 
     def __init__(self, graph: Graph, settings: _Settings, learner: Any = None) -> None:
-        self._graph, self._settings = graph, settings
+        self._graph, self._settings, self._biases = graph, settings, _movable_biases(graph)
         self.judge = TorchNetwork(graph, settings.loss)
         self.learner = learner or _learner(graph, settings)
         self.margins: list[float] = []
@@ -280,7 +280,7 @@ class _Trial:
         rows, steps = [], self._settings.steps
         for step in range(steps):
             x, y = self.batch(step)
-            own = self._meet(x) if follow else {}
+            own = self._off_kinks(x, follow)
             loss = self._gradient(x, y)
             self.judge.load(own)
             self._step(step)
@@ -293,20 +293,28 @@ class _Trial:
         found, expected = self.learner.parameters(), self.judge.parameters()
         return rows + _array_rows(f"after {step + 1} steps", found, expected, self._graph, PARAMETER_TOLERANCE)
 
-    def _meet(self, x: Array) -> dict[str, Array]:
-        """Put the judge at the learner's weights and both off the kinks; return the judge's own weights."""
-        arrays = self.learner.parameters()
-        own = self.judge.load({name: arrays[name] for name in self._graph.trainable})
-        biases = _movable_biases(self._graph)
-        self.judge.kink_margin(x, biases)
-        moved = self.judge.parameters()
-        for name in set(biases.values()):
-            shifted = moved[name].astype(np.float32)
-            own[name] += torch.as_tensor(shifted.astype(np.float64) - arrays[name])
-            arrays[name] = shifted
-        self.learner.load_parameters(arrays)
-        self.judge.load({name: arrays[name] for name in own})
+    def _off_kinks(self, x: Array, follow: bool) -> dict[str, Array]:
+        """Move the same biases by the same amounts on both sides, off the kinks; return the judge's own weights.
+
+        With ``follow`` the judge is left at the learner's weights.
+        """
+        theirs, own = self.learner.parameters(), self._trainable(self.judge.parameters())
+        if follow:
+            self.judge.load(self._trainable(theirs))
+        before = self.judge.parameters()
+        self.judge.kink_margin(x, self._biases)
+        after = self.judge.parameters()
+        for name in set(self._biases.values()):
+            moved = (theirs[name] + (after[name] - before[name])).astype(np.float32)
+            own[name] += moved.astype(np.float64) - theirs[name]
+            theirs[name] = moved
+        if self._biases:
+            self.learner.load_parameters(theirs)
+        self.judge.load(self._trainable(theirs) if follow else own)
         return own
+
+    def _trainable(self, arrays: Mapping[str, Array]) -> dict[str, Array]:
+        return {name: arrays[name] for name in self._graph.trainable}
 
     def _gradient(self, x: Array, y: Array) -> float:
         self._optimizer.zero_grad()
@@ -319,34 +327,16 @@ class _Trial:
         if settings.clip_norm is not None:
             torch.nn.utils.clip_grad_norm_(self.judge.trainable(), settings.clip_norm)
         for group in self._optimizer.param_groups:
-            group["lr"] = settings.rate(step)
+            group["lr"] = settings.lr_at(step)
         self._optimizer.step()
-
-
-class _TorchLearner:
-    """A second judge in the learner's place, started one float32 rounding away: how sensitive are the steps?"""
-
-    def __init__(self, graph: Graph, settings: _Settings) -> None:
-        self._judge = TorchNetwork(graph, settings.loss)
-        rng = np.random.default_rng((settings.seed, 1))
-        noise = {n: a * (1 + _ROUNDING * rng.uniform(-1, 1, a.shape)) for n, a in graph.arrays.items()}
-        self._judge.load(noise)
-        self._optimizer = torch_optimizer(settings.optimizer, self._judge)
-        self.parameters = self._judge.parameters
-
-    def partial_fit(self, x: Array, y: Array) -> Any:
-        self._optimizer.zero_grad()
-        loss = self._judge.loss(x, y)
-        loss.backward()
-        self._optimizer.step()
-        self.loss = float(loss.item())
-        return self
 
 
 def _sensitivity(graph: Graph, settings: _Settings) -> float:
     """Return how far apart two float64 runs end that start one float32 rounding apart."""
-    rows = _Trial(graph, settings, _TorchLearner(graph, settings)).run(follow=False)
-    return max(row.error for row in rows)
+    rng = np.random.default_rng((settings.seed, 1))
+    near = TorchLearner(graph, settings.loss, settings.optimizer)
+    near.load_parameters({n: a * (1 + _ROUNDING * rng.uniform(-1, 1, a.shape)) for n, a in graph.arrays.items()})
+    return max(row.error for row in _Trial(graph, settings, near).run(follow=False))
 
 
 def _learner(graph: Graph, settings: _Settings) -> Any:

@@ -41,9 +41,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _report(error: Exception) -> int:
     """Write one message about an error; return the exit code."""
-    from edgetrain.errors import EdgetrainError, InterruptedRun
+    from edgetrain.errors import EdgetrainError, InterruptedRunError
 
-    if isinstance(error, InterruptedRun):
+    if isinstance(error, InterruptedRunError):
         return _say(f"interrupted: {error}", error.exit_code)
     if isinstance(error, EdgetrainError):
         return _say(f"error: {error}", error.exit_code)

@@ -99,6 +99,16 @@ def mebibytes(count: float) -> str:
     return f"{count / (1 << 20):,.2f} MiB"
 
 
+def count(number: int, thing: str) -> str:
+    """Return a number of things.
+
+    Example:
+        >>> count(1, "epoch"), count(2, "epoch")
+        ('1 epoch', '2 epochs')
+    """
+    return f"{number} {thing}" if number == 1 else f"{number} {thing}s"
+
+
 def duration(seconds: float) -> str:
     """Return a time span.
 

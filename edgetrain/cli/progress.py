@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 # Seconds between plain lines inside an epoch: rare enough for a log, often enough to see that it lives.
 _LINE_SECONDS = 10.0
+_COMPILE_LINE_SECONDS = 2.0
 _BAR_SECONDS = 0.1
 
 
@@ -77,7 +78,7 @@ class Display:
 class PlainDisplay(Display):
     """One line per epoch, and every few seconds inside a long one."""
 
-    _next_line = 0.0
+    _next_line = _next_kernel = 0.0
 
     def say(self, text: str) -> None:
         """Write one line."""
@@ -87,8 +88,9 @@ class PlainDisplay(Display):
 
     def compiling(self, kernel: str, number: int, total: int) -> None:
         """Write the first kernel at once, the others every few seconds."""
-        if time.monotonic() >= self._next_line:
+        if time.monotonic() >= self._next_kernel:
             self.say(f"compiling kernels (once) {number}/{total}: {kernel}")
+            self._next_kernel = time.monotonic() + _COMPILE_LINE_SECONDS
 
     def step(self, event: StepEvent) -> None:
         """Write a line every few seconds."""

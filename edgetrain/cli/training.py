@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 import edgetrain
 from edgetrain.checkpoint import load_checkpoint, save_checkpoint
 from edgetrain.cli.config import Config, from_flags, from_run
-from edgetrain.cli.output import duration, emit
+from edgetrain.cli.output import count, duration, emit
 from edgetrain.cli.progress import CompileNotice, Display, choose_display, resident_mib
 from edgetrain.cli.sources import check_classes, describe_data, load_splits, make_graph, make_learner
 from edgetrain.data import Dataset, batch_count
 from edgetrain.devices import DeviceProfile, host_facts
-from edgetrain.errors import DataError, InterruptedRun, NumericalError, UsageError
+from edgetrain.errors import DataError, InterruptedRunError, NumericalError, UsageError
 from edgetrain.fitting import StepEvent, check_fits, fit_loop
 from edgetrain.history import EpochRecord
 from edgetrain.runs import Run, create_run, open_run
@@ -42,10 +42,11 @@ def fit_command(flags: Mapping[str, Any]) -> None:
         if config.model.initial_weights is not None:
             display.say(str(learner.load_parameters(config.model.initial_weights)))
         run = create_run(flags["out"], "fit")
-        run.write_config(config.to_dict())
+        # The configuration comes last: a folder that has one can be resumed, even if the power fails right now.
+        save_checkpoint(learner, run.last)
         run.write_environment(_environment(training, validation))
         run.write_metrics(())
-        save_checkpoint(learner, run.last)
+        run.write_config(config.to_dict())
         run.log("started", edgetrain=edgetrain.__version__)
         _introduce(display, run, learner, config, profile)
         session = _Session(run, learner, config, display, training, validation, held_out)
@@ -99,7 +100,7 @@ class _Session:
         """Train to the last epoch.
 
         Raises:
-            InterruptedRun: a signal asked to stop; the state is saved.
+            InterruptedRunError: a signal asked to stop; the state is saved.
         """
         self.display.begin(self.config.training.epochs, self.held_out)
         with _StopOnSignal(self.display) as stop, CompileNotice(self.display.compiling):
@@ -148,7 +149,7 @@ class _Session:
         self._save()
         where = _where(self.learner, self.training)
         self.run.log("interrupted", epoch=self.learner.position.epoch, batch=self.learner.position.batch)
-        raise InterruptedRun(
+        raise InterruptedRunError(
             f"stopped {where}; the state is saved in {self.run.last}, go on with: edgetrain resume {self.run.path}"
         )
 
@@ -222,8 +223,8 @@ def _introduce(display: Display, run: Run, learner: Learner, config: Config, pro
     device, recipe = config.device, config.training
     display.say(
         f"{run.path}: {config.model.name} ({learner.graph.parameter_count:,} parameters) on {config.data.source}, "
-        f"{recipe.epochs} epochs, batch size {device.batch_size}, {recipe.optimizer} with lr {recipe.lr:g}, "
-        f"{device.threads} threads, seed {recipe.seed}"
+        f"{count(recipe.epochs, 'epoch')}, batch size {device.batch_size}, {recipe.optimizer} with lr {recipe.lr:g}, "
+        f"{count(device.threads, 'thread')}, seed {recipe.seed}"
     )
     if profile.name != "host":
         display.say(
@@ -271,13 +272,13 @@ def _refuse_finished(run: Run, learner: Learner, config: Config) -> None:
 
 
 def _where(learner: Learner, training: Dataset) -> str:
-    position, count = learner.position, batch_count(len(training), learner.batch_size)
-    return f"in epoch {position.epoch + 1} after batch {position.batch} of {count}"
+    position, batches = learner.position, batch_count(len(training), learner.batch_size)
+    return f"in epoch {position.epoch + 1} after batch {position.batch} of {batches}"
 
 
 def _last_line(result: dict[str, Any], held_out: str) -> str:
     return (
-        f"{held_out} accuracy {result['accuracy']:.4f} after {result['epochs']} epochs "
+        f"{held_out} accuracy {result['accuracy']:.4f} after {count(result['epochs'], 'epoch')} "
         f"in {duration(result['seconds'])} ({result['images_per_second']:,.0f} images/s on this machine); "
         f"model: {result['files']['model']}, run: {result['run']}"
     )

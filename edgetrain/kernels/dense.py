@@ -9,7 +9,7 @@ x86 machine of docs/performance.md these reach the rate of the BLAS sgemm, and a
 
 from __future__ import annotations
 
-from edgetrain.kernels.registry import kernel
+from edgetrain.kernels.registry import Body, kernel
 from edgetrain.kernels.simd import arguments, load_f32, load_i64, store_f32
 from edgetrain.kernels.tiles import correlate_tile, multiply_tile
 
@@ -21,7 +21,7 @@ from edgetrain.kernels.tiles import correlate_tile, multiply_tile
     "x_block", "y_block", "x_group", "y_group", "weight_group", "y_channel",
     "groups", "pixel_chunk", "pixel_chunks", "channel_chunk", "channel_chunks", "f_low", "f_high",
 )  # fmt: skip
-def multiply(lanes, channels, width):  # type: ignore[no-untyped-def]
+def multiply(lanes: int, channels: int, width: int) -> Body:
     """Write ``y[block][c][p] = clip(bias[c] + sum_k weight[k][c] * x[block][p + term k], low, high)``.
 
     Job: (block, group, chunk of pixels, chunk of channels). ``weight`` is packed
@@ -30,9 +30,10 @@ def multiply(lanes, channels, width):  # type: ignore[no-untyped-def]
     """
     tile_bytes = 4 * channels
 
-    def body(args, first, last):  # type: ignore[no-untyped-def]
+    def body(args: int, first: int, last: int) -> None:
         (x, y, weight, bias, pixels, terms, pixel_count, term_count, channel_count, x_block, y_block, x_group, y_group,
-         weight_group, y_channel, groups, pixel_chunk, pixel_chunks, channel_chunk, channel_chunks) = arguments(args, 20)  # fmt: skip
+         weight_group, y_channel, groups, pixel_chunk, pixel_chunks, channel_chunk,
+         channel_chunks) = arguments(args, 20)  # fmt: skip
         low, high = load_f32(args + 160), load_f32(args + 168)
         for job in range(first, last):
             chunk_c = job % channel_chunks
@@ -63,7 +64,7 @@ def multiply(lanes, channels, width):  # type: ignore[no-untyped-def]
     "x_block", "grad_block", "x_group", "grad_group", "weight_group", "grad_channel", "weight_channel",
     "blocks", "groups", "pixel_chunk", "term_chunk", "term_chunks", "channel_tiles",
 )  # fmt: skip
-def correlate(lanes, channels, width):  # type: ignore[no-untyped-def]
+def correlate(lanes: int, channels: int, width: int) -> Body:
     """Write ``grad_weight[c][k] = sum over blocks, pixels, lanes of grad_out[c][p] * x[p + term k]``.
 
     Job: (group, tile of channels, chunk of terms). ``terms`` holds int64 pairs (input
@@ -71,9 +72,9 @@ def correlate(lanes, channels, width):  # type: ignore[no-untyped-def]
     Pixels are taken in chunks so that the channels of ``grad_out`` stay in the first-level cache.
     """
 
-    def body(args, first, last):  # type: ignore[no-untyped-def]
+    def body(args: int, first: int, last: int) -> None:
         (x, grad_out, grad_weight, pixels, terms, pixel_count, term_count, channel_count, x_block, grad_block, x_group,
-         grad_group, weight_group, grad_channel, weight_channel, blocks, groups, pixel_chunk, term_chunk, term_chunks,
+         grad_group, weight_group, grad_channel, weight_channel, blocks, _groups, pixel_chunk, term_chunk, term_chunks,
          channel_tiles) = arguments(args, 21)  # fmt: skip
         for job in range(first, last):
             chunk_k = job % term_chunks
@@ -104,15 +105,15 @@ def correlate(lanes, channels, width):  # type: ignore[no-untyped-def]
     "weight", "packed", "sources", "term_count", "channel_count", "group_bytes", "packed_group", "channel_bytes",
     "tiles", "groups",
 )  # fmt: skip
-def pack_weights(channels):  # type: ignore[no-untyped-def]
+def pack_weights(channels: int) -> Body:
     """Copy weights to ``[group][tile][k][channels]``; channels that do not exist become 0.
 
     Job: (group, tile). ``sources``: table of ``term_count`` int64 byte offsets, those of term k for channel 0.
     """
 
-    def body(args, first, last):  # type: ignore[no-untyped-def]
+    def body(args: int, first: int, last: int) -> None:
         (weight, packed, sources, term_count, channel_count, group_bytes, packed_group, channel_bytes,
-         tiles, groups) = arguments(args, 10)  # fmt: skip
+         tiles, _groups) = arguments(args, 10)  # fmt: skip
         for job in range(first, last):
             group, tile = job // tiles, job % tiles
             source = weight + group * group_bytes + tile * channels * channel_bytes

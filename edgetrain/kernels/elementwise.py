@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from numba import njit
 
 from edgetrain.kernels.codes import (
@@ -14,7 +16,7 @@ from edgetrain.kernels.codes import (
     SIGMOID,
     TANH,
 )
-from edgetrain.kernels.registry import kernel
+from edgetrain.kernels.registry import Body, kernel
 from edgetrain.kernels.simd import (
     arguments,
     broadcast,
@@ -33,9 +35,8 @@ from edgetrain.kernels.simd import (
 )
 
 
-
 @njit
-def exponential(x, width):  # type: ignore[no-untyped-def]
+def exponential(x: Any, width: Any) -> Any:
     """Return ``exp(x)`` of a vector to about 2 units in the last place.
 
     ``exp(x) = 2**n * exp(r)`` with ``|r| <= ln(2)/2``; coefficients of the degree-6
@@ -56,11 +57,11 @@ def exponential(x, width):  # type: ignore[no-untyped-def]
 
 
 @kernel("x", "y", "rows", "vectors", "x_plane", "x_row", "y_plane", "y_row", "f_a", "f_b")
-def unary(lanes, function):  # type: ignore[no-untyped-def]
+def unary(lanes: int, function: int) -> Body:
     """Write ``y = function(x)``; job: plane of ``rows`` x ``vectors``. ``a`` and ``b`` are the function's constants."""
     step = 4 * lanes
 
-    def body(args, first, last):  # type: ignore[no-untyped-def]
+    def body(args: int, first: int, last: int) -> None:
         x, y, rows, vectors, x_plane, x_row, y_plane, y_row = arguments(args, 8)
         a, b = broadcast(load_f32(args + 64), lanes), broadcast(load_f32(args + 72), lanes)
         zero, one = broadcast(0.0, lanes), broadcast(1.0, lanes)
@@ -94,14 +95,14 @@ def unary(lanes, function):  # type: ignore[no-untyped-def]
     "saved", "grad_out", "grad_x", "rows", "vectors", "saved_plane", "saved_row", "grad_plane", "grad_row",
     "grad_x_plane", "grad_x_row", "f_a", "f_b",
 )  # fmt: skip
-def unary_gradient(lanes, function):  # type: ignore[no-untyped-def]
+def unary_gradient(lanes: int, function: int) -> Body:
     """Write ``grad_x = grad_out * function'``; job: plane.
 
     ``saved`` is the function's output, except for LeakyRelu and HardSwish, where it is the input.
     """
     step = 4 * lanes
 
-    def body(args, first, last):  # type: ignore[no-untyped-def]
+    def body(args: int, first: int, last: int) -> None:
         (saved, grad_out, grad_x, rows, vectors, saved_plane, saved_row, grad_plane, grad_row,
          grad_x_plane, grad_x_row) = arguments(args, 11)  # fmt: skip
         a, b = broadcast(load_f32(args + 88), lanes), broadcast(load_f32(args + 96), lanes)
@@ -138,13 +139,14 @@ def unary_gradient(lanes, function):  # type: ignore[no-untyped-def]
 
 @kernel(
     "a", "b", "y", "channels", "rows", "vectors",
-    "a_block", "a_channel", "a_row", "a_pixel", "b_block", "b_channel", "b_row", "b_pixel", "y_block", "y_channel", "y_row",
+    "a_block", "a_channel", "a_row", "a_pixel", "b_block", "b_channel", "b_row", "b_pixel",
+    "y_block", "y_channel", "y_row",
 )  # fmt: skip
-def binary(lanes, function):  # type: ignore[no-untyped-def]
+def binary(lanes: int, function: int) -> Body:
     """Write ``y = a + b`` or ``y = a * b``; a stride of 0 repeats an operand. Job: (block, channel)."""
     step = 4 * lanes
 
-    def body(args, first, last):  # type: ignore[no-untyped-def]
+    def body(args: int, first: int, last: int) -> None:
         (a, b, y, channels, rows, vectors, a_block, a_channel, a_row, a_pixel, b_block, b_channel, b_row, b_pixel,
          y_block, y_channel, y_row) = arguments(args, 17)  # fmt: skip
         for job in range(first, last):
@@ -161,13 +163,13 @@ def binary(lanes, function):  # type: ignore[no-untyped-def]
 
 
 @kernel("x", "y", "rows", "columns", "x_channel", "x_row", "x_pixel")
-def expand(lanes):  # type: ignore[no-untyped-def]
+def expand(lanes: int) -> Body:
     """Copy a parameter (float32, byte strides, 0 repeats) to dense lanes ``[channel][row][column][lanes]``.
 
     Job: channel.
     """
 
-    def body(args, first, last):  # type: ignore[no-untyped-def]
+    def body(args: int, first: int, last: int) -> None:
         x, y, rows, columns, x_channel, x_row, x_pixel = arguments(args, 7)
         for channel in range(first, last):
             for row in range(rows):
@@ -183,14 +185,14 @@ def expand(lanes):  # type: ignore[no-untyped-def]
     "x", "y", "channels", "rows", "columns", "y_channels", "y_rows", "y_columns", "x_block", "x_channel", "x_row",
     "y_block", "y_channel", "y_row",
 )  # fmt: skip
-def sum_maps(lanes):  # type: ignore[no-untyped-def]
+def sum_maps(lanes: int) -> Body:
     """Sum every sample's maps to a smaller shape, each size of ``y`` being that of ``x`` or 1.
 
     Job: (block, channel of y).
     """
     step = 4 * lanes
 
-    def body(args, first, last):  # type: ignore[no-untyped-def]
+    def body(args: int, first: int, last: int) -> None:
         (x, y, channels, rows, columns, y_channels, y_rows, y_columns, x_block, x_channel, x_row,
          y_block, y_channel, y_row) = arguments(args, 14)  # fmt: skip
         deep, high, wide = channels // y_channels, rows // y_rows, columns // y_columns
@@ -210,9 +212,10 @@ def sum_maps(lanes):  # type: ignore[no-untyped-def]
 
 
 @kernel(
-    "x", "y", "blocks", "channels", "rows", "columns", "y_channels", "y_rows", "y_columns", "x_block", "x_channel", "x_row",
+    "x", "y", "blocks", "channels", "rows", "columns", "y_channels", "y_rows", "y_columns",
+    "x_block", "x_channel", "x_row",
 )  # fmt: skip
-def sum_samples(lanes):  # type: ignore[no-untyped-def]
+def sum_samples(lanes: int) -> Body:
     """Sum all samples' maps to the shape of a parameter (dense float32), each of its sizes being that of ``x`` or 1.
 
     Lanes without a sample hold zeros in every gradient. Job: channel of y. Rows are
@@ -220,7 +223,7 @@ def sum_samples(lanes):  # type: ignore[no-untyped-def]
     """
     step = 4 * lanes
 
-    def body(args, first, last):  # type: ignore[no-untyped-def]
+    def body(args: int, first: int, last: int) -> None:
         (x, y, blocks, channels, rows, columns, y_channels, y_rows, y_columns, x_block, x_channel,
          x_row) = arguments(args, 12)  # fmt: skip
         deep, high, wide = channels // y_channels, rows // y_rows, columns // y_columns

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from edgetrain.kernels.registry import kernel
+from edgetrain.kernels.registry import Body, kernel
 from edgetrain.kernels.simd import arguments, broadcast, load, load_f32, load_i64, store, store_f32
 
 
 @kernel(
     "x", "y", "scale", "shift", "state", "channels", "rows", "columns", "y_block", "y_channel", "y_row",
 )  # fmt: skip
-def pack_input(lanes):  # type: ignore[no-untyped-def]
+def pack_input(lanes: int) -> Body:
     """Interleave samples: ``y[block][c][h][w][lane] = x[block * lanes + lane][c][h][w] * scale[c] + shift[c]``.
 
     ``x`` is dense float32 ``(N, C, H, W)``; lanes without a sample become 0. Job: (block,
     channel). ``state`` starts with the number of samples N (int64).
     """
 
-    def body(args, first, last):  # type: ignore[no-untyped-def]
+    def body(args: int, first: int, last: int) -> None:
         x, y, scale, shift, state, channels, rows, columns, y_block, y_channel, y_row = arguments(args, 11)
         count = load_i64(state)
         for job in range(first, last):
@@ -37,11 +37,11 @@ def pack_input(lanes):  # type: ignore[no-untyped-def]
 
 
 @kernel("y", "rows", "columns", "top", "left", "bottom", "right", "y_plane", "f_value")
-def fill_border(lanes):  # type: ignore[no-untyped-def]
-    """Write ``value`` around a map of ``rows`` x ``columns``; ``y`` is the address of the border's first pixel. Job: plane."""
+def fill_border(lanes: int) -> Body:
+    """Write ``value`` around maps of ``rows`` x ``columns``; ``y``: address of a border's first pixel. Job: plane."""
     step = 4 * lanes
 
-    def body(args, first, last):  # type: ignore[no-untyped-def]
+    def body(args: int, first: int, last: int) -> None:
         y, rows, columns, top, left, bottom, right, y_plane = arguments(args, 8)
         value = broadcast(load_f32(args + 64), lanes)
         pitch = left + columns + right
@@ -62,11 +62,11 @@ def fill_border(lanes):  # type: ignore[no-untyped-def]
 
 
 @kernel("y", "channels", "rows", "vectors", "y_block", "y_channel", "y_row", "f_value")
-def fill(lanes):  # type: ignore[no-untyped-def]
+def fill(lanes: int) -> Body:
     """Write ``value`` to all pixels of a value. Job: (block, channel)."""
     step = 4 * lanes
 
-    def body(args, first, last):  # type: ignore[no-untyped-def]
+    def body(args: int, first: int, last: int) -> None:
         y, channels, rows, vectors, y_block, y_channel, y_row = arguments(args, 7)
         value = broadcast(load_f32(args + 56), lanes)
         for job in range(first, last):
@@ -81,11 +81,11 @@ def fill(lanes):  # type: ignore[no-untyped-def]
 @kernel(
     "x", "y", "channels", "rows", "vectors", "x_block", "x_channel", "x_row", "y_block", "y_channel", "y_row",
 )  # fmt: skip
-def copy_maps(lanes):  # type: ignore[no-untyped-def]
+def copy_maps(lanes: int) -> Body:
     """Copy maps between two values or parts of values. Job: (block, channel)."""
     step = 4 * lanes
 
-    def body(args, first, last):  # type: ignore[no-untyped-def]
+    def body(args: int, first: int, last: int) -> None:
         x, y, channels, rows, vectors, x_block, x_channel, x_row, y_block, y_channel, y_row = arguments(args, 11)
         for job in range(first, last):
             block, channel = job // channels, job % channels
@@ -99,10 +99,10 @@ def copy_maps(lanes):  # type: ignore[no-untyped-def]
 
 
 @kernel("x", "y", "table", "count", "x_block", "y_block")
-def copy_table(lanes):  # type: ignore[no-untyped-def]
+def copy_table(lanes: int) -> Body:
     """Copy the pixels of a table of int64 pairs (input, output byte offset). Job: block."""
 
-    def body(args, first, last):  # type: ignore[no-untyped-def]
+    def body(args: int, first: int, last: int) -> None:
         x, y, table, count, x_block, y_block = arguments(args, 6)
         for block in range(first, last):
             for i in range(count):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from edgetrain.kernels.elementwise import exponential
-from edgetrain.kernels.registry import kernel
+from edgetrain.kernels.registry import Body, kernel
 from edgetrain.kernels.simd import (
     arguments,
     broadcast,
@@ -21,7 +21,7 @@ from edgetrain.kernels.simd import (
 
 
 @kernel("logits", "probabilities", "labels", "losses", "correct", "state", "classes", "logits_block", "f_smoothing")
-def cross_entropy(lanes):  # type: ignore[no-untyped-def]
+def cross_entropy(lanes: int) -> Body:
     """Write softmax probabilities, the loss of every sample, and 1 where the first largest logit is the label's.
 
     ``logits`` and ``probabilities`` are ``[block][class][lanes]``, ``labels`` int64, ``losses`` and
@@ -30,7 +30,7 @@ def cross_entropy(lanes):  # type: ignore[no-untyped-def]
     """
     step = 4 * lanes
 
-    def body(args, first, last):  # type: ignore[no-untyped-def]
+    def body(args: int, first: int, last: int) -> None:
         logits, probabilities, labels, losses, correct, state, classes, logits_block = arguments(args, 8)
         smoothing = load_f32(args + 64)
         count = load_i64(state)
@@ -73,11 +73,11 @@ def cross_entropy(lanes):  # type: ignore[no-untyped-def]
 
 
 @kernel("probabilities", "labels", "grad_logits", "mask", "state", "classes", "logits_block", "f_smoothing")
-def cross_entropy_gradient(lanes):  # type: ignore[no-untyped-def]
+def cross_entropy_gradient(lanes: int) -> Body:
     """Write ``(probability - target) / N``, 0 in lanes without a sample. Job: block."""
     step = 4 * lanes
 
-    def body(args, first, last):  # type: ignore[no-untyped-def]
+    def body(args: int, first: int, last: int) -> None:
         probabilities, labels, grad_logits, mask, state, classes, logits_block = arguments(args, 7)
         smoothing = load_f32(args + 56)
         count = load_i64(state)
@@ -98,11 +98,11 @@ def cross_entropy_gradient(lanes):  # type: ignore[no-untyped-def]
 
 @kernel("y", "target", "losses", "correct", "channels", "rows", "columns", "y_block", "y_channel", "y_row",
         "target_block", "target_channel", "target_row", "mask")  # fmt: skip
-def squared_error(lanes):  # type: ignore[no-untyped-def]
+def squared_error(lanes: int) -> Body:
     """Write every sample's mean of ``(y - target) ** 2``. Job: block."""
     step = 4 * lanes
 
-    def body(args, first, last):  # type: ignore[no-untyped-def]
+    def body(args: int, first: int, last: int) -> None:
         (y, target, losses, correct, channels, rows, columns, y_block, y_channel, y_row, target_block, target_channel,
          target_row, mask) = arguments(args, 14)  # fmt: skip
         for block in range(first, last):
@@ -122,12 +122,13 @@ def squared_error(lanes):  # type: ignore[no-untyped-def]
 
 
 @kernel("y", "target", "grad_y", "channels", "rows", "columns", "y_block", "y_channel", "y_row",
-        "target_block", "target_channel", "target_row", "grad_block", "grad_channel", "grad_row", "mask", "state")  # fmt: skip
-def squared_error_gradient(lanes):  # type: ignore[no-untyped-def]
+        "target_block", "target_channel", "target_row", "grad_block", "grad_channel", "grad_row", "mask",
+        "state")  # fmt: skip
+def squared_error_gradient(lanes: int) -> Body:
     """Write ``2 (y - target) / (N * size)``, 0 in lanes without a sample. Job: block."""
     step = 4 * lanes
 
-    def body(args, first, last):  # type: ignore[no-untyped-def]
+    def body(args: int, first: int, last: int) -> None:
         (y, target, grad_y, channels, rows, columns, y_block, y_channel, y_row, target_block, target_channel,
          target_row, grad_block, grad_channel, grad_row, mask, state) = arguments(args, 17)  # fmt: skip
         factor = 2.0 / (load_i64(state) * channels * rows * columns)
@@ -146,10 +147,10 @@ def squared_error_gradient(lanes):  # type: ignore[no-untyped-def]
 
 
 @kernel("losses", "correct", "result", "state")
-def mean_loss():  # type: ignore[no-untyped-def]
+def mean_loss() -> Body:
     """Write the mean loss and the number of correct samples as two float64, summed in order. One job."""
 
-    def body(args, first, last):  # type: ignore[no-untyped-def]
+    def body(args: int, first: int, last: int) -> None:
         losses, correct, result, state = arguments(args, 4)
         count = load_i64(state)
         total, hits = 0.0, 0.0

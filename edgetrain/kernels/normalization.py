@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 
-from edgetrain.kernels.registry import kernel
+from edgetrain.kernels.registry import Body, kernel
 from edgetrain.kernels.simd import arguments, broadcast, fma, load, load_f32, load_i64, store, store_f32, sum_lanes
 
 _MAPS = ("blocks", "rows", "columns")
@@ -18,11 +18,11 @@ _MAPS = ("blocks", "rows", "columns")
     "x", "y", "scale", "bias", "mean", "variance", "inverse_std", "mask", "state", *_MAPS,
     "x_block", "x_channel", "x_row", "y_block", "y_channel", "y_row", "f_epsilon",
 )  # fmt: skip
-def batch_norm(lanes):  # type: ignore[no-untyped-def]
+def batch_norm(lanes: int) -> Body:
     """Normalise with the batch's own statistics; writes mean, biased variance and ``1 / sqrt(variance + epsilon)``."""
     step = 4 * lanes
 
-    def body(args, first, last):  # type: ignore[no-untyped-def]
+    def body(args: int, first: int, last: int) -> None:
         (x, y, scale, bias, mean, variance, inverse_std, mask, state, blocks, rows, columns, x_block, x_channel, x_row,
          y_block, y_channel, y_row) = arguments(args, 18)  # fmt: skip
         epsilon = load_f32(args + 144)
@@ -72,11 +72,11 @@ def batch_norm(lanes):  # type: ignore[no-untyped-def]
     "x", "y", "scale", "bias", "mean", "variance", *_MAPS,
     "x_block", "x_channel", "x_row", "y_block", "y_channel", "y_row", "f_epsilon",
 )  # fmt: skip
-def batch_norm_inference(lanes):  # type: ignore[no-untyped-def]
+def batch_norm_inference(lanes: int) -> Body:
     """Normalise with given statistics."""
     step = 4 * lanes
 
-    def body(args, first, last):  # type: ignore[no-untyped-def]
+    def body(args: int, first: int, last: int) -> None:
         (x, y, scale, bias, mean, variance, blocks, rows, columns, x_block, x_channel, x_row, y_block, y_channel,
          y_row) = arguments(args, 15)  # fmt: skip
         epsilon = load_f32(args + 120)
@@ -97,16 +97,17 @@ def batch_norm_inference(lanes):  # type: ignore[no-untyped-def]
 
 @kernel(
     "x", "grad_out", "grad_x", "scale", "mean", "inverse_std", "grad_scale", "grad_bias", "mask", "state", *_MAPS,
-    "x_block", "x_channel", "x_row", "grad_block", "grad_channel", "grad_row", "grad_x_block", "grad_x_channel", "grad_x_row",
+    "x_block", "x_channel", "x_row", "grad_block", "grad_channel", "grad_row",
+    "grad_x_block", "grad_x_channel", "grad_x_row",
 )  # fmt: skip
-def batch_norm_gradient(lanes):  # type: ignore[no-untyped-def]
+def batch_norm_gradient(lanes: int) -> Body:
     """Write the gradients of input, scale and bias (Ioffe and Szegedy 2015, section 3).
 
     ``grad_x`` is 0 in lanes without a sample, as every gradient must be.
     """
     step = 4 * lanes
 
-    def body(args, first, last):  # type: ignore[no-untyped-def]
+    def body(args: int, first: int, last: int) -> None:
         (x, grad_out, grad_x, scale, mean, inverse_std, grad_scale, grad_bias, mask, state, blocks, rows, columns,
          x_block, x_channel, x_row, grad_block, grad_channel, grad_row, grad_x_block, grad_x_channel,
          grad_x_row) = arguments(args, 22)  # fmt: skip
@@ -145,14 +146,14 @@ def batch_norm_gradient(lanes):  # type: ignore[no-untyped-def]
 
 
 @kernel("running", "current", "state", "pixels", "f_keep", "unbiased")
-def running_average():  # type: ignore[no-untyped-def]
+def running_average() -> Body:
     """Move running statistics: ``running = keep * running + (1 - keep) * current``. Job: channel.
 
     With ``unbiased`` the batch variance is multiplied by n / (n - 1), as PyTorch does
     (n values per channel; left alone when n is 1).
     """
 
-    def body(args, first, last):  # type: ignore[no-untyped-def]
+    def body(args: int, first: int, last: int) -> None:
         running, current, state, pixels = arguments(args, 4)
         keep = load_f32(args + 32)
         count = load_i64(state) * pixels

@@ -7,7 +7,7 @@ output column; so padding costs nothing in the loops.
 
 from __future__ import annotations
 
-from edgetrain.kernels.registry import kernel
+from edgetrain.kernels.registry import Body, kernel
 from edgetrain.kernels.simd import arguments, broadcast, load, load_i64, maximum, select_eq, store
 
 _WINDOWS = (
@@ -16,11 +16,11 @@ _WINDOWS = (
 
 
 @kernel("x", "y", *_WINDOWS)
-def max_pool(lanes):  # type: ignore[no-untyped-def]
+def max_pool(lanes: int) -> Body:
     """Write the largest value of every window. Job: plane."""
     step = 4 * lanes
 
-    def body(args, first, last):  # type: ignore[no-untyped-def]
+    def body(args: int, first: int, last: int) -> None:
         (x, y, window_rows, window_columns, out_rows, out_columns, x_plane, y_plane, y_row, tap_row,
          tap_column) = arguments(args, 11)  # fmt: skip
         for plane in range(first, last):
@@ -41,7 +41,7 @@ def max_pool(lanes):  # type: ignore[no-untyped-def]
 
 @kernel("x", "y", "grad_out", "grad_x", "rows", "columns", "x_row", "grad_plane", "grad_row", "grad_x_plane",
         "grad_x_row", "grad_tap_row", *_WINDOWS)  # fmt: skip
-def max_pool_gradient(lanes):  # type: ignore[no-untyped-def]
+def max_pool_gradient(lanes: int) -> Body:
     """Give each window's gradient to the first pixel that holds its maximum. Job: plane.
 
     ``grad_x`` has its own row stride; its column offsets equal those of ``x``, its row
@@ -49,7 +49,7 @@ def max_pool_gradient(lanes):  # type: ignore[no-untyped-def]
     """
     step = 4 * lanes
 
-    def body(args, first, last):  # type: ignore[no-untyped-def]
+    def body(args: int, first: int, last: int) -> None:
         (x, y, grad_out, grad_x, rows, columns, x_row, grad_plane, grad_row, grad_x_plane, grad_x_row, grad_tap_row,
          window_rows, window_columns, out_rows, out_columns, x_plane, y_plane, y_row, tap_row,
          tap_column) = arguments(args, 21)  # fmt: skip
@@ -80,11 +80,11 @@ def max_pool_gradient(lanes):  # type: ignore[no-untyped-def]
 
 
 @kernel("x", "y", *_WINDOWS)
-def average_pool(lanes):  # type: ignore[no-untyped-def]
+def average_pool(lanes: int) -> Body:
     """Write the sum of every window over its divisors. Job: plane."""
     step = 4 * lanes
 
-    def body(args, first, last):  # type: ignore[no-untyped-def]
+    def body(args: int, first: int, last: int) -> None:
         (x, y, window_rows, window_columns, out_rows, out_columns, x_plane, y_plane, y_row, tap_row,
          tap_column) = arguments(args, 11)  # fmt: skip
         for plane in range(first, last):
@@ -104,11 +104,11 @@ def average_pool(lanes):  # type: ignore[no-untyped-def]
 
 
 @kernel("grad_out", "grad_x", "rows", "columns", "grad_x_row", *_WINDOWS)
-def average_pool_gradient(lanes):  # type: ignore[no-untyped-def]
+def average_pool_gradient(lanes: int) -> Body:
     """Spread each output gradient over its window; here ``x`` is ``grad_x`` and ``y`` is ``grad_out``. Job: plane."""
     step = 4 * lanes
 
-    def body(args, first, last):  # type: ignore[no-untyped-def]
+    def body(args: int, first: int, last: int) -> None:
         (grad_out, grad_x, rows, columns, grad_x_row, window_rows, window_columns, out_rows, out_columns, x_plane,
          y_plane, y_row, tap_row, tap_column) = arguments(args, 14)  # fmt: skip
         zero = broadcast(0.0, lanes)

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numba import njit
 
-from edgetrain.kernels.registry import kernel
+from edgetrain.kernels.registry import Body, kernel
 from edgetrain.kernels.simd import arguments, load_f32, load_i64, store_f32
 
 _U64 = np.uint64
 
 
 @njit
-def mixed(counter):  # type: ignore[no-untyped-def]
+def mixed(counter: Any) -> Any:
     """Return 64 well-mixed bits of a uint64 counter (splitmix64, Steele et al. 2014, figure 17)."""
     z = counter * _U64(0x9E3779B97F4A7C15)
     z = (z ^ (z >> _U64(30))) * _U64(0xBF58476D1CE4E5B9)
@@ -24,7 +26,7 @@ def mixed(counter):  # type: ignore[no-untyped-def]
     "x", "y", "state", "stream", "channels", "rows", "columns", "x_block", "x_channel", "x_row", "y_block", "y_channel",
     "y_row", "f_ratio",
 )  # fmt: skip
-def dropout(lanes):  # type: ignore[no-untyped-def]
+def dropout(lanes: int) -> Body:
     """Zero a share ``ratio`` of the elements, scale the others by ``1 / (1 - ratio)``. Job: (block, channel).
 
     The decision is a function of (seed, step, stream, sample, element); so the backward
@@ -33,7 +35,7 @@ def dropout(lanes):  # type: ignore[no-untyped-def]
     """
     step_bytes = 4 * lanes
 
-    def body(args, first, last):  # type: ignore[no-untyped-def]
+    def body(args: int, first: int, last: int) -> None:
         (x, y, state, stream, channels, rows, columns, x_block, x_channel, x_row, y_block, y_channel,
          y_row) = arguments(args, 13)  # fmt: skip
         ratio = load_f32(args + 104)

@@ -17,7 +17,8 @@ from typing import Any
 
 from edgetrain.errors import GraphError
 
-Factory = Callable[..., Callable[[int, int, int], None]]
+Body = Callable[[int, int, int], None]
+Factory = Callable[..., Body]
 
 # Called with (kernel name, number of this kernel, number of kernels wanted) before a kernel is compiled;
 # not called for kernels that come from the cache on disk.
@@ -73,9 +74,11 @@ def compile_kernels(wanted: list[tuple[str, tuple[int, ...]]]) -> dict[tuple[str
 def _compile(key: tuple[str, tuple[int, ...]], number: int, total: int) -> Any:
     """Compile one kernel, or load it from the cache; Numba finds the folder (``NUMBA_CACHE_DIR`` first)."""
     from numba import types
-    from numba.core.ccallback import CFunc
+    from numba.core import ccallback
 
-    class AnnouncedCFunc(CFunc):  # type: ignore[misc]  # numba is not typed
+    base: Any = ccallback.CFunc
+
+    class AnnouncedCFunc(base):  # type: ignore[misc]  # numba describes CFunc as a plain function
         def _compile_uncached(self) -> Any:
             label = "x".join([key[0], *map(str, key[1])])
             for callback in on_compile:

@@ -16,11 +16,13 @@ from collections.abc import Callable
 from typing import Any
 
 from llvmlite import ir
-from numba.core import cgutils, types
+from numba.core import cgutils, extending, types
 from numba.core.errors import TypingError
-from numba.core.extending import intrinsic, models, register_model
+from numba.core.extending import models, register_model
 from numba.core.imputils import lower_builtin
 from numba.core.typing.templates import AbstractTemplate, infer_global, signature
+
+intrinsic: Any = extending.intrinsic  # numba describes it as a plain class; it is a decorator with options
 
 F32 = ir.FloatType()
 I32 = ir.IntType(32)

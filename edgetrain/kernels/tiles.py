@@ -12,9 +12,8 @@ from typing import Any
 
 from llvmlite import ir
 from numba.core import cgutils, types
-from numba.core.extending import intrinsic
 
-from edgetrain.kernels.simd import F32, I32, I64, call_llvm, literal, pointer, splat, suffix
+from edgetrain.kernels.simd import F32, I32, I64, call_llvm, intrinsic, literal, pointer, splat, suffix
 
 # NEON multiplies by one lane of a register (fmla by element), so there the weights of a tile are loaded
 # as one vector; x86 broadcasts straight from memory. Cross-compiled for Cortex-A72 the vector form needs

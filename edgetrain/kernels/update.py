@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 
 from edgetrain.kernels.program import STATUS
-from edgetrain.kernels.registry import kernel
+from edgetrain.kernels.registry import Body, kernel
 from edgetrain.kernels.simd import (
     arguments,
     broadcast,
@@ -34,10 +34,10 @@ JOB = 4096  # floats per job
 
 
 @kernel("grad", "count", "partial")
-def sum_of_squares():  # type: ignore[no-untyped-def]
+def sum_of_squares() -> Body:
     """Write the sum of squares of each job's gradients as float64. Job: ``JOB`` floats."""
 
-    def body(args, first, last):  # type: ignore[no-untyped-def]
+    def body(args: int, first: int, last: int) -> None:
         grad, count, partial = arguments(args, 3)
         for job in range(first, last):
             total = 0.0
@@ -51,14 +51,14 @@ def sum_of_squares():  # type: ignore[no-untyped-def]
 
 
 @kernel("partial", "parts", "result", "settings", "sync")
-def check_step():  # type: ignore[no-untyped-def]
+def check_step() -> Body:
     """Set the status word if loss or gradient norm is not finite, else the gradient scale of norm clipping. One job.
 
     ``result``: float64 loss (read), correct, gradient norm (written). Clipping as
     ``torch.nn.utils.clip_grad_norm_``; a clip norm of 0 means none.
     """
 
-    def body(args, first, last):  # type: ignore[no-untyped-def]
+    def body(args: int, first: int, last: int) -> None:
         partial, parts, result, settings, sync = arguments(args, 5)
         total = 0.0
         for part in range(parts):
@@ -75,13 +75,13 @@ def check_step():  # type: ignore[no-untyped-def]
 
 
 @kernel("weight", "grad", "velocity", "count", "settings", "decay")
-def sgd():  # type: ignore[no-untyped-def]
+def sgd() -> Body:
     """SGD with momentum as in ``torch.optim.SGD`` (no dampening). Job: ``JOB`` floats.
 
     ``decay`` is 1 where weight decay applies, else 0; ``velocity`` is 0 (no address) without momentum.
     """
 
-    def body(args, first, last):  # type: ignore[no-untyped-def]
+    def body(args: int, first: int, last: int) -> None:
         weight, grad, velocity, count, settings, decay = arguments(args, 6)
         scale = broadcast(load_f32(settings + 4 * GRADIENT_SCALE), WIDTH)
         lr = broadcast(-load_f32(settings + 4 * LR), WIDTH)
@@ -102,10 +102,10 @@ def sgd():  # type: ignore[no-untyped-def]
 
 
 @kernel("weight", "grad", "first_moment", "second_moment", "count", "settings", "decay")
-def adam():  # type: ignore[no-untyped-def]
-    """Adam and AdamW as in PyTorch (Kingma and Ba 2015, algorithm 1; Loshchilov and Hutter 2019). Job: ``JOB`` floats."""
+def adam() -> Body:
+    """Adam and AdamW as in PyTorch (Kingma and Ba 2015; Loshchilov and Hutter 2019). Job: ``JOB`` floats."""
 
-    def body(args, first, last):  # type: ignore[no-untyped-def]
+    def body(args: int, first: int, last: int) -> None:
         weight, grad, first_moment, second_moment, count, settings, decay = arguments(args, 7)
         scale = broadcast(load_f32(settings + 4 * GRADIENT_SCALE), WIDTH)
         shrink = load_f32(settings + 4 * WEIGHT_DECAY) * decay

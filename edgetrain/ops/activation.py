@@ -13,7 +13,7 @@ from edgetrain.ops.registry import Array, Op, register
 
 if TYPE_CHECKING:
     from edgetrain.autodiff import Tape
-    from edgetrain.plan import Lowering
+    from edgetrain.lowering import Lowering
 
 BIG = float(np.finfo(np.float32).max)
 

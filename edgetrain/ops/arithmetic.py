@@ -14,7 +14,7 @@ from edgetrain.ops.registry import Array, Op, describe, register
 
 if TYPE_CHECKING:
     from edgetrain.autodiff import Tape
-    from edgetrain.plan import Lowering
+    from edgetrain.lowering import Lowering
 
 
 def sample_shape(value: Value, node: Node) -> Shape:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
@@ -26,7 +26,7 @@ from edgetrain.ops.registry import NO_BORDER, Array, Border, Op, describe, regis
 
 if TYPE_CHECKING:
     from edgetrain.autodiff import Tape
-    from edgetrain.plan import Lowering
+    from edgetrain.lowering import Lowering
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def conv_of(node: Node, x: Value, weight: Value) -> Product:
         GraphError: weights, groups or bias do not fit the input.
     """
     if weight.batched or len(weight.shape) not in (3, 4):
-        raise GraphError(f"{describe(node)}: weights must be a parameter of shape (O, C/groups, [KH,] KW), got {weight}")
+        raise GraphError(f"{describe(node)}: weights must be a parameter (O, C/groups, [KH,] KW), got {weight}")
     groups, (outputs, inputs, *kernel) = int(node.get("group", 1)), weight.shape
     if tuple(node.get("kernel_shape") or kernel) != tuple(kernel):
         raise GraphError(f"{describe(node)}: kernel_shape={node.get('kernel_shape')} but the weights have {kernel}")
@@ -111,7 +111,7 @@ def dense_of(node: Node, x: Value, weight: Value) -> Product:
         GraphError: the input is not a vector per sample, or the weights do not fit.
     """
     if not x.batched or len(x.shape) != 1 or weight.batched or len(weight.shape) != 2:
-        raise GraphError(f"{describe(node)}: expected an input (N, F) and weights of two sizes; flatten the input first")
+        raise GraphError(f"{describe(node)}: expected an input (N, F) and weights (F, O); flatten the input first")
     if any(float(node.get(a, 1.0)) != 1.0 for a in ("alpha", "beta")) or node.get("transA", 0):
         raise GraphError(f"{describe(node)}: alpha and beta must be 1 and transA 0; fold them into the weights")
     transposed = bool(node.get("transB", 0))
@@ -229,7 +229,7 @@ class Gemm(ProductOp):
     """ONNX Gemm: ``(N, F)`` times weights ``(F, O)``, or ``(O, F)`` with ``transB=1``, plus a bias."""
 
     name = "Gemm"
-    attributes = ("transA", "transB", "alpha", "beta")
+    attributes: ClassVar[tuple[str, ...]] = ("transA", "transB", "alpha", "beta")
 
     def geometry(self, node: Node, x: Value, weight: Value) -> Product:
         """See ``dense_of``."""
@@ -242,7 +242,7 @@ class MatMul(Gemm):
 
     name = "MatMul"
     arity = (2, 2)
-    attributes = ()
+    attributes: ClassVar[tuple[str, ...]] = ()
 
 
 class ProductGrad(Op):

@@ -15,7 +15,7 @@ from edgetrain.ops.registry import Array, Op, describe, register
 
 if TYPE_CHECKING:
     from edgetrain.autodiff import Tape
-    from edgetrain.plan import Lowering
+    from edgetrain.lowering import Lowering
 
 
 def check_channels(node: Node, count: int) -> None:
@@ -27,7 +27,7 @@ def check_channels(node: Node, count: int) -> None:
     channels = channels_of(node.x)
     for value in node.inputs[1 : 1 + count]:
         if value is None or value.batched or value.shape != (channels,):
-            raise GraphError(f"{describe(node)}: scale, bias, mean and variance must be parameters of shape ({channels},)")
+            raise GraphError(f"{describe(node)}: scale, bias, mean, variance must be parameters of shape ({channels},)")
 
 
 @register

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from edgetrain.arrays import map_sizes
 from edgetrain.graph import Node, Shape, Value
@@ -15,7 +15,7 @@ from edgetrain.ops.registry import Array, Op, register
 
 if TYPE_CHECKING:
     from edgetrain.autodiff import Tape
-    from edgetrain.plan import Lowering
+    from edgetrain.lowering import Lowering
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Pool(Window):
 class PoolOp(Op):
     """What all pools share."""
 
-    attributes = ("kernel_shape", "strides", "pads", "dilations", "ceil_mode", "auto_pad")
+    attributes: ClassVar[tuple[str, ...]] = ("kernel_shape", "strides", "pads", "dilations", "ceil_mode", "auto_pad")
     grad_name: str
 
     def pool(self, node: Node, x: Value) -> Pool:
@@ -135,7 +135,7 @@ class AveragePool(PoolOp):
     """ONNX AveragePool."""
 
     name = "AveragePool"
-    attributes = (*PoolOp.attributes, "count_include_pad")
+    attributes: ClassVar[tuple[str, ...]] = (*PoolOp.attributes, "count_include_pad")
 
     def reference(self, node: Node, *inputs: Array) -> tuple[Array, ...]:
         """See ``kernels.reference.average_pool``."""

@@ -18,7 +18,7 @@ from edgetrain.graph import Node, Shape, Value
 
 if TYPE_CHECKING:
     from edgetrain.autodiff import Tape
-    from edgetrain.plan import Lowering
+    from edgetrain.lowering import Lowering
 
 Array = NDArray[Any]
 Border = tuple[int, int, int, int]  # zeros above, left, below, right of every map
@@ -108,7 +108,8 @@ def register(cls: type[Op]) -> type[Op]:
         GraphError: the name is taken.
     """
     if cls.name in _OPS:
-        raise GraphError(f"operator '{cls.name}' is registered twice: {type(_OPS[cls.name]).__name__} and {cls.__name__}")
+        first = type(_OPS[cls.name]).__name__
+        raise GraphError(f"operator '{cls.name}' is registered twice: {first} and {cls.__name__}")
     _OPS[cls.name] = cls()
     return cls
 

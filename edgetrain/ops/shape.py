@@ -16,7 +16,7 @@ from edgetrain.ops.registry import Array, Op, describe, register
 
 if TYPE_CHECKING:
     from edgetrain.autodiff import Tape
-    from edgetrain.plan import Lowering
+    from edgetrain.lowering import Lowering
 
 
 @register
@@ -90,7 +90,7 @@ class Concat(Op):
         rank = len(node.x.shape)
         axis = int(node.get("axis", 1))
         if axis not in (1, -rank) or len({(v.shape[1:], v.batched) for v in values}) != 1 or rank == 0:
-            raise GraphError(f"{describe(node)}: axis={axis}; only axis=1 of batched values with equal maps is supported")
+            raise GraphError(f"{describe(node)}: axis={axis}; only axis=1 of values with equal maps is supported")
         return [((sum(v.shape[0] for v in values), *node.x.shape[1:]), True)]
 
     def reference(self, node: Node, *inputs: Array) -> tuple[Array, ...]:
