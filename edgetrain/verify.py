@@ -78,7 +78,7 @@ class VerifyReport:
         model: name of the graph.
         rows: the compared quantities: output, loss, gradients, parameters.
         steps, batch_size, seed: of the run.
-        margin: smallest distance to a kink in all batches used, relative to the largest entry of the map.
+        margin: smallest distance of the first batch to a kink, relative to the largest entry of its map.
         notes: what else a reader must know, such as dropout taken as off.
     """
 
