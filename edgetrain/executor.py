@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from edgetrain.arrays import aligned
 from edgetrain.graph import Value
-from edgetrain.kernels.program import ARRIVED, ROW_BYTES, STATUS, SYNC_BYTES, run_program
+from edgetrain.kernels.program import ARRIVED, ROW_BYTES, SYNC_BYTES, run_program
 from edgetrain.kernels.registry import compile_kernels
 from edgetrain.plan import STAGES, Plan
 
@@ -21,25 +21,35 @@ from edgetrain.plan import STAGES, Plan
 class _Order:
     """What the waiting threads are to run next; shared with them instead of the team, so that a team can be freed."""
 
-    def __init__(self) -> None:
+    def __init__(self, sync: NDArray[np.int64]) -> None:
+        self.sync = sync  # held here because a thread may still look at it when the team is gone
         self.work: tuple[int, int, int, int, int] | None = None  # program, rows, threads, sync, arrived; None: stop
         self.starts: list[threading.Lock] = []
+
+    def wake(self) -> None:
+        """Let all threads look at ``work``; harmless when one has done so already."""
+        for start in self.starts:
+            if start.locked():
+                start.release()
+
+    def dismiss(self) -> None:
+        """End all threads."""
+        self.work = None
+        self.wake()
 
 
 def _serve(order: _Order, start: threading.Lock, number: int) -> None:
     """Wait for work, take part in it, and wait again."""
+    latest = -1
     while True:
         start.acquire()
-        if order.work is None:
+        work = order.work
+        if work is None:
             return
-        program, rows, threads, sync, arrived = order.work
-        run_program(program, rows, number, threads, sync, arrived)
-
-
-def _dismiss(order: _Order) -> None:
-    order.work = None
-    for start in order.starts:
-        start.release()
+        program, rows, threads, sync, arrived = work
+        if arrived != latest:  # else woken twice for the same run
+            latest = arrived
+            run_program(program, rows, number, threads, sync, arrived)
 
 
 class Team:
@@ -53,7 +63,7 @@ class Team:
     def __init__(self, threads: int) -> None:
         self.threads = threads
         self._sync = aligned(SYNC_BYTES // 8, np.int64)
-        self._pid, self._order = 0, _Order()
+        self._pid, self._order = 0, _Order(self._sync)
         self._lock = threading.Lock()
 
     @property
@@ -62,29 +72,35 @@ class Team:
         return self._sync
 
     def run(self, program: int, rows: int) -> bool:
-        """Run ``rows`` rows of the program at address ``program``; return whether all went well (status 0)."""
+        """Run ``rows`` rows of the program at address ``program``; return whether no guard stopped it."""
         with self._lock:
-            self._sync[STATUS // 8] = 0
             arrived = int(self._sync[ARRIVED // 8])
             work = (program, rows, self.threads, self._sync.ctypes.data, arrived)
-            if self.threads > 1:
-                self._start()
-                self._order.work = work
-                for start in self._order.starts:
-                    start.release()
-            run_program(program, rows, 0, self.threads, self._sync.ctypes.data, arrived)
-            return bool(self._sync[STATUS // 8] == 0)
+            if self.threads == 1 or rows == 0:
+                return bool(run_program(program, rows, 0, *work[2:]) == 0)
+            self._start()
+            self._order.work = work
+            try:
+                self._order.wake()
+                return bool(run_program(program, rows, 0, *work[2:]) == 0)
+            except BaseException:
+                # An interrupt between two lines: some threads may be on their way and would wait for ever.
+                self._order.wake()
+                if self._sync[ARRIVED // 8] < arrived + self.threads:  # thread 0 has not taken part
+                    run_program(program, rows, 0, *work[2:])
+                raise
 
     def _start(self) -> None:
         if self._pid == os.getpid():
             return
-        self._pid, self._order = os.getpid(), _Order()
+        order = _Order(self._sync)
         for number in range(1, self.threads):
             start = threading.Lock()
             start.acquire()
-            self._order.starts.append(start)
-            threading.Thread(target=_serve, args=(self._order, start, number), daemon=True, name="edgetrain").start()
-        weakref.finalize(self, _dismiss, self._order)
+            order.starts.append(start)
+            threading.Thread(target=_serve, args=(order, start, number), daemon=True, name="edgetrain").start()
+        weakref.finalize(self, order.dismiss)
+        self._order, self._pid = order, os.getpid()
 
 
 class Arena:
@@ -166,4 +182,3 @@ class Executor:
         if self._bound != self._arena.address:
             self._bound = self._arena.address
             self._program, self._arguments, self._sources = self.plan.bind(self._bound, self._addresses)
-

@@ -2,8 +2,8 @@
 
 A program is a table of int64 rows ``[kernel address, arguments address, jobs,
 guard]``. Every thread runs its share of every row's jobs; between two rows all
-threads meet at a barrier. After a row whose ``guard`` is 1 all threads stop if
-the status word is not 0 (a step that is not finite must not be applied).
+threads meet at a barrier. A row whose ``guard`` is 1 writes the status word; all
+threads stop after it if that is not 0 (a step that is not finite must not be applied).
 
 Compiled threads flush subnormal numbers to zero (a convolution on decayed weights
 is up to 40 times slower otherwise) and restore the caller's floating-point state.
@@ -34,7 +34,7 @@ _yield_core = types.ExternalFunction("sched_yield", types.int32())
 
 @njit(types.int64(*[types.int64] * 6), nogil=True, cache=True)
 def run_program(program: int, rows: int, thread: int, threads: int, sync: int, arrived: int) -> int:
-    """Run the rows of a program as one of ``threads`` threads; return the rows done.
+    """Run the rows of a program as one of ``threads`` threads; return 0, or 1 if a guard stopped it.
 
     Args:
         program: address of the rows.
@@ -47,10 +47,11 @@ def run_program(program: int, rows: int, thread: int, threads: int, sync: int, a
     """
     state = float_state()
     set_float_state(state | flush_bits())
-    done = 0
+    stopped = 0
     for row in range(rows):
         entry = program + ROW_BYTES * row
-        jobs = load_i64(entry + 16)
+        # The guard is read before the barrier: after the last one the caller may free the program at once.
+        jobs, guard = load_i64(entry + 16), load_i64(entry + 24)
         first, last = jobs * thread // threads, jobs * (thread + 1) // threads
         if first < last:
             call_kernel(load_i64(entry), load_i64(entry + 8), first, last)
@@ -61,10 +62,12 @@ def run_program(program: int, rows: int, thread: int, threads: int, sync: int, a
                 spins += 1
                 if spins > _SPINS:
                     _yield_core()
-        done = row + 1
-        if load_i64(entry + 24) != 0 and atomic_load(sync + STATUS) != 0:
+        # Only the guarded row writes the status, so every thread reads what this run wrote: no thread can be late,
+        # as the next run's guarded row lies behind a barrier that waits for it.
+        if guard != 0 and atomic_load(sync + STATUS) != 0:
+            stopped = 1
             break
     set_float_state(state)
-    return done
+    return stopped
 
 
