@@ -41,7 +41,7 @@ def mobilenet_v1(
         >>> graph.output_shape, graph.parameter_count
         ((10,), 3217226)
         >>> mobilenet_v1(num_classes=2, width=0.25).parameter_count
-        213618
+        213586
     """
     if not (math.isfinite(width) and 0 < width <= 4):
         raise ModelError(f"mobilenet_v1: width is {width}, expected a factor above 0 and at most 4, such as 0.25")
