@@ -13,17 +13,9 @@ import pytest
 
 import edgetrain
 from edgetrain.cli import main
+from tests.cli_support import ROOT, run
 
-ROOT = Path(edgetrain.__file__).parents[1]
 CHECKOUT = Path(__file__).parents[1]
-
-
-def run(capsys, *arguments) -> tuple[int, str, str]:
-    """Run a command in this process; return exit code, standard output, standard error."""
-    with pytest.raises(SystemExit) as stopped:
-        main([str(argument) for argument in arguments])
-    out, err = capsys.readouterr()
-    return int(stopped.value.code or 0), out, err
 
 
 def environment(**more) -> dict[str, str]:

@@ -1,81 +1,29 @@
-"""``fit``, ``resume`` and what works on their results, from flags to files, with real training."""
+"""``fit`` from flags to files: run folder, settings, progress, other data."""
 
 from __future__ import annotations
 
 import csv
 import io
-import itertools
 import json
-import os
-import signal
-import subprocess
 import sys
-import time
 import tomllib
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-import edgetrain
-from edgetrain.checkpoint import read_checkpoint
 from edgetrain.cli import main
 from edgetrain.runs import METRICS, open_run
+from tests.cli_support import FIT, assert_same_result, run, trained
 
-ROOT = Path(edgetrain.__file__).parents[1]
 FILES = ["best.safetensors", "config.toml", "environment.json", "events.jsonl", "last.safetensors", "metrics.csv",
          "model.onnx"]  # fmt: skip
-# Small enough to train in a second, large enough to be interrupted in the middle of an epoch.
-FIT = ["fit", "--data", "digits.npz", "--epochs", "3", "--batch-size", "8", "--seed", "1", "--threads", "1",
-       "--augment", "shift:2"]  # fmt: skip
-TIMES = ("seconds", "images_per_second")
-
-
-def run(capsys, *arguments) -> tuple[int, str, str]:
-    with pytest.raises(SystemExit) as stopped:
-        main([str(argument) for argument in arguments])
-    out, err = capsys.readouterr()
-    return int(stopped.value.code or 0), out, err
-
-
-def write_data(folder: Path, count: int = 640) -> None:
-    rng = np.random.default_rng(0)
-    y = np.arange(count) % 10
-    x = rng.integers(0, 60, (count, 28, 28)).astype(np.uint8)
-    for index, label in enumerate(y):
-        x[index, 2 * label : 2 * label + 6, 4:24] += 150
-    np.savez(folder / "digits.npz", x_train=x, y_train=y, x_test=x[:100], y_test=y[:100])
-
-
-def rows_without_times(run_folder: Path) -> list[dict]:
-    return [{k: v for k, v in row.items() if k not in TIMES} for row in open_run(run_folder).read_metrics()]
-
-
-def assert_same_result(found: Path, expected: Path) -> None:
-    """Compare rows, tensors (weights and optimizer state), and the ONNX file."""
-    assert rows_without_times(found) == rows_without_times(expected)
-    for name in ("last.safetensors", "best.safetensors"):
-        left, right = read_checkpoint(found / name)[0], read_checkpoint(expected / name)[0]
-        assert left.keys() == right.keys()
-        for key, array in right.items():
-            assert np.array_equal(left[key], array), f"{name}: {key}"
-    assert (found / "model.onnx").read_bytes() == (expected / "model.onnx").read_bytes()
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory) -> Path:
     """Make a folder with data and one uninterrupted run."""
-    folder = tmp_path_factory.mktemp("place")
-    write_data(folder)
-    before = Path.cwd()
-    os.chdir(folder)
-    try:
-        with pytest.raises(SystemExit) as stopped:
-            main([*FIT, "--quiet"])
-    finally:
-        os.chdir(before)
-    assert not stopped.value.code
-    return folder
+    return trained(tmp_path_factory.mktemp("place"))
 
 
 @pytest.fixture
@@ -171,132 +119,6 @@ def test_compiling_is_shown():
     assert on_compile == before
 
 
-# ---- stopping and going on
-
-
-def started(folder: Path, out: Path) -> subprocess.Popen:
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "edgetrain", *FIT, "--out", str(out)]
-    return subprocess.Popen(
-        command, cwd=folder, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
-
-
-def wait_for_epochs(process: subprocess.Popen, metrics: Path, count: int) -> None:
-    """Wait until ``count`` epochs are in the table; the process is then in the middle of the next one."""
-    deadline = time.monotonic() + 120
-    while not metrics.exists() or metrics.read_bytes().count(b"\n") <= count:
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
-
-
-@pytest.mark.parametrize("epochs", [0, 1], ids=["in_the_first_epoch", "in_the_second_epoch"])
-def test_killed_run_resumes_to_the_same_result(inside, capsys, tmp_path, epochs):
-    process = started(inside, tmp_path)
-    wait_for_epochs(process, tmp_path / "fit-1/config.toml", 0)
-    wait_for_epochs(process, tmp_path / "fit-1/metrics.csv", epochs)
-    process.kill()
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL
-    code, out, _ = run(capsys, "resume", tmp_path / "fit-1")
-    assert code == 0
-    assert "resuming" in out
-    assert_same_result(tmp_path / "fit-1", inside / "runs/fit-1")
-
-
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
-def test_signal_saves_and_resumes_to_the_same_result(inside, capsys, tmp_path, name):
-    process = started(inside, tmp_path)
-    wait_for_epochs(process, tmp_path / "fit-1/metrics.csv", 1)
-    process.send_signal(getattr(signal, name))
-    _, err = process.communicate()
-    assert process.returncode == 5
-    assert err.startswith("interrupted: stopped in epoch ")
-    assert f"go on with: edgetrain resume {tmp_path / 'fit-1'}" in err
-    assert open_run(tmp_path / "fit-1").read_events()[-1]["event"] == "interrupted"
-    code, _, _ = run(capsys, "report", tmp_path / "fit-1")
-    assert code == 0
-    code, _, _ = run(capsys, "resume", tmp_path / "fit-1", "--quiet")
-    assert code == 0
-    assert_same_result(tmp_path / "fit-1", inside / "runs/fit-1")
-
-
-def test_second_interrupt_aborts_at_once():
-    from edgetrain.cli.progress import Display
-    from edgetrain.cli.training import _StopOnSignal
-
-    before = signal.getsignal(signal.SIGINT)
-    with _StopOnSignal(Display(io.StringIO())) as stop:
-        assert not stop.requested()
-        signal.raise_signal(signal.SIGINT)
-        assert stop.requested()
-        with pytest.raises(KeyboardInterrupt):
-            signal.raise_signal(signal.SIGINT)
-    assert signal.getsignal(signal.SIGINT) is before
-
-
-def test_finished_run_has_nothing_to_resume(inside, capsys):
-    code, _, err = run(capsys, "resume", "runs/fit-1")
-    assert code == 2
-    assert "3 of 3 epochs are done, nothing is left" in err
-    assert "--epochs 4" in err
-
-
-def test_resume_with_more_epochs_says_what_changed(inside, capsys, tmp_path):
-    run(capsys, *FIT, "--epochs", "1", "--quiet", "--out", tmp_path)
-    code, out, _ = run(capsys, "resume", tmp_path / "fit-1", "--epochs", "2", "--threads", "2")
-    assert code == 0
-    assert "changed: training.epochs was 1, is now 2" in out
-    assert "changed: device.threads was 1, is now 2" in out
-    assert [row["epoch"] for row in open_run(tmp_path / "fit-1").read_metrics()] == [1, 2]
-
-
-def test_resume_refuses_other_data(inside, capsys, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    write_data(tmp_path, 320)
-    run(capsys, *FIT, "--epochs", "1", "--quiet")
-    write_data(tmp_path, 330)
-    code, _, err = run(capsys, "resume", "runs/fit-1", "--epochs", "2")
-    assert code == 3
-    assert "the data changed since the run began (training_images was 320, is 330)" in err
-
-
-def test_resume_of_a_damaged_checkpoint(inside, capsys, tmp_path):
-    run(capsys, *FIT, "--epochs", "1", "--quiet", "--out", tmp_path)
-    last = tmp_path / "fit-1/last.safetensors"
-    last.write_bytes(last.read_bytes()[:1000])
-    code, _, err = run(capsys, "resume", tmp_path / "fit-1", "--epochs", "2")
-    assert code == 3
-    assert "not a whole checkpoint" in err
-    assert "best.safetensors" in err
-
-
-def test_checkpoint_inside_an_epoch(inside, capsys, tmp_path, monkeypatch):
-    from edgetrain.cli import training
-
-    saved = []
-    seconds = itertools.count(time.monotonic())  # every look at the clock takes a second
-    monkeypatch.setattr(training, "save_checkpoint", lambda learner, path: saved.append(learner.position.batch))
-    monkeypatch.setattr(training.time, "monotonic", lambda: next(seconds))
-    code, _, _ = run(capsys, *FIT, "--epochs", "1", "--quiet", "--save-every", "0.25", "--out", tmp_path)
-    assert code == 0
-    assert any(0 < batch < 80 for batch in saved)
-
-
-def test_step_that_is_not_finite_keeps_the_last_good_state(inside, capsys, tmp_path):
-    flags = ["--lr", "10", "--momentum", "0.99", "--schedule", "constant", "--warmup", "0", "--out", tmp_path]
-    code, _, err = run(capsys, *FIT, *flags)
-    assert code == 3
-    assert "loss or gradients are not finite" in err
-    assert f"the state before it is saved in {tmp_path / 'fit-1/last.safetensors'}" in err
-    tensors, table = read_checkpoint(tmp_path / "fit-1/last.safetensors")
-    assert all(np.isfinite(array).all() for array in tensors.values())
-    assert table["state"]["step_count"] == table["position"]["batch"] > 0
-    _, out, _ = run(capsys, "report", tmp_path / "fit-1", "--json")
-    assert json.loads(out)["status"] == "failed"
-
-
 # ---- other data
 
 
@@ -339,105 +161,3 @@ def test_model_of_another_shape_starts_nothing(inside, capsys, tmp_path):
     assert code == 3
     assert "expects (1, 28, 28)" in err
     assert not (tmp_path / "runs").exists()
-
-
-# ---- what works on a trained model
-
-
-@pytest.mark.parametrize("source", ["runs/fit-1", "runs/fit-1/last.safetensors", "runs/fit-1/model.onnx"])
-def test_evaluate_agrees_with_the_run(inside, capsys, source):
-    code, out, _ = run(capsys, "evaluate", source, "--data", "digits.npz", "--json")
-    result = json.loads(out)
-    assert code == 0
-    assert set(result) == {"model", "data", "images", "loss", "accuracy"}
-    assert result["accuracy"] == open_run("runs/fit-1").read_metrics()[-1]["validation_accuracy"]
-
-
-def test_predict_of_an_array_file(inside, capsys, tmp_path):
-    np.savez(tmp_path / "some.npz", x=np.load("digits.npz")["x_test"][:3])
-    code, out, _ = run(capsys, "predict", "runs/fit-1", tmp_path / "some.npz", "--json")
-    result = json.loads(out)
-    assert code == 0
-    assert set(result) == {"model", "data", "predictions"}
-    assert [set(row) for row in result["predictions"]] == [{"index", "label", "class", "probability"}] * 3
-    code, out, _ = run(capsys, "predict", "runs/fit-1", tmp_path / "some.npz")
-    assert [line.split()[0] for line in out.splitlines()] == ["image", "0", "1", "2"]
-
-
-def test_predict_of_an_image_equals_that_of_its_pixels(inside, capsys, tmp_path):
-    image = pytest.importorskip("PIL.Image")
-    pixels = np.load("digits.npz")["x_test"][4]
-    image.fromarray(pixels).save(tmp_path / "four.png")
-    np.savez(tmp_path / "four.npz", x=pixels[None])
-    results = [json.loads(run(capsys, "predict", "runs/fit-1", tmp_path / name, "--json")[1])
-               for name in ("four.png", "four.npz")]  # fmt: skip
-    assert results[0]["predictions"] == results[1]["predictions"]
-
-
-def test_export_is_the_model_of_the_run(inside, capsys, tmp_path):
-    code, out, _ = run(capsys, "export", "runs/fit-1", "-o", tmp_path / "m.onnx", "--json")
-    assert code == 0
-    assert set(json.loads(out)) == {"from", "model", "bytes"}
-    assert (tmp_path / "m.onnx").read_bytes() == Path("runs/fit-1/model.onnx").read_bytes()
-    code, _, _ = run(capsys, "export", "runs/fit-1", "--best", "-o", tmp_path / "best.onnx")
-    assert code == 0
-
-
-def test_training_goes_on_from_an_onnx_file(inside, capsys, tmp_path):
-    common = ["--data", "digits.npz", "--epochs", "1", "--quiet", "--json", "--out", tmp_path]
-    for how in (["--model", "runs/fit-1/model.onnx"], ["--initial-weights", "runs/fit-1/model.onnx"]):
-        code, out, _ = run(capsys, "fit", *how, *common)
-        assert code == 0
-        assert json.loads(out)["accuracy"] > 0.5
-
-
-def test_report(inside, capsys):
-    code, out, _ = run(capsys, "report", "runs/fit-1", "--json")
-    result = json.loads(out)
-    assert code == 0
-    assert set(result) == {"run", "status", "config", "environment", "epochs", "best", "seconds", "files"}
-    assert result["status"] == "finished"
-    assert len(result["epochs"]) == 3
-    code, out, _ = run(capsys, "report", "runs/fit-1")
-    assert out.startswith("runs/fit-1: finished, lenet5 on ")
-
-
-# ---- before training
-
-
-def test_plan_adds_up_and_respects_the_budget(capsys):
-    code, out, _ = run(capsys, "plan", "lenet5", "--batch-size", "32", "--json")
-    result = json.loads(out)
-    assert code == 0
-    assert set(result) == {"model", "batch_size", "parts", "peak_bytes", "budget_bytes", "fits"}
-    assert {"weights", "activations"} <= set(result["parts"])
-    code, out, err = run(capsys, "plan", "lenet5", "--batch-size", "32", "--memory-budget", "100KiB")
-    assert code == 4
-    assert "peak" in out
-    assert "the budget is 0.10 MiB; use a smaller --batch-size" in err
-
-
-def test_fit_over_the_budget_starts_nothing(inside, capsys, tmp_path):
-    code, _, err = run(capsys, *FIT, "--memory-budget", "100KiB", "--out", tmp_path / "runs")
-    assert code == 4
-    assert err.startswith("error: ")
-    assert not (tmp_path / "runs").exists()
-
-
-@pytest.mark.parametrize("passed", [True, False], ids=["agrees", "disagrees"])
-def test_verify(capsys, monkeypatch, passed):
-    from edgetrain.verify import VerifyReport, VerifyRow
-
-    def verify(graph, *, steps, batch_size, seed):
-        row = VerifyRow("gradient conv1.weight", 0.5 if not passed else 1e-7, 1e-4, passed)
-        return VerifyReport(graph.name, (row,), steps, batch_size, seed, 1.0)
-
-    monkeypatch.setattr("edgetrain.verify.verify", verify)
-    code, out, err = run(capsys, "verify", "lenet5", "--steps", "2", "--json")
-    result = json.loads(out)
-    assert code == (0 if passed else 1)
-    assert set(result) == {"model", "passed", "steps", "batch_size", "seed", "notes", "rows"}
-    assert (result["passed"], result["steps"], result["batch_size"]) == (passed, 2, 8)
-    assert ("error: lenet5 disagrees with PyTorch: gradient conv1.weight differs by 5.0e-01" in err) is not passed
-    _, out, _ = run(capsys, "verify", "lenet5")
-    assert ("DISAGREE" in out) is not passed

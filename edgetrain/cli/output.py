@@ -1,4 +1,20 @@
-"""Results as text for people or as one JSON document for machines; small conversions of flags."""
+"""Results as text for people or as one JSON document for machines; small conversions of flags.
+
+The keys of the JSON documents are part of the interface; later versions may add keys, and rename none.
+
+- fit, resume: run, model, data, profile, epochs, validated_on, loss, accuracy, best_epoch, best_accuracy, seconds,
+  images_per_second, memory_mib, files {model, last, best}
+- evaluate: model, data, images, loss, accuracy
+- predict: model, data, predictions [{index, label, class, probability}]
+- export: from, model, bytes
+- plan: model, batch_size, parts {name: bytes}, peak_bytes, budget_bytes, fits
+- verify: model, passed, steps, batch_size, seed, notes, rows [{quantity, error, tolerance, ok}]
+- report: run, status, config, environment, epochs [columns of metrics.csv], best, seconds, files {name: bytes}
+- doctor: edgetrain, host, cache {folder, writable, kernels}, disk_free_mib, healthy, advice
+- profiles list: profiles [{name, description}]; profiles show: the profile; version: version
+
+A number that is not finite is null. With an exit code other than 0, 1 or 4 standard output is empty.
+"""
 
 from __future__ import annotations
 

@@ -180,11 +180,15 @@ class _StopOnSignal:
 
     def __init__(self, display: Display) -> None:
         self._display = display
-        self._asked = False
+        self._asked = self._told = False
         self._before: dict[int, Any] = {}
 
     def requested(self) -> bool:
         """Tell whether a signal came."""
+        # Said here, between steps: a signal handler that writes may break into another write.
+        if self._asked and not self._told:
+            self._told = True
+            self._display.say("stopping; press Ctrl-C to stop at once, without saving")
         return self._asked
 
     def __enter__(self) -> _StopOnSignal:
@@ -201,7 +205,6 @@ class _StopOnSignal:
         if self._asked and number == signal.SIGINT:
             raise KeyboardInterrupt
         self._asked = True
-        self._display.say("stopping after this step; press Ctrl-C again to stop at once without saving")
 
 
 class _Closing:

@@ -1,0 +1,158 @@
+"""Stopping, being killed, failing, and going on to the same result."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from edgetrain.checkpoint import read_checkpoint
+from edgetrain.runs import open_run
+from tests.cli_support import FIT, ROOT, assert_same_result, run, trained, write_data
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    """Make a folder with data and one uninterrupted run."""
+    return trained(tmp_path_factory.mktemp("place"))
+
+
+@pytest.fixture
+def inside(place, monkeypatch) -> Path:
+    monkeypatch.chdir(place)
+    return place
+
+
+# ---- stopping and going on
+
+
+def started(folder: Path, out: Path) -> subprocess.Popen:
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "edgetrain", *FIT, "--out", str(out)]
+    return subprocess.Popen(
+        command, cwd=folder, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+
+
+def wait_for_epochs(process: subprocess.Popen, metrics: Path, count: int) -> None:
+    """Wait until ``count`` epochs are in the table; the process is then in the middle of the next one."""
+    deadline = time.monotonic() + 120
+    while not metrics.exists() or metrics.read_bytes().count(b"\n") <= count:
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+
+
+@pytest.mark.parametrize("epochs", [0, 1], ids=["in_the_first_epoch", "in_the_second_epoch"])
+def test_killed_run_resumes_to_the_same_result(inside, capsys, tmp_path, epochs):
+    process = started(inside, tmp_path)
+    wait_for_epochs(process, tmp_path / "fit-1/config.toml", 0)
+    wait_for_epochs(process, tmp_path / "fit-1/metrics.csv", epochs)
+    process.kill()
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    code, out, _ = run(capsys, "resume", tmp_path / "fit-1")
+    assert code == 0
+    assert "resuming" in out
+    assert_same_result(tmp_path / "fit-1", inside / "runs/fit-1")
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+def test_signal_saves_and_resumes_to_the_same_result(inside, capsys, tmp_path, name):
+    process = started(inside, tmp_path)
+    wait_for_epochs(process, tmp_path / "fit-1/metrics.csv", 1)
+    process.send_signal(getattr(signal, name))
+    _, err = process.communicate()
+    assert process.returncode == 5
+    assert err.startswith("interrupted: stopped in epoch ")
+    assert f"go on with: edgetrain resume {tmp_path / 'fit-1'}" in err
+    assert open_run(tmp_path / "fit-1").read_events()[-1]["event"] == "interrupted"
+    code, _, _ = run(capsys, "report", tmp_path / "fit-1")
+    assert code == 0
+    code, _, _ = run(capsys, "resume", tmp_path / "fit-1", "--quiet")
+    assert code == 0
+    assert_same_result(tmp_path / "fit-1", inside / "runs/fit-1")
+
+
+def test_second_interrupt_aborts_at_once():
+    from edgetrain.cli.progress import Display
+    from edgetrain.cli.training import _StopOnSignal
+
+    before = signal.getsignal(signal.SIGINT)
+    with _StopOnSignal(Display(io.StringIO())) as stop:
+        assert not stop.requested()
+        signal.raise_signal(signal.SIGINT)
+        assert stop.requested()
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_finished_run_has_nothing_to_resume(inside, capsys):
+    code, _, err = run(capsys, "resume", "runs/fit-1")
+    assert code == 2
+    assert "3 of 3 epochs are done, nothing is left" in err
+    assert "--epochs 4" in err
+
+
+def test_resume_with_more_epochs_says_what_changed(inside, capsys, tmp_path):
+    run(capsys, *FIT, "--epochs", "1", "--quiet", "--out", tmp_path)
+    code, out, _ = run(capsys, "resume", tmp_path / "fit-1", "--epochs", "2", "--threads", "2")
+    assert code == 0
+    assert "changed: training.epochs was 1, is now 2" in out
+    assert "changed: device.threads was 1, is now 2" in out
+    assert [row["epoch"] for row in open_run(tmp_path / "fit-1").read_metrics()] == [1, 2]
+
+
+def test_resume_refuses_other_data(inside, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_data(tmp_path, 320)
+    run(capsys, *FIT, "--epochs", "1", "--quiet")
+    write_data(tmp_path, 330)
+    code, _, err = run(capsys, "resume", "runs/fit-1", "--epochs", "2")
+    assert code == 3
+    assert "the data changed since the run began (training_images was 320, is 330)" in err
+
+
+def test_resume_of_a_damaged_checkpoint(inside, capsys, tmp_path):
+    run(capsys, *FIT, "--epochs", "1", "--quiet", "--out", tmp_path)
+    last = tmp_path / "fit-1/last.safetensors"
+    last.write_bytes(last.read_bytes()[:1000])
+    code, _, err = run(capsys, "resume", tmp_path / "fit-1", "--epochs", "2")
+    assert code == 3
+    assert "not a whole checkpoint" in err
+    assert "best.safetensors" in err
+
+
+def test_checkpoint_inside_an_epoch(inside, capsys, tmp_path, monkeypatch):
+    from edgetrain.cli import training
+
+    saved = []
+    seconds = itertools.count(time.monotonic())  # every look at the clock takes a second
+    monkeypatch.setattr(training, "save_checkpoint", lambda learner, path: saved.append(learner.position.batch))
+    monkeypatch.setattr(training.time, "monotonic", lambda: next(seconds))
+    code, _, _ = run(capsys, *FIT, "--epochs", "1", "--quiet", "--save-every", "0.25", "--out", tmp_path)
+    assert code == 0
+    assert any(0 < batch < 80 for batch in saved)
+
+
+def test_step_that_is_not_finite_keeps_the_last_good_state(inside, capsys, tmp_path):
+    flags = ["--lr", "10", "--momentum", "0.99", "--schedule", "constant", "--warmup", "0", "--out", tmp_path]
+    code, _, err = run(capsys, *FIT, *flags)
+    assert code == 3
+    assert "loss or gradients are not finite" in err
+    assert f"the state before it is saved in {tmp_path / 'fit-1/last.safetensors'}" in err
+    tensors, table = read_checkpoint(tmp_path / "fit-1/last.safetensors")
+    assert all(np.isfinite(array).all() for array in tensors.values())
+    assert table["state"]["step_count"] == table["position"]["batch"] > 0
+    _, out, _ = run(capsys, "report", tmp_path / "fit-1", "--json")
+    assert json.loads(out)["status"] == "failed"
