@@ -7,17 +7,11 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from onnx import numpy_helper
 
 from edgetrain.errors import ModelError
 from edgetrain.graph import Graph
 from edgetrain.onnx_io import match_parameters, save_onnx
-
-Array = np.ndarray
-
-
-def ones(*shape: int) -> Array:
-    return np.ones(shape, np.float32)
+from tests.onnx_text import net, ones
 
 
 def network(**layers: tuple[int, int]) -> Graph:
@@ -60,9 +54,7 @@ def test_order_is_that_of_the_nodes_not_of_the_initializers(tmp_path: Path) -> N
 
 def test_file_with_operators_that_cannot_be_trained() -> None:
     text = "(float[N,2] x) => (float[N,2] y) { e = Erf(x) c = Constant<value_float = 1.0>() y = MatMul(e, w) }"
-    model = onnx.parser.parse_model(f'<ir_version: 8, opset_import: ["": 17]> net {text}')
-    model.graph.initializer.append(numpy_helper.from_array(3 * ones(2, 2), "w"))
-    arrays, report = match_parameters(network(mine=(2, 2), other=(5, 2)), model)
+    arrays, report = match_parameters(network(mine=(2, 2), other=(5, 2)), net(text, w=3 * ones(2, 2)))
     np.testing.assert_array_equal(arrays["mine"], 3 * ones(2, 2))
     assert report.missing == ("other",)
 

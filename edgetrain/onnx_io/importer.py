@@ -29,6 +29,8 @@ OLDEST_OPSET = 11
 # Primes: a product of sizes is a multiple of the marker only if the batch is in it. Small, because exporters
 # expand constants over the batch.
 _MARKER, _OTHER_MARKER = 97, 89
+# What PyTorch's exporters call every network; the file's name says more.
+_MEANINGLESS_NAMES = ("main_graph", "main", "torch_jit", "torch-jit-export", "onnx")
 
 
 def load_onnx(source: str | PathLike[str] | ModelProto) -> Graph:
@@ -55,6 +57,8 @@ def load_onnx(source: str | PathLike[str] | ModelProto) -> Graph:
     model = _current_opset(_without_functions(read_model(source)))
     opset = _opset(model)
     graph = _build(model, opset, _MARKER)
+    if graph.name in _MEANINGLESS_NAMES and not isinstance(source, type(model)):
+        graph.name = Path(source).stem
     if any(node.op_type in ("Shape", "Size") for node in model.graph.node):
         _check_same(graph, _build(model, opset, _OTHER_MARKER))
     return graph

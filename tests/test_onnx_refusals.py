@@ -1,0 +1,100 @@
+"""What load_onnx does not take: each refusal is one error that names node, operator, opset and reason."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from onnx import TensorProto, helper
+
+from edgetrain.errors import ModelError, UnsupportedError
+from edgetrain.onnx_io import load_onnx
+from tests.onnx_text import net, ones
+
+REFUSED = {
+    "operator": ("(float[N,2] x) => (float[N,2] y) { [gelu] y = Erf(x) }", {},
+                 r"node 'gelu' \(Erf, opset 17\): the operator is not supported; supported: Add, AveragePool"),
+    "domain": ("(float[N,2] x) => (float[N,2] y) { y = com.microsoft.Gelu(x) }", {},
+               r"node 'y' \(com\.microsoft\.Gelu, opset 17\): the operator is not supported"),
+    "type": ("(double[N,2] x) => (double[N,2] y) { y = Relu(x) }", {}, r"input 'x' .* has the type double; .*float32"),
+    "cast": ("(float[N,2] x) => (float16[N,2] y) { y = Cast<to = 10>(x) }", {}, r"'y' \(Cast, opset 17\): converts"),
+    "free size": ("(float[N,3,H,8] x) => (float[N,3,H,8] y) { y = Relu(x) }", {},
+                  r"input 'x' .* shape \(\?, 3, \?, 8\); only dimension 0 may be free"),
+    "no batch": ("(float x) => (float y) { y = Relu(x) }", {}, r"input 'x' .* no dimensions; expected the batch"),
+    "batch sizes": ("(float[2,3] x, float[4,3] z) => (float[N,3] y) { y = Add(x, z) }", {},
+                    r"input 'z' .*: dimension 0 is 4, but 2 in other inputs"),
+    "computed weights": ("(float[N,2] x, float[N,2] w) => (float[N,2] y) { y = MatMul(x, w) }", {},
+                         r"'y' \(MatMul, opset 17\): input 1 \('w'\) must be a constant"),
+    "3-D convolution": ("(float[N,1,4,4,4] x) => (float[N,1,4,4,4] y) { y = Conv(x, w) }", {"w": ones(1, 1, 1, 1, 1)},
+                        r"'y' \(Conv, .*3-D convolution; supported are 1-D and 2-D"),
+    "does not fit": ("(float[N,3,4,4] x) => (float[N,1,2,2] y) { y = Conv(x, w) }", {"w": ones(1, 2, 3, 3)},
+                     r"node 'y' \(Conv, opset 17\): 3 input channels, expected 2"),
+    "mean": ("(float[N,3,4,4] x) => (float[N,4,4] y) { y = ReduceMean<axes = [1], keepdims = 0>(x) }", {},
+             r"'y' \(ReduceMean, .*mean over the axes \[1\] of Nx3x4x4; supported are means over spatial axes"),
+    "pad mode": ("(float[N,1,4,4] x) => (float[N,1,4,6] y) { y = Pad<mode = \"reflect\">(x, p) }",
+                 {"p": np.array([0, 0, 0, 1, 0, 0, 0, 1])}, r"'y' \(Pad, .*mode 'reflect'; supported is 'constant'"),
+    "merged batch": ("(float[N,4,2] x) => (float[M,2] y) { y = Reshape(x, s) }", {"s": np.array([-1, 2])},
+                     r"'y' \(Reshape, .*from Nx4x2 to \[-1, 2\]: the batch dimension must stay first"),
+    "batch size as number": (
+        "(float[N,2] x) => (float[N,2] y) { s = Shape(x) g = Gather(s, i) f = Cast<to = 1>(g) y = Mul(x, f) }",
+        {"i": np.array(0)}, r"the constant 'f' is computed from the batch size"),
+    "softmax inside": ("(float[N,2] x) => (float[N,2] y) { p = Softmax(x) y = MatMul(p, w) }", {"w": ones(2, 2)},
+                       r"'y' \(MatMul, .*comes from a Softmax, which is supported at the end"),
+    "softmax axis": ("(float[N,2,4,4] x) => (float[N,2,4,4] y) { y = Softmax<axis = 1>(x) }", {},
+                     r"'y' \(Softmax, .*over axis 1 of Nx2x4x4"),
+    "pool indices": ("(float[N,1,4,4] x) => (int64[N,1,2,2] i) { y, i = MaxPool<kernel_shape = [2,2]>(x) }", {},
+                     r"output 'i' of node 'y' \(MaxPool\) is not supported"),
+    "transposed data": ("(float[N,2,3] x) => (float[N,3,2] y) { y = Transpose<perm = [0,2,1]>(x) }", {},
+                        r"'y' \(Transpose, .*reorders data"),
+    "division": ("(float[N,2] x) => (float[N,2] y) { y = Div(c, x) }", {"c": ones(1)}, r"'y' \(Div, .*by a value"),
+    "zero": ("(float[N,2] x) => (float[N,2] y) { y = Div(x, c) }", {"c": 0 * ones(1)}, r"'c', which contains zero"),
+    "per sample constant": ("(float[3,2] x) => (float[3,2] y) { y = Add(x, c) }", {"c": ones(3, 2)},
+                            r"'y' \(Add, .*the batch dimension must stay free"),
+    "per sample bias": ("(float[3,2] x) => (float[3,2] y) { y = Gemm(x, w, b) }", {"w": ones(2, 2), "b": ones(3, 2)},
+                        r"'y' \(Gemm, .*'b' has the shape \(3, 2\); expected \(2,\)"),
+    "constant output": ("(float[N,2] x) => (float[2] y) { y = Identity(c) }", {"c": ones(2)},
+                        r"output 'y' does not depend on the input"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_is_not_supported_is_refused_with_one_clear_error(case: str) -> None:
+    text, arrays, message = REFUSED[case]
+    with pytest.raises(UnsupportedError, match=message):
+        load_onnx(net(text, **arrays))
+
+
+def test_opset_newer_than_the_onnx_package() -> None:
+    text = "(float[N,2] x) => (float[N,2] y) { y = Relu(x) }"
+    with pytest.raises(UnsupportedError, match=r"uses opset 999; the installed onnx .* knows 11 to \d+: update onnx"):
+        load_onnx(net(text, opset=999))
+
+
+def test_older_opset_goes_through_the_version_converter() -> None:
+    graph = load_onnx(net("(float[N,2] x) => (float[N,2] y) { y = Clip<min = 0.0, max = 6.0>(x) }", opset=7))
+    assert graph.nodes[0].attributes == {"min": 0.0, "max": 6.0}
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"no protobuf at all", b"\x08\x08" + bytes(40)], ids=["empty", "text", "damaged"]
+)
+def test_what_is_no_onnx_file_is_named(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "bad.onnx").write_bytes(content)
+    with pytest.raises(ModelError, match=r"bad\.onnx' (cannot be read as|is not) an ONNX model"):
+        load_onnx(tmp_path / "bad.onnx")
+
+
+def test_truncated_file(tmp_path: Path) -> None:
+    model = net("(float[N,50] x) => (float[N,50] y) { y = MatMul(x, w) }", w=ones(50, 50))
+    (tmp_path / "cut.onnx").write_bytes(model.SerializeToString()[:-5000])
+    with pytest.raises(ModelError, match=r"cut\.onnx' cannot be read as an ONNX model"):
+        load_onnx(tmp_path / "cut.onnx")
+
+
+def test_value_that_no_node_makes() -> None:
+    node = helper.make_node("Add", ["x", "ghost"], ["y"], name="sum")
+    infos = [helper.make_tensor_value_info(n, TensorProto.FLOAT, ["N", 2]) for n in "xy"]
+    model = helper.make_model(helper.make_graph([node], "g", infos[:1], infos[1:]))
+    with pytest.raises(ModelError, match=r"node 'sum' \(Add\): no node before it makes its input 1 \('ghost'\)"):
+        load_onnx(model)
