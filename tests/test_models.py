@@ -116,7 +116,7 @@ def test_parameter_counts(name, classes, count):
         ("lenet5", (1, 12, 17)),
         ("resnet8", (1, 28, 28)),
         ("resnet14", (3, 7, 9)),
-        ("mobilenet_v1_0.25", (3, 224, 160)),
+        ("mobilenet_v1_0.25", (3, 65, 48)),
         ("mobilenet_v1_0.25", (1, 33, 1)),
         ("ds_cnn", (1, 98, 40)),
         ("cnn1d", (9, 50)),
