@@ -30,7 +30,8 @@ def small_graph() -> Graph:
              for name, value, trainable in (("weight", 1, True), ("bias", 0, True),
                                             ("running_mean", 0, False), ("running_var", 1, False))]  # fmt: skip
     x = graph.add("BatchNormalization", [x, *names], name="norm")
-    x = graph.add("Flatten", [graph.add("Relu", [x])])
+    x = graph.add("Dropout", [graph.add("Relu", [x])], ratio=0.3)
+    x = graph.add("Flatten", [x])
     dense = [graph.parameter("fc.weight", 0.3 * rng.normal(size=(3, 64))), graph.parameter("fc.bias", np.zeros(3))]
     graph.set_outputs([graph.add("Gemm", [x, *dense], name="fc", transB=1)])
     return graph

@@ -154,6 +154,17 @@ def test_folder_of_images(inside, capsys, tmp_path):
     assert "the model was trained on even, odd; use data with the same classes" in err
 
 
+def test_signals(inside, capsys, tmp_path):
+    x = np.random.default_rng(0).normal(size=(60, 3, 64)).astype(np.float32)
+    np.savez(tmp_path / "signals.npz", x=x, y=np.arange(60) % 4)
+    flags = ["--model", "cnn1d", "--data", tmp_path / "signals.npz", "--epochs", "1", "-q", "--out", tmp_path]
+    assert run(capsys, "fit", *flags)[0] == 0
+    for source in ("fit-1", "fit-1/model.onnx"):
+        code, out, _ = run(capsys, "evaluate", tmp_path / source, "--data", tmp_path / "signals.npz", "--json")
+        assert code == 0
+        assert json.loads(out)["images"] == 60
+
+
 def test_model_of_another_shape_starts_nothing(inside, capsys, tmp_path):
     np.savez(tmp_path / "big.npz", x=np.zeros((20, 32, 32), np.uint8), y=np.arange(20) % 10)
     flags = ["--model", "runs/fit-1/model.onnx", "--data", tmp_path / "big.npz", "--out", tmp_path / "runs"]

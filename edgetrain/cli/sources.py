@@ -69,21 +69,16 @@ def make_graph(config: Config, data: Dataset) -> Graph:
     name = config.model.name
     if name.lower().endswith(".onnx"):
         return build_model(name)
-    return build_model(name, data.input_shape, data.num_classes, config.training.seed)
+    channels, height, width = data.input_shape
+    shape = (channels, width) if height == 1 else data.input_shape  # builders take signals without a height
+    return build_model(name, shape, data.num_classes, config.training.seed)
 
 
 def make_optimizer(config: Config) -> Any:
     """Return the optimizer and schedule that the settings describe."""
-    from edgetrain.optim import SGD, Adam, AdamW, Schedule
+    from edgetrain.optim import from_recipe
 
-    t = config.training
-    common: dict[str, Any] = {
-        "lr": t.lr, "weight_decay": t.weight_decay, "decay_bias_and_norm": t.decay_bias_and_norm,
-        "clip_norm": t.clip_norm, "schedule": Schedule(kind=t.schedule, warmup=t.warmup_fraction),
-    }  # fmt: skip
-    if t.optimizer == "sgd":
-        return SGD(momentum=t.momentum, nesterov=t.nesterov, **common)
-    return (Adam if t.optimizer == "adam" else AdamW)(**common)
+    return from_recipe(config.training)
 
 
 def make_learner(config: Config, graph: Graph, profile: DeviceProfile) -> Learner:
