@@ -7,6 +7,7 @@ what the forward pass must keep; nothing else is saved.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -104,7 +105,8 @@ def training_graph(graph: Graph, loss: str = "cross_entropy", label_smoothing: f
 
 def _forward(graph: Graph) -> Graph:
     """Copy a network, with the training forms of its operators."""
-    train = graph.copy()
+    train = copy.copy(graph)  # the arrays stay shared: a second copy would count in no memory plan
+    train.inputs, train.arrays, train.trainable = list(graph.inputs), dict(graph.arrays), set(graph.trainable)
     train.nodes, train.values = [], {n: v for n, v in graph.values.items() if graph.producer(n) is None}
     for number, node in enumerate(graph.nodes):
         op_type = _TRAINING.get(node.op_type, node.op_type)

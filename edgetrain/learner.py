@@ -154,6 +154,8 @@ class Learner:
         self._optimizer = optimizer or SGD(lr=0.05, momentum=0.9)
         self.position, self.history, self.step_count = Position(), History(), 0
         self._parameters = Parameters(self.graph, self._optimizer)
+        # The graph's arrays are the trained ones, not a second copy.
+        self.graph.arrays = {name: self._parameters.view(name) for name in self._parameters.names()}
         self._arena, self._lock = Arena(), threading.RLock()
         self._training: TrainingGraph | None = None
         self._executors: dict[tuple[bool, int], Executor] = {}

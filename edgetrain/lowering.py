@@ -43,7 +43,7 @@ class Lowering:
         self.plan = Plan(graph, lanes, blocks)
         self.lanes, self.blocks = lanes, blocks
         self._nodes, self._parameters, self._keep = nodes, parameters, keep
-        sharing = share_memory(nodes, keep, graph.inputs)
+        sharing = share_memory(nodes, keep)
         self.plan.root = sharing.root
         for name, value in graph.values.items():
             if name in sharing.root and value.batched and name != LABELS:

@@ -65,7 +65,7 @@ class Sharing:
     border: dict[str, Border]
 
 
-def share_memory(nodes: Sequence[Node], keep: set[str], inputs: Sequence[str]) -> Sharing:
+def share_memory(nodes: Sequence[Node], keep: set[str]) -> Sharing:
     """Decide which outputs take over an input's memory, and how wide every value's border is.
 
     An output takes over the memory of the input that its operator names if nobody
