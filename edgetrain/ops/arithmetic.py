@@ -142,7 +142,8 @@ class SumTo(Op):
         """See ``kernels.reference.sum_to``."""
         like: Value = node.get("like")
         batch = inputs[0].shape[0] if like.batched else 1
-        return (reference.sum_to(inputs[0], (batch, *self.target(node))).reshape(*[batch] * like.batched, *like.shape),)
+        total = reference.sum_to(inputs[0], (batch, *self.target(node)))
+        return (total.reshape((*[batch] * like.batched, *like.shape)),)
 
     def lower(self, node: Node, low: Lowering) -> None:
         """One pass."""
