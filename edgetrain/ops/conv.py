@@ -330,8 +330,8 @@ class ProductWeightGrad(ProductGrad):
         """See ``kernels.reference.conv_weight_gradient``."""
         g, (x, grad_out) = self.product(node), inputs
         grad = reference.conv_weight_gradient(as_maps(x), as_maps(grad_out), g)
-        transposed = len(node.y.shape) == 2 and g.weight_out == 4
-        return (grad.reshape(g.channels_out, g.inputs).T if transposed else grad.reshape(node.y.shape),)
+        inputs_first = node.get("forward") != "Conv" and not node.get("transB", 0)
+        return (grad.reshape(g.channels_out, g.inputs).T if inputs_first else grad.reshape(node.y.shape),)
 
     def borders(self, node: Node) -> Sequence[Border]:
         """The padding that windows touch."""
