@@ -52,10 +52,12 @@ class Binary(Op):
     function: np.ufunc
 
     def infer(self, node: Node) -> Sequence[tuple[Shape, bool]]:
-        """The broadcast shape."""
+        """The broadcast shape; two parameters must have equal shapes."""
         a, b = node.x, node.input(1)
         if not a.batched and not b.batched:
-            return [(np.broadcast_shapes(a.shape, b.shape), False)]
+            if a.shape != b.shape:
+                raise GraphError(f"{describe(node)}: two parameters must have equal shapes; broadcast one beforehand")
+            return [(a.shape, False)]
         rank = max(len(v.shape) for v in (a, b) if v.batched)
         try:
             shape = np.broadcast_shapes(padded_shape(a, node, rank), padded_shape(b, node, rank))
@@ -73,7 +75,7 @@ class Binary(Op):
 
     def back(self, tape: Tape, grad: str | None, operand: Value, node: Node) -> str | None:
         """Return the gradient of an operand: sum ``grad`` over the axes the operand was broadcast along."""
-        if operand.batched and operand.shape == node.y.shape:
+        if (operand.shape, operand.batched) == (node.y.shape, node.y.batched):
             return grad
         return tape.add("SumTo", [grad], like=operand)
 
