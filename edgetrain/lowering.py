@@ -272,13 +272,20 @@ class Lowering:
         )  # fmt: skip
 
     def _binary_parameters(self, node: Node, code: int) -> None:
-        """Add or multiply two arrays of parameters of equal shape, as rows of vectors (buffers end on whole lines)."""
+        """Add or multiply two arrays of parameters of equal shape: whole vectors, then the rest one by one.
+
+        What follows an array of gradients in its buffer must stay 0: the gradient norm reads it.
+        """
         a, b, y = self.address(node.x), self.address(node.input(1)), self.address(node.y)
-        self.emit(
-            "binary", (self.lanes, code), 1, a=a, b=b, y=y, channels=1, rows=1, vectors=-(-node.y.size // self.lanes),
-            a_block=0, a_channel=0, a_row=0, a_pixel=4 * self.lanes, b_block=0, b_channel=0, b_row=0,
-            b_pixel=4 * self.lanes, y_block=0, y_channel=0, y_row=0,
-        )  # fmt: skip
+        whole = node.y.size // self.lanes * self.lanes
+        for lanes, first, last in ((self.lanes, 0, whole), (1, whole, node.y.size)):
+            if first == last:
+                continue
+            self.emit(
+                "binary", (lanes, code), 1, a=a + 4 * first, b=b + 4 * first, y=y + 4 * first, channels=1, rows=1,
+                vectors=(last - first) // lanes, a_block=0, a_channel=0, a_row=0, a_pixel=4 * lanes, b_block=0,
+                b_channel=0, b_row=0, b_pixel=4 * lanes, y_block=0, y_channel=0, y_row=0,
+            )  # fmt: skip
 
     def _operand(self, value: Value, y: Layout, rank: int) -> tuple[Ref, tuple[int, int, int, int]]:
         """Return an operand's address and its strides (block, channel, row, pixel), 0 where it is repeated."""
