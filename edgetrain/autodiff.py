@@ -16,7 +16,8 @@ from edgetrain.errors import GraphError
 from edgetrain.graph import Graph, Node, Value
 from edgetrain.ops import get_op
 
-LABELS, TARGET = "labels", "target"
+# Names that no exporter gives to a value of its own.
+LABELS, TARGET = "edgetrain.labels", "edgetrain.target"
 # Operators that behave differently while training.
 _TRAINING = {"BatchNormalization": "BatchNormalizationTraining", "Dropout": "DropoutTraining"}
 
@@ -91,10 +92,10 @@ def training_graph(graph: Graph, loss: str = "cross_entropy", label_smoothing: f
     train = _forward(graph)
     if loss == "cross_entropy":
         train.add_value(Value(LABELS, ()))
-        train.add("SoftmaxCrossEntropyLoss", [graph.outputs[0], LABELS], name="loss", label_smoothing=label_smoothing)
+        train.add("SoftmaxCrossEntropyLoss", [graph.outputs[0], LABELS], name="edgetrain.loss", label_smoothing=label_smoothing)
     elif loss == "mse":
         train.add_input(TARGET, graph.output_shape)
-        train.add("MeanSquaredErrorLoss", [graph.outputs[0], TARGET], name="loss")
+        train.add("MeanSquaredErrorLoss", [graph.outputs[0], TARGET], name="edgetrain.loss")
     else:
         raise GraphError(f"loss '{loss}' is unknown; expected 'cross_entropy' or 'mse'")
     *_, losses, correct = (value.name for value in train.nodes[-1].outputs)
@@ -123,10 +124,10 @@ def _backward(train: Graph) -> dict[str, str]:
     """Append the reverse pass; return the gradient of every trainable array."""
     tape = Tape(train)
     grads: dict[str, str] = {}
-    for node in list(reversed(train.nodes)):
+    forward = list(train.nodes)
+    for node in reversed(forward):
         grad_out = [grads.get(value.name) for value in node.outputs]
-        is_loss = node.name == "loss"
-        if not is_loss and not any(grad_out):
+        if node is not forward[-1] and not any(grad_out):
             continue
         if not any(value is not None and tape.needs(value) for value in node.inputs):
             continue

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from edgetrain.arrays import batch_of, labels_of
-from edgetrain.autodiff import LABELS, TARGET, TrainingGraph, training_graph
+from edgetrain.autodiff import TARGET, TrainingGraph, training_graph
 from edgetrain.checkpoint import load_checkpoint, save_checkpoint
 from edgetrain.devices import DeviceProfile, detect_host, load_profile
 from edgetrain.errors import CheckpointError, DataError, MemoryBudgetError, NumericalError, UsageError
@@ -464,7 +464,7 @@ class Learner:
             _length(arrays)
         executor = self._executor(True, self._blocks(count))
         if self.loss == "cross_entropy":
-            executor.plan.fixed[LABELS][:count] = labels_of(y, count, self.graph.output_shape[0])
+            executor.plan.fixed["labels"][:count] = labels_of(y, count, self.graph.output_shape[0])
         self._set_counters(executor, count)
         return executor, {f"source:{name}": array for name, array in arrays.items()}, count
 
@@ -513,7 +513,7 @@ class Learner:
         """
         graph, where = executor.plan.graph, "the gradient norm"
         for position in executor.step_through():
-            values = [v for v in graph.nodes[position].outputs if v.batched or v.name in executor.plan.offsets]
+            values = [v for v in graph.nodes[position].outputs if executor.plan.buffer(v.name) in executor.plan.offsets]
             if any(not np.isfinite(executor.value(v, executor.plan.capacity)).all() for v in values):
                 where = f"node '{graph.nodes[position].name}' ({graph.nodes[position].op_type})"
                 break

@@ -68,7 +68,7 @@ class Lowering:
     def finish(self) -> Plan:
         """Place the buffers and return the plan."""
         for name in self._keep:
-            buffer = self.plan.root.get(name, name)
+            buffer = self.plan.buffer(name)
             if buffer in self._lifetimes:
                 self._lifetimes[buffer] = (self._lifetimes[buffer][0], len(self._nodes))
         self.plan.settle(self._lifetimes)
@@ -84,23 +84,23 @@ class Lowering:
         """Return where a value's first pixel inside the border (or first number) will be."""
         if not value.batched:
             known = self._parameters.find(value.name)
-            return Ref(*known) if known else Ref(value.name)
-        return Ref(self.plan.root[value.name], self.layout(value).origin)
+            return Ref(*known) if known else Ref(self.plan.buffer(value.name))
+        return Ref(self.plan.buffer(value.name), self.layout(value).origin)
 
     def same_memory(self, a: Value, b: Value) -> bool:
         """Whether two values share memory."""
-        return self.plan.root.get(a.name, a.name) == self.plan.root.get(b.name, b.name)
+        return self.plan.buffer(a.name) == self.plan.buffer(b.name)
 
     def _touch(self, value: Value | None) -> None:
         """Keep a value's memory until the current node."""
         if value is not None:
-            buffer = self.plan.root.get(value.name, value.name)
+            buffer = self.plan.buffer(value.name)
             if buffer in self._lifetimes:
                 self._lifetimes[buffer] = (self._lifetimes[buffer][0], self._position)
 
     def _start(self, value: Value) -> None:
         """Begin a value's memory at the current node, its border zero, unless it took over another's."""
-        buffer = self.plan.root.get(value.name, value.name)
+        buffer = self.plan.buffer(value.name)
         if buffer in self._lifetimes:
             self._lifetimes[buffer] = (self._lifetimes[buffer][0], self._position)
         elif not value.batched:

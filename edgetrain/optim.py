@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -237,3 +237,55 @@ class AdamW(Adam):
 
 
 OPTIMIZERS: dict[str, type[Optimizer]] = {"sgd": SGD, "adam": Adam, "adamw": AdamW}
+
+
+class RecipeLike(Protocol):
+    """What a recipe says about the optimizer; see ``devices.Recipe``."""
+
+    @property
+    def optimizer(self) -> str:
+        """``sgd``, ``adam`` or ``adamw``."""
+
+    @property
+    def lr(self) -> float:
+        """Peak learning rate."""
+
+    @property
+    def momentum(self) -> float:
+        """Of SGD."""
+
+    @property
+    def nesterov(self) -> bool:
+        """Of SGD."""
+
+    @property
+    def weight_decay(self) -> float:
+        """As in ``Optimizer``."""
+
+    @property
+    def decay_bias_and_norm(self) -> bool:
+        """As in ``Optimizer``."""
+
+    @property
+    def clip_norm(self) -> float | None:
+        """As in ``Optimizer``."""
+
+    @property
+    def schedule(self) -> str:
+        """A kind of ``Schedule``."""
+
+    @property
+    def warmup_fraction(self) -> float:
+        """``Schedule.warmup``."""
+
+
+def from_recipe(recipe: RecipeLike) -> Optimizer:
+    """Return the optimizer that a device profile's recipe describes; ``fit`` fills in the schedule's length.
+
+    Raises:
+        UsageError: unknown optimizer or schedule.
+    """
+    shared = {name: getattr(recipe, name) for name in ("lr", "weight_decay", "decay_bias_and_norm", "clip_norm")}
+    own = {name: getattr(recipe, name) for name in ("momentum", "nesterov")} if recipe.optimizer == "sgd" else {}
+    schedule = asdict(Schedule(recipe.schedule, recipe.warmup_fraction))
+    return Optimizer.from_dict({"name": recipe.optimizer, "schedule": schedule, **shared, **own})

@@ -147,6 +147,10 @@ class Plan:
     lifetimes: dict[str, tuple[int, int]] = field(default_factory=dict)
     arena_bytes: int = 0
 
+    def buffer(self, value: str) -> str:
+        """Return the buffer of a value; the prefix keeps users' names apart from the fixed buffers'."""
+        return f"value:{self.root.get(value, value)}"
+
     @property
     def capacity(self) -> int:
         """Largest number of samples."""
