@@ -127,8 +127,8 @@ def verify(
 
     Compared are the output in inference mode, the loss, every gradient of the first
     batch, and after ``steps`` optimizer steps every parameter and running average. Inputs
-    are drawn from the standard normal distribution (after the graph's own normalisation),
-    targets at random. Dropout has random masks, so it is taken as off on both sides; the
+    are noise with a random level and contrast per sample and channel (after the graph's own
+    normalisation), targets random. Dropout has random masks, so it is taken as off on both sides; the
     report says so.
 
     Args:
@@ -232,7 +232,9 @@ def _bias_before(graph: Graph, node: Node) -> str | None:
 def _draw_batch(graph: Graph, settings: _Settings, step: int, number: int) -> tuple[Array, Array]:
     rng = np.random.default_rng((settings.seed, step, number))
     shape, count = graph.input_shape, settings.batch_size
-    x = rng.standard_normal((count, *shape), np.float32)
+    each = (count, shape[0], *[1] * (len(shape) - 1))  # white noise alone has the same mean in every sample
+    level, contrast = rng.standard_normal(each, np.float32), rng.uniform(0.5, 1.5, each).astype(np.float32)
+    x = level + contrast * rng.standard_normal((count, *shape), np.float32)
     if (normal := graph.normalization) is not None:
         per_channel = (-1, *[1] * (len(shape) - 1))
         x = x * normal.std.reshape(per_channel) + normal.mean.reshape(per_channel)
