@@ -305,6 +305,11 @@ class Lowering:
         wide = [0 if n == 1 else s * self.lanes for n, s in zip(sizes, dense, strict=True)]
         return target, (0, wide[0], wide[1], wide[2])
 
+    def copy_parameter(self, x: Value, y: Value) -> None:
+        """Emit a copy of a value that is not batched."""
+        self.emit("expand", (1,), 1, x=self.address(x), y=self.address(y), rows=1, columns=x.size, x_channel=0, x_row=0,
+                  x_pixel=4)  # fmt: skip
+
     def sum_to(self, x: Value, y: Value, target: tuple[int, ...]) -> None:
         """Emit the sum of ``x`` down to per-sample sizes ``target``, and over the batch for a parameter."""
         source, sizes = self.layout(x), map_sizes(target)

@@ -75,7 +75,7 @@ class Binary(Op):
 
     def back(self, tape: Tape, grad: str | None, operand: Value, node: Node) -> str | None:
         """Return the gradient of an operand: sum ``grad`` over the axes the operand was broadcast along."""
-        if (operand.shape, operand.batched) == (node.y.shape, node.y.batched):
+        if operand.batched and operand.shape == node.y.shape:
             return grad
         return tape.add("SumTo", [grad], like=operand)
 
@@ -141,12 +141,16 @@ class SumTo(Op):
         return padded_shape(like, Node("SumTo", node.name, (node.x,), ()), rank)
 
     def reference(self, node: Node, *inputs: Array) -> tuple[Array, ...]:
-        """See ``kernels.reference.sum_to``."""
+        """See ``kernels.reference.sum_to``; of a parameter's gradient a copy, so that every parameter has its own."""
         like: Value = node.get("like")
+        if not node.x.batched:
+            return (inputs[0].copy(),)
         batch = inputs[0].shape[0] if like.batched else 1
         total = reference.sum_to(inputs[0], (batch, *self.target(node)))
         return (total.reshape((*[batch] * like.batched, *like.shape)),)
 
     def lower(self, node: Node, low: Lowering) -> None:
         """One pass."""
-        low.sum_to(node.x, node.y, self.target(node))
+        if not node.x.batched:
+            return low.copy_parameter(node.x, node.y)
+        return low.sum_to(node.x, node.y, self.target(node))
