@@ -52,7 +52,8 @@ def batch_norm(lanes: int) -> Body:
                         part = fma(away, away, part)
                     total += sum_lanes(part * alive)
             spread = total / count
-            inverse = 1.0 / math.sqrt(spread + epsilon)
+            # An overflow would give 1 / inf = 0: a finite loss, and running statistics that are lost for good.
+            inverse = 1.0 / math.sqrt(spread + epsilon) if spread < math.inf else math.nan
             store_f32(mean + 4 * channel, centre)
             store_f32(variance + 4 * channel, spread)
             store_f32(inverse_std + 4 * channel, inverse)
