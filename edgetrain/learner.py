@@ -39,6 +39,9 @@ from edgetrain.plan import Plan, Ref
 if TYPE_CHECKING:
     from edgetrain.onnx_io import MatchReport
 
+# Plans kept for other batch sizes: full and last batch, training and prediction, and some for a stream.
+_KEPT_PLANS = 8
+
 Inputs = ArrayLike | Mapping[str, ArrayLike]
 Arrays = dict[str, NDArray[np.float32]]
 
@@ -174,8 +177,9 @@ class Learner:
         wanted = min(self.profile.threads, available) if threads is None else threads
         if not isinstance(wanted, int) or not 1 <= wanted <= max(64, available):
             raise UsageError(f"threads={threads!r}, expected 1 to {available}, the processors of this machine")
-        self._team = Team(wanted)
-        self._executors.clear()
+        with self._lock:
+            self._team = Team(wanted)
+            self._executors.clear()
 
     @property
     def optimizer(self) -> Optimizer:
@@ -281,6 +285,7 @@ class Learner:
         logits = self.logits(x)
         if self.loss == "mse":
             target = batch_of(y, self.graph.output_shape, "y")
+            _length({"x": logits, "y": target})
             return {"loss": float(np.mean((logits.astype(np.float64) - target) ** 2)), "accuracy": math.nan}
         labels = labels_of(y, len(logits), self.graph.output_shape[0])
         chosen = _log_softmax(logits)[np.arange(len(labels)), labels]
@@ -294,7 +299,8 @@ class Learner:
 
     def parameters(self) -> Arrays:
         """Return copies of all arrays (running averages included) by ONNX initializer name, in ONNX layout."""
-        return {name: self._parameters.view(name).copy() for name in self._parameters.names()}
+        with self._lock:  # never the middle of a step of another thread
+            return {name: self._parameters.view(name).copy() for name in self._parameters.names()}
 
     def load_parameters(self, source: str | os.PathLike[str] | Mapping[str, ArrayLike]) -> MatchReport:
         """Take initial values from arrays by name, or from an ONNX file; return what matched.
@@ -314,11 +320,12 @@ class Learner:
 
     def state(self) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
         """Return (tensors, plain data): everything that training changes, for ``restore``."""
-        tensors: dict[str, NDArray[Any]] = {f"weights/{n}": a for n, a in self.parameters().items()}
-        if self.step_count:
-            for moment in self._optimizer.moments:
-                tensors |= {f"{moment}/{n}": self._parameters.view(n, moment).copy() for n in self._trained()}
-        return tensors, {"step_count": self.step_count}
+        with self._lock:
+            tensors: dict[str, NDArray[Any]] = {f"weights/{n}": a for n, a in self.parameters().items()}
+            if self.step_count:
+                for moment in self._optimizer.moments:
+                    tensors |= {f"{moment}/{n}": self._parameters.view(n, moment).copy() for n in self._trained()}
+            return tensors, {"step_count": self.step_count}
 
     def restore(self, tensors: Mapping[str, NDArray[Any]], meta: Mapping[str, Any]) -> None:
         """Take the state that ``state`` returned.
@@ -326,17 +333,23 @@ class Learner:
         Raises:
             CheckpointError: it belongs to another network or optimizer.
         """
-        wanted = {f"weights/{name}" for name in self._parameters.names()}
+        parameters = self._parameters
+        wanted = {f"weights/{name}": parameters.shape(name) for name in parameters.names()}
         if meta["step_count"]:
-            wanted |= {f"{moment}/{n}" for moment in self._optimizer.moments for n in self._trained()}
-            self._train()
-        if wanted != set(tensors):
-            odd = sorted(wanted ^ set(tensors))
-            raise CheckpointError(f"the state belongs to another network or optimizer: {odd[:3]} missing or unknown")
+            moments = [(m, n) for m in self._optimizer.moments for n in self._trained()]
+            wanted |= {f"{moment}/{name}": parameters.shape(name) for moment, name in moments}
+        given = {key: np.shape(array) for key, array in tensors.items()}
+        if given != wanted:
+            odd = sorted(key for key in wanted.keys() | given.keys() if wanted.get(key) != given.get(key))
+            reason = "missing, unknown or of another shape"
+            raise CheckpointError(f"the state belongs to another network or optimizer: {odd[:3]} {reason}")
         with self._lock:
+            if meta["step_count"]:
+                self._train()
+            parameters.forget()
             for key, array in tensors.items():
                 buffer, name = key.split("/", 1)
-                self._parameters.view(name, buffer)[...] = array
+                parameters.view(name, buffer)[...] = array
             self.step_count = int(meta["step_count"])
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -369,7 +382,8 @@ class Learner:
 
     def training_plan(self, batch_size: int | None = None) -> Plan:
         """Return the plan of a training step: its rows, layouts and offsets, to look at."""
-        return self._executor(True, self._blocks(batch_size or self.batch_size)).plan
+        with self._lock:
+            return self._executor(True, self._blocks(batch_size or self.batch_size)).plan
 
     def _memory(self, plan: Plan) -> MemoryPlan:
         buffers = self._parameters.buffers
@@ -391,11 +405,15 @@ class Learner:
 
     def _executor(self, training: bool, blocks: int) -> Executor:
         key = (training, blocks)
-        if key not in self._executors:
+        executor = self._executors.pop(key, None)
+        if executor is None:
             plan = self._plan(training, blocks)
             self._check_budget(plan)
-            self._executors[key] = Executor(plan, self._arena, self._team)
-        return self._executors[key]
+            executor = Executor(plan, self._arena, self._team)
+            while len(self._executors) >= _KEPT_PLANS:
+                del self._executors[next(iter(self._executors))]
+        self._executors[key] = executor  # the one used last stands last
+        return executor
 
     def _plan(self, training: bool, blocks: int) -> Plan:
         """Lower the training graph, or the network for inference, for so many blocks of samples."""
@@ -461,10 +479,12 @@ class Learner:
         count = _length(arrays)
         if self.loss == "mse":
             arrays[TARGET] = batch_of(y, self.graph.output_shape, "y")
-            _length(arrays)
-        executor = self._executor(True, self._blocks(count))
-        if self.loss == "cross_entropy":
-            executor.plan.fixed["labels"][:count] = labels_of(y, count, self.graph.output_shape[0])
+            _length({"x": arrays[self.graph.inputs[0]], "y": arrays[TARGET]})
+            executor = self._executor(True, self._blocks(count))
+        else:
+            labels = labels_of(y, count, self.graph.output_shape[0])  # before a plan is made for a bad batch
+            executor = self._executor(True, self._blocks(count))
+            executor.plan.fixed["labels"][:count] = labels
         self._set_counters(executor, count)
         return executor, {f"source:{name}": array for name, array in arrays.items()}, count
 
@@ -511,10 +531,10 @@ class Learner:
         Raises:
             NumericalError: always.
         """
-        graph, where = executor.plan.graph, "the gradient norm"
+        graph, where, count = executor.plan.graph, "the gradient norm", int(self._parameters.buffers["state"][0])
         for position in executor.step_through():
             values = [v for v in graph.nodes[position].outputs if executor.plan.buffer(v.name) in executor.plan.offsets]
-            if any(not np.isfinite(executor.value(v, executor.plan.capacity)).all() for v in values):
+            if any(not np.isfinite(executor.value(v, count)).all() for v in values):
                 where = f"node '{graph.nodes[position].name}' ({graph.nodes[position].op_type})"
                 break
         raise NumericalError(

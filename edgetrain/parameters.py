@@ -32,6 +32,7 @@ class Parameters:
         self._shapes = {name: graph.arrays[name].shape for name in graph.arrays}
         self._starts: dict[str, int] = {}
         self._gradients: dict[str, str] = {}
+        self._moments: tuple[str, ...] = ()
         place, ends = 0, [0, 0, 0]
         for name in names:
             self._starts[name] = place
@@ -57,9 +58,15 @@ class Parameters:
     def start_training(self, gradients: Mapping[str, str], optimizer: Optimizer) -> None:
         """Make the buffers that only training needs; ``gradients``: the gradient value of every trainable array."""
         self._gradients = {value: name for name, value in gradients.items()}
-        for buffer in ("gradients", *optimizer.moments):
+        self._moments = optimizer.moments
+        for buffer in ("gradients", *self._moments):
             if buffer not in self.buffers:
                 self.buffers[buffer] = aligned(self.trained + _LINE)
+
+    def forget(self) -> None:
+        """Set the optimizer's moments to zero, as they are before the first step."""
+        for name in self._moments:
+            self.buffers[name][:] = 0
 
     def find(self, value: str) -> tuple[str, int] | None:
         """Return (buffer, byte offset) of an array or of an array's gradient, or ``None``."""
