@@ -15,7 +15,7 @@ from edgetrain.errors import UsageError
 KINDS = ("constant", "step", "cosine", "one_cycle")
 # Places in the settings array; the same order as in kernels/update.py (a test compares them).
 (LR, WEIGHT_DECAY, MOMENTUM, NESTEROV, BETA1, BETA2, EPSILON, ADAM_LR, ADAM_CORRECTION, DECOUPLED, CLIP_NORM,
- GRADIENT_SCALE, SETTINGS) = range(13)  # fmt: skip
+ GRADIENT_SCALE, REST1, REST2, SETTINGS) = range(15)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,9 @@ class Schedule:
         total_steps: length of training in steps; ``None`` lets ``fit`` fill it in.
         final: factor at the end.
         milestones, gamma: of ``step``.
+
+    Raises:
+        UsageError: unknown kind, or a number out of range.
 
     Example:
         >>> schedule = Schedule("cosine", total_steps=100)
@@ -50,6 +53,10 @@ class Schedule:
             raise UsageError(f"schedule '{self.kind}' is unknown; expected one of {', '.join(KINDS)}")
         if not 0 <= self.warmup < 1:
             raise UsageError(f"schedule: warmup={self.warmup}, expected a share of training, at least 0 and below 1")
+        if self.total_steps is not None and not (isinstance(self.total_steps, int) and self.total_steps >= 1):
+            raise UsageError(f"schedule: total_steps={self.total_steps!r}, expected an integer of at least 1, or None")
+        if not (self.final >= 0 and self.gamma >= 0):
+            raise UsageError(f"schedule: final={self.final}, gamma={self.gamma}, expected numbers of at least 0")
         object.__setattr__(self, "milestones", tuple(self.milestones))
 
     def factor(self, step: int) -> float:
@@ -64,7 +71,7 @@ class Schedule:
             raise UsageError(f"schedule '{self.kind}' needs total_steps; give it, or train with fit")
         done = min(1.0, step / max(1, self.total_steps))
         if self.kind == "one_cycle":
-            return self._one_cycle(done)
+            return self._one_cycle(step)
         if done < self.warmup:
             return (step + 1) / (self.warmup * self.total_steps + 1)
         return self._after_warmup(done)
@@ -76,9 +83,13 @@ class Schedule:
             return _cosine(1.0, self.final, (done - self.warmup) / (1 - self.warmup))
         return 1.0
 
-    def _one_cycle(self, done: float) -> float:
-        rise = self.warmup or 0.3
-        return _cosine(0.04, 1.0, done / rise) if done < rise else _cosine(1.0, self.final, (done - rise) / (1 - rise))
+    def _one_cycle(self, step: int) -> float:
+        assert self.total_steps is not None
+        last = self.total_steps - 1
+        top = min(max(0.0, (self.warmup or 0.3) * self.total_steps - 1), last)
+        if step < top:
+            return _cosine(0.04, 1.0, step / top)
+        return _cosine(1.0, self.final, min(1.0, (step - top) / (last - top)) if last > top else 0.0)
 
 
 def _cosine(start: float, end: float, share: float) -> float:
@@ -116,6 +127,8 @@ class Optimizer:
                 raise UsageError(f"{self.name}: {key}={value!r}, expected a number from {low} to below {high}")
         if self.clip_norm is not None and not self.clip_norm > 0:
             raise UsageError(f"{self.name}: clip_norm={self.clip_norm}, expected a number above 0, or None")
+        if self.schedule is not None and not isinstance(self.schedule, Schedule):
+            raise UsageError(f"{self.name}: schedule={self.schedule!r}, expected a Schedule, or None")
 
     def _ranges(self) -> tuple[tuple[str, float, float], ...]:
         return ()
@@ -163,6 +176,9 @@ class Optimizer:
         if unknown:
             raise UsageError(f"optimizer {kind.name}: unknown settings {sorted(unknown)}")
         if isinstance(settings.get("schedule"), Mapping):
+            odd = set(settings["schedule"]) - {f.name for f in fields(Schedule)}
+            if odd:
+                raise UsageError(f"schedule of {kind.name}: unknown settings {sorted(odd)}")
             settings["schedule"] = Schedule(**settings["schedule"])
         return kind(**settings)
 
@@ -181,6 +197,11 @@ class SGD(Optimizer):
 
     kernel: ClassVar[str] = "sgd"
     name: ClassVar[str] = "sgd"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.nesterov and not self.momentum:
+            raise UsageError("sgd: nesterov needs a momentum above 0; give momentum=0.9 or leave nesterov out")
 
     def _ranges(self) -> tuple[tuple[str, float, float], ...]:
         return (("momentum", 0.0, 1.0),)
@@ -221,6 +242,7 @@ class Adam(Optimizer):
         """Write rates corrected for the moments' start at zero."""
         self._fill_shared(settings, step)
         settings[BETA1], settings[BETA2], settings[EPSILON] = self.beta1, self.beta2, self.epsilon
+        settings[REST1], settings[REST2] = 1 - self.beta1, 1 - self.beta2
         settings[ADAM_LR] = self.lr_at(step) / (1 - self.beta1 ** (step + 1))
         settings[ADAM_CORRECTION] = 1 / math.sqrt(1 - self.beta2 ** (step + 1))
         settings[DECOUPLED] = self.decoupled
