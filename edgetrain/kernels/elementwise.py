@@ -27,7 +27,6 @@ from edgetrain.kernels.simd import (
     maximum,
     minimum,
     power_of_two,
-    select_ge,
     select_gt,
     store,
     store_f32,
@@ -152,7 +151,7 @@ def unary_gradient(lanes: int, function: int) -> Body:
                     elif function == HARD_SWISH:
                         gate = fma(v, a, b)
                         inner = g * fma(v, a, gate)
-                        g = select_gt(gate, zero, select_ge(one, gate, inner, g), zero)
+                        g = select_gt(gate, zero, select_gt(one, gate, inner, g), zero)
                     else:
                         g = g * a
                     store(target + i * step, g)

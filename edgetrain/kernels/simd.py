@@ -224,7 +224,6 @@ def _comparison(predicate: str) -> Callable[..., Any]:
 
 
 select_gt = _comparison(">")
-select_ge = _comparison(">=")
 select_eq = _comparison("==")
 
 

@@ -225,9 +225,9 @@ class HardSwish(Activation):
         return x * np.clip(a * x + b, 0, 1)
 
     def slope(self, saved: Array, a: float, b: float) -> Array:
-        """``2 a x + b`` on the ramp, then 1."""
+        """``2 a x + b`` on the ramp, then 1; at the kinks as in PyTorch."""
         gate = a * saved + b
-        return np.where(gate <= 0, 0, np.where(gate > 1, 1, gate + a * saved))
+        return np.where(gate <= 0, 0, np.where(gate >= 1, 1, gate + a * saved))
 
 
 @register
