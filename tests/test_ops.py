@@ -6,9 +6,12 @@ import numpy as np
 import pytest
 
 from edgetrain import reference
+from edgetrain.autodiff import TARGET, training_graph
 from edgetrain.graph import Graph, Node
 from edgetrain.learner import Learner
+from edgetrain.lowering import Lowering
 from edgetrain.ops import get_op, known_ops
+from edgetrain.plan import Ref
 from tests.engine import assert_all_close, assert_close, assert_same, learner, poison, wide_host
 from tests.op_cases import CASES, Case
 
@@ -114,9 +117,26 @@ def test_results_do_not_depend_on_threads(case, threads):
     assert_same({"output": together.logits(x)}, {"output": alone.logits(x)})
 
 
-def _operators(graph: Graph, training: bool, loss: str) -> set[str]:
-    from edgetrain.autodiff import training_graph
+@every_case
+def test_lanes_without_a_sample_do_not_matter(case, monkeypatch):
+    x, y = case.batch(8)
+    wanted = make(case).gradients(x[:5], y[:5])
+    emit = Lowering.emit
 
+    def emit_crowded(low, kernel, sizes, jobs, **arguments):
+        if kernel == "pack_input":  # fill the three lanes behind the last sample, too
+            low.plan.fixed["everyone"] = np.full(1, low.plan.capacity)
+            arguments["state"] = Ref("everyone")
+        emit(low, kernel, sizes, jobs, **arguments)
+
+    monkeypatch.setattr(Lowering, "emit", emit_crowded)
+    crowded, full = make(case), {"source:input": x, f"source:{TARGET}": y}
+    executor, sources, _ = crowded._prepare(x[:5], y[:5])
+    executor.run({name: full[name] for name in sources}, until="backward")
+    assert_same({name: crowded._parameters.view(name, "gradients").copy() for name in wanted}, wanted)
+
+
+def _operators(graph: Graph, training: bool, loss: str) -> set[str]:
     return {node.op_type for node in (training_graph(graph, loss).graph if training else graph).nodes}
 
 
