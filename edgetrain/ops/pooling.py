@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from edgetrain.arrays import map_sizes
+from edgetrain.errors import GraphError
 from edgetrain.graph import Node, Shape, Value
 from edgetrain.kernels import reference
 from edgetrain.ops.conv import as_maps
 from edgetrain.ops.geometry import Window, channels_of, out_shape, window_of
-from edgetrain.ops.registry import Array, Op, register
+from edgetrain.ops.registry import Array, Op, describe, register
 
 if TYPE_CHECKING:
     from edgetrain.autodiff import Tape
@@ -63,8 +64,11 @@ class PoolOp(Op):
         return Pool(**vars(window), include_pad=bool(node.get("count_include_pad", 0)))
 
     def infer(self, node: Node) -> Sequence[tuple[Shape, bool]]:
-        """(C, H, W) -> (C, OH, OW)."""
-        return [(out_shape(channels_of(node.x), self.pool(node, node.x), len(node.x.shape) - 1), True)]
+        """(C, H, W) -> (C, OH, OW); every window must meet the map."""
+        pool = self.pool(node, node.x)
+        if any(count == 0 for axis in (0, 1) for _, count, _ in pool.spans(axis)):
+            raise GraphError(f"{describe(node)}: a window of {pool.kernel} lies in the padding alone; use smaller pads")
+        return [(out_shape(channels_of(node.x), pool, len(node.x.shape) - 1), True)]
 
     def macs(self, node: Node) -> int:
         """None: additions and comparisons are not counted."""
