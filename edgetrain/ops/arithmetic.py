@@ -48,6 +48,7 @@ class Binary(Op):
 
     arity = (2, 2)
     in_place = 0
+    takes_parameters = True
     code: int
     function: np.ufunc
 
@@ -59,10 +60,14 @@ class Binary(Op):
                 raise GraphError(f"{describe(node)}: two parameters must have equal shapes; broadcast one beforehand")
             return [(a.shape, False)]
         rank = max(len(v.shape) for v in (a, b) if v.batched)
+        shapes = [padded_shape(v, node, rank) for v in (a, b)]
         try:
-            shape = np.broadcast_shapes(padded_shape(a, node, rank), padded_shape(b, node, rank))
+            shape = np.broadcast_shapes(*shapes)
         except ValueError:
             raise GraphError(f"{describe(node)}: the shapes do not broadcast; sizes must be equal or 1") from None
+        # Kernels see (channels, rows, columns); the axes between the first and the last are one to them.
+        if any(part[1:-1] != shape[1:-1] and max(part[1:-1]) > 1 for part in shapes):
+            raise GraphError(f"{describe(node)}: the middle axes must all be equal or all be 1; reshape to fewer axes")
         return [(tuple(shape), True)]
 
     def reference(self, node: Node, *inputs: Array) -> tuple[Array, ...]:
@@ -124,6 +129,7 @@ class SumTo(Op):
     """
 
     name = "SumTo"
+    takes_parameters = True
     training_only = True
     attributes = ("like", "per_channel")
 

@@ -34,6 +34,7 @@ class Op:
         in_place: index of the input whose memory the first output may take over, or ``None``.
         attributes: names of the attributes that are understood.
         training_only: whether it exists only in training graphs (not in ONNX files).
+        takes_parameters: whether the first input may be a parameter instead of one array per sample.
     """
 
     name: ClassVar[str]
@@ -41,9 +42,10 @@ class Op:
     in_place: ClassVar[int | None] = None
     attributes: ClassVar[tuple[str, ...]] = ()
     training_only: ClassVar[bool] = False
+    takes_parameters: ClassVar[bool] = False
 
     def check(self, node: Node) -> None:
-        """Check the number of inputs and the attribute names.
+        """Check the number of inputs, that the first is batched, and the attribute names.
 
         Raises:
             GraphError: names the node, the operator, and what was expected.
@@ -51,6 +53,8 @@ class Op:
         low, high = self.arity
         if not low <= len(node.inputs) <= high:
             raise GraphError(f"{describe(node)}: {len(node.inputs)} inputs, expected {low} to {high}")
+        if not (self.takes_parameters or node.x.batched):
+            raise GraphError(f"{describe(node)}: the first input is a parameter, expected one array per sample")
         for attribute in node.attributes:
             if attribute not in self.attributes:
                 known = ", ".join(self.attributes) or "none"
