@@ -117,8 +117,10 @@ def batch_of(x: Any, shape: tuple[int, ...], what: str = "x") -> NDArray[np.floa
         raise DataError(f"{what}: shape {array.shape} given, the network expects ({wanted}){hint}")
     if array.shape[0] < 1:
         raise DataError(f"{what}: no sample given, expected at least one")
-    dense = np.ascontiguousarray(array, np.float32)
-    if not np.isfinite(dense.sum(dtype=np.float64)):
+    with np.errstate(over="ignore", invalid="ignore"):  # what overflows or is NaN is refused below, without a warning
+        dense = np.ascontiguousarray(array, np.float32)
+        finite = np.isfinite(dense.sum(dtype=np.float64))
+    if not finite:
         raise DataError(f"{what}: contains NaN or infinite numbers; clean the data first")
     return dense
 

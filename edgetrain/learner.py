@@ -154,7 +154,7 @@ class Learner:
             )
         budget = parse_bytes(memory_budget)
         self.memory_budget = self.profile.memory_budget_mib * 2**20 if budget is None else budget
-        self._optimizer = optimizer or SGD(lr=0.05, momentum=0.9)
+        self._optimizer = _checked(optimizer or SGD(lr=0.05, momentum=0.9))
         self.position, self.history, self.step_count = Position(), History(), 0
         self._parameters = Parameters(self.graph, self._optimizer)
         # The graph's arrays are the trained ones, not a second copy.
@@ -188,7 +188,7 @@ class Learner:
 
     @optimizer.setter
     def optimizer(self, optimizer: Optimizer) -> None:
-        same = (optimizer.kernel, optimizer.moments, optimizer.decay_bias_and_norm)
+        same = (_checked(optimizer).kernel, optimizer.moments, optimizer.decay_bias_and_norm)
         if same != (self._optimizer.kernel, self._optimizer.moments, self._optimizer.decay_bias_and_norm):
             raise UsageError(
                 f"cannot go from {self._optimizer.name} to {optimizer.name}: their state differs; make a new Learner"
@@ -541,6 +541,12 @@ class Learner:
             f"step {self.step_count + 1}: loss or gradients are not finite, first at {where}; the parameters are those "
             "before this step. Lower the learning rate, clip gradients (clip_norm) or check the data"
         )
+
+
+def _checked(optimizer: Optimizer) -> Optimizer:
+    if not isinstance(optimizer, Optimizer):
+        raise UsageError(f"optimizer={optimizer!r}, expected an optimizer such as edgetrain.SGD(lr=0.05)")
+    return optimizer
 
 
 def _moments(optimizer: Optimizer, offset: int) -> dict[str, Ref | int]:
