@@ -2,6 +2,42 @@
 
 Arrays have the batch dimension first and their ONNX shapes; any float dtype works
 (tests use float64). Maps are ``(N, C, H, W)``. Nothing here is fast.
+
+``g`` is a window's geometry: ``kernel``, ``strides``, ``dilations``, ``pads``, ``size``
+and ``out`` as in ``ops.geometry.Window``, and for convolutions also ``groups``,
+``channels_in`` and ``channels_out``. The examples use this one, on 2x3 maps:
+
+>>> from types import SimpleNamespace
+>>> g = SimpleNamespace(kernel=(2, 2), strides=(1, 1), dilations=(1, 1), pads=(0, 0, 0, 0), size=(2, 3), out=(1, 2),
+...                     groups=1, channels_in=1, channels_out=1, divisors=([2], [2, 2]))
+>>> x = np.array([[[[1.0, 2.0, 3.0], [4.0, 5.0, 7.0]]]])
+>>> grad_out = np.array([[[[1.0, 10.0]]]])
+>>> w = np.array([[[[1.0, 0.0], [0.0, -1.0]]]])
+>>> [(i, j, view.ravel().tolist()) for i, j, view in taps(x, (1, 2), (1, 2), (1, 1), (2, 1))]
+[(0, 0, [1.0, 4.0]), (0, 1, [2.0, 5.0])]
+>>> conv(x, w, np.array([0.5]), g)
+array([[[[-3.5, -4.5]]]])
+>>> conv_input_gradient(grad_out, w, g)
+array([[[[  1.,  10.,   0.],
+         [  0.,  -1., -10.]]]])
+>>> conv_weight_gradient(x, grad_out, g)
+array([[[[21., 32.],
+         [54., 75.]]]])
+>>> max_pool(x, g)
+array([[[[5., 7.]]]])
+>>> max_pool_gradient(x, max_pool(x, g), grad_out, g)
+array([[[[ 0.,  0.,  0.],
+         [ 0.,  1., 10.]]]])
+>>> average_pool(x, g)
+array([[[[3.  , 4.25]]]])
+>>> average_pool_gradient(grad_out, g)
+array([[[[0.25, 2.75, 2.5 ],
+         [0.25, 2.75, 2.5 ]]]])
+>>> channelwise(np.ones(1), x).shape
+(1, 1, 1, 1)
+>>> sum_to(x, (2, 1))
+array([[ 6.],
+       [16.]])
 """
 
 from __future__ import annotations
@@ -17,7 +53,13 @@ Pads = tuple[int, int, int, int]  # top, left, bottom, right
 
 
 def pad(x: Array, pads: Pads, value: float = 0.0) -> Array:
-    """Surround maps ``(N, C, H, W)`` with a constant."""
+    """Surround maps ``(N, C, H, W)`` with a constant.
+
+    Example:
+        >>> pad(np.ones((1, 1, 1, 2)), (0, 1, 1, 0))
+        array([[[[0., 1., 1.],
+                 [0., 0., 0.]]]])
+    """
     top, left, bottom, right = pads
     return np.pad(x, ((0, 0), (0, 0), (top, bottom), (left, right)), constant_values=value)
 
@@ -124,7 +166,13 @@ def channelwise(v: Array, x: Array) -> Array:
 
 
 def batch_norm(x: Array, scale: Array, bias: Array, epsilon: float) -> tuple[Array, Array, Array, Array]:
-    """Normalise with the batch's statistics; returns (y, mean, biased variance, 1 / sqrt(variance + epsilon))."""
+    """Normalise with the batch's statistics; returns (y, mean, biased variance, 1 / sqrt(variance + epsilon)).
+
+    Example:
+        >>> y, mean, variance, inverse = batch_norm(np.array([[1.0], [3.0]]), np.array([2.0]), np.array([5.0]), 0.0)
+        >>> y.ravel(), mean, variance, inverse
+        (array([3., 7.]), array([2.]), array([1.]), array([1.]))
+    """
     axes = (0, *range(2, x.ndim))
     mean, variance = x.mean(axes), x.var(axes)
     inverse = 1 / np.sqrt(variance + epsilon)
@@ -133,7 +181,15 @@ def batch_norm(x: Array, scale: Array, bias: Array, epsilon: float) -> tuple[Arr
 
 
 def batch_norm_gradient(x: Array, grad_out: Array, scale: Array, mean: Array, inverse: Array) -> tuple[Array, ...]:
-    """Gradients of input, scale and bias."""
+    """Gradients of input, scale and bias.
+
+    Example:
+        >>> values = np.array([[0.0], [1.0], [2.0]])
+        >>> _, mean, _, inverse = batch_norm(values, np.ones(1), np.zeros(1), 0.0)
+        >>> grads = batch_norm_gradient(values, np.array([[1.0], [0.0], [1.0]]), np.ones(1), mean, inverse)
+        >>> [grad.ravel().round(3).tolist() for grad in grads]
+        [[0.408, -0.816, 0.408], [0.0], [2.0]]
+    """
     axes = (0, *range(2, x.ndim))
     unit = (x - channelwise(mean, x)) * channelwise(inverse, x)
     grad_scale, grad_bias = (grad_out * unit).sum(axes), grad_out.sum(axes)
@@ -143,13 +199,23 @@ def batch_norm_gradient(x: Array, grad_out: Array, scale: Array, mean: Array, in
 
 
 def softmax(logits: Array) -> Array:
-    """Softmax over axis 1."""
+    """Softmax over axis 1.
+
+    Example:
+        >>> softmax(np.log([[1.0, 3.0]]))
+        array([[0.25, 0.75]])
+    """
     power = np.exp(logits - logits.max(1, keepdims=True))
     return power / power.sum(1, keepdims=True)
 
 
 def smooth_targets(labels: Array, classes: int, smoothing: float) -> Array:
-    """One-hot targets ``(N, classes)`` mixed with the uniform distribution."""
+    """One-hot targets ``(N, classes)`` mixed with the uniform distribution.
+
+    Example:
+        >>> smooth_targets(np.array([1]), 2, 0.5)
+        array([[0.25, 0.75]])
+    """
     return (1 - smoothing) * np.eye(classes)[labels] + smoothing / classes
 
 
