@@ -24,10 +24,11 @@ class Layout:
     """Sizes and byte strides of a batched value.
 
     Attributes:
-        blocks: groups of ``lanes`` samples.
-        lanes: samples interleaved in a vector.
+        blocks: groups of ``lanes`` samples; single samples when lanes hold channels.
+        lanes: samples, or channels, interleaved in a vector.
         channels, rows, columns: of one sample; a signal has one row, a vector of features one pixel.
         border: zeros above, left, below, right of every map, in pixels.
+        by_channel: whether the lanes hold channels of one sample instead of samples.
     """
 
     blocks: int
@@ -36,6 +37,18 @@ class Layout:
     rows: int
     columns: int
     border: tuple[int, int, int, int] = (0, 0, 0, 0)
+    by_channel: bool = False
+
+    @property
+    def maps(self) -> int:
+        """Maps of vectors in a block."""
+        return -(-self.channels // self.lanes) if self.by_channel else self.channels
+
+    def at(self, channel: int) -> int:
+        """Byte offset of a channel within a block."""
+        if self.by_channel:
+            return channel // self.lanes * self.channel + 4 * (channel % self.lanes)
+        return channel * self.channel
 
     @property
     def pixel(self) -> int:
@@ -49,13 +62,13 @@ class Layout:
 
     @property
     def channel(self) -> int:
-        """Bytes from a channel to the next."""
+        """Bytes from a map to the next."""
         return (self.border[0] + self.rows + self.border[2]) * self.row
 
     @property
     def block(self) -> int:
         """Bytes from a block to the next."""
-        return self.channels * self.channel
+        return self.maps * self.channel
 
     @property
     def nbytes(self) -> int:
@@ -75,7 +88,7 @@ class Layout:
     @property
     def planes(self) -> int:
         """Number of maps, all blocks together."""
-        return self.blocks * self.channels
+        return self.blocks * self.maps
 
 
 def map_sizes(shape: tuple[int, ...]) -> tuple[int, int, int]:

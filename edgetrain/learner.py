@@ -23,13 +23,15 @@ from numpy.typing import ArrayLike, NDArray
 from edgetrain.arrays import batch_of, labels_of
 from edgetrain.autodiff import TARGET, TrainingGraph, training_graph
 from edgetrain.checkpoint import load_checkpoint, save_checkpoint
-from edgetrain.devices import DeviceProfile, detect_host, load_profile
+from edgetrain.devices import DeviceProfile, load_profile
 from edgetrain.errors import CheckpointError, DataError, MemoryBudgetError, NumericalError, UsageError
 from edgetrain.executor import Arena, Executor, Team
 from edgetrain.fitting import Data, History, fit_loop
 from edgetrain.graph import Graph
+from edgetrain.kernels.choice import simd_lanes
 from edgetrain.kernels.update import JOB
 from edgetrain.lowering import Lowering
+from edgetrain.lowering_channels import ChannelLowering, fits
 from edgetrain.memory import Lifetime, place
 from edgetrain.ops import get_op
 from edgetrain.optim import SGD, Optimizer
@@ -44,6 +46,9 @@ _KEPT_PLANS = 8
 
 Inputs = ArrayLike | Mapping[str, ArrayLike]
 Arrays = dict[str, NDArray[np.float32]]
+
+# Lanes hold channels when this many batches would fit into one vector of samples.
+_SMALL_BATCH = 4
 
 
 @dataclass(frozen=True)
@@ -198,8 +203,16 @@ class Learner:
     @property
     def lanes(self) -> int:
         """Samples in a vector: this machine's SIMD width, less for small batches."""
-        wide = max(4, _host_lanes())
-        return min(wide, max(4, 1 << (self.batch_size - 1).bit_length()))
+        if self._by_channel:
+            return simd_lanes()
+        return min(simd_lanes(), max(4, 1 << (self.batch_size - 1).bit_length()))
+
+    @functools.cached_property
+    def _by_channel(self) -> bool:
+        """Whether lanes hold channels: for batches that would leave most sample lanes empty."""
+        small = self.batch_size * _SMALL_BATCH <= simd_lanes()
+        nodes = self._train().graph.nodes if self.graph.trainable else self.graph.nodes
+        return small and len(self.graph.inputs) == 1 and self.loss == "cross_entropy" and fits(nodes)
 
     # --- training ---
 
@@ -225,6 +238,21 @@ class Learner:
             loss, correct = (float(v) for v in self._parameters.buffers["result"][:2])
             macs = count * self._step_macs()
         return StepResult(loss, int(correct), count, count, macs, macs, time.perf_counter() - start)
+
+    def time_rows(self, x: Inputs, y: ArrayLike) -> NDArray[np.float64]:
+        """Take one optimizer step kernel call by kernel call; return the seconds of each, for diagnosis.
+
+        Args:
+            x, y: as for ``partial_fit``.
+
+        Returns:
+            As ``Executor.time_rows``, in the order of ``training_plan().rows``.
+        """
+        with self._lock:
+            executor, sources, _ = self._prepare(x, y)
+            self._optimizer.fill(self._settings, self.step_count)
+            self.step_count += 1
+            return executor.time_rows(sources)
 
     def gradients(self, x: Inputs, y: ArrayLike) -> Arrays:
         """Return the gradients of the mean loss by parameter name, in training mode; nothing changes.
@@ -401,7 +429,7 @@ class Learner:
         })  # fmt: skip
 
     def _blocks(self, count: int) -> int:
-        return -(-count // self.lanes)
+        return count if self._by_channel else -(-count // self.lanes)
 
     def _executor(self, training: bool, blocks: int) -> Executor:
         key = (training, blocks)
@@ -420,7 +448,8 @@ class Learner:
         train = self._train() if training else None
         graph = train.graph if train else self.graph
         keep = {train.logits, train.losses, train.correct} if train else set(graph.outputs)
-        low = Lowering(graph, graph.nodes, self.lanes, blocks, self._parameters, keep)
+        lowering = ChannelLowering if self._by_channel else Lowering
+        low = lowering(graph, graph.nodes, self.lanes, blocks, self._parameters, keep)
         low.plan.fixed["sync"] = self._team.sync
         for name in graph.inputs:
             scale, shift = self._input_scaling(name, low)
@@ -568,9 +597,3 @@ def _log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:
     wide -= wide.max(1, keepdims=True)
     wide -= np.log(np.exp(wide).sum(1, keepdims=True))
     return wide
-
-
-@functools.cache
-def _host_lanes() -> int:
-    """Return this machine's SIMD width in float32."""
-    return detect_host().simd_float32_lanes

@@ -14,15 +14,17 @@ from edgetrain.autodiff import LABELS
 from edgetrain.errors import GraphError
 from edgetrain.graph import Graph, Node, Value
 from edgetrain.kernels.choice import TILES
+from edgetrain.kernels.codes import CHANNELS, SAMPLES
 from edgetrain.kernels.registry import argument_names
-from edgetrain.ops import get_op
-from edgetrain.plan import Plan, Ref, Row, layout_of, share_memory
+from edgetrain.ops import Border, get_op
+from edgetrain.plan import Plan, Ref, Row, share_memory
 
 if TYPE_CHECKING:
     from edgetrain.ops.pooling import Pool
     from edgetrain.parameters import Parameters
 
 Pair = tuple[int, int]
+Place = tuple[int, int, int]
 
 # Jobs are the grain that threads share. Below this number per kernel call a product is cut further, so that
 # four threads find work; results do not depend on it.
@@ -40,20 +42,30 @@ class Lowering:
 
     def __init__(self, graph: Graph, nodes: Sequence[Node], lanes: int, blocks: int, parameters: Parameters,
                  keep: set[str]) -> None:  # fmt: skip
-        self.plan = Plan(graph, lanes, blocks)
+        self.plan = Plan(graph, lanes, blocks, by_channel=self.kind == CHANNELS)
         self.lanes, self.blocks = lanes, blocks
         self._nodes, self._parameters, self._keep = nodes, parameters, keep
-        sharing = share_memory(nodes, keep)
+        sharing = share_memory(nodes, keep, self.shares)
         self.plan.root = sharing.root
         for name, value in graph.values.items():
             if name in sharing.root and value.batched and name != LABELS:
-                self.plan.layouts[name] = layout_of(value, blocks, lanes, sharing.border[name])
+                self.plan.layouts[name] = self.make_layout(value, sharing.border[name])
         self.plan.fixed.update(parameters.buffers)
-        for name, size, dtype in (("labels", blocks * lanes, np.int64), ("mask", blocks * lanes, np.float32)):
+        for name, size, dtype in (("labels", self.plan.capacity, np.int64), ("mask", self.plan.capacity, np.float32)):
             self.plan.fixed[name] = aligned(size, dtype)
         self._stage, self._position = "forward", 0
         self._lifetimes: dict[str, tuple[int, int]] = {}
         self._workspaces = 0
+
+    kind = SAMPLES
+
+    def make_layout(self, value: Value, border: Border) -> Layout:
+        """Return how a batched value lies in memory."""
+        return Layout(self.blocks, self.lanes, *map_sizes(value.shape), border)
+
+    def shares(self, x: Value, y: Value) -> bool:
+        """Whether a reshape from ``x`` to ``y`` moves nothing."""
+        return True
 
     def run(self, forward_count: int) -> None:
         """Lower all nodes; those from ``forward_count`` on are the backward pass."""
@@ -75,6 +87,11 @@ class Lowering:
         return self.plan
 
     # --- buffers ---
+
+    @property
+    def node(self) -> Node:
+        """The node that is being lowered."""
+        return self._nodes[self._position]
 
     def layout(self, value: Value) -> Layout:
         """Return the layout of a batched value."""
@@ -170,7 +187,7 @@ class Lowering:
         if y.bordered:
             top, left, bottom, right = y.border
             self.emit(
-                "fill_border", (self.lanes,), y.planes, y=self.address(value) + -y.origin, rows=y.rows,
+                "fill_border", (y.lanes,), y.planes, y=self.address(value) + -y.origin, rows=y.rows,
                 columns=y.columns, top=top, left=left, bottom=bottom, right=right, y_plane=y.channel, f_value=0.0,
             )  # fmt: skip
 
@@ -178,53 +195,78 @@ class Lowering:
                  weight: Ref, sources: list[int], weight_channel: int, weight_group: int, groups: int, inputs: int,
                  outputs: int, bias: Ref | None) -> None:  # fmt: skip
         """Emit ``y[c][p] = bias[c] + sum_k weight[k][c] * x[p + term k]``; see ``kernels.dense.multiply``."""
-        pixels, blocks = self._merge_blocks(pixels, x_layout, y_layout)
-        channels, width = TILES.multiply(outputs, len(pixels), self.lanes)
-        tiles, count = -(-outputs // channels), len(pixels)
-        packed_group = 4 * tiles * channels * len(terms)
+        pixels, blocks = self.merge_blocks(pixels, x_layout, y_layout)
+        tile = TILES.multiply(outputs, len(pixels))
+        packed, packed_group = self.pack_weights(
+            weight, sources, tile[0], outputs, weight_channel, groups=groups, weight_group=weight_group
+        )
+        self.emit_multiply(
+            x, y, pixels, terms, tile, kind=SAMPLES, lanes=self.lanes, blocks=blocks, groups=groups,
+            channel_count=outputs, weight=packed, weight_group=packed_group, bias=bias or self.zeros(groups * outputs + tile[0]),
+            x_block=x_layout.block, y_block=y_layout.block, x_group=inputs * x_layout.channel,
+            y_group=outputs * y_layout.channel, y_channel=y_layout.channel,
+        )  # fmt: skip
+
+    def pack_weights(self, weight: Ref, sources: list[int], width: int, channels: int, channel_bytes: int, *,
+                     groups: int = 1, weight_group: int = 0) -> tuple[Ref, int]:  # fmt: skip
+        """Emit the packing of weights to ``[group][tile][k][width]``; return its address and the bytes of a group."""
+        tiles = -(-channels // width)
+        packed_group = 4 * tiles * width * len(sources)
         packed = self.workspace(groups * packed_group)
         self.emit(
-            "pack_weights", (channels,), groups * tiles, weight=weight, packed=packed, sources=self.table(sources),
-            term_count=len(terms), channel_count=outputs, group_bytes=weight_group, packed_group=packed_group,
-            channel_bytes=weight_channel, tiles=tiles, groups=groups,
+            "pack_weights", (width,), groups * tiles, weight=weight, packed=packed, sources=self.table(sources),
+            term_count=len(sources), channel_count=channels, group_bytes=weight_group, packed_group=packed_group,
+            channel_bytes=channel_bytes, tiles=tiles, groups=groups,
         )  # fmt: skip
+        return packed, packed_group
+
+    def emit_multiply(self, x: Ref, y: Ref, pixels: list[Pair], terms: list[int], tile: Pair, *, kind: int, lanes: int,
+                      blocks: int, groups: int, channel_count: int, **arguments: int | Ref) -> None:  # fmt: skip
+        """Emit a gather-multiply, cut into jobs; ``arguments`` are those of the kernel that are not sizes of jobs."""
+        (channels, width), count = tile, len(pixels)
         pixel_chunk = _chunk(count, _PIXELS_PER_JOB, width)
         pixel_chunks = -(-count // pixel_chunk)
+        tiles = -(-channel_count // channels)
         parts = min(tiles, -(-_WANTED_JOBS // (blocks * groups * pixel_chunks)))
         channel_chunk = -(-tiles // parts) * channels
-        channel_chunks = -(-outputs // channel_chunk)
-        pixels = pixels + [pixels[-1]] * (-count % width)
+        channel_chunks = -(-channel_count // channel_chunk)
         self.emit(
-            "multiply", (self.lanes, channels, width), blocks * groups * pixel_chunks * channel_chunks, x=x, y=y,
-            weight=packed, bias=bias or self.zeros(groups * outputs + channels), pixels=self.table(pixels),
-            terms=self.table(terms), pixel_count=count, term_count=len(terms), channel_count=outputs,
-            x_block=x_layout.block, y_block=y_layout.block, x_group=inputs * x_layout.channel,
-            y_group=outputs * y_layout.channel, weight_group=packed_group, y_channel=y_layout.channel, groups=groups,
-            pixel_chunk=pixel_chunk, pixel_chunks=pixel_chunks, channel_chunk=channel_chunk,
-            channel_chunks=channel_chunks, f_low=-math.inf, f_high=math.inf,
+            "multiply", (lanes, channels, width, kind), blocks * groups * pixel_chunks * channel_chunks, x=x, y=y,
+            pixels=self.table(pixels + [pixels[-1]] * (-count % width)), terms=self.table(terms), pixel_count=count,
+            term_count=len(terms), channel_count=channel_count, groups=groups, pixel_chunk=pixel_chunk,
+            pixel_chunks=pixel_chunks, channel_chunk=channel_chunk, channel_chunks=channel_chunks, f_low=-math.inf,
+            f_high=math.inf, **arguments,
         )  # fmt: skip
 
     def correlate(self, x: Ref, x_layout: Layout, grad: Ref, grad_layout: Layout, target: Ref, *, pixels: list[Pair],
                   terms: list[Pair], groups: int, inputs: int, outputs: int, weight_channel: int,
                   weight_group: int) -> None:  # fmt: skip
         """Emit ``target[c][k] = sum grad[c][p] * x[p + term k]``; see ``kernels.dense.correlate``."""
-        pixels, blocks = self._merge_blocks(pixels, x_layout, grad_layout)
-        channels, width = TILES.correlate(outputs, len(terms), self.lanes)
-        tiles, count = -(-outputs // channels), len(terms)
-        parts = -(-_WANTED_JOBS // (groups * tiles))
-        term_chunk = _chunk(count, -(-count // parts), width)
-        term_chunks = -(-count // term_chunk)
-        terms = terms + [terms[-1]] * (-count % width)
-        self.emit(
-            "correlate", (self.lanes, channels, width), groups * tiles * term_chunks, x=x, grad_out=grad,
-            grad_weight=target, pixels=self.table(pixels), terms=self.table(terms), pixel_count=len(pixels),
-            term_count=count, channel_count=outputs, x_block=x_layout.block, grad_block=grad_layout.block,
-            x_group=inputs * x_layout.channel, grad_group=outputs * grad_layout.channel, weight_group=weight_group,
-            grad_channel=grad_layout.channel, weight_channel=weight_channel, blocks=blocks, groups=groups,
-            pixel_chunk=_PIXELS_PER_SUM, term_chunk=term_chunk, term_chunks=term_chunks, channel_tiles=tiles,
+        self.emit_correlate(
+            x, x_layout, grad, grad_layout, target, pixels, terms, TILES.correlate(outputs, len(terms)), kind=SAMPLES,
+            groups=groups, channel_count=outputs, x_group=inputs * x_layout.channel,
+            grad_group=outputs * grad_layout.channel, weight_group=weight_group, weight_channel=weight_channel,
         )  # fmt: skip
 
-    def _merge_blocks(self, pixels: list[Pair], x: Layout, y: Layout) -> tuple[list[Pair], int]:
+    def emit_correlate(self, x: Ref, x_layout: Layout, grad: Ref, grad_layout: Layout, target: Ref, pixels: list[Pair],
+                       terms: list[Pair], tile: Pair, *, kind: int, groups: int, channel_count: int,
+                       **arguments: int) -> None:  # fmt: skip
+        """Emit a gather-correlate, cut into jobs; ``arguments``: those of the kernel that are not sizes of jobs."""
+        pixels, blocks = self.merge_blocks(pixels, x_layout, grad_layout)
+        (channels, width), count = tile, len(terms)
+        tiles = -(-channel_count // channels)
+        term_chunk = _chunk(count, -(-count // -(-_WANTED_JOBS // (groups * tiles))), width)
+        term_chunks = -(-count // term_chunk)
+        self.emit(
+            "correlate", (grad_layout.lanes, channels, width, kind), groups * tiles * term_chunks, x=x, grad_out=grad,
+            grad_weight=target, pixels=self.table(pixels), terms=self.table(terms + [terms[-1]] * (-count % width)),
+            pixel_count=len(pixels), term_count=count, channel_count=channel_count, x_block=x_layout.block,
+            grad_block=grad_layout.block, grad_channel=grad_layout.channel, blocks=blocks, groups=groups,
+            pixel_chunk=_PIXELS_PER_SUM, term_chunk=term_chunk, term_chunks=term_chunks, channel_tiles=tiles,
+            **arguments,
+        )  # fmt: skip
+
+    def merge_blocks(self, pixels: list[Pair], x: Layout, y: Layout) -> tuple[list[Pair], int]:
         """Treat all blocks' pixels as one list where maps are small (a fully connected layer has one pixel)."""
         if len(pixels) >= _SMALL_MAP or self.blocks == 1:
             return pixels, self.blocks
@@ -234,7 +276,7 @@ class Lowering:
         """Emit ``y = function(x)``; see ``kernels.elementwise.unary``."""
         planes, rows, vectors, strides = self._walk(x, y)
         self.emit(
-            "unary", (self.lanes, code), planes, x=self.address(x), y=self.address(y), rows=rows, vectors=vectors,
+            "unary", (self.layout(x).lanes, code), planes, x=self.address(x), y=self.address(y), rows=rows, vectors=vectors,
             x_plane=strides[0][0], x_row=strides[0][1], y_plane=strides[1][0], y_row=strides[1][1], f_a=a, f_b=b,
         )  # fmt: skip
 
@@ -242,7 +284,7 @@ class Lowering:
         """Emit ``y = grad * function'``; see ``kernels.elementwise.unary_gradient``."""
         planes, rows, vectors, strides = self._walk(saved, grad, y)
         self.emit(
-            "unary_gradient", (self.lanes, code), planes, saved=self.address(saved), grad_out=self.address(grad),
+            "unary_gradient", (self.layout(y).lanes, code), planes, saved=self.address(saved), grad_out=self.address(grad),
             grad_x=self.address(y), rows=rows, vectors=vectors, saved_plane=strides[0][0], saved_row=strides[0][1],
             grad_plane=strides[1][0], grad_row=strides[1][1], grad_x_plane=strides[2][0], grad_x_row=strides[2][1],
             f_a=a, f_b=b,
@@ -266,7 +308,7 @@ class Lowering:
         y = self.layout(node.y)
         (a, sa), (b, sb) = (self._operand(value, y, len(node.y.shape)) for value in (node.x, node.input(1)))
         self.emit(
-            "binary", (self.lanes, code), y.planes, a=a, b=b, y=self.address(node.y), channels=y.channels, rows=y.rows,
+            "binary", (y.lanes, code), y.planes, a=a, b=b, y=self.address(node.y), channels=y.maps, rows=y.rows,
             vectors=y.columns, a_block=sa[0], a_channel=sa[1], a_row=sa[2], a_pixel=sa[3], b_block=sb[0],
             b_channel=sb[1], b_row=sb[2], b_pixel=sb[3], y_block=y.block, y_channel=y.channel, y_row=y.row,
         )  # fmt: skip
@@ -329,7 +371,7 @@ class Lowering:
         """Emit a forward pool; see ``kernels.pooling``."""
         source, out = self.layout(x), self.layout(y)
         self.emit(
-            kernel, (self.lanes,), source.planes, x=self.address(x), y=self.address(y),
+            kernel, (source.lanes,), source.planes, x=self.address(x), y=self.address(y),
             **self._windows(pool, source, out),
         )  # fmt: skip
 
@@ -337,7 +379,7 @@ class Lowering:
         """Emit the max pool's input gradient."""
         source, out, g, t = self.layout(x), self.layout(y), self.layout(grad), self.layout(target)
         self.emit(
-            "max_pool_gradient", (self.lanes,), source.planes, x=self.address(x), y=self.address(y),
+            "max_pool_gradient", (source.lanes,), source.planes, x=self.address(x), y=self.address(y),
             grad_out=self.address(grad), grad_x=self.address(target), rows=source.rows, columns=source.columns,
             x_row=source.row, grad_plane=g.channel, grad_row=g.row, grad_x_plane=t.channel, grad_x_row=t.row,
             grad_tap_row=pool.dilations[0] * t.row, **self._windows(pool, source, out),
@@ -347,7 +389,7 @@ class Lowering:
         """Emit the average pool's input gradient."""
         t = self.layout(target)
         self.emit(
-            "average_pool_gradient", (self.lanes,), t.planes, grad_out=self.address(grad), grad_x=self.address(target),
+            "average_pool_gradient", (t.lanes,), t.planes, grad_out=self.address(grad), grad_x=self.address(target),
             rows=t.rows, columns=t.columns, grad_x_row=t.row, **self._windows(pool, t, self.layout(grad)),
         )  # fmt: skip
 
@@ -367,8 +409,13 @@ class Lowering:
             "batch_norm", (self.lanes,), x.channels, x=self.address(node.x), y=self.address(node.y),
             scale=self.address(node.input(1)), bias=self.address(node.input(2)), mean=self.address(outs[1]),
             variance=self.address(outs[2]), inverse_std=self.address(outs[3]), mask=Ref("mask"), state=Ref("state"),
-            f_epsilon=epsilon, **_maps(x), **_strides(x=x, y=y),
+            f_epsilon=epsilon, **maps_of(x), **strides(x=x, y=y),
         )  # fmt: skip
+        self.move_running_averages(node, momentum)
+
+    def move_running_averages(self, node: Node, momentum: float) -> None:
+        """Emit, in the update, the move of the running statistics towards the batch's."""
+        x, outs = self.layout(node.x), node.outputs
         self._keep.update((outs[1].name, outs[2].name))
         with self.stage("update"):
             for running, current, unbiased in ((node.input(3), outs[1], 0), (node.input(4), outs[2], 1)):
@@ -383,7 +430,7 @@ class Lowering:
         self.emit(
             "batch_norm_inference", (self.lanes,), x.channels, x=self.address(node.x), y=self.address(node.y),
             scale=self.address(node.input(1)), bias=self.address(node.input(2)), mean=self.address(node.input(3)),
-            variance=self.address(node.input(4)), f_epsilon=epsilon, **_maps(x), **_strides(x=x, y=y),
+            variance=self.address(node.input(4)), f_epsilon=epsilon, **maps_of(x), **strides(x=x, y=y),
         )  # fmt: skip
 
     def batch_norm_gradient(self, node: Node) -> None:
@@ -394,7 +441,7 @@ class Lowering:
             grad_out=self.address(node.input(1)), grad_x=self.address(node.y), scale=self.address(node.input(2)),
             mean=self.address(node.input(3)), inverse_std=self.address(node.input(4)),
             grad_scale=self.address(node.outputs[1]), grad_bias=self.address(node.outputs[2]), mask=Ref("mask"),
-            state=Ref("state"), **_maps(x), **_strides(x=x, grad=grad, grad_x=out),
+            state=Ref("state"), **maps_of(x), **strides(x=x, grad=grad, grad_x=out),
         )  # fmt: skip
 
     def dropout(self, x: Value, y: Value, ratio: float, stream: int) -> None:
@@ -403,7 +450,7 @@ class Lowering:
         self.emit(
             "dropout", (self.lanes,), source.planes, x=self.address(x), y=self.address(y), state=Ref("state"),
             stream=stream, channels=source.channels, rows=source.rows, columns=source.columns, f_ratio=ratio,
-            **_strides(x=source, y=out),
+            **strides(x=source, y=out),
         )  # fmt: skip
 
     def copy(self, x: Value, y: Value) -> None:
@@ -414,32 +461,40 @@ class Lowering:
         if (source.channels, source.rows, source.columns) == (out.channels, out.rows, out.columns):
             self.copy_part(x, y)
             return
-        table = list(zip(_pixel_offsets(source), _pixel_offsets(out), strict=True))
+        table = list(zip(_element_offsets(source), _element_offsets(out), strict=True))
+        self.emit_copy(x, y, table)
+
+    def emit_copy(self, x: Value, y: Value, table: list[Pair]) -> None:
+        """Emit a copy by a table of (input, output) byte offsets, the same for every block."""
         self.emit(
             "copy_table", (self.lanes,), self.blocks, x=self.address(x), y=self.address(y), table=self.table(table),
-            count=len(table), x_block=source.block, y_block=out.block,
+            count=len(table), x_block=self.layout(x).block, y_block=self.layout(y).block,
         )  # fmt: skip
 
     def copy_part(
-        self, x: Value, y: Value, sizes: tuple[int, int, int] | None = None, source: int = 0, to: int = 0
+        self, x: Value, y: Value, sizes: Place | None = None, source: Place = (0, 0, 0), to: Place = (0, 0, 0)
     ) -> None:
-        """Emit a copy of a box of ``sizes`` (channels, rows, columns; by default the smaller of both values)."""
+        """Emit a copy of a box; sizes and places are (channels, rows, columns), by default what both values have."""
         a, b = self.layout(x), self.layout(y)
         smaller = (min(a.channels, b.channels), min(a.rows, b.rows), min(a.columns, b.columns))
-        channels, rows, columns = sizes or smaller
-        if min(channels, rows, columns) < 1:
-            return
+        box = sizes or smaller
+        if min(box) > 0:
+            self.emit_box(x, y, box, source, to)
+
+    def emit_box(self, x: Value, y: Value, box: Place, source: Place, to: Place) -> None:
+        """Emit a copy of a box that is not empty."""
+        a, b = self.layout(x), self.layout(y)
         self.emit(
-            "copy_maps", (self.lanes,), self.blocks * channels, x=self.address(x) + source, y=self.address(y) + to,
-            channels=channels, rows=rows, vectors=columns, **_strides(x=a, y=b),
+            "copy_maps", (self.lanes,), self.blocks * box[0], x=self.address(x) + place_offset(a, source),
+            y=self.address(y) + place_offset(b, to), channels=box[0], rows=box[1], vectors=box[2], **strides(x=a, y=b),
         )  # fmt: skip
 
     def fill(self, y: Value, value: float) -> None:
         """Emit a constant for all pixels."""
         out = self.layout(y)
         self.emit(
-            "fill", (self.lanes,), out.planes, y=self.address(y), channels=out.channels, rows=out.rows,
-            vectors=out.columns, f_value=value, **_strides(y=out),
+            "fill", (out.lanes,), out.planes, y=self.address(y), channels=out.maps, rows=out.rows,
+            vectors=out.columns, f_value=value, **strides(y=out),
         )  # fmt: skip
 
     def cross_entropy(self, node: Node, smoothing: float) -> None:
@@ -451,9 +506,10 @@ class Lowering:
             correct=self.address(correct), state=Ref("state"), classes=x.channels, logits_block=x.block,
             f_smoothing=smoothing,
         )  # fmt: skip
-        self._mean_loss(losses, correct)
+        self.mean_loss(losses, correct)
 
-    def _mean_loss(self, losses: Value, correct: Value) -> None:
+    def mean_loss(self, losses: Value, correct: Value) -> None:
+        """Emit the mean of the losses and the number of right answers."""
         places = {"losses": self.address(losses), "correct": self.address(correct)}
         self.emit("mean_loss", (), 1, result=Ref("result"), state=Ref("state"), **places)
 
@@ -473,9 +529,9 @@ class Lowering:
         self.emit(
             "squared_error", (self.lanes,), self.blocks, y=self.address(node.x), target=self.address(node.input(1)),
             losses=self.address(losses), correct=self.address(correct), channels=y.channels, rows=y.rows,
-            columns=y.columns, mask=Ref("mask"), **_strides(y=y, target=target),
+            columns=y.columns, mask=Ref("mask"), **strides(y=y, target=target),
         )  # fmt: skip
-        self._mean_loss(losses, correct)
+        self.mean_loss(losses, correct)
 
     def squared_error_gradient(self, node: Node) -> None:
         """Emit the gradient of the network's output."""
@@ -483,7 +539,7 @@ class Lowering:
         self.emit(
             "squared_error_gradient", (self.lanes,), self.blocks, y=self.address(node.x),
             target=self.address(node.input(1)), grad_y=self.address(node.y), channels=y.channels, rows=y.rows,
-            columns=y.columns, mask=Ref("mask"), state=Ref("state"), **_strides(y=y, target=target, grad=out),
+            columns=y.columns, mask=Ref("mask"), state=Ref("state"), **strides(y=y, target=target, grad=out),
         )  # fmt: skip
 
 
@@ -493,23 +549,25 @@ def _chunk(count: int, wanted: int, multiple: int) -> int:
     return max(multiple, -(-count // (parts * multiple)) * multiple)
 
 
-def _maps(x: Layout) -> dict[str, int]:
+def maps_of(x: Layout) -> dict[str, int]:
+    """Return ``blocks``, ``rows``, ``columns`` of a layout."""
     return {"blocks": x.blocks, "rows": x.rows, "columns": x.columns}
 
 
-def _strides(**layouts: Layout) -> dict[str, int]:
+def strides(**layouts: Layout) -> dict[str, int]:
     """Return ``{name}_block``, ``{name}_channel``, ``{name}_row`` for every layout."""
     parts = ("block", "channel", "row")
     return {f"{name}_{part}": getattr(layout, part) for name, layout in layouts.items() for part in parts}
 
 
-def _pixel_offsets(x: Layout) -> list[int]:
-    return [
-        c * x.channel + h * x.row + w * x.pixel
-        for c in range(x.channels)
-        for h in range(x.rows)
-        for w in range(x.columns)
-    ]
+def place_offset(x: Layout, place: Place) -> int:
+    """Return the byte offset of (channel, row, column)."""
+    return x.at(place[0]) + place[1] * x.row + place[2] * x.pixel
+
+
+def _element_offsets(x: Layout) -> list[int]:
+    """Return the byte offsets of all elements in ONNX order."""
+    return [place_offset(x, (c, h, w)) for c in range(x.channels) for h in range(x.rows) for w in range(x.columns)]
 
 
 def _sizes_for(value: Value, rank: int) -> tuple[int, int, int]:

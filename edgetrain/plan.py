@@ -7,13 +7,13 @@ and the rows become a program for the interpreter.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
-from edgetrain.arrays import Layout, aligned, map_sizes
+from edgetrain.arrays import Layout, aligned
 from edgetrain.autodiff import LABELS, node_users
 from edgetrain.graph import Graph, Node, Value
 from edgetrain.kernels.registry import argument_names
@@ -65,12 +65,15 @@ class Sharing:
     border: dict[str, Border]
 
 
-def share_memory(nodes: Sequence[Node], keep: set[str]) -> Sharing:
+def share_memory(
+    nodes: Sequence[Node], keep: set[str], shares: Callable[[Value, Value], bool] = lambda x, y: True
+) -> Sharing:
     """Decide which outputs take over an input's memory, and how wide every value's border is.
 
     An output takes over the memory of the input that its operator names if nobody
     reads that memory afterwards; a reshape shares it in any case. Values in ``keep``
-    must survive to the end and are never overwritten.
+    must survive to the end and are never overwritten; ``shares`` tells whether a reshape
+    leaves all numbers where they are.
     """
     users, wanted = node_users(list(nodes)), _wanted_borders(nodes)
     values = {v.name: v for node in nodes for v in (*node.inputs, *node.outputs) if v is not None}
@@ -85,7 +88,7 @@ def share_memory(nodes: Sequence[Node], keep: set[str]) -> Sharing:
         old, new = root[source.name], root[node.y.name]
         is_reshape = node.op_type in _RESHAPES
         if is_reshape:
-            fits = not any(border[old]) and not any(border[new])
+            fits = not any(border[old]) and not any(border[new]) and shares(source, node.y)
         else:
             quiet = all(max(users.get(m, [-1])) <= position for m in members[old]) and not keep & set(members[old])
             fits = quiet and source.size == node.y.size and not (old in reshaped and any(border[new]))
@@ -126,7 +129,8 @@ class Plan:
 
     Attributes:
         graph: what is computed.
-        lanes, blocks: samples in a vector; vectors of samples.
+        lanes, blocks: samples in a vector; vectors of samples (single samples when lanes hold channels).
+        by_channel: whether lanes hold channels.
         rows: kernel calls in order.
         layouts: of every batched value.
         fixed: arrays that outlive a step, by buffer name (parameters, tables, state).
@@ -138,6 +142,7 @@ class Plan:
     graph: Graph
     lanes: int
     blocks: int
+    by_channel: bool = False
     rows: list[Row] = field(default_factory=list)
     layouts: dict[str, Layout] = field(default_factory=dict)
     root: dict[str, str] = field(default_factory=dict)
@@ -154,7 +159,7 @@ class Plan:
     @property
     def capacity(self) -> int:
         """Largest number of samples."""
-        return self.lanes * self.blocks
+        return self.blocks if self.by_channel else self.lanes * self.blocks
 
     @property
     def kernels(self) -> list[KernelKey]:
@@ -206,8 +211,3 @@ class Plan:
         if ref.buffer in self.fixed:
             return int(self.fixed[ref.buffer].ctypes.data) + ref.offset
         return arena + self.offsets[ref.buffer] + ref.offset
-
-
-def layout_of(value: Value, blocks: int, lanes: int, border: Border) -> Layout:
-    """Return the layout of a batched value."""
-    return Layout(blocks, lanes, *map_sizes(value.shape), border)

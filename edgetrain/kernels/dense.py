@@ -9,6 +9,7 @@ x86 machine of docs/performance.md these reach the rate of the BLAS sgemm, and a
 
 from __future__ import annotations
 
+from edgetrain.kernels.codes import SAMPLES
 from edgetrain.kernels.registry import Body, kernel
 from edgetrain.kernels.simd import arguments, load_f32, load_i64, store_f32
 from edgetrain.kernels.tiles import correlate_tile, multiply_tile
@@ -21,14 +22,15 @@ from edgetrain.kernels.tiles import correlate_tile, multiply_tile
     "x_block", "y_block", "x_group", "y_group", "weight_group", "y_channel",
     "groups", "pixel_chunk", "pixel_chunks", "channel_chunk", "channel_chunks", "f_low", "f_high",
 )  # fmt: skip
-def multiply(lanes: int, channels: int, width: int) -> Body:
+def multiply(lanes: int, channels: int, width: int, kind: int) -> Body:
     """Write ``y[block][c][p] = clip(bias[c] + sum_k weight[k][c] * x[block][p + term k], low, high)``.
 
     Job: (block, group, chunk of pixels, chunk of channels). ``weight`` is packed
     ``[group][channel / channels][k][channels]``; ``pixels`` holds whole multiples of
-    ``width`` pairs (the last pixel repeated).
+    ``width`` pairs (the last pixel repeated). ``kind``: what the lanes hold, see ``codes``.
     """
     tile_bytes = 4 * channels
+    step = 1 if kind == SAMPLES else lanes
 
     def body(args: int, first: int, last: int) -> None:
         (x, y, weight, bias, pixels, terms, pixel_count, term_count, channel_count, x_block, y_block, x_group, y_group,
@@ -51,9 +53,9 @@ def multiply(lanes: int, channels: int, width: int) -> Body:
             for c in range(chunk_c * channel_chunk, last_channel, channels):
                 for p in range(chunk_p * pixel_chunk, last_pixel, width):
                     multiply_tile(
-                        source, target + c * y_channel, packed + (c // channels) * term_count * tile_bytes,
+                        source, target + c // step * y_channel, packed + (c // channels) * term_count * tile_bytes,
                         biases + 4 * c, pixels + 16 * p, terms, term_count, y_channel, channel_count - c,
-                        low, high, channels, width, lanes,
+                        low, high, channels, width, lanes, kind,
                     )  # fmt: skip
 
     return body
@@ -64,13 +66,15 @@ def multiply(lanes: int, channels: int, width: int) -> Body:
     "x_block", "grad_block", "x_group", "grad_group", "weight_group", "grad_channel", "weight_channel",
     "blocks", "groups", "pixel_chunk", "term_chunk", "term_chunks", "channel_tiles",
 )  # fmt: skip
-def correlate(lanes: int, channels: int, width: int) -> Body:
+def correlate(lanes: int, channels: int, width: int, kind: int) -> Body:
     """Write ``grad_weight[c][k] = sum over blocks, pixels, lanes of grad_out[c][p] * x[p + term k]``.
 
     Job: (group, tile of channels, chunk of terms). ``terms`` holds int64 pairs (input
     offset, offset in ``grad_weight``), padded to a whole multiple of ``width``.
     Pixels are taken in chunks so that the channels of ``grad_out`` stay in the first-level cache.
+    ``kind``: what the lanes hold, see ``codes``.
     """
+    step = 1 if kind == SAMPLES else lanes
 
     def body(args: int, first: int, last: int) -> None:
         (x, grad_out, grad_weight, pixels, terms, pixel_count, term_count, channel_count, x_block, grad_block, x_group,
@@ -89,13 +93,13 @@ def correlate(lanes: int, channels: int, width: int) -> Body:
                     store_f32(target + row * weight_channel + load_i64(terms + 16 * k + 8), 0.0)
             for block in range(blocks):
                 source = x + block * x_block + group * x_group
-                grad = grad_out + block * grad_block + group * grad_group + c * grad_channel
+                grad = grad_out + block * grad_block + group * grad_group + c // step * grad_channel
                 for p in range(0, pixel_count, pixel_chunk):
                     count = min(pixel_chunk, pixel_count - p)
                     for k in range(first_term, last_term, width):
                         correlate_tile(
                             source, grad, target, pixels + 16 * p, terms + 16 * k, count, grad_channel,
-                            weight_channel, rows, last_term - k, channels, width, lanes,
+                            weight_channel, rows, last_term - k, channels, width, lanes, kind,
                         )  # fmt: skip
 
     return body

@@ -24,7 +24,7 @@ Factory = Callable[..., Body]
 # not called for kernels that come from the cache on disk.
 on_compile: list[Callable[[str, int, int], None]] = []
 
-_MODULES = ("dense", "elementwise", "layout", "loss", "normalization", "pooling", "random", "update")
+_MODULES = ("channels", "dense", "elementwise", "layout", "loss", "normalization", "pooling", "random", "update")
 _FACTORIES: dict[str, tuple[Factory, tuple[str, ...]]] = {}
 _COMPILED: dict[tuple[str, tuple[int, ...]], Any] = {}
 _LOCK = threading.Lock()

@@ -13,6 +13,7 @@ from typing import Any
 from llvmlite import ir
 from numba.core import cgutils, types
 
+from edgetrain.kernels.codes import CHANNELS, SAMPLES
 from edgetrain.kernels.simd import F32, I32, I64, call_llvm, intrinsic, literal, pointer, splat, suffix
 
 # NEON multiplies by one lane of a register (fmla by element), so there the weights of a tile are loaded
@@ -30,6 +31,19 @@ def _weights(builder: Any, address: Any, count: int, lanes: int) -> list[Any]:
         return [builder.shuffle_vector(vector, undefined, mask) for mask in masks]
     base = pointer(builder, address, F32)
     return [splat(builder, builder.load(builder.gep(base, [ir.Constant(I64, i)])), lanes) for i in range(count)]
+
+
+def _vectors(builder: Any, address: Any, count: int, lanes: int) -> list[Any]:
+    """Load ``count`` consecutive floats as vectors of ``lanes``."""
+    places = [builder.add(address, ir.Constant(I64, 4 * i)) for i in range(0, count, lanes)]
+    return [builder.load(pointer(builder, place, ir.VectorType(F32, lanes)), align=4) for place in places]
+
+
+def _pixel(builder: Any, address: Any, lanes: int, kind: int) -> Any:
+    """Load a pixel of the input: a vector, or one channel's number in all lanes."""
+    if kind == CHANNELS:
+        return splat(builder, builder.load(pointer(builder, address, F32)), lanes)
+    return _vector_load(builder, address, lanes)
 
 
 def _offsets(builder: Any, table: Any, count: int) -> list[Any]:
@@ -58,9 +72,9 @@ def _accumulators(builder: Any, count: int, lanes: int) -> list[Any]:
 @intrinsic(prefer_literal=True)
 def multiply_tile(
     typingctx: Any, x: Any, y: Any, w: Any, bias: Any, pixels: Any, terms: Any, count: Any, y_channel: Any, rows: Any,
-    low: Any, high: Any, channels: Any, width: Any, lanes: Any,
+    low: Any, high: Any, channels: Any, width: Any, lanes: Any, kind: Any,
 ) -> Any:  # fmt: skip
-    """Compute ``channels`` x ``width`` output vectors: ``y[c][p] = bias[c] + sum_k w[k][c] * x[pixel p + term k]``.
+    """Compute ``channels`` x ``width`` outputs: ``y[c][p] = bias[c] + sum_k w[k][c] * x[pixel p + term k]``.
 
     Args:
         x, y: addresses of the input and of the first output channel of the tile.
@@ -71,26 +85,29 @@ def multiply_tile(
         y_channel: bytes between output channels.
         rows: how many of the ``channels`` exist; the rest is computed and not stored.
         low, high: float32 bounds of the result (activation fused into the store).
-        channels, width, lanes: compile-time sizes; ``channels * width`` accumulators must fit the registers.
+        channels, width, lanes: compile-time sizes; the accumulators must fit the registers.
+        kind: which operand is a vector of lanes, see ``kernels.codes``.
     """
-    cr, pr, n = literal(channels), literal(width), literal(lanes)
+    cr, pr, n, how = literal(channels), literal(width), literal(lanes), literal(kind)
+    step = 1 if how == SAMPLES else n  # channels per accumulator
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         x_, y_, w_, bias_, pixels_, terms_, count_, y_channel_, rows_, low_, high_ = args[:11]
+        operands = _weights if how == SAMPLES else _vectors
         table = _offsets(builder, pixels_, 2 * pr)
         inputs = [builder.add(x_, offset) for offset in table[0::2]]
-        slots = _accumulators(builder, cr * pr, n)
+        slots = _accumulators(builder, cr // step * pr, n)
         with cgutils.for_range(builder, count_) as loop:
             term = _offsets(builder, builder.add(terms_, builder.mul(loop.index, ir.Constant(I64, 8))), 1)[0]
-            weights = _weights(builder, builder.add(w_, builder.mul(loop.index, ir.Constant(I64, 4 * cr))), cr, n)
-            values = [_vector_load(builder, builder.add(base, term), n) for base in inputs]
-            for c in range(cr):
+            weights = operands(builder, builder.add(w_, builder.mul(loop.index, ir.Constant(I64, 4 * cr))), cr, n)
+            values = [_pixel(builder, builder.add(base, term), n, how) for base in inputs]
+            for c in range(cr // step):
                 for p in range(pr):
                     _fma(builder, weights[c], values[p], slots[c * pr + p])
-        biases = _weights(builder, bias_, cr, n)
+        biases = operands(builder, bias_, cr, n)
         lows, highs = splat(builder, low_, n), splat(builder, high_, n)
-        for c in range(cr):
-            with builder.if_then(builder.icmp_signed(">", rows_, ir.Constant(I64, c)), likely=True):
+        for c in range(cr // step):
+            with builder.if_then(builder.icmp_signed(">", rows_, ir.Constant(I64, c * step)), likely=True):
                 channel = builder.add(y_, builder.mul(y_channel_, ir.Constant(I64, c)))
                 for p in range(pr):
                     value = builder.fadd(builder.load(slots[c * pr + p]), biases[c])
@@ -101,13 +118,13 @@ def multiply_tile(
         return context.get_dummy_value()
 
     integers = [types.int64] * 9
-    return types.void(*integers, types.float32, types.float32, channels, width, lanes), codegen
+    return types.void(*integers, types.float32, types.float32, channels, width, lanes, kind), codegen
 
 
 @intrinsic(prefer_literal=True)
 def correlate_tile(
     typingctx: Any, x: Any, dy: Any, dw: Any, pixels: Any, terms: Any, count: Any, dy_channel: Any, dw_channel: Any,
-    rows: Any, columns: Any, channels: Any, width: Any, lanes: Any,
+    rows: Any, columns: Any, channels: Any, width: Any, lanes: Any, kind: Any,
 ) -> Any:  # fmt: skip
     """Add to ``dw[c][k]`` the sum over pixels and lanes of ``dy[c][pixel] * x[pixel + term k]``.
 
@@ -118,27 +135,32 @@ def correlate_tile(
         terms: table of ``width`` pairs of int64: byte offset into the input, byte offset into ``dw``.
         dy_channel, dw_channel: bytes between channels of ``dy`` and of ``dw``.
         rows, columns: how many of the ``channels`` and of the ``width`` terms exist.
-        channels, width, lanes: compile-time sizes; ``channels * width`` accumulators must fit the registers.
+        channels, width, lanes: compile-time sizes; the accumulators must fit the registers.
+        kind: as in ``multiply_tile``; unless lanes hold samples, each lane is a weight of its own.
     """
-    cr, kr, n = literal(channels), literal(width), literal(lanes)
+    cr, kr, n, how = literal(channels), literal(width), literal(lanes), literal(kind)
+    step = 1 if how == SAMPLES else n  # channels per accumulator
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         x_, dy_, dw_, pixels_, terms_, count_, dy_channel_, dw_channel_, rows_, columns_ = args[:10]
         table = _offsets(builder, terms_, 2 * kr)
         inputs = [builder.add(x_, offset) for offset in table[0::2]]
         # Rows that do not exist read the last one that does: no branch inside the loop, nothing stored.
-        last = builder.sub(rows_, ir.Constant(I64, 1))
-        index = [builder.select(builder.icmp_signed("<", ir.Constant(I64, c), rows_), ir.Constant(I64, c), last)
-                 for c in range(cr)]  # fmt: skip
+        last = builder.sdiv(builder.sub(rows_, ir.Constant(I64, 1)), ir.Constant(I64, step))
+        index = [builder.select(builder.icmp_signed("<", ir.Constant(I64, c), last), ir.Constant(I64, c), last)
+                 for c in range(cr // step)]  # fmt: skip
         outputs = [builder.add(dy_, builder.mul(dy_channel_, i)) for i in index]
-        slots = _accumulators(builder, cr * kr, n)
+        slots = _accumulators(builder, cr // step * kr, n)
         with cgutils.for_range(builder, count_) as loop:
             pair = _offsets(builder, builder.add(pixels_, builder.mul(loop.index, ir.Constant(I64, 16))), 2)
             grads = [_vector_load(builder, builder.add(base, pair[1]), n) for base in outputs]
-            values = [_vector_load(builder, builder.add(base, pair[0]), n) for base in inputs]
-            for c in range(cr):
+            values = [_pixel(builder, builder.add(base, pair[0]), n, how) for base in inputs]
+            for c in range(cr // step):
                 for k in range(kr):
                     _fma(builder, grads[c], values[k], slots[c * kr + k])
+        if how != SAMPLES:
+            _scatter(builder, [builder.load(slot) for slot in slots], kr, dw_, dw_channel_, table[1::2], rows_, columns_)
+            return context.get_dummy_value()
         totals = _lane_sums(builder, [builder.load(slot) for slot in slots])
         for c in range(cr):
             row = builder.add(dw_, builder.mul(dw_channel_, ir.Constant(I64, c)))
@@ -150,7 +172,7 @@ def correlate_tile(
                     builder.store(builder.fadd(builder.load(target), totals[c * kr + k]), target)
         return context.get_dummy_value()
 
-    return types.void(*([types.int64] * 10), channels, width, lanes), codegen
+    return types.void(*([types.int64] * 10), channels, width, lanes, kind), codegen
 
 
 def _lane_sums(builder: Any, vectors: list[Any]) -> list[Any]:
@@ -177,3 +199,29 @@ def _add_neighbours(builder: Any, a: Any, b: Any) -> Any:
     even = ir.Constant(ir.VectorType(I32, lanes), list(range(0, 2 * lanes, 2)))
     odd = ir.Constant(ir.VectorType(I32, lanes), list(range(1, 2 * lanes, 2)))
     return builder.fadd(builder.shuffle_vector(a, b, even), builder.shuffle_vector(a, b, odd))
+
+
+def _scatter(
+    builder: Any, vectors: list[Any], width: int, target: Any, channel: Any, offsets: list[Any], rows: Any, columns: Any
+) -> None:
+    """Add vectors ``[channel / lanes][term]``, whose lanes are channels, to ``target``; loops, for small code."""
+    lanes = vectors[0].type.count
+    sums = cgutils.alloca_once(builder, vectors[0].type, size=len(vectors))
+    for i, vector in enumerate(vectors):
+        builder.store(vector, builder.gep(sums, [ir.Constant(I64, i)]))
+    places = cgutils.alloca_once(builder, I64, size=width)
+    for i, offset in enumerate(offsets):
+        builder.store(offset, builder.gep(places, [ir.Constant(I64, i)]))
+    flat = builder.bitcast(sums, F32.as_pointer())
+    inside = builder.icmp_signed("<", columns, ir.Constant(I64, width))
+    terms = builder.select(inside, columns, ir.Constant(I64, width))
+    for group in range(len(vectors) // width):
+        left = builder.sub(rows, ir.Constant(I64, group * lanes))
+        count = builder.select(builder.icmp_signed("<", left, ir.Constant(I64, lanes)), left, ir.Constant(I64, lanes))
+        with cgutils.for_range(builder, terms) as term, cgutils.for_range(builder, count) as lane:
+            index = builder.add(term.index, ir.Constant(I64, group * width))
+            source = builder.add(builder.mul(index, ir.Constant(I64, lanes)), lane.index)
+            row = builder.mul(channel, builder.add(lane.index, ir.Constant(I64, group * lanes)))
+            place = builder.add(builder.add(target, row), builder.load(builder.gep(places, [term.index])))
+            total = builder.fadd(builder.load(pointer(builder, place, F32)), builder.load(builder.gep(flat, [source])))
+            builder.store(total, pointer(builder, place, F32))

@@ -177,7 +177,7 @@ class ProductOp(Op):
         """Pack the weights, then one gather-multiply."""
         g, x, y = self.product(node), low.layout(node.x), low.layout(node.y)
         terms = [
-            c * x.channel + (i * g.dilations[0] - g.pads[0]) * x.row + (j * g.dilations[1] - g.pads[1]) * x.pixel
+            x.at(c) + (i * g.dilations[0] - g.pads[0]) * x.row + (j * g.dilations[1] - g.pads[1]) * x.pixel
             for c in range(g.inputs)
             for i, j in g.taps
         ]
@@ -300,7 +300,7 @@ class ProductInputGrad(ProductGrad):
     def _lower_phase(self, node: Node, low: Lowering, g: Product, first: Pair) -> None:
         grad, out = low.layout(node.x), low.layout(node.y)
         taps = [(i, j, a, b) for i, a in _phase(g, 0, first[0]) for j, b in _phase(g, 1, first[1])]
-        terms = [c * grad.channel + a * grad.row + b * grad.pixel for c in range(g.outputs) for _, _, a, b in taps]
+        terms = [grad.at(c) + a * grad.row + b * grad.pixel for c in range(g.outputs) for _, _, a, b in taps]
         sources = [
             c * g.weight_out + (i * g.kernel[1] + j) * g.weight_tap for c in range(g.outputs) for i, j, _, _ in taps
         ]
@@ -342,7 +342,7 @@ class ProductWeightGrad(ProductGrad):
         g, x, grad = self.product(node), low.layout(node.x), low.layout(node.input(1))
         terms = [
             (
-                c * x.channel + (i * g.dilations[0] - g.pads[0]) * x.row + (j * g.dilations[1] - g.pads[1]) * x.pixel,
+                x.at(c) + (i * g.dilations[0] - g.pads[0]) * x.row + (j * g.dilations[1] - g.pads[1]) * x.pixel,
                 c * g.weight_in + (i * g.kernel[1] + j) * g.weight_tap,
             )
             for c in range(g.inputs)

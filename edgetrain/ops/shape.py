@@ -109,10 +109,10 @@ class Concat(Op):
 
     def lower(self, node: Node, low: Lowering) -> None:
         """One copy per input."""
-        start, y = 0, low.layout(node.y)
+        start = 0
         for value in node.inputs:
             assert value is not None
-            low.copy_part(value, node.y, to=start * y.channel)
+            low.copy_part(value, node.y, to=(start, 0, 0))
             start += channels_of(value)
 
 
@@ -136,7 +136,7 @@ class ChannelSlice(Op):
 
     def lower(self, node: Node, low: Lowering) -> None:
         """One copy."""
-        low.copy_part(node.x, node.y, source=node.get("start") * low.layout(node.x).channel)
+        low.copy_part(node.x, node.y, source=(node.get("start"), 0, 0))
 
 
 def _pad_axes(node: Node) -> list[tuple[int, int]]:
@@ -181,13 +181,11 @@ class Pad(Op):
 
     def lower(self, node: Node, low: Lowering) -> None:
         """Fill, then copy the part that both have."""
-        x, y, axes = low.layout(node.x), low.layout(node.y), _pad_axes(node)
+        axes = _pad_axes(node)
         if any(a > 0 or b > 0 for a, b in axes):
             low.fill(node.y, float(node.get("value", 0.0)))
         skip, start = [max(0, -a) for a, _ in axes], [max(0, a) for a, _ in axes]
         sizes = [n - s - max(0, -b) for n, s, (_, b) in zip(map_sizes(node.x.shape), skip, axes, strict=True)]
         low.copy_part(
-            node.x, node.y, sizes=(sizes[0], sizes[1], sizes[2]),
-            source=skip[0] * x.channel + skip[1] * x.row + skip[2] * x.pixel,
-            to=start[0] * y.channel + start[1] * y.row + start[2] * y.pixel,
-        )  # fmt: skip
+            node.x, node.y, (sizes[0], sizes[1], sizes[2]), (skip[0], skip[1], skip[2]), (start[0], start[1], start[2])
+        )

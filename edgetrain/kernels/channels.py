@@ -1,0 +1,259 @@
+"""Kernels for batches smaller than a vector: the lanes hold channels of one sample instead of samples.
+
+Activations are ``[sample][channel / lanes][rows][columns][lanes]``; lanes beyond the last channel
+hold zeros in every gradient. Element-wise kernels and pools do not care what a lane holds
+and serve both; here are those that do. Vectors of parameters are read and written whole:
+their buffers end on whole cache lines of zeros.
+"""
+
+from __future__ import annotations
+
+import math
+
+from edgetrain.kernels.registry import Body, kernel
+from edgetrain.kernels.simd import (
+    arguments,
+    broadcast,
+    fma,
+    load,
+    load_f32,
+    load_i64,
+    sqrt,
+    store,
+    store_f32,
+)
+
+_MAPS = ("blocks", "rows", "columns")
+
+
+@kernel(
+    "x", "y", "scale", "shift", "channels", "maps", "rows", "columns", "y_block", "y_map", "y_row",
+)  # fmt: skip
+def pack_channels(lanes: int) -> Body:
+    """Copy samples, dense float32 ``(N, C, H, W)``, normalised: ``x * scale[c] + shift[c]``. Job: (sample, map)."""
+
+    def body(args: int, first: int, last: int) -> None:
+        x, y, scale, shift, channels, maps, rows, columns, y_block, y_map, y_row = arguments(args, 11)
+        for job in range(first, last):
+            sample, group = job // maps, job % maps
+            for lane in range(lanes):
+                channel = group * lanes + lane
+                source = x + 4 * rows * columns * (sample * channels + channel)
+                target = y + sample * y_block + group * y_map + 4 * lane
+                alive = channel < channels
+                factor = load_f32(scale + 4 * channel) if alive else 0.0
+                offset = load_f32(shift + 4 * channel) if alive else 0.0
+                for row in range(rows):
+                    for column in range(columns):
+                        value = load_f32(source + 4 * (row * columns + column)) * factor + offset if alive else 0.0
+                        store_f32(target + row * y_row + 4 * lanes * column, value)
+
+    return body
+
+
+@kernel("x", "y", "table", "count", "x_block", "y_block")
+def copy_scalars() -> Body:
+    """Copy the numbers of a table of int64 pairs (input, output byte offset). Job: sample."""
+
+    def body(args: int, first: int, last: int) -> None:
+        x, y, table, count, x_block, y_block = arguments(args, 6)
+        for block in range(first, last):
+            for i in range(count):
+                value = load_f32(x + block * x_block + load_i64(table + 16 * i))
+                store_f32(y + block * y_block + load_i64(table + 16 * i + 8), value)
+
+    return body
+
+
+@kernel("x", "y", "blocks", "rows", "columns", "x_block", "x_map", "x_row")
+def sum_samples_channels(lanes: int) -> Body:
+    """Sum all samples' pixels to one number per channel (a bias's gradient). Job: map."""
+    step = 4 * lanes
+
+    def body(args: int, first: int, last: int) -> None:
+        x, y, blocks, rows, columns, x_block, x_map, x_row = arguments(args, 8)
+        for group in range(first, last):
+            total = broadcast(0.0, lanes)
+            for block in range(blocks):
+                for row in range(rows):
+                    source = x + block * x_block + group * x_map + row * x_row
+                    part = broadcast(0.0, lanes)
+                    for i in range(columns):
+                        part = part + load(source + i * step, lanes)
+                    total = total + part
+            store(y + group * step, total)
+
+    return body
+
+
+@kernel(
+    "x", "y", "scale", "bias", "mean", "variance", "inverse_std", *_MAPS,
+    "x_block", "x_channel", "x_row", "y_block", "y_channel", "y_row", "f_epsilon",
+)  # fmt: skip
+def batch_norm_channels(lanes: int) -> Body:
+    """Normalise with the batch's own statistics; see ``normalization.batch_norm``. Job: map."""
+    step = 4 * lanes
+
+    def body(args: int, first: int, last: int) -> None:
+        (x, y, scale, bias, mean, variance, inverse_std, blocks, rows, columns, x_block, x_channel, x_row,
+         y_block, y_channel, y_row) = arguments(args, 16)  # fmt: skip
+        epsilon = broadcast(load_f32(args + 128), lanes)
+        share = broadcast(1.0 / (blocks * rows * columns), lanes)
+        one = broadcast(1.0, lanes)
+        for group in range(first, last):
+            total = broadcast(0.0, lanes)
+            for block in range(blocks):
+                for row in range(rows):
+                    source = x + block * x_block + group * x_channel + row * x_row
+                    part = broadcast(0.0, lanes)
+                    for i in range(columns):
+                        part = part + load(source + i * step, lanes)
+                    total = total + part
+            middle = total * share
+            total = broadcast(0.0, lanes)
+            for block in range(blocks):
+                for row in range(rows):
+                    source = x + block * x_block + group * x_channel + row * x_row
+                    part = broadcast(0.0, lanes)
+                    for i in range(columns):
+                        away = load(source + i * step, lanes) - middle
+                        part = fma(away, away, part)
+                    total = total + part
+            spread = total * share
+            inverse = one / sqrt(spread + epsilon)
+            store(mean + group * step, middle)
+            store(variance + group * step, spread)
+            store(inverse_std + group * step, inverse)
+            factor = load(scale + group * step, lanes) * inverse
+            offset = load(bias + group * step, lanes)
+            for block in range(blocks):
+                for row in range(rows):
+                    source = x + block * x_block + group * x_channel + row * x_row
+                    target = y + block * y_block + group * y_channel + row * y_row
+                    for i in range(columns):
+                        store(target + i * step, fma(load(source + i * step, lanes) - middle, factor, offset))
+
+    return body
+
+
+@kernel(
+    "x", "y", "scale", "bias", "mean", "variance", *_MAPS,
+    "x_block", "x_channel", "x_row", "y_block", "y_channel", "y_row", "f_epsilon",
+)  # fmt: skip
+def batch_norm_inference_channels(lanes: int) -> Body:
+    """Normalise with given statistics. Job: map."""
+    step = 4 * lanes
+
+    def body(args: int, first: int, last: int) -> None:
+        (x, y, scale, bias, mean, variance, blocks, rows, columns, x_block, x_channel, x_row, y_block, y_channel,
+         y_row) = arguments(args, 15)  # fmt: skip
+        epsilon = broadcast(load_f32(args + 120), lanes)
+        for group in range(first, last):
+            middle = load(mean + group * step, lanes)
+            factor = load(scale + group * step, lanes) / sqrt(load(variance + group * step, lanes) + epsilon)
+            offset = load(bias + group * step, lanes)
+            for block in range(blocks):
+                for row in range(rows):
+                    source = x + block * x_block + group * x_channel + row * x_row
+                    target = y + block * y_block + group * y_channel + row * y_row
+                    for i in range(columns):
+                        store(target + i * step, fma(load(source + i * step, lanes) - middle, factor, offset))
+
+    return body
+
+
+@kernel(
+    "x", "grad_out", "grad_x", "scale", "mean", "inverse_std", "grad_scale", "grad_bias", *_MAPS,
+    "x_block", "x_channel", "x_row", "grad_block", "grad_channel", "grad_row",
+    "grad_x_block", "grad_x_channel", "grad_x_row",
+)  # fmt: skip
+def batch_norm_gradient_channels(lanes: int) -> Body:
+    """Write the gradients of input, scale and bias; see ``normalization.batch_norm_gradient``. Job: map."""
+    step = 4 * lanes
+
+    def body(args: int, first: int, last: int) -> None:
+        (x, grad_out, grad_x, scale, mean, inverse_std, grad_scale, grad_bias, blocks, rows, columns,
+         x_block, x_channel, x_row, grad_block, grad_channel, grad_row, grad_x_block, grad_x_channel,
+         grad_x_row) = arguments(args, 20)  # fmt: skip
+        share = broadcast(1.0 / (blocks * rows * columns), lanes)
+        for group in range(first, last):
+            middle, inverse = load(mean + group * step, lanes), load(inverse_std + group * step, lanes)
+            total, product = broadcast(0.0, lanes), broadcast(0.0, lanes)
+            for block in range(blocks):
+                for row in range(rows):
+                    source = x + block * x_block + group * x_channel + row * x_row
+                    grads = grad_out + block * grad_block + group * grad_channel + row * grad_row
+                    part, along = broadcast(0.0, lanes), broadcast(0.0, lanes)
+                    for i in range(columns):
+                        grad = load(grads + i * step, lanes)
+                        part = part + grad
+                        along = fma(grad, load(source + i * step, lanes) - middle, along)
+                    total, product = total + part, product + along
+            store(grad_bias + group * step, total)
+            store(grad_scale + group * step, product * inverse)
+            factor = load(scale + group * step, lanes) * inverse
+            shift = total * share
+            slope = product * inverse * inverse * share
+            for block in range(blocks):
+                for row in range(rows):
+                    source = x + block * x_block + group * x_channel + row * x_row
+                    grads = grad_out + block * grad_block + group * grad_channel + row * grad_row
+                    target = grad_x + block * grad_x_block + group * grad_x_channel + row * grad_x_row
+                    for i in range(columns):
+                        away = load(source + i * step, lanes) - middle
+                        store(target + i * step, (load(grads + i * step, lanes) - shift - away * slope) * factor)
+
+    return body
+
+
+@kernel("logits", "probabilities", "labels", "losses", "correct", "classes", "logits_block", "f_smoothing")
+def cross_entropy_channels() -> Body:
+    """Write softmax, loss, and 1 where the first largest logit is the label's, of one sample. Job: sample.
+
+    The logits of a sample are ``classes`` consecutive float32; see ``loss.cross_entropy``.
+    """
+
+    def body(args: int, first: int, last: int) -> None:
+        logits, probabilities, labels, losses, correct, classes, logits_block = arguments(args, 7)
+        smoothing = load_f32(args + 56)
+        for sample in range(first, last):
+            source, target = logits + sample * logits_block, probabilities + sample * logits_block
+            best, winner = load_f32(source), 0
+            for k in range(1, classes):
+                if load_f32(source + 4 * k) > best:
+                    best, winner = load_f32(source + 4 * k), k
+            total = 0.0
+            for k in range(classes):
+                total += math.exp(load_f32(source + 4 * k) - best)
+            log_total = math.log(total) + best
+            loss = 0.0
+            label = load_i64(labels + 8 * sample)
+            for k in range(classes):
+                away = log_total - load_f32(source + 4 * k)
+                store_f32(target + 4 * k, math.exp(-away))
+                loss += smoothing / classes * away
+                if k == label:
+                    loss += (1.0 - smoothing) * away
+            store_f32(losses + 4 * sample, loss)
+            store_f32(correct + 4 * sample, 1.0 if winner == label else 0.0)
+
+    return body
+
+
+@kernel("probabilities", "labels", "grad_logits", "classes", "padded", "samples", "logits_block", "f_smoothing")
+def cross_entropy_gradient_channels() -> Body:
+    """Write ``(probability - target) / N``, 0 in the ``padded - classes`` lanes behind the last class. Job: sample."""
+
+    def body(args: int, first: int, last: int) -> None:
+        probabilities, labels, grad_logits, classes, padded, samples, logits_block = arguments(args, 7)
+        smoothing = load_f32(args + 56)
+        for sample in range(first, last):
+            source, target = probabilities + sample * logits_block, grad_logits + sample * logits_block
+            label = load_i64(labels + 8 * sample)
+            for k in range(classes):
+                wanted = smoothing / classes + (1.0 - smoothing if k == label else 0.0)
+                store_f32(target + 4 * k, (load_f32(source + 4 * k) - wanted) / samples)
+            for k in range(classes, padded):
+                store_f32(target + 4 * k, 0.0)
+
+    return body

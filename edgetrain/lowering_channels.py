@@ -1,0 +1,217 @@
+"""Lowering for batches smaller than a vector: lanes hold channels, a block is one sample.
+
+ResNet-20 at batch 1 takes a fifth of the time that it takes with 15 of 16 sample lanes
+empty (docs/performance.md). Operators and most kernels are the same; only what mixes
+channels, or indexes them, differs. ``fits`` says which graphs can be lowered so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from edgetrain.arrays import Layout, map_sizes
+from edgetrain.graph import Node, Value
+from edgetrain.kernels.choice import CHANNEL_TILES
+from edgetrain.kernels.codes import CHANNELS, DEPTHWISE
+from edgetrain.lowering import Lowering, Pair, Place, maps_of, place_offset, strides
+from edgetrain.ops import Border, get_op
+from edgetrain.ops.conv import ProductGrad, ProductOp
+from edgetrain.plan import Ref
+
+_PLAIN = (
+    "ActivationGrad", "AveragePool", "AveragePoolGrad", "BatchNormalization", "BatchNormalizationGrad",
+    "BatchNormalizationTraining", "ChannelSlice", "Clip", "Concat", "Flatten", "GlobalAveragePool", "HardSigmoid",
+    "HardSwish", "Identity", "LeakyRelu", "MaxPool", "MaxPoolGrad", "Pad", "Relu", "Reshape", "Sigmoid",
+    "SoftmaxCrossEntropyLoss", "SoftmaxCrossEntropyLossGrad", "Tanh",
+)  # fmt: skip
+
+_COPIES = ("ChannelSlice", "Concat", "Flatten", "Reshape")
+
+
+def fits(nodes: Sequence[Node]) -> bool:
+    """Whether all nodes can be lowered with channels in the lanes."""
+    return all(_fits(node) for node in nodes)
+
+
+def _fits(node: Node) -> bool:
+    op = get_op(node.op_type)
+    if isinstance(op, ProductOp | ProductGrad):
+        g = op.product(node)
+        return g.groups == 1 or g.inputs == g.outputs == 1
+    if node.op_type in ("Add", "Mul"):
+        values = [v for v in node.inputs if v is not None]
+        same = all(v.shape[:1] == node.y.shape[:1] for v in values)
+        return not node.y.batched or (all(v.batched for v in values) and same)
+    if node.op_type == "SumTo":
+        like: Value = node.get("like")
+        return bool(node.get("per_channel")) or (like.batched and like.shape[:1] == node.x.shape[:1])
+    return node.op_type in _PLAIN
+
+
+def lanes_for(channels: int, widest: int) -> int:
+    """Return the lanes of a value with so many channels: few channels do not fill the widest vector."""
+    return next((lanes for lanes in (1, 4, 8) if channels <= lanes < widest), widest)
+
+
+class ChannelLowering(Lowering):
+    """Lowers a graph that ``fits``; ``lanes`` is the widest vector, ``blocks`` the number of samples."""
+
+    kind = CHANNELS
+
+    def make_layout(self, value: Value, border: Border) -> Layout:
+        """Return how a batched value lies in memory."""
+        sizes = map_sizes(value.shape)
+        return Layout(self.blocks, lanes_for(sizes[0], self.lanes), *sizes, border, by_channel=True)
+
+    def shares(self, x: Value, y: Value) -> bool:
+        """A reshape that keeps the channels moves nothing."""
+        return map_sizes(x.shape) == map_sizes(y.shape)
+
+    def _start(self, value: Value) -> None:
+        """Copies of single numbers leave the lanes behind the last channel alone: those become 0 before."""
+        fresh = self.plan.buffer(value.name) not in self._lifetimes
+        super()._start(value)
+        if fresh and value.batched and self.node.op_type in _COPIES and value.shape[0] % self.layout(value).lanes:
+            self.fill(value, 0.0)
+
+    def input(self, value: Value, source: str, scale: Ref, shift: Ref) -> None:
+        """Copy an input's samples into lanes."""
+        self._start(value)
+        y = self.layout(value)
+        self.emit(
+            "pack_channels", (y.lanes,), y.planes, x=Ref(source), y=self.address(value), scale=scale, shift=shift,
+            channels=y.channels, maps=y.maps, rows=y.rows, columns=y.columns, y_block=y.block, y_map=y.channel,
+            y_row=y.row,
+        )  # fmt: skip
+
+    def multiply(self, x: Ref, x_layout: Layout, y: Ref, y_layout: Layout, *, pixels: list[Pair], terms: list[int],
+                 weight: Ref, sources: list[int], weight_channel: int, weight_group: int, groups: int, inputs: int,
+                 outputs: int, bias: Ref | None) -> None:  # fmt: skip
+        """See ``Lowering.multiply``. A depthwise product runs over maps of vectors, its weights packed alike."""
+        pixels, blocks = self.merge_blocks(pixels, x_layout, y_layout)
+        lanes, depthwise = y_layout.lanes, groups > 1
+        if depthwise:
+            tile, channels, channel_bytes = (lanes, CHANNEL_TILES.depthwise), groups, weight_group
+        else:
+            tile, channels, channel_bytes = CHANNEL_TILES.multiply(outputs, len(pixels), lanes), outputs, weight_channel
+        packed, _ = self.pack_weights(weight, sources, tile[0], channels, channel_bytes)
+        self.emit_multiply(
+            x, y, pixels, terms, tile, kind=DEPTHWISE if depthwise else CHANNELS, lanes=lanes, blocks=blocks,
+            groups=y_layout.maps if depthwise else 1, channel_count=lanes if depthwise else outputs, weight=packed,
+            weight_group=4 * lanes * len(terms), bias=bias or self.zeros(channels + tile[0]), x_block=x_layout.block,
+            y_block=y_layout.block, x_group=x_layout.channel, y_group=y_layout.channel, y_channel=y_layout.channel,
+        )  # fmt: skip
+
+    def correlate(self, x: Ref, x_layout: Layout, grad: Ref, grad_layout: Layout, target: Ref, *, pixels: list[Pair],
+                  terms: list[Pair], groups: int, inputs: int, outputs: int, weight_channel: int,
+                  weight_group: int) -> None:  # fmt: skip
+        """See ``Lowering.correlate``. A depthwise product has one tile per map of vectors, with its own input map."""
+        lanes = grad_layout.lanes
+        if groups == 1:
+            self.emit_correlate(
+                x, x_layout, grad, grad_layout, target, pixels, terms,
+                CHANNEL_TILES.correlate(outputs, len(terms), lanes), kind=CHANNELS, groups=1, channel_count=outputs, x_group=0, grad_group=0, weight_group=0,
+                weight_channel=weight_channel,
+            )  # fmt: skip
+            return
+        whole, rest = divmod(groups, lanes)
+        tile = (lanes, CHANNEL_TILES.depthwise_terms(len(terms)))
+        for first, maps, channels in ((0, whole, lanes), (whole, 1 if rest else 0, rest)):
+            if maps:
+                self.emit_correlate(
+                    x + first * x_layout.channel, x_layout, grad + first * grad_layout.channel, grad_layout,
+                    target + first * lanes * weight_group, pixels, terms, tile, kind=DEPTHWISE, groups=maps,
+                    channel_count=channels, x_group=x_layout.channel, grad_group=grad_layout.channel,
+                    weight_group=lanes * weight_group, weight_channel=weight_group,
+                )  # fmt: skip
+
+    def sum_to(self, x: Value, y: Value, target: tuple[int, ...]) -> None:
+        """See ``Lowering.sum_to``; channels are never summed here."""
+        if y.batched:
+            source, out = self.layout(x), self.layout(y)
+            self.emit(
+                "sum_maps", (source.lanes,), out.planes, x=self.address(x), y=self.address(y), channels=source.maps,
+                rows=source.rows, columns=source.columns, y_channels=out.maps, y_rows=out.rows, y_columns=out.columns,
+                **strides(x=source, y=out),
+            )  # fmt: skip
+            return
+        source = self.layout(x)
+        self.emit(
+            "sum_samples_channels", (source.lanes,), source.maps, x=self.address(x), y=self.address(y),
+            blocks=self.blocks, rows=source.rows, columns=source.columns, x_block=source.block, x_map=source.channel,
+            x_row=source.row,
+        )  # fmt: skip
+
+    def batch_norm(self, node: Node, epsilon: float, momentum: float) -> None:
+        """See ``Lowering.batch_norm``."""
+        x, y, outs = self.layout(node.x), self.layout(node.y), node.outputs
+        self.emit(
+            "batch_norm_channels", (x.lanes,), x.maps, x=self.address(node.x), y=self.address(node.y),
+            scale=self.address(node.input(1)), bias=self.address(node.input(2)), mean=self.address(outs[1]),
+            variance=self.address(outs[2]), inverse_std=self.address(outs[3]), f_epsilon=epsilon, **maps_of(x),
+            **strides(x=x, y=y),
+        )  # fmt: skip
+        self.move_running_averages(node, momentum)
+
+    def batch_norm_inference(self, node: Node, epsilon: float) -> None:
+        """See ``Lowering.batch_norm_inference``."""
+        x, y = self.layout(node.x), self.layout(node.y)
+        self.emit(
+            "batch_norm_inference_channels", (x.lanes,), x.maps, x=self.address(node.x), y=self.address(node.y),
+            scale=self.address(node.input(1)), bias=self.address(node.input(2)), mean=self.address(node.input(3)),
+            variance=self.address(node.input(4)), f_epsilon=epsilon, **maps_of(x), **strides(x=x, y=y),
+        )  # fmt: skip
+
+    def batch_norm_gradient(self, node: Node) -> None:
+        """See ``Lowering.batch_norm_gradient``."""
+        x, grad, out = self.layout(node.x), self.layout(node.input(1)), self.layout(node.y)
+        self.emit(
+            "batch_norm_gradient_channels", (x.lanes,), x.maps, x=self.address(node.x),
+            grad_out=self.address(node.input(1)), grad_x=self.address(node.y), scale=self.address(node.input(2)),
+            mean=self.address(node.input(3)), inverse_std=self.address(node.input(4)),
+            grad_scale=self.address(node.outputs[1]), grad_bias=self.address(node.outputs[2]), **maps_of(x),
+            **strides(x=x, grad=grad, grad_x=out),
+        )  # fmt: skip
+
+    def emit_copy(self, x: Value, y: Value, table: list[Pair]) -> None:
+        """See ``Lowering.emit_copy``; numbers move one by one, since a channel may change its lane."""
+        self.emit(
+            "copy_scalars", (), self.blocks, x=self.address(x), y=self.address(y), table=self.table(table),
+            count=len(table), x_block=self.layout(x).block, y_block=self.layout(y).block,
+        )  # fmt: skip
+
+    def emit_box(self, x: Value, y: Value, box: Place, source: Place, to: Place) -> None:
+        """See ``Lowering.emit_box``; whole values of one layout are copied by maps."""
+        a, b = self.layout(x), self.layout(y)
+        if box == (a.channels, a.rows, a.columns) == (b.channels, b.rows, b.columns):
+            self.emit(
+                "copy_maps", (a.lanes,), a.planes, x=self.address(x), y=self.address(y), channels=a.maps, rows=a.rows,
+                vectors=a.columns, **strides(x=a, y=b),
+            )  # fmt: skip
+            return
+        offsets = [(c, h, w) for c in range(box[0]) for h in range(box[1]) for w in range(box[2])]
+        self.emit_copy(x, y, [(_at(a, place, source), _at(b, place, to)) for place in offsets])
+
+    def cross_entropy(self, node: Node, smoothing: float) -> None:
+        """See ``Lowering.cross_entropy``."""
+        x, (probabilities, losses, correct) = self.layout(node.x), node.outputs
+        self.emit(
+            "cross_entropy_channels", (), self.blocks, logits=self.address(node.x),
+            probabilities=self.address(probabilities), labels=Ref("labels"), losses=self.address(losses),
+            correct=self.address(correct), classes=x.channels, logits_block=x.block, f_smoothing=smoothing,
+        )  # fmt: skip
+        self.mean_loss(losses, correct)
+
+    def cross_entropy_gradient(self, node: Node, smoothing: float) -> None:
+        """See ``Lowering.cross_entropy_gradient``."""
+        x = self.layout(node.x)
+        self.emit(
+            "cross_entropy_gradient_channels", (), self.blocks, probabilities=self.address(node.x),
+            labels=Ref("labels"), grad_logits=self.address(node.y), classes=x.channels, padded=x.maps * x.lanes, samples=self.blocks,
+            logits_block=x.block, f_smoothing=smoothing,
+        )  # fmt: skip
+
+
+def _at(layout: Layout, place: Place, start: Place) -> int:
+    """Return the byte offset of a (channel, row, column) counted from ``start``."""
+    return place_offset(layout, (place[0] + start[0], place[1] + start[1], place[2] + start[2]))
