@@ -7,209 +7,258 @@ the median of many turns is compared. Ratios mean: the other's time over ours.
 
 from __future__ import annotations
 
-import json
-import os
-import resource
+import importlib.util
+import math
 import statistics
-import subprocess
-import sys
+import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-import numpy as np
+from edgetrain.bench_load import Load, Watch
+from edgetrain.bench_process import Case, ContenderProcess, Timing
+from edgetrain.errors import UnsupportedError, UsageError
 
-from edgetrain.errors import UsageError
+__all__ = [
+    "BATCH_SIZES", "CONTENDERS", "DEFAULT_CONTENDERS", "MODELS", "THREADS", "Case", "Comparison", "Timing", "available",
+    "compare", "geometric_mean", "is_torch", "measure", "ratio", "result_of", "start_up", "time_ops",
+]  # fmt: skip
 
-CONTENDERS = ("edgetrain", "torch", "torch-channels-last")
-_GAP_SECONDS = 0.02  # idle between turns: longer than a thread pool spins
-
-
-@dataclass(frozen=True)
-class Case:
-    """What is timed.
-
-    Attributes:
-        model: a name that ``catalog.build_model`` knows.
-        batch_size: samples per step.
-        threads: of every contender.
-        input_shape: without the batch dimension; the model's default if ``None``.
-    """
-
-    model: str
-    batch_size: int
-    threads: int
-    input_shape: tuple[int, ...] | None = None
+# The models' own input shapes: 1x28x28, 3x32x32, 3x96x96, 1x49x10, 6x128.
+MODELS = ("lenet5", "resnet20", "mobilenet_v1_0.25", "ds_cnn", "cnn1d")
+BATCH_SIZES, THREADS = (1, 8, 32, 128), (1, 2)
+# Contender -> the package that it needs; "edgetrain" itself always takes part.
+CONTENDERS = {"edgetrain": "edgetrain", "torch": "torch", "torch-channels-last": "torch", "jax": "jax"}
+DEFAULT_CONTENDERS = ("edgetrain", "torch", "torch-channels-last")
+TURNS = 15
+# Idle between turns: longer than most thread pools spin (libgomp a few milliseconds).
+_GAP_SECONDS = 0.05
 
 
 @dataclass
-class Timing:
-    """What one contender did in one case.
+class Comparison:
+    """Timings of one case.
 
     Attributes:
-        seconds: of every timed step.
-        first_step_seconds: from the start of the process to the end of the first step.
-        resident_bytes: peak resident memory of the process.
-        facts: more that the contender tells of itself (planned bytes, multiply-accumulates).
+        timings: one per contender that took part, in order.
+        left_out: why a contender did not take part.
+        load: what others took of the machine meanwhile; ``None`` where the system does not tell.
     """
 
-    contender: str
-    seconds: list[float] = field(default_factory=list)
-    first_step_seconds: float = 0.0
-    resident_bytes: int = 0
-    facts: dict[str, Any] = field(default_factory=dict)
+    timings: list[Timing] = field(default_factory=list)
+    left_out: dict[str, str] = field(default_factory=dict)
+    load: Load | None = None
 
-    @property
-    def median(self) -> float:
-        """Median seconds per step."""
-        return statistics.median(self.seconds)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return everything as plain data."""
-        return {**asdict(self), "median_seconds": self.median}
+    def timing(self, contender: str) -> Timing | None:
+        """Return one contender's timing, or ``None`` if it did not take part."""
+        return next((timing for timing in self.timings if timing.contender == contender), None)
 
 
-def batch_for(shape: Sequence[int], classes: int, count: int) -> tuple[Any, Any]:
-    """Return a seeded random batch: float32 ``(count, *shape)`` and int64 ``(count,)``."""
-    rng = np.random.default_rng(0)
-    return rng.standard_normal((count, *shape)).astype(np.float32), rng.integers(0, classes, count)
-
-
-# --- inside a contender's process ---
-
-
-def make_step(contender: str, case: Case) -> tuple[Callable[[], Any], dict[str, Any]]:
-    """Return a function that takes one training step, and facts about it.
+def available(contenders: Iterable[str] = DEFAULT_CONTENDERS) -> list[str]:
+    """Return those contenders whose packages are installed; nothing is imported.
 
     Raises:
-        UsageError: unknown contender, or its framework is not installed.
+        UsageError: unknown contender.
     """
-    from edgetrain.catalog import build_model
-
-    graph = build_model(case.model, input_shape=case.input_shape)
-    x, y = batch_for(graph.input_shape, graph.output_shape[0], case.batch_size)
-    if contender == "edgetrain":
-        return _own_step(graph, case, x, y)
-    if contender not in CONTENDERS:
-        raise UsageError(f"contender '{contender}' is unknown; expected one of {', '.join(CONTENDERS)}")
-    from edgetrain.bench_torch import TorchStep, import_torch
-
-    import_torch().set_num_threads(case.threads)
-    return TorchStep(graph, x, y, channels_last=contender.endswith("channels-last")), {}
-
-
-def _own_step(graph: Any, case: Case, x: Any, y: Any) -> tuple[Callable[[], Any], dict[str, Any]]:
-    from edgetrain.learner import Learner
-    from edgetrain.optim import SGD
-
-    learner = Learner(
-        graph, batch_size=case.batch_size, threads=case.threads, memory_budget=0, optimizer=SGD(lr=0.01, momentum=0.9)
-    )
-    learner.partial_fit(x, y)
-    facts = {"macs": learner.partial_fit(x, y).macs_done, "planned_bytes": learner.memory_plan().parts}
-    return lambda: learner.partial_fit(x, y), facts
-
-
-def serve() -> None:
-    """Be a contender: read a case, then counts of steps to take, one JSON line each; answer with seconds."""
-    start = time.time() - float(sys.argv[2])
-    order = json.loads(sys.stdin.readline())
-    case = Case(**order["case"])
-    step, facts = make_step(order["contender"], case)
-    step()
-    _answer({"first_step_seconds": time.time() - float(sys.argv[2]), "spawn_seconds": start, "facts": facts})
-    for line in sys.stdin:
-        _answer({"seconds": [_timed(step) for _ in range(int(line))], "resident_bytes": _peak_resident()})
-
-
-def _timed(step: Callable[[], Any]) -> float:
-    start = time.perf_counter()
-    step()
-    return time.perf_counter() - start
-
-
-def _peak_resident() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def _answer(message: dict[str, Any]) -> None:
-    sys.stdout.write(json.dumps(message) + "\n")
-    sys.stdout.flush()
-
-
-# --- in the parent ---
-
-
-class _Process:
-    """A contender's process."""
-
-    def __init__(self, contender: str, case: Case) -> None:
-        threads = str(case.threads)
-        environment = {**os.environ, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
-        command = [sys.executable, "-c", "from edgetrain.bench import serve; serve()", contender, repr(time.time())]
-        self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
-        )
-        self.timing = Timing(contender)
-        ready = self._ask(json.dumps({"contender": contender, "case": asdict(case)}))
-        self.timing.first_step_seconds, self.timing.facts = ready["first_step_seconds"], ready["facts"]
-
-    def turn(self, steps: int, keep: bool = True) -> float:
-        """Let the contender take some steps; return their total seconds."""
-        answer = self._ask(str(steps))
-        if keep:
-            self.timing.seconds += answer["seconds"]
-        self.timing.resident_bytes = answer["resident_bytes"]
-        return float(sum(answer["seconds"]))
-
-    def close(self) -> None:
-        """End the process."""
-        assert self._process.stdin
-        assert self._process.stdout
-        self._process.stdin.close()
-        self._process.stdout.close()
-        self._process.wait()
-
-    def _ask(self, line: str) -> Any:
-        assert self._process.stdin
-        assert self._process.stdout
-        self._process.stdin.write(line + "\n")
-        self._process.stdin.flush()
-        answer = self._process.stdout.readline()
-        if not answer:
-            raise UsageError(f"the benchmark's contender '{self.timing.contender}' ended early; see its message above")
-        return json.loads(answer)
+    wanted = list(contenders)
+    for name in wanted:
+        if name not in CONTENDERS:
+            raise UsageError(f"contender '{name}' is unknown; expected one of {', '.join(CONTENDERS)}")
+    return [name for name in wanted if importlib.util.find_spec(CONTENDERS[name]) is not None]
 
 
 def compare(
-    case: Case, contenders: Sequence[str] = CONTENDERS, turns: int = 15, turn_seconds: float = 0.1
-) -> list[Timing]:
+    case: Case, contenders: Sequence[str] = DEFAULT_CONTENDERS, turns: int = TURNS, turn_seconds: float = 0.1
+) -> Comparison:
     """Time all contenders in one case, taking turns.
 
     Args:
         case: what to time.
-        contenders: of ``CONTENDERS``.
-        turns: how often each one has its turn; a turn is one step at least.
+        contenders: names; one that lacks what the model needs is left out, edgetrain excepted.
+        turns: how often each one has its turn, at least 1; a turn is one step at least.
         turn_seconds: steps are repeated within a turn for about so long.
 
-    Returns:
-        One timing per contender, in order.
+    Raises:
+        BenchmarkError: a contender died or did not answer.
+        UsageError: a contender is unknown or not installed.
+        UnsupportedError: edgetrain lacks what the model needs.
     """
-    processes = [_Process(contender, case) for contender in contenders]
-    try:
-        steps = [max(1, round(turn_seconds / process.turn(2, keep=False) * 2)) for process in processes]
-        for _ in range(turns):
-            for process, count in zip(processes, steps, strict=True):
-                time.sleep(_GAP_SECONDS)
-                process.turn(count)
-    finally:
-        for process in processes:
-            process.close()
-    return [process.timing for process in processes]
+    result, watch = Comparison(), Watch()
+    with ExitStack() as stack:
+        processes = []
+        for name in contenders:
+            try:
+                processes.append(stack.enter_context(ContenderProcess(name, case)))
+            except UnsupportedError as error:
+                if name.startswith("edgetrain"):
+                    raise
+                result.left_out[name] = str(error)
+        _take_turns(processes, turns, turn_seconds)
+        result.timings = [process.finish() for process in processes]
+    result.load = watch.load()  # only now are the contenders' own times known
+    return result
 
 
-def ratio(timings: Sequence[Timing]) -> float:
-    """Return the best other contender's median over edgetrain's."""
-    own = next(t.median for t in timings if t.contender == "edgetrain")
-    return min(t.median for t in timings if t.contender != "edgetrain") / own
+def _take_turns(processes: Sequence[ContenderProcess], turns: int, turn_seconds: float) -> None:
+    counts = [_warm_up(process, turn_seconds) for process in processes]
+    for _ in range(turns):
+        for process, count in zip(processes, counts, strict=True):
+            time.sleep(_GAP_SECONDS)
+            process.turn(count)
+
+
+def _warm_up(process: ContenderProcess, turn_seconds: float) -> int:
+    """Return how many steps a turn has, after two turns that do not count."""
+    count = 1
+    for _ in range(2):
+        time.sleep(_GAP_SECONDS)
+        count = max(1, round(turn_seconds / process.turn(count, keep=False)))
+    return count
+
+
+def measure(
+    case: Case, contenders: Sequence[str] = DEFAULT_CONTENDERS, turns: int = TURNS, turn_seconds: float = 0.1
+) -> dict[str, Any]:
+    """Compare the contenders, with the machine's sgemm rate measured in the same run, and return plain data.
+
+    The kernels are compiled before: what a compiler needs is no part of a step's memory.
+
+    Args:
+        case, contenders, turns, turn_seconds: as for ``compare``.
+
+    Returns:
+        See ``result_of``.
+
+    Raises:
+        BenchmarkError, UsageError, UnsupportedError: as ``compare``.
+    """
+    with ContenderProcess("edgetrain", case):
+        pass
+    return result_of(case, compare(case, [*contenders, "sgemm"], turns, turn_seconds))
+
+
+def result_of(case: Case, comparison: Comparison) -> dict[str, Any]:
+    """Return a comparison as plain data.
+
+    Returns:
+        ``model, batch_size, threads``; ``ratio`` (PyTorch's better time over ours, ``None`` without PyTorch) and
+        ``best_torch``; ``memory_share`` (our peak over PyTorch's smaller one); ``sgemm {gflops, library}``;
+        ``planned_bytes`` by purpose; ``contenders`` by name; ``left_out``; ``load`` and ``busy``. Seconds are per
+        step, bytes are peak resident memory of a fresh process.
+    """
+    own, sgemm = comparison.timing("edgetrain"), comparison.timing("sgemm")
+    timings = [timing for timing in comparison.timings if timing.contender != "sgemm"]
+    torch = [timing for timing in timings if is_torch(timing.contender)]
+    rate = _gflops(sgemm.facts["macs"], sgemm.median) if sgemm else None
+    macs = own.facts["macs"] if own else None
+    load = comparison.load
+    return {
+        "model": case.model, "batch_size": case.batch_size, "threads": case.threads,
+        "ratio": ratio(timings), "best_torch": min(torch, key=lambda t: t.median).contender if torch else None,
+        "memory_share": own.resident_bytes / min(t.resident_bytes for t in torch) if own and torch else None,
+        "sgemm": {"gflops": rate, "library": sgemm.facts["library"]} if sgemm else None,
+        "planned_bytes": own.facts["planned_bytes"] if own else None,
+        "contenders": {t.contender: _numbers(t, case.batch_size, macs, rate) for t in timings},
+        "left_out": comparison.left_out,
+        "load": asdict(load) if load else None, "busy": bool(load and load.busy),
+    }  # fmt: skip
+
+
+def _numbers(timing: Timing, batch_size: int, macs: int | None, rate: float | None) -> dict[str, Any]:
+    """Return a contender's numbers; its rate counts the multiply-accumulates that edgetrain's step has."""
+    gflops = _gflops(macs, timing.median) if macs else None
+    return {
+        "median_seconds": timing.median, "p95_seconds": timing.p95, "steps": len(timing.seconds),
+        "images_per_second": batch_size / timing.median, "gflops": gflops,
+        "sgemm_share": gflops / rate if gflops and rate else None, "resident_bytes": timing.resident_bytes,
+        "first_step_seconds": timing.first_step_seconds,
+    }  # fmt: skip
+
+
+def _gflops(macs: int, seconds: float) -> float:
+    return 2e-9 * macs / seconds
+
+
+def is_torch(contender: str) -> bool:
+    """Whether a contender is PyTorch in one of its memory formats."""
+    return contender.partition("-")[0] == "torch"
+
+
+def ratio(timings: Sequence[Timing]) -> float | None:
+    """Return the median of PyTorch's better memory format over edgetrain's, or ``None`` if one is missing."""
+    own = [timing.median for timing in timings if timing.contender == "edgetrain"]
+    others = [timing.median for timing in timings if is_torch(timing.contender)]
+    return min(others) / own[0] if own and others else None
+
+
+def geometric_mean(numbers: Iterable[float]) -> float:
+    """Return the geometric mean of positive numbers.
+
+    Example:
+        >>> geometric_mean([2.0, 8.0])
+        4.0
+    """
+    logarithms = [math.log(number) for number in numbers]
+    return round(math.exp(statistics.fmean(logarithms)), 12)
+
+
+def start_up(case: Case, contenders: Sequence[str] = DEFAULT_CONTENDERS, repeats: int = 3) -> dict[str, Any]:
+    """Measure the time from the start of a process to the end of its first training step.
+
+    edgetrain starts once with an empty kernel cache in a folder of its own, then with the cache that this left.
+
+    Args:
+        case, contenders: as for ``compare``.
+        repeats: warm starts, of which the median is taken.
+
+    Returns:
+        By contender ``{"warm_seconds", "cold_seconds"}``; only edgetrain has a cold start.
+
+    Raises:
+        BenchmarkError, UsageError: as ``compare``.
+    """
+    found: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        cache = {"NUMBA_CACHE_DIR": folder}
+        for name in contenders:
+            try:
+                cold = _first_step(name, case, cache) if name == "edgetrain" else None
+                warm = statistics.median(_first_step(name, case, cache) for _ in range(repeats))
+            except UnsupportedError:
+                if name == "edgetrain":
+                    raise
+                continue
+            found[name] = {"warm_seconds": warm, "cold_seconds": cold}
+    return found
+
+
+def _first_step(contender: str, case: Case, environment: Mapping[str, str]) -> float:
+    with ContenderProcess(contender, case, environment) as process:
+        return process.timing.first_step_seconds
+
+
+def time_ops(case: Case, turns: int = TURNS, turn_seconds: float = 0.1) -> dict[str, Any]:
+    """Time every node of edgetrain's training step, and the machine's sgemm rate in the same run.
+
+    Args:
+        case, turns, turn_seconds: as for ``compare``.
+
+    Returns:
+        ``model, batch_size, threads, sgemm, load, busy`` as ``result_of``; ``ops``, a list of
+        ``bench_ops.OpTiming.to_dict()`` with ``sgemm_share``; ``sum_seconds`` of all of them, ``step_seconds`` of the
+        whole step, ``overhead_seconds`` that each row's time was reduced by.
+
+    Raises:
+        BenchmarkError, UsageError, UnsupportedError: as ``compare``.
+    """
+    comparison = compare(case, ["edgetrain-rows", "sgemm"], turns, turn_seconds)
+    rows, sgemm = comparison.timings
+    rate, load = _gflops(sgemm.facts["macs"], sgemm.median), comparison.load
+    ops = [{**op, "sgemm_share": op["gflops"] and op["gflops"] / rate} for op in rows.facts["ops"]]
+    return {
+        "model": case.model, "batch_size": case.batch_size, "threads": case.threads,
+        "sgemm": {"gflops": rate, "library": sgemm.facts["library"]},
+        "load": asdict(load) if load else None, "busy": bool(load and load.busy), **rows.facts, "ops": ops,
+    }  # fmt: skip

@@ -42,7 +42,7 @@ def torch_module(graph: Graph) -> Any:
     torch = import_torch()
     steps = [(_layer(torch, graph, node), _sources(node), node.y.name) for node in graph.nodes]
 
-    class Network(torch.nn.Module):  # type: ignore[misc]  # torch is optional and untyped here
+    class Network(torch.nn.Module):  # type: ignore[misc, name-defined]  # torch is optional and untyped here
         def __init__(self) -> None:
             super().__init__()
             self.layers = torch.nn.ModuleList(layer for layer, _, _ in steps if isinstance(layer, torch.nn.Module))
@@ -72,8 +72,7 @@ def _layer(torch: Any, graph: Graph, node: Node) -> Callable[..., Any]:
         return getattr(torch, node.op_type.lower())  # type: ignore[no-any-return]
     if node.op_type not in makers:
         raise UnsupportedError(f"node '{node.name}': the benchmark's PyTorch side has no {node.op_type}")
-    layer = makers[node.op_type](torch, graph, node)
-    return layer  # type: ignore[no-any-return]
+    return makers[node.op_type](torch, graph, node)  # type: ignore[no-any-return]
 
 
 def _fill(torch: Any, module: Any, graph: Graph, node: Node, names: list[str]) -> Any:
@@ -124,7 +123,8 @@ def _pool(torch: Any, graph: Graph, node: Node) -> Any:
     pads = _symmetric(node.get("pads") or [0] * 2 * axes)
     if pads is None:
         raise UnsupportedError(f"node '{node.name}': the benchmark's PyTorch side has no asymmetric pooling")
-    return getattr(torch.nn, name)(tuple(node.get("kernel_shape")), tuple(node.get("strides") or [1] * axes), tuple(pads))
+    strides = tuple(node.get("strides") or [1] * axes)
+    return getattr(torch.nn, name)(tuple(node.get("kernel_shape")), strides, tuple(pads))
 
 
 def _global_pool(torch: Any, graph: Graph, node: Node) -> Any:
@@ -147,6 +147,10 @@ class TorchStep:
         x, y: the batch, float32 ``(N, ...)`` and int64 ``(N,)``.
         channels_last: memory format of images.
         lr, momentum: of ``torch.optim.SGD``.
+
+    Raises:
+        UsageError: PyTorch is not installed.
+        UnsupportedError: an operator outside the benchmark's networks, or no images for ``channels_last``.
     """
 
     def __init__(
@@ -154,6 +158,8 @@ class TorchStep:
         momentum: float = 0.9,
     ) -> None:  # fmt: skip
         torch = import_torch()
+        if channels_last and x.ndim != 4:
+            raise UnsupportedError(f"the memory format channels_last is for images, the inputs are {x.shape[1:]}")
         self.module = torch_module(graph).train()
         self._x, self._y = torch.from_numpy(x), torch.from_numpy(y)
         if channels_last:
@@ -169,3 +175,7 @@ class TorchStep:
         loss.backward()
         self._optimizer.step()
         return float(loss.item())
+
+    def facts(self) -> dict[str, Any]:
+        """Return nothing: PyTorch tells of no plan."""
+        return {}

@@ -18,6 +18,10 @@ class UsageError(EdgetrainError):
     """An argument or option is wrong."""
 
 
+class BenchmarkError(EdgetrainError):
+    """A contender of the benchmark died or did not answer."""
+
+
 class ProfileError(EdgetrainError):
     """A device profile is missing, malformed or inconsistent."""
 
