@@ -92,7 +92,8 @@ def training_graph(graph: Graph, loss: str = "cross_entropy", label_smoothing: f
     train = _forward(graph)
     if loss == "cross_entropy":
         train.add_value(Value(LABELS, ()))
-        train.add("SoftmaxCrossEntropyLoss", [graph.outputs[0], LABELS], name="edgetrain.loss", label_smoothing=label_smoothing)
+        inputs = [graph.outputs[0], LABELS]
+        train.add("SoftmaxCrossEntropyLoss", inputs, name="edgetrain.loss", label_smoothing=label_smoothing)
     elif loss == "mse":
         train.add_input(TARGET, graph.output_shape)
         train.add("MeanSquaredErrorLoss", [graph.outputs[0], TARGET], name="edgetrain.loss")

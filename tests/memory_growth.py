@@ -44,4 +44,5 @@ def main(name: str, batch_size: int) -> None:
     sys.stdout.write(json.dumps({"grown": grown, "planned": learner.memory_plan().peak_bytes, "losses": losses}))
 
 
-main(sys.argv[1], int(sys.argv[2]))
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]))

@@ -69,5 +69,3 @@ def run_program(program: int, rows: int, thread: int, threads: int, sync: int, a
             break
     set_float_state(state)
     return stopped
-
-
