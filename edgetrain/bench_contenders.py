@@ -41,28 +41,6 @@ def batch_for(shape: Sequence[int], classes: int, count: int) -> tuple[Any, Any]
     return rng.standard_normal((count, *shape)).astype(np.float32), rng.integers(0, classes, count)
 
 
-class OwnStep:
-    """A training step of edgetrain: SGD with momentum, as all contenders do."""
-
-    def __init__(self, graph: Graph, case: Case, x: Any, y: Any) -> None:
-        from edgetrain.learner import Learner
-        from edgetrain.optim import SGD
-
-        self.learner = Learner(
-            graph, batch_size=case.batch_size, threads=case.threads, memory_budget=0,
-            optimizer=SGD(lr=0.01, momentum=0.9),
-        )  # fmt: skip
-        self._x, self._y = x, y
-
-    def __call__(self) -> Any:
-        """Take one step."""
-        return self.learner.partial_fit(self._x, self._y)
-
-    def facts(self) -> dict[str, Any]:
-        """Return multiply-accumulates per step, and planned bytes by purpose."""
-        return {"macs": self().macs_done, "planned_bytes": self.learner.memory_plan().parts}
-
-
 class SgemmStep:
     """A product of two square matrices by NumPy's BLAS: the rate that this machine reaches."""
 
@@ -83,6 +61,8 @@ class SgemmStep:
 
 
 def _own(graph: Graph, case: Case, x: Any, y: Any) -> Step:
+    from edgetrain.bench_ops import OwnStep
+
     return OwnStep(graph, case, x, y)
 
 

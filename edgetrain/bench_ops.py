@@ -1,4 +1,4 @@
-"""Where the time of a training step goes: seconds, GFLOP/s and GB/s of every node.
+"""edgetrain as a contender, and where the time of its step goes: seconds, GFLOP/s and GB/s of every node.
 
 The rows of the program are run one by one, in order, so that every pass is a whole training step; what starting and
 joining the threads takes is measured with an empty row and taken off. The sum is compared with the whole step.
@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgetrain.bench_contenders import OwnStep
 from edgetrain.bench_process import Case
 from edgetrain.graph import Graph, Node, Value
+from edgetrain.learner import Learner
 from edgetrain.ops import get_op
 from edgetrain.ops.conv import ProductGrad, ProductOp
+from edgetrain.optim import SGD
 from edgetrain.plan import Plan, Ref, Row
 
 if TYPE_CHECKING:
@@ -62,6 +63,25 @@ class OpTiming:
         gflops = 2e-9 * self.macs / self.seconds if timed and self.macs else None
         return {**asdict(self), "gflops": gflops,
                 "gigabytes_per_second": 1e-9 * self.nbytes / self.seconds if timed else None}  # fmt: skip
+
+
+class OwnStep:
+    """A training step of edgetrain: SGD with momentum, as all contenders do."""
+
+    def __init__(self, graph: Graph, case: Case, x: Any, y: Any) -> None:
+        self.learner = Learner(
+            graph, batch_size=case.batch_size, threads=case.threads, memory_budget=0,
+            optimizer=SGD(lr=0.01, momentum=0.9),
+        )  # fmt: skip
+        self._x, self._y = x, y
+
+    def __call__(self) -> Any:
+        """Take one step."""
+        return self.learner.partial_fit(self._x, self._y)
+
+    def facts(self) -> dict[str, Any]:
+        """Return multiply-accumulates per step, and planned bytes by purpose."""
+        return {"macs": self().macs_done, "planned_bytes": self.learner.memory_plan().parts}
 
 
 class RowsStep(OwnStep):

@@ -184,7 +184,7 @@ class ContenderProcess:
         self._messages.seek(0)
         lines = [line.strip() for line in self._messages if line.strip()]
         reason = lines[-1] if lines else "it left no message"
+        remedy = "" if self.timing.contender.startswith("edgetrain") else "; mend its installation or leave it out"
         return BenchmarkError(
-            f"the contender '{self.timing.contender}' ended early (exit code {code}): {reason}; "
-            "leave it out with --contenders, or mend its installation"
+            f"the contender '{self.timing.contender}' ended early (exit code {code}): {reason}{remedy}"
         )

@@ -61,7 +61,7 @@ def test_three_ways_to_start_say_the_same(tmp_path):
     assert module.stdout == script.stdout == entry.stdout
 
 
-COMMANDS = ("fit", "resume", "evaluate", "predict", "export", "plan", "verify", "report", "doctor", "version",
+COMMANDS = ("fit", "resume", "evaluate", "predict", "export", "plan", "verify", "bench", "report", "doctor", "version",
             "profiles")  # fmt: skip
 
 

@@ -32,15 +32,16 @@ EVERY_FILE = pytest.mark.parametrize("name", FILES)
 
 # A unit is a module, or a whole sub-package. It imports itself and units of lower floors, nothing else.
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("errors", "_version", "hostinfo", "device_profiles"),
-    ("arrays", "schema", "kernels"),
+    ("errors", "_version", "hostinfo", "device_profiles", "bench_load"),
+    ("arrays", "schema", "kernels", "bench_process"),
     ("graph", "devices"),
     ("ops", "optim", "data", "models", "onnx_io", "graph_json", "history", "torch_network"),
-    ("autodiff", "memory", "catalog", "bench_torch", "fitting"),
+    ("autodiff", "memory", "catalog", "bench_torch", "bench_jax", "fitting"),
     ("plan", "parameters", "checkpoint", "reference"),
     ("lowering", "executor", "runs"),
     ("learner",),
-    ("verify", "bench"),
+    ("verify", "bench", "bench_ops"),
+    ("bench_contenders",),
     ("cli",),
     ("__main__",),
 )

@@ -171,6 +171,28 @@ def verify(
 
 
 @app.command()
+def bench(
+    model: Annotated[list[str], typer.Option(help="A built-in model or an .onnx file. [default: five models]")] = [],  # noqa: B006
+    batch_size: Annotated[list[int], typer.Option(min=1, help="Instances per step. [default: 1, 8, 32, 128]")] = [],  # noqa: B006
+    threads: Annotated[list[int], typer.Option(min=1, help="Threads of every contender. [default: 1, 2]")] = [],  # noqa: B006
+    contenders: Annotated[list[str], typer.Option(help="torch, torch-channels-last or jax. [default: PyTorch]")] = [],  # noqa: B006
+    turns: Annotated[int, typer.Option(min=1, help="Turns of every contender.")] = 15,
+    per_op: Annotated[bool, typer.Option("--per-op", help="Time every node of the step instead.")] = False,
+    start_up: Annotated[bool, typer.Option(help="Time the start with and without compiled kernels.")] = True,
+    json: Json = False,
+    out: Annotated[File, typer.Option(help="A file that gets the JSON document too.")] = None,
+) -> None:
+    """Time training steps against PyTorch.
+
+    Options with several values may be repeated. Leave the machine alone meanwhile.
+    """
+    from edgetrain.cli.benchmarking import bench_command
+
+    bench_command(model, batch_size, threads, contenders, turns=turns, per_op=per_op, start_up=start_up, as_json=json,
+                  out=out)  # fmt: skip
+
+
+@app.command()
 def report(run: RunFolder, json: Json = False) -> None:
     """Summarise a run: settings, epochs, files."""
     from edgetrain.cli.reporting import report_command

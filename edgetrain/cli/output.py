@@ -9,6 +9,8 @@ The keys of the JSON documents are part of the interface; later versions may add
 - export: from, model, bytes
 - plan: model, batch_size, parts {name: bytes}, peak_bytes, budget_bytes, fits
 - verify: model, passed, steps, batch_size, seed, notes, rows [{quantity, error, tolerance, ok}]
+- bench: cases [of bench.result_of], start_up {model: {contender: {warm_seconds, cold_seconds}}}, geometric_mean_ratio,
+  notes; with --per-op: per_op [of bench.time_ops], notes
 - report: run, status, config, environment, epochs [columns of metrics.csv], best, seconds, files {name: bytes}
 - doctor: edgetrain, host, cache {folder, writable, kernels}, disk_free_mib, healthy, advice
 - profiles list: profiles [{name, description}]; profiles show: the profile; version: version
