@@ -16,6 +16,7 @@ from edgetrain.errors import GraphError
 from edgetrain.graph import Graph
 from edgetrain.kernels import registry as kernels
 from edgetrain.lowering import Lowering
+from edgetrain.lowering_channels import ChannelLowering, fits
 from edgetrain.ops import Op, get_op, known_ops, register
 from edgetrain.ops import registry as ops
 from edgetrain.optim import SGD
@@ -249,12 +250,10 @@ KERNELS = sorted(factories())
 def test_a_kernel_reads_its_arguments_in_the_order_it_declares(name):
     factory, declared = factories()[name]
     body = ast.parse(textwrap.dedent(inspect.getsource(factory)))
-    unpacked = next(
-        node for node in ast.walk(body) if isinstance(node, ast.Assign) and "arguments(args," in ast.unparse(node.value)
-    )
-    names = tuple(element.id.lstrip("_") for element in unpacked.targets[0].elts)
+    unpacked = [node for node in ast.walk(body) if isinstance(node, ast.Assign) and "arguments(args," in ast.unparse(node)]
+    names = tuple(element.id.lstrip("_") for node in unpacked for element in node.targets[0].elts)
     assert names == declared[: len(names)]
-    assert unpacked.value.args[1].value == len(names)
+    assert [node.value.args[1].value for node in unpacked] == [len(names)] * bool(names)
     reads = re.findall(r"(load_f32|load_i64)\(args \+ (\d+)\)", ast.unparse(body))
     assert {(int(offset) // 8, kind == "load_f32") for kind, offset in reads} == {
         (place, argument.startswith("f_")) for place, argument in enumerate(declared) if place >= len(names)
@@ -262,19 +261,20 @@ def test_a_kernel_reads_its_arguments_in_the_order_it_declares(name):
 
 
 def test_the_operator_cases_use_every_kernel():
-    used = {"pack_input"}
+    used = {"pack_input", "pack_channels"}
     for case in CASES:
         train = training_graph(case.graph(), case.loss)
         for graph, keep in ((case.graph(), set()), (train.graph, {train.logits, train.losses, train.correct})):
             parameters = Parameters(graph, SGD(lr=0.1))
             parameters.start_training(train.gradients, SGD(lr=0.1))
-            low = Lowering(graph, graph.nodes, 4, 2, parameters, keep)
-            for name in graph.inputs:
-                low._start(graph.values[name])
-            low.run(len(graph.nodes))
-            used |= {row.kernel[0] for row in low.plan.rows}
-    optimizers = {"sgd", "adam", "sum_of_squares", "check_step"}
-    assert set(KERNELS) - optimizers - {"dropout"} == used - {"dropout"}
+            for lowering in [Lowering, ChannelLowering] if fits(graph.nodes) else [Lowering]:
+                low = lowering(graph, graph.nodes, 4, 2, parameters, keep)
+                for name in graph.inputs:
+                    low._start(graph.values[name])
+                low.run(len(graph.nodes))
+                used |= {row.kernel[0] for row in low.plan.rows}
+    elsewhere = {"sgd", "adam", "sum_of_squares", "check_step", "stamp"}  # the update of a step, and timing
+    assert set(KERNELS) - elsewhere == used
 
 
 @pytest.mark.parametrize("module", kernels._MODULES)
