@@ -14,9 +14,14 @@ from numpy.typing import NDArray
 
 from edgetrain.arrays import aligned
 from edgetrain.graph import Value
-from edgetrain.kernels.program import ARRIVED, ROW_BYTES, SYNC_BYTES, run_program
-from edgetrain.kernels.registry import compile_kernels
+from edgetrain.kernels.codes import ARRIVED, ROW_BYTES, SYNC_BYTES
+from edgetrain.kernels.registry import compile_kernels, interpreter
 from edgetrain.plan import STAGES, Plan
+
+
+def run_program(program: int, rows: int, thread: int, threads: int, sync: int, arrived: int) -> int:
+    """Take part in a run; see ``kernels.program.run_program``."""
+    return interpreter()(program, rows, thread, threads, sync, arrived)
 
 
 class _Order:

@@ -29,7 +29,7 @@ from edgetrain.executor import Arena, Executor, Team
 from edgetrain.fitting import Data, History, fit_loop
 from edgetrain.graph import Graph
 from edgetrain.kernels.choice import simd_lanes
-from edgetrain.kernels.update import JOB
+from edgetrain.kernels.codes import UPDATE_JOB
 from edgetrain.lowering import Lowering
 from edgetrain.lowering_channels import ChannelLowering, fits
 from edgetrain.memory import Lifetime, place
@@ -470,7 +470,7 @@ class Learner:
     def _lower_update(self, low: Lowering) -> None:
         """Emit the check of loss and gradients, then the optimizer over both ranges of parameters."""
         parameters, optimizer = self._parameters, self._optimizer
-        jobs = -(-parameters.trained // JOB)
+        jobs = -(-parameters.trained // UPDATE_JOB)
         partial = low.workspace(8 * jobs)
         with low.stage("check"):
             low.emit("sum_of_squares", (), jobs, grad=Ref("gradients"), count=parameters.trained, partial=partial)
@@ -480,7 +480,7 @@ class Learner:
             for first, last, decay in ((0, parameters.decayed, 1), (parameters.decayed, parameters.trained, 0)):
                 if first < last:
                     low.emit(
-                        optimizer.kernel, (), -(-(last - first) // JOB), weight=Ref("weights", 4 * first),
+                        optimizer.kernel, (), -(-(last - first) // UPDATE_JOB), weight=Ref("weights", 4 * first),
                         grad=Ref("gradients", 4 * first), count=last - first, settings=Ref("settings"), decay=decay,
                         **_moments(optimizer, 4 * first),
                     )  # fmt: skip

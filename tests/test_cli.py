@@ -113,7 +113,7 @@ def test_doctor_says_what_to_do(capsys, monkeypatch, tmp_path):
 
     facts = machine.host_facts() | {"temperature_c": 85.0, "throttled": ["under-voltage"], "ram_available_mib": 50}
     monkeypatch.setattr(machine, "host_facts", lambda: facts)
-    monkeypatch.setattr(machine, "_writable", lambda folder: False)
+    monkeypatch.setattr("edgetrain.kernels.cache._writable", lambda folder: False)
     code, out, _ = run(capsys, "doctor")
     advice = [line for line in out.splitlines() if line.startswith("do: ")]
     assert code == 0

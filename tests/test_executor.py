@@ -370,7 +370,7 @@ def test_only_kernels_that_are_not_in_the_cache_are_announced(tmp_path):
     root = Path(et.__file__).parents[1]
     first = compiled(root, NUMBA_CACHE_DIR=str(tmp_path))
     assert [entry[1:] for entry in first] == [(1, 2), (2, 2)]
-    assert [entry[0].split("x")[0] for entry in first] == ["pack_input", "unary"]
+    assert [entry[0].split("x")[0] for entry in first] == ["pack_channels", "unary"]
     assert compiled(root, NUMBA_CACHE_DIR=str(tmp_path)) == []
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import edgetrain
 from edgetrain.cli.output import emit
 from edgetrain.devices import host_facts, list_profiles, load_profile
+from edgetrain.kernels.cache import describe
 
 _HOT_C = 80.0
 _NEEDED_DISK_MIB = 200
@@ -33,7 +33,7 @@ def show_profile_command(name: str, *, as_json: bool) -> None:
 
 def doctor_command(*, as_json: bool) -> None:
     """Print what was found and what to do about it."""
-    facts, cache, disk = host_facts(), _cache(), _free_mib(Path.cwd())
+    facts, cache, disk = host_facts(), describe(), _free_mib(Path.cwd())
     advice = _advice(facts, cache, disk)
     result = {
         "edgetrain": edgetrain.__version__,
@@ -44,22 +44,6 @@ def doctor_command(*, as_json: bool) -> None:
         "advice": advice,
     }
     emit(result, _doctor_text(result), as_json)
-
-
-def _cache() -> dict[str, Any]:
-    """Return where compiled kernels are kept: Numba's rule, first writable place wins."""
-    chosen = os.environ.get("NUMBA_CACHE_DIR")
-    beside = Path(edgetrain.__file__).parent / "kernels" / "__pycache__"
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "numba"
-    folders = [Path(chosen)] if chosen else [beside, home]
-    folder = next((candidate for candidate in folders if _writable(candidate)), None)
-    files = list((folder or folders[-1]).rglob("*.nbi"))
-    return {"folder": str(folder or folders[-1]), "writable": folder is not None, "kernels": len(files)}
-
-
-def _writable(folder: Path) -> bool:
-    existing = next((place for place in (folder, *folder.parents) if place.exists()), folder)
-    return os.access(existing, os.W_OK | os.X_OK)
 
 
 def _free_mib(folder: Path) -> int | None:

@@ -1,7 +1,13 @@
-"""Compile-time codes of kernels, apart from the kernels so that reading a graph needs no Numba."""
+"""Numbers that kernels and their callers agree on, apart from the kernels so that the callers need no Numba."""
 
 RELU, LEAKY_RELU, CLIP, SIGMOID, TANH, HARD_SIGMOID, HARD_SWISH, AFFINE = range(8)
 ADD, MUL = range(2)
 # Which operands of a product are vectors of lanes. SAMPLES: lanes hold samples; the weight is one number. CHANNELS:
 # lanes hold output channels; the input is one number. DEPTHWISE: lanes hold channels, both input's and output's.
 SAMPLES, CHANNELS, DEPTHWISE = range(3)
+
+# A program: bytes of a row; sync words, one cache line each so that spinning threads do not disturb their neighbours.
+ROW_BYTES = 32
+ARRIVED, STATUS, SYNC_BYTES = 0, 64, 128
+
+UPDATE_JOB = 4096  # floats per job of the kernels that go over all parameters

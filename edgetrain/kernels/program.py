@@ -11,8 +11,9 @@ is up to 40 times slower otherwise) and restore the caller's floating-point stat
 
 from __future__ import annotations
 
-from numba import njit, types
+from numba import types
 
+from edgetrain.kernels.codes import ARRIVED, ROW_BYTES, STATUS
 from edgetrain.kernels.simd import (
     atomic_add,
     atomic_load,
@@ -23,18 +24,16 @@ from edgetrain.kernels.simd import (
     set_float_state,
 )
 
-ROW_BYTES = 32
-# Sync words, one cache line each so that spinning threads do not disturb their neighbours.
-ARRIVED, STATUS, SYNC_BYTES = 0, 64, 128
 # Spins before a waiting thread offers its core to others: about 20 us, longer than any gap between equal shares.
 _SPINS = 10000
 
 _yield_core = types.ExternalFunction("sched_yield", types.int32())
 
 
-@njit(types.int64(*[types.int64] * 6), nogil=True, cache=True)
 def run_program(program: int, rows: int, thread: int, threads: int, sync: int, arrived: int) -> int:
     """Run the rows of a program as one of ``threads`` threads; return 0, or 1 if a guard stopped it.
+
+    It is compiled by ``registry.interpreter``.
 
     Args:
         program: address of the rows.

@@ -1,5 +1,7 @@
 """The table of kernels: each compiled, cached and loaded on its own, when a plan first needs it.
 
+Numba and the modules that hold the kernels are imported only to compile (see ``cache``).
+
 A kernel is a *factory*: called with compile-time sizes (lanes, tile sizes) it
 returns the function to compile. All compiled kernels have one signature,
 ``(address of int64 arguments, first job, last job)``, so a plan is a table of
@@ -9,13 +11,15 @@ memory, so results do not depend on the number of threads.
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import importlib
+import json
 import threading
 from collections.abc import Callable
-from typing import Any
 
 from edgetrain.errors import GraphError
+from edgetrain.kernels import cache
 
 Body = Callable[[int, int, int], None]
 Factory = Callable[..., Body]
@@ -26,8 +30,9 @@ on_compile: list[Callable[[str, int, int], None]] = []
 
 _MODULES = ("channels", "dense", "elementwise", "layout", "loss", "normalization", "pooling", "random", "update")
 _FACTORIES: dict[str, tuple[Factory, tuple[str, ...]]] = {}
-_COMPILED: dict[tuple[str, tuple[int, ...]], Any] = {}
+_ADDRESSES: dict[tuple[str, tuple[int, ...]], int] = {}
 _LOCK = threading.Lock()
+_NAMES = "arguments.json"  # the kernels' arguments, in the cache beside the kernels
 
 
 def kernel(*arguments: str) -> Callable[[Factory], Factory]:
@@ -55,46 +60,78 @@ def argument_names(name: str) -> tuple[str, ...]:
     Raises:
         GraphError: unknown kernel.
     """
-    _load()
-    if name not in _FACTORIES:
-        raise GraphError(f"unknown kernel '{name}'; known: {', '.join(sorted(_FACTORIES))}")
-    return _FACTORIES[name][1]
+    names = _cached_names()
+    if name not in names:
+        names = {known: arguments for known, (_, arguments) in load_factories().items()}
+    if name not in names:
+        raise GraphError(f"unknown kernel '{name}'; known: {', '.join(sorted(names))}")
+    return names[name]
 
 
 def compile_kernels(wanted: list[tuple[str, tuple[int, ...]]]) -> dict[tuple[str, tuple[int, ...]], int]:
     """Return the address of every wanted ``(name, compile-time sizes)``, compiling what is missing."""
-    _load()
     with _LOCK:
         for number, key in enumerate(wanted, 1):
-            if key not in _COMPILED:
-                _COMPILED[key] = _compile(key, number, len(wanted))
-        return {key: int(_COMPILED[key].address) for key in wanted}
-
-
-def _compile(key: tuple[str, tuple[int, ...]], number: int, total: int) -> Any:
-    """Compile one kernel, or load it from the cache; Numba finds the folder (``NUMBA_CACHE_DIR`` first)."""
-    from numba import types
-    from numba.core import ccallback
-
-    base: Any = ccallback.CFunc
-
-    class AnnouncedCFunc(base):  # type: ignore[misc]  # numba describes CFunc as a plain function
-        def _compile_uncached(self) -> Any:
-            label = "x".join([key[0], *map(str, key[1])])
-            for callback in on_compile:
-                callback(label, number, total)
-            return super()._compile_uncached()
-
-    signature = ((types.int64, types.int64, types.int64), types.void)
-    # error_model: a ZeroDivisionError must not leave a compiled thread while the others wait for it.
-    compiled = AnnouncedCFunc(_FACTORIES[key[0]][0](*key[1]), signature, {}, {"error_model": "numpy"})
-    compiled.enable_caching()
-    compiled.compile()
-    return compiled
+            if key not in _ADDRESSES:
+                _ADDRESSES[key] = _kernel_address(key, number, len(wanted))
+        return {key: _ADDRESSES[key] for key in wanted}
 
 
 @functools.cache
-def _load() -> None:
-    """Import the kernel modules; they enter their factories."""
+def interpreter() -> Callable[[int, int, int, int, int, int], int]:
+    """Return ``program.run_program`` compiled; other Python threads run while it does."""
+    key = ("run_program", ())
+    with _LOCK:
+        if key not in _ADDRESSES:
+            _ADDRESSES[key] = _interpreter_address()
+    return ctypes.CFUNCTYPE(ctypes.c_int64, *[ctypes.c_int64] * 6)(_ADDRESSES[key])
+
+
+def _kernel_address(key: tuple[str, tuple[int, ...]], number: int, total: int) -> int:
+    """Load one kernel, after compiling it if it is not in the cache."""
+    label = "x".join([key[0], *map(str, key[1])])
+    symbol = f"edgetrain_{label}"
+    content = cache.read(cache.file_name(label))
+    if content is None:
+        for callback in on_compile:
+            callback(label, number, total)
+        from edgetrain.kernels.compiler import compile_object
+
+        content = compile_object(load_factories()[key[0]][0](*key[1]), symbol, 3)
+        cache.write(cache.file_name(label), content)
+    return cache.load(symbol, content)
+
+
+def _interpreter_address() -> int:
+    name, symbol = cache.file_name("run_program"), "edgetrain_run_program"
+    content = cache.read(name)
+    if content is None:
+        from numba import types
+
+        from edgetrain.kernels.compiler import compile_object
+        from edgetrain.kernels.program import run_program
+
+        content = compile_object(run_program, symbol, 6, types.int64)
+        cache.write(name, content)
+    return cache.load(symbol, content)
+
+
+@functools.cache
+def _cached_names() -> dict[str, tuple[str, ...]]:
+    """Return the arguments of all kernels as the cache has them; they change only with its fingerprint."""
+    content = cache.read(_NAMES)
+    return {} if content is None else {name: tuple(names) for name, names in json.loads(content).items()}
+
+
+@functools.cache
+def load_factories() -> dict[str, tuple[Factory, tuple[str, ...]]]:
+    """Import the modules of the kernels, and return factories and argument names by kernel.
+
+    The names are kept in the cache, for processes that do not need the factories.
+    """
     for module in _MODULES:
         importlib.import_module(f"edgetrain.kernels.{module}")
+    if cache.read(_NAMES) is None:
+        names = {name: arguments for name, (_, arguments) in _FACTORIES.items()}
+        cache.write(_NAMES, json.dumps(names).encode())
+    return _FACTORIES

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import math
 
-from edgetrain.kernels.program import STATUS
+from edgetrain.kernels.codes import STATUS
+from edgetrain.kernels.codes import UPDATE_JOB as JOB
 from edgetrain.kernels.registry import Body, kernel
 from edgetrain.kernels.simd import (
     arguments,
@@ -31,7 +32,6 @@ from edgetrain.kernels.simd import (
  GRADIENT_SCALE, REST1, REST2, SETTINGS) = range(15)  # fmt: skip
 WIDTH = 8  # lanes of a vector here; parameters are padded to a multiple of CHUNK floats
 CHUNK = 16
-JOB = 4096  # floats per job
 
 
 @kernel("grad", "count", "partial")
