@@ -11,3 +11,5 @@ ROW_BYTES = 32
 ARRIVED, STATUS, SYNC_BYTES = 0, 64, 128
 
 UPDATE_JOB = 4096  # floats per job of the kernels that go over all parameters
+
+STAMP_BYTES = 16  # what the kernel "stamp" writes: seconds and nanoseconds, int64
