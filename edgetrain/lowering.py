@@ -202,7 +202,8 @@ class Lowering:
         )
         self.emit_multiply(
             x, y, pixels, terms, tile, kind=SAMPLES, lanes=self.lanes, blocks=blocks, groups=groups,
-            channel_count=outputs, weight=packed, weight_group=packed_group, bias=bias or self.zeros(groups * outputs + tile[0]),
+            channel_count=outputs, weight=packed, weight_group=packed_group,
+            bias=bias or self.zeros(groups * outputs + tile[0]),
             x_block=x_layout.block, y_block=y_layout.block, x_group=inputs * x_layout.channel,
             y_group=outputs * y_layout.channel, y_channel=y_layout.channel,
         )  # fmt: skip
@@ -276,15 +277,17 @@ class Lowering:
         """Emit ``y = function(x)``; see ``kernels.elementwise.unary``."""
         planes, rows, vectors, strides = self._walk(x, y)
         self.emit(
-            "unary", (self.layout(x).lanes, code), planes, x=self.address(x), y=self.address(y), rows=rows, vectors=vectors,
-            x_plane=strides[0][0], x_row=strides[0][1], y_plane=strides[1][0], y_row=strides[1][1], f_a=a, f_b=b,
+            "unary", (self.layout(x).lanes, code), planes, x=self.address(x), y=self.address(y), rows=rows,
+            vectors=vectors, x_plane=strides[0][0], x_row=strides[0][1], y_plane=strides[1][0], y_row=strides[1][1],
+            f_a=a, f_b=b,
         )  # fmt: skip
 
     def unary_gradient(self, saved: Value, grad: Value, y: Value, code: int, a: float, b: float) -> None:
         """Emit ``y = grad * function'``; see ``kernels.elementwise.unary_gradient``."""
         planes, rows, vectors, strides = self._walk(saved, grad, y)
         self.emit(
-            "unary_gradient", (self.layout(y).lanes, code), planes, saved=self.address(saved), grad_out=self.address(grad),
+            "unary_gradient", (self.layout(y).lanes, code), planes, saved=self.address(saved),
+            grad_out=self.address(grad),
             grad_x=self.address(y), rows=rows, vectors=vectors, saved_plane=strides[0][0], saved_row=strides[0][1],
             grad_plane=strides[1][0], grad_row=strides[1][1], grad_x_plane=strides[2][0], grad_x_row=strides[2][1],
             f_a=a, f_b=b,
@@ -338,14 +341,23 @@ class Lowering:
             return self.address(value), (x.block, *strides)
         sizes = _sizes_for(value, rank)
         dense = (4 * sizes[1] * sizes[2], 4 * sizes[2], 4)
-        steps = [0 if n == 1 else s for n, s in zip(sizes, dense, strict=True)]
+        steps = tuple(0 if n == 1 else s for n, s in zip(sizes, dense, strict=True))
+        return self.expand(value, y, sizes, (steps[0], steps[1], steps[2]))
+
+    def expand(self, value: Value, y: Layout, sizes: Place, steps: Place) -> tuple[Ref, tuple[int, int, int, int]]:
+        """Emit the copy of a parameter to lanes; return its address and strides (block, channel, row, pixel).
+
+        Args:
+            value: the parameter.
+            y: layout of the result that it is combined with.
+            sizes, steps: its sizes as (channels, rows, columns) and its byte strides, 0 where it is repeated.
+        """
         target = self.workspace(4 * self.lanes * math.prod(sizes))
         self.emit(
             "expand", (self.lanes,), sizes[0], x=self.address(value), y=target, rows=sizes[1], columns=sizes[2],
             x_channel=steps[0], x_row=steps[1], x_pixel=steps[2],
         )  # fmt: skip
-        wide = [0 if n == 1 else s * self.lanes for n, s in zip(sizes, dense, strict=True)]
-        return target, (0, wide[0], wide[1], wide[2])
+        return target, (0, steps[0] * self.lanes, steps[1] * self.lanes, steps[2] * self.lanes)
 
     def copy_parameter(self, x: Value, y: Value) -> None:
         """Emit a copy of a value that is not batched."""

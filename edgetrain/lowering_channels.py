@@ -10,19 +10,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from edgetrain.arrays import Layout, map_sizes
+from edgetrain.errors import GraphError
 from edgetrain.graph import Node, Value
 from edgetrain.kernels.choice import CHANNEL_TILES
 from edgetrain.kernels.codes import CHANNELS, DEPTHWISE
 from edgetrain.lowering import Lowering, Pair, Place, maps_of, place_offset, strides
-from edgetrain.ops import Border, get_op
+from edgetrain.ops import Border, describe, get_op
 from edgetrain.ops.conv import ProductGrad, ProductOp
 from edgetrain.plan import Ref
 
 _PLAIN = (
     "ActivationGrad", "AveragePool", "AveragePoolGrad", "BatchNormalization", "BatchNormalizationGrad",
-    "BatchNormalizationTraining", "ChannelSlice", "Clip", "Concat", "Flatten", "GlobalAveragePool", "HardSigmoid",
-    "HardSwish", "Identity", "LeakyRelu", "MaxPool", "MaxPoolGrad", "Pad", "Relu", "Reshape", "Sigmoid",
-    "SoftmaxCrossEntropyLoss", "SoftmaxCrossEntropyLossGrad", "Tanh",
+    "BatchNormalizationTraining", "ChannelSlice", "Clip", "Concat", "Dropout", "DropoutTraining", "Flatten",
+    "GlobalAveragePool", "HardSigmoid", "HardSwish", "Identity", "LeakyRelu", "MaxPool", "MaxPoolGrad",
+    "MeanSquaredErrorLoss", "MeanSquaredErrorLossGrad", "Pad", "Relu", "Reshape", "Sigmoid", "SoftmaxCrossEntropyLoss",
+    "SoftmaxCrossEntropyLossGrad", "Tanh",
 )  # fmt: skip
 
 _COPIES = ("ChannelSlice", "Concat", "Flatten", "Reshape")
@@ -39,12 +41,10 @@ def _fits(node: Node) -> bool:
         g = op.product(node)
         return g.groups == 1 or g.inputs == g.outputs == 1
     if node.op_type in ("Add", "Mul"):
-        values = [v for v in node.inputs if v is not None]
-        same = all(v.shape[:1] == node.y.shape[:1] for v in values)
-        return not node.y.batched or (all(v.batched for v in values) and same)
+        return all(v is None or not v.batched or v.shape[:1] == node.y.shape[:1] for v in node.inputs)
     if node.op_type == "SumTo":
         like: Value = node.get("like")
-        return bool(node.get("per_channel")) or (like.batched and like.shape[:1] == node.x.shape[:1])
+        return not like.batched or like.shape[:1] == node.x.shape[:1]
     return node.op_type in _PLAIN
 
 
@@ -54,9 +54,23 @@ def lanes_for(channels: int, widest: int) -> int:
 
 
 class ChannelLowering(Lowering):
-    """Lowers a graph that ``fits``; ``lanes`` is the widest vector, ``blocks`` the number of samples."""
+    """Lowers a graph that ``fits``; ``lanes`` is the widest vector, ``blocks`` the number of samples.
+
+    A network that fits has a training graph that fits: gradients keep the channels of what they are gradients of.
+    """
 
     kind = CHANNELS
+
+    def run(self, forward_count: int) -> None:
+        """Lower all nodes.
+
+        Raises:
+            GraphError: a node cannot be lowered so (a bug: ``fits`` was not asked, or an operator is new).
+        """
+        strange = [describe(node) for node in self._nodes if not _fits(node)]
+        if strange:
+            raise GraphError(f"{strange[0]}: cannot be lowered with channels in the lanes")
+        super().run(forward_count)
 
     def make_layout(self, value: Value, border: Border) -> Layout:
         """Return how a batched value lies in memory."""
@@ -110,7 +124,8 @@ class ChannelLowering(Lowering):
         if groups == 1:
             self.emit_correlate(
                 x, x_layout, grad, grad_layout, target, pixels, terms,
-                CHANNEL_TILES.correlate(outputs, len(terms), lanes), kind=CHANNELS, groups=1, channel_count=outputs, x_group=0, grad_group=0, weight_group=0,
+                CHANNEL_TILES.correlate(outputs, len(terms), lanes), kind=CHANNELS, groups=1, channel_count=outputs,
+                x_group=0, grad_group=0, weight_group=0,
                 weight_channel=weight_channel,
             )  # fmt: skip
             return
@@ -135,11 +150,41 @@ class ChannelLowering(Lowering):
                 **strides(x=source, y=out),
             )  # fmt: skip
             return
-        source = self.layout(x)
+        source, sizes = self.layout(x), map_sizes(target)
+        if sizes != (source.channels, 1, 1):
+            self.emit(
+                "sum_samples_scalars", (source.lanes,), sizes[0], x=self.address(x), y=self.address(y),
+                blocks=self.blocks, channels=source.channels, rows=source.rows, columns=source.columns,
+                y_channels=sizes[0], y_rows=sizes[1], y_columns=sizes[2], x_block=source.block,
+                x_channel=source.channel, x_row=source.row,
+            )  # fmt: skip
+            return
         self.emit(
             "sum_samples_channels", (source.lanes,), source.maps, x=self.address(x), y=self.address(y),
             blocks=self.blocks, rows=source.rows, columns=source.columns, x_block=source.block, x_map=source.channel,
             x_row=source.row,
+        )  # fmt: skip
+
+    def expand(self, value: Value, y: Layout, sizes: Place, steps: Place) -> tuple[Ref, tuple[int, int, int, int]]:
+        """See ``Lowering.expand``; a number for all channels is repeated over the lanes."""
+        maps = 1 if sizes[0] == 1 else y.maps
+        target = self.workspace(4 * maps * y.lanes * sizes[1] * sizes[2])
+        self.emit(
+            "expand_channels", (y.lanes,), maps, x=self.address(value), y=target, channels=y.channels, rows=sizes[1],
+            columns=sizes[2], x_channel=steps[0], x_row=steps[1], x_pixel=steps[2],
+        )  # fmt: skip
+        row = 4 * y.lanes * sizes[2]
+        wide = (0 if maps == 1 else sizes[1] * row, 0 if sizes[1] == 1 else row, 0 if sizes[2] == 1 else 4 * y.lanes)
+        return target, (0, *wide)
+
+    def dropout(self, x: Value, y: Value, ratio: float, stream: int) -> None:
+        """See ``Lowering.dropout``."""
+        source, out = self.layout(x), self.layout(y)
+        self.emit(
+            "dropout_channels", (source.lanes,), source.planes, x=self.address(x), y=self.address(y),
+            state=Ref("state"), stream=stream, channels=source.channels, maps=source.maps, rows=source.rows,
+            columns=source.columns,
+            f_ratio=ratio, **strides(x=source, y=out),
         )  # fmt: skip
 
     def batch_norm(self, node: Node, epsilon: float, momentum: float) -> None:
@@ -192,6 +237,26 @@ class ChannelLowering(Lowering):
         offsets = [(c, h, w) for c in range(box[0]) for h in range(box[1]) for w in range(box[2])]
         self.emit_copy(x, y, [(_at(a, place, source), _at(b, place, to)) for place in offsets])
 
+    def squared_error(self, node: Node) -> None:
+        """See ``Lowering.squared_error``."""
+        y, target = self.layout(node.x), self.layout(node.input(1))
+        losses, correct = node.outputs
+        self.emit(
+            "squared_error_channels", (y.lanes,), self.blocks, y=self.address(node.x),
+            target=self.address(node.input(1)), losses=self.address(losses), correct=self.address(correct),
+            channels=y.channels, rows=y.rows, columns=y.columns, **strides(y=y, target=target),
+        )  # fmt: skip
+        self.mean_loss(losses, correct)
+
+    def squared_error_gradient(self, node: Node) -> None:
+        """See ``Lowering.squared_error_gradient``."""
+        y, target, out = self.layout(node.x), self.layout(node.input(1)), self.layout(node.y)
+        self.emit(
+            "squared_error_gradient_channels", (y.lanes,), y.planes, y=self.address(node.x),
+            target=self.address(node.input(1)), grad_y=self.address(node.y), samples=self.blocks, channels=y.channels,
+            maps=y.maps, rows=y.rows, columns=y.columns, **strides(y=y, target=target, grad=out),
+        )  # fmt: skip
+
     def cross_entropy(self, node: Node, smoothing: float) -> None:
         """See ``Lowering.cross_entropy``."""
         x, (probabilities, losses, correct) = self.layout(node.x), node.outputs
@@ -207,7 +272,8 @@ class ChannelLowering(Lowering):
         x = self.layout(node.x)
         self.emit(
             "cross_entropy_gradient_channels", (), self.blocks, probabilities=self.address(node.x),
-            labels=Ref("labels"), grad_logits=self.address(node.y), classes=x.channels, padded=x.maps * x.lanes, samples=self.blocks,
+            labels=Ref("labels"), grad_logits=self.address(node.y), classes=x.channels, padded=x.maps * x.lanes,
+            samples=self.blocks,
             logits_block=x.block, f_smoothing=smoothing,
         )  # fmt: skip
 

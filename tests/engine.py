@@ -21,13 +21,21 @@ PROFILE = load_profile("generic-x86_64")  # read once: a learner is made in ever
 @pytest.fixture
 def wide_host(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let lanes depend on the batch size alone: 4, 8 or 16, also on a machine with narrower registers."""
-    monkeypatch.setattr(edgetrain.learner, "_host_lanes", lambda: 16)
+    monkeypatch.setattr(edgetrain.learner, "simd_lanes", lambda: 16)
+    monkeypatch.setattr(edgetrain.learner, "_SMALL_BATCH", 1000)  # lanes hold samples, however few
 
 
 def learner(graph: Graph, lanes: int = 4, threads: int = 1, **settings: Any) -> Learner:
     """Return a learner whose vectors hold ``lanes`` samples; needs the fixture ``wide_host``."""
     made = Learner(graph, PROFILE, batch_size=lanes, threads=threads, **settings)
     assert made.lanes == lanes
+    return made
+
+
+def channel_learner(graph: Graph, threads: int = 1, **settings: Any) -> Learner:
+    """Return a learner whose lanes hold channels, as for the smallest batches; needs the fixture ``wide_host``."""
+    made = Learner(graph, PROFILE, batch_size=1, threads=threads, **settings)
+    made.__dict__["_by_channel"] = True  # a cached property
     return made
 
 

@@ -10,9 +10,18 @@ from edgetrain.autodiff import TARGET, training_graph
 from edgetrain.graph import Graph, Node
 from edgetrain.learner import Learner
 from edgetrain.lowering import Lowering
+from edgetrain.lowering_channels import fits
 from edgetrain.ops import get_op, known_ops
 from edgetrain.plan import Ref
-from tests.engine import assert_all_close, assert_close, assert_same, learner, poison, wide_host
+from tests.engine import (
+    assert_all_close,
+    assert_close,
+    assert_same,
+    channel_learner,
+    learner,
+    poison,
+    wide_host,
+)
 from tests.op_cases import CASES, Case
 
 TOLERANCE = 1e-5  # float32 against float64, relative to the largest entry; no case has a looser one
@@ -28,6 +37,32 @@ def runs() -> list[pytest.param]:
     sizes = [(case, 4, count) for case in CASES for count in (1, 3, 4, 5)]
     sizes += [(case, lanes, lanes + 3) for case in CASES if case.wide for lanes in (8, 16)]
     return [pytest.param(*size, id=f"{size[0].id}-L{size[1]}-N{size[2]}") for size in sizes if size[2] >= size[0].least]
+
+
+def channel_runs() -> list[pytest.param]:
+    """Case and samples, for the cases that can be lowered with channels in the lanes."""
+    chosen = [case for case in CASES if fits(training_graph(case.graph(), case.loss).graph.nodes)]
+    return [pytest.param(case, count, id=f"{case.id}-N{count}") for case in chosen for count in (1, 3) if count >= case.least]
+
+
+@pytest.mark.parametrize(("case", "count"), channel_runs())
+def test_channels_in_the_lanes_agree_with_the_twins(case, count):
+    x, y = case.batch(count)
+    graph = case.graph()
+    made = channel_learner(graph, threads=2, loss=case.loss, label_smoothing=case.label_smoothing)
+    assert_close(made.logits(x), reference.evaluate(graph, x), TOLERANCE, "output")
+    loss, wanted = reference.gradients(graph, x, y, case.loss, case.label_smoothing)
+    assert_all_close(made.gradients(x, y), wanted, TOLERANCE)
+    poison(made)
+    assert_all_close(made.gradients(x, y), wanted, TOLERANCE)
+    assert made.partial_fit(x, y).loss == pytest.approx(loss, rel=TOLERANCE)
+    alone = channel_learner(graph, loss=case.loss, label_smoothing=case.label_smoothing)
+    alone.partial_fit(x, y)
+    assert_same(alone.parameters(), made.parameters())
+
+
+def test_most_cases_can_have_channels_in_the_lanes():
+    assert len(channel_runs()) > 100
 
 
 def make(case: Case, lanes: int = 4, threads: int = 1) -> Learner:

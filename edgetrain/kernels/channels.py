@@ -10,6 +10,9 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
+
+from edgetrain.kernels.random import mixed, stream_key
 from edgetrain.kernels.registry import Body, kernel
 from edgetrain.kernels.simd import (
     arguments,
@@ -255,5 +258,130 @@ def cross_entropy_gradient_channels() -> Body:
                 store_f32(target + 4 * k, (load_f32(source + 4 * k) - wanted) / samples)
             for k in range(classes, padded):
                 store_f32(target + 4 * k, 0.0)
+
+    return body
+
+
+@kernel("y", "target", "losses", "correct", "channels", "rows", "columns", "y_block", "y_channel", "y_row",
+        "target_block", "target_channel", "target_row")  # fmt: skip
+def squared_error_channels(lanes: int) -> Body:
+    """Write a sample's mean of ``(y - target) ** 2``. Job: sample."""
+
+    def body(args: int, first: int, last: int) -> None:
+        (y, target, losses, correct, channels, rows, columns, y_block, y_channel, y_row, target_block, target_channel,
+         target_row) = arguments(args, 13)  # fmt: skip
+        for sample in range(first, last):
+            total = 0.0
+            for c in range(channels):
+                left = y + sample * y_block + c // lanes * y_channel + 4 * (c % lanes)
+                right = target + sample * target_block + c // lanes * target_channel + 4 * (c % lanes)
+                for r in range(rows):
+                    for i in range(columns):
+                        wanted = load_f32(right + r * target_row + 4 * lanes * i)
+                        away = load_f32(left + r * y_row + 4 * lanes * i) - wanted
+                        total += away * away
+            store_f32(losses + 4 * sample, total / (channels * rows * columns))
+            store_f32(correct + 4 * sample, 0.0)
+
+    return body
+
+
+@kernel("y", "target", "grad_y", "samples", "channels", "maps", "rows", "columns", "y_block", "y_channel", "y_row",
+        "target_block", "target_channel", "target_row", "grad_block", "grad_channel", "grad_row")  # fmt: skip
+def squared_error_gradient_channels(lanes: int) -> Body:
+    """Write ``2 (y - target) / (N * size)``, 0 in the lanes behind the last channel. Job: (sample, map)."""
+
+    def body(args: int, first: int, last: int) -> None:
+        (y, target, grad_y, samples, channels, maps, rows, columns, y_block, y_channel, y_row, target_block,
+         target_channel, target_row, grad_block, grad_channel, grad_row) = arguments(args, 17)  # fmt: skip
+        factor = 2.0 / (samples * channels * rows * columns)
+        for job in range(first, last):
+            sample, group = job // maps, job % maps
+            for lane in range(lanes):
+                scale = factor if group * lanes + lane < channels else 0.0
+                left = y + sample * y_block + group * y_channel + 4 * lane
+                right = target + sample * target_block + group * target_channel + 4 * lane
+                place = grad_y + sample * grad_block + group * grad_channel + 4 * lane
+                for r in range(rows):
+                    for i in range(columns):
+                        wanted = load_f32(right + r * target_row + 4 * lanes * i)
+                        away = load_f32(left + r * y_row + 4 * lanes * i) - wanted
+                        store_f32(place + r * grad_row + 4 * lanes * i, away * scale if scale > 0.0 else 0.0)
+
+    return body
+
+
+@kernel("x", "y", "channels", "rows", "columns", "x_channel", "x_row", "x_pixel")
+def expand_channels(lanes: int) -> Body:
+    """Copy a parameter (byte strides, 0 repeats) to maps ``[channel / lanes][row][column][lanes]``. Job: map."""
+
+    def body(args: int, first: int, last: int) -> None:
+        x, y, channels, rows, columns, x_channel, x_row, x_pixel = arguments(args, 8)
+        for group in range(first, last):
+            for lane in range(lanes):
+                channel = group * lanes + lane
+                for row in range(rows):
+                    for column in range(columns):
+                        value = 0.0
+                        if channel < channels:
+                            value = load_f32(x + channel * x_channel + row * x_row + column * x_pixel)
+                        store_f32(y + 4 * lanes * ((group * rows + row) * columns + column) + 4 * lane, value)
+
+    return body
+
+
+@kernel(
+    "x", "y", "blocks", "channels", "rows", "columns", "y_channels", "y_rows", "y_columns", "x_block", "x_channel",
+    "x_row",
+)  # fmt: skip
+def sum_samples_scalars(lanes: int) -> Body:
+    """Sum all samples' maps to the shape of any parameter; see ``elementwise.sum_samples``. Job: channel of y."""
+
+    def body(args: int, first: int, last: int) -> None:
+        (x, y, blocks, channels, rows, columns, y_channels, y_rows, y_columns, x_block, x_channel,
+         x_row) = arguments(args, 12)  # fmt: skip
+        deep, high, wide = channels // y_channels, rows // y_rows, columns // y_columns
+        for channel in range(first, last):
+            for row in range(y_rows):
+                for column in range(y_columns):
+                    total = 0.0
+                    for block in range(blocks):
+                        for c in range(channel, channel + deep):
+                            source = x + block * x_block + c // lanes * x_channel + 4 * (c % lanes)
+                            for r in range(row, row + high):
+                                for i in range(column, column + wide):
+                                    total += load_f32(source + r * x_row + 4 * lanes * i)
+                    store_f32(y + 4 * ((channel * y_rows + row) * y_columns + column), total)
+
+    return body
+
+
+@kernel(
+    "x", "y", "state", "stream", "channels", "maps", "rows", "columns", "x_block", "x_channel", "x_row", "y_block",
+    "y_channel", "y_row", "f_ratio",
+)  # fmt: skip
+def dropout_channels(lanes: int) -> Body:
+    """Zero a share ``ratio`` of the elements; the same decisions as ``random.dropout``. Job: (sample, map)."""
+
+    def body(args: int, first: int, last: int) -> None:
+        (x, y, state, stream, channels, maps, rows, columns, x_block, x_channel, x_row, y_block, y_channel,
+         y_row) = arguments(args, 14)  # fmt: skip
+        ratio = load_f32(args + 112)
+        keep = 1.0 / (1.0 - ratio) if ratio < 1.0 else 0.0
+        threshold = np.uint64(ratio * 4294967296.0)
+        key = stream_key(load_i64(state + 16), load_i64(state + 8), stream)
+        for job in range(first, last):
+            sample, group = job // maps, job % maps
+            for lane in range(lanes):
+                channel = group * lanes + lane
+                for row in range(rows):
+                    for column in range(columns):
+                        place = row * x_row + 4 * (column * lanes + lane)
+                        element = ((sample * channels + channel) * rows + row) * columns + column
+                        bits = mixed(key + np.uint64(element)) >> np.uint64(32)
+                        value = load_f32(x + sample * x_block + group * x_channel + place) * keep
+                        alive = channel < channels and bits >= threshold
+                        target = y + sample * y_block + group * y_channel + row * y_row + 4 * (column * lanes + lane)
+                        store_f32(target, value if alive else 0.0)
 
     return body

@@ -22,6 +22,12 @@ def mixed(counter: Any) -> Any:
     return z ^ (z >> _U64(31))
 
 
+@njit
+def stream_key(seed: Any, step: Any, stream: Any) -> Any:
+    """Return the key of one node's random numbers in one step."""
+    return mixed(mixed(mixed(_U64(seed) + _U64(1)) + _U64(step)) + _U64(stream))
+
+
 @kernel(
     "x", "y", "state", "stream", "channels", "rows", "columns", "x_block", "x_channel", "x_row", "y_block", "y_channel",
     "y_row", "f_ratio",
@@ -41,7 +47,7 @@ def dropout(lanes: int) -> Body:
         ratio = load_f32(args + 104)
         keep = 1.0 / (1.0 - ratio) if ratio < 1.0 else 0.0
         threshold = _U64(ratio * 4294967296.0)
-        key = mixed(mixed(mixed(_U64(load_i64(state + 16)) + _U64(1)) + _U64(load_i64(state + 8))) + _U64(stream))
+        key = stream_key(load_i64(state + 16), load_i64(state + 8), stream)
         for job in range(first, last):
             block, channel = job // channels, job % channels
             for row in range(rows):

@@ -159,7 +159,8 @@ def correlate_tile(
                 for k in range(kr):
                     _fma(builder, grads[c], values[k], slots[c * kr + k])
         if how != SAMPLES:
-            _scatter(builder, [builder.load(slot) for slot in slots], kr, dw_, dw_channel_, table[1::2], rows_, columns_)
+            sums = [builder.load(slot) for slot in slots]
+            _scatter(builder, sums, kr, dw_, dw_channel_, table[1::2], rows_, columns_)
             return context.get_dummy_value()
         totals = _lane_sums(builder, [builder.load(slot) for slot in slots])
         for c in range(cr):
