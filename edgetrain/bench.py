@@ -248,7 +248,7 @@ def time_ops(case: Case, turns: int = TURNS, turn_seconds: float = 0.1) -> dict[
     Returns:
         ``model, batch_size, threads, sgemm, load, busy`` as ``result_of``; ``ops``, a list of
         ``bench_ops.OpTiming.to_dict()`` with ``sgemm_share``; ``sum_seconds`` of all of them, ``step_seconds`` of the
-        whole step, ``overhead_seconds`` that each row's time was reduced by.
+        whole step, ``overhead_seconds`` that the time of each kernel call was reduced by.
 
     Raises:
         BenchmarkError, UsageError, UnsupportedError: as ``compare``.

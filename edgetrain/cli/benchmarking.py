@@ -164,7 +164,7 @@ def _ops_text(result: Result) -> str:
     head = f"{result['model']}, batch {result['batch_size']}, {count(result['threads'], 'thread')}"
     foot = (
         f"sum of the nodes {_milliseconds(result['sum_seconds'])}, whole step {_milliseconds(result['step_seconds'])}; "
-        f"{1e6 * result['overhead_seconds']:.1f} us per kernel call are taken off; "
+        f"{1e6 * result['overhead_seconds']:.2f} us of timing per kernel call are taken off; "
         f"sgemm {result['sgemm']['gflops']:.1f} GFLOP/s ({result['sgemm']['library']})"
     )
     return "\n".join([head, table([heads, *rows]), foot, *["machine busy: do not trust these times"] * result["busy"]])

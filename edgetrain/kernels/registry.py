@@ -28,7 +28,9 @@ Factory = Callable[..., Body]
 # not called for kernels that come from the cache on disk.
 on_compile: list[Callable[[str, int, int], None]] = []
 
-_MODULES = ("channels", "dense", "elementwise", "layout", "loss", "normalization", "pooling", "random", "update")
+_MODULES = (
+    "channels", "clock", "dense", "elementwise", "layout", "loss", "normalization", "pooling", "random", "update",
+)  # fmt: skip
 _FACTORIES: dict[str, tuple[Factory, tuple[str, ...]]] = {}
 _ADDRESSES: dict[tuple[str, tuple[int, ...]], int] = {}
 _LOCK = threading.Lock()
