@@ -254,7 +254,7 @@ def test_a_kernel_reads_its_arguments_in_the_order_it_declares(name):
     names = tuple(element.id.lstrip("_") for node in unpacked for element in node.targets[0].elts)
     assert names == declared[: len(names)]
     assert [node.value.args[1].value for node in unpacked] == [len(names)] * bool(names)
-    reads = re.findall(r"(load_f32|load_i64)\(args(?: \+ (\d+))?\)", ast.unparse(body))
+    reads = re.findall(r"(load_f32|load_i64)\((?:args|arguments)(?: \+ (\d+))?\)", ast.unparse(body))
     assert {(int(offset or 0) // 8, kind == "load_f32") for kind, offset in reads} == {
         (place, argument.startswith("f_")) for place, argument in enumerate(declared) if place >= len(names)
     }
