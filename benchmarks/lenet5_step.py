@@ -10,10 +10,11 @@ from edgetrain.bench import Case, compare, ratio
 
 def main(batch_size: int = 32, threads: int = 2) -> None:
     """Print the median of every contender and the ratio to PyTorch's better memory format."""
-    timings = compare(Case("lenet5", batch_size, threads))
+    timings = compare(Case("lenet5", batch_size, threads)).timings
     for timing in timings:
-        print(f"{timing.contender:22s} {timing.median * 1e3:8.3f} ms/step, peak {timing.resident_bytes / 2**20:.0f} MiB")
-    print(f"ratio {ratio(timings):.2f} (batch {batch_size}, {threads} threads, median of {len(timings[0].seconds)} steps)")
+        peak = timing.resident_bytes / 2**20
+        print(f"{timing.contender:22s} {timing.median * 1e3:8.3f} ms/step, peak {peak:.0f} MiB")
+    print(f"ratio {ratio(timings):.2f} (batch {batch_size}, {threads} threads, {len(timings[0].seconds)} steps)")
 
 
 if __name__ == "__main__":

@@ -37,6 +37,7 @@ from edgetrain.ops import get_op
 from edgetrain.optim import SGD, Optimizer
 from edgetrain.parameters import Parameters
 from edgetrain.plan import Plan, Ref
+from edgetrain.units import parse_bytes
 
 if TYPE_CHECKING:
     from edgetrain.onnx_io import MatchReport
@@ -96,25 +97,6 @@ class MemoryPlan:
         return sum(self.parts.values())
 
 
-def parse_bytes(size: int | str | None) -> int | None:
-    """Return a size in bytes from a number or from text such as ``"64MiB"``.
-
-    Raises:
-        UsageError: the text is not a size.
-
-    Example:
-        >>> parse_bytes("64MiB"), parse_bytes(1024)
-        (67108864, 1024)
-    """
-    if size is None or isinstance(size, int):
-        return size
-    for unit, factor in (("KiB", 2**10), ("MiB", 2**20), ("GiB", 2**30), ("B", 1), ("", 1)):
-        number = size.strip().removesuffix(unit).strip()
-        if size.strip().endswith(unit) and number.replace(".", "", 1).isdigit():
-            return int(float(number) * factor)
-    raise UsageError(f"memory size '{size}' is not understood; write for example 64MiB, 1.5GiB or a number of bytes")
-
-
 class Learner:
     """Trains a graph and predicts with it.
 
@@ -157,7 +139,7 @@ class Learner:
             raise UsageError(
                 f"loss={loss!r}, label_smoothing={label_smoothing}: expected 'cross_entropy' or 'mse', and 0 to below 1"
             )
-        budget = parse_bytes(memory_budget)
+        budget = None if memory_budget is None else parse_bytes(memory_budget)
         self.memory_budget = self.profile.memory_budget_mib * 2**20 if budget is None else budget
         self._optimizer = _checked(optimizer or SGD(lr=0.05, momentum=0.9))
         self.position, self.history, self.step_count = Position(), History(), 0

@@ -198,9 +198,9 @@ def test_numbers_that_json_lacks_become_null(capsys):
 
 
 @pytest.mark.parametrize(
-    ("text", "expected"), [("64MiB", 64 << 20), ("1.5 GiB", 3 << 29), ("512kb", 512_000), ("7B", 7)], ids=str
+    ("text", "expected"), [("64MiB", 64 << 20), ("1.5 GiB", 3 << 29), ("512kb", 512_000), ("7B", 7), (77, 77)], ids=str
 )
 def test_memory_sizes(text, expected):
-    from edgetrain.cli.output import parse_bytes
+    from edgetrain.units import parse_bytes
 
     assert parse_bytes(text) == expected

@@ -42,7 +42,8 @@ def runs() -> list[pytest.param]:
 def channel_runs() -> list[pytest.param]:
     """Case and samples, for the cases that can be lowered with channels in the lanes."""
     chosen = [case for case in CASES if fits(training_graph(case.graph(), case.loss).graph.nodes)]
-    return [pytest.param(case, count, id=f"{case.id}-N{count}") for case in chosen for count in (1, 3) if count >= case.least]
+    sizes = [(case, count) for case in chosen for count in (1, 3) if count >= case.least]
+    return [pytest.param(case, count, id=f"{case.id}-N{count}") for case, count in sizes]
 
 
 @pytest.mark.parametrize(("case", "count"), channel_runs())

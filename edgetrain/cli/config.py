@@ -13,13 +13,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from edgetrain.cli.output import parse_bytes
 from edgetrain.data import Augmentation
 from edgetrain.data.embedded import EMBEDDED_NAMES
 from edgetrain.devices import DeviceProfile, load_profile
 from edgetrain.errors import UsageError
 from edgetrain.runs import read_toml
 from edgetrain.schema import OneOf, Within, build
+from edgetrain.units import parse_bytes
 
 Table = dict[str, Any]
 

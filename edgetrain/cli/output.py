@@ -29,8 +29,6 @@ import typer
 
 from edgetrain.errors import UsageError
 
-_UNITS = {"b": 1, "kb": 1000, "mb": 1000**2, "gb": 1000**3, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30}
-
 
 def emit(result: dict[str, Any], text: str, as_json: bool) -> None:
     """Print a result on standard output."""
@@ -62,27 +60,6 @@ def table(rows: Iterable[Sequence[str]]) -> str:
         for row in cells
     )  # fmt: skip
     return "\n".join(line.rstrip() for line in lines)
-
-
-def parse_bytes(text: str) -> int:
-    """Return the number of bytes that a text such as "64MiB" says.
-
-    Raises:
-        UsageError: no number or no unit.
-
-    Example:
-        >>> parse_bytes("64MiB")
-        67108864
-    """
-    number = text.strip().rstrip("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ ")
-    unit = text.strip()[len(number) :].strip().lower()
-    try:
-        amount = float(number) * _UNITS[unit]
-    except (ValueError, KeyError):
-        amount = -1.0
-    if not 1 <= amount < 1 << 60:
-        raise UsageError(f"memory '{text}': expected a number and a unit, such as 64MiB, 512MB or 1GiB")
-    return int(amount)
 
 
 def parse_sizes(text: str, what: str, counts: Sequence[int]) -> tuple[int, ...]:

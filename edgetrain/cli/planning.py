@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from edgetrain.cli.output import emit, mebibytes, parse_bytes, parse_sizes, table
+from edgetrain.cli.output import emit, mebibytes, parse_sizes, table
 from edgetrain.errors import MemoryBudgetError, VerificationError
 from edgetrain.graph import Graph
+from edgetrain.units import parse_bytes
 
 
 def plan_command(

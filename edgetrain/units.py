@@ -1,0 +1,30 @@
+"""Sizes of memory as people write them."""
+
+from __future__ import annotations
+
+from edgetrain.errors import UsageError
+
+_UNITS = {"b": 1, "kb": 1000, "mb": 1000**2, "gb": 1000**3, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30}
+
+
+def parse_bytes(size: int | str) -> int:
+    """Return the number of bytes that a text such as "64MiB" says; a number is bytes already.
+
+    Raises:
+        UsageError: no number or no unit.
+
+    Example:
+        >>> parse_bytes("64MiB"), parse_bytes(1024)
+        (67108864, 1024)
+    """
+    if isinstance(size, int):
+        return size
+    number = size.strip().rstrip("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ ")
+    unit = size.strip()[len(number) :].strip().lower()
+    try:
+        amount = float(number) * _UNITS[unit]
+    except (ValueError, KeyError):
+        amount = -1.0
+    if not 1 <= amount < 1 << 60:
+        raise UsageError(f"memory '{size}': expected a number and a unit, such as 64MiB, 512MB or 1GiB")
+    return int(amount)
