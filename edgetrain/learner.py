@@ -28,7 +28,7 @@ from edgetrain.errors import CheckpointError, DataError, MemoryBudgetError, Nume
 from edgetrain.executor import Arena, Executor, Team
 from edgetrain.fitting import Data, History, fit_loop
 from edgetrain.graph import Graph
-from edgetrain.kernels.choice import simd_lanes
+from edgetrain.choice import simd_lanes
 from edgetrain.kernels.codes import UPDATE_JOB
 from edgetrain.lowering import Lowering
 from edgetrain.lowering_channels import ChannelLowering, fits

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from edgetrain.arrays import Layout, map_sizes
 from edgetrain.errors import GraphError
 from edgetrain.graph import Node, Value
-from edgetrain.kernels.choice import CHANNEL_TILES
+from edgetrain.choice import CHANNEL_TILES
 from edgetrain.kernels.codes import CHANNELS, DEPTHWISE
 from edgetrain.lowering import Lowering, Pair, Place, maps_of, place_offset, strides
 from edgetrain.ops import Border, describe, get_op

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any, ClassVar, Protocol, Self
+from typing import Any, ClassVar, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -261,48 +261,11 @@ class AdamW(Adam):
 OPTIMIZERS: dict[str, type[Optimizer]] = {"sgd": SGD, "adam": Adam, "adamw": AdamW}
 
 
-class RecipeLike(Protocol):
-    """What a recipe says about the optimizer; see ``devices.Recipe``."""
+def from_recipe(recipe: Any) -> Optimizer:
+    """Return the optimizer that a recipe describes; ``fit`` fills in the schedule's length.
 
-    @property
-    def optimizer(self) -> str:
-        """``sgd``, ``adam`` or ``adamw``."""
-
-    @property
-    def lr(self) -> float:
-        """Peak learning rate."""
-
-    @property
-    def momentum(self) -> float:
-        """Of SGD."""
-
-    @property
-    def nesterov(self) -> bool:
-        """Of SGD."""
-
-    @property
-    def weight_decay(self) -> float:
-        """As in ``Optimizer``."""
-
-    @property
-    def decay_bias_and_norm(self) -> bool:
-        """As in ``Optimizer``."""
-
-    @property
-    def clip_norm(self) -> float | None:
-        """As in ``Optimizer``."""
-
-    @property
-    def schedule(self) -> str:
-        """A kind of ``Schedule``."""
-
-    @property
-    def warmup_fraction(self) -> float:
-        """``Schedule.warmup``."""
-
-
-def from_recipe(recipe: RecipeLike) -> Optimizer:
-    """Return the optimizer that a device profile's recipe describes; ``fit`` fills in the schedule's length.
+    Args:
+        recipe: anything with the fields of ``devices.Recipe``.
 
     Raises:
         UsageError: unknown optimizer or schedule.

@@ -34,9 +34,8 @@ EVERY_FILE = pytest.mark.parametrize("name", FILES)
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors", "_version", "hostinfo", "device_profiles", "bench_load"),
     ("arrays", "schema", "bench_process", "units"),
-    ("devices",),
-    ("kernels",),  # above devices: tiles are chosen by the host's instruction set
-    ("graph",),
+    ("devices", "kernels"),
+    ("graph", "choice"),
     ("ops", "optim", "data", "models", "onnx_io", "graph_json", "history", "torch_network"),
     ("autodiff", "memory", "catalog", "bench_torch", "bench_jax", "fitting"),
     ("plan", "parameters", "checkpoint", "reference"),
