@@ -23,12 +23,12 @@ from numpy.typing import ArrayLike, NDArray
 from edgetrain.arrays import batch_of, labels_of
 from edgetrain.autodiff import TARGET, TrainingGraph, training_graph
 from edgetrain.checkpoint import load_checkpoint, save_checkpoint
+from edgetrain.choice import simd_lanes
 from edgetrain.devices import DeviceProfile, load_profile
 from edgetrain.errors import CheckpointError, DataError, MemoryBudgetError, NumericalError, UsageError
 from edgetrain.executor import Arena, Executor, Team
 from edgetrain.fitting import Data, History, fit_loop
 from edgetrain.graph import Graph
-from edgetrain.choice import simd_lanes
 from edgetrain.kernels.codes import UPDATE_JOB
 from edgetrain.lowering import Lowering
 from edgetrain.lowering_channels import ChannelLowering, fits

@@ -11,9 +11,9 @@ import numpy as np
 
 from edgetrain.arrays import Layout, aligned, map_sizes
 from edgetrain.autodiff import LABELS
+from edgetrain.choice import TILES
 from edgetrain.errors import GraphError
 from edgetrain.graph import Graph, Node, Value
-from edgetrain.choice import TILES
 from edgetrain.kernels.codes import CHANNELS, SAMPLES
 from edgetrain.kernels.registry import argument_names
 from edgetrain.ops import Border, get_op

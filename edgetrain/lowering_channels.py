@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from edgetrain.arrays import Layout, map_sizes
+from edgetrain.choice import CHANNEL_TILES
 from edgetrain.errors import GraphError
 from edgetrain.graph import Node, Value
-from edgetrain.choice import CHANNEL_TILES
 from edgetrain.kernels.codes import CHANNELS, DEPTHWISE
 from edgetrain.lowering import Lowering, Pair, Place, maps_of, place_offset, strides
 from edgetrain.ops import Border, describe, get_op
