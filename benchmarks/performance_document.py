@@ -247,7 +247,7 @@ def _kernels(kernels: dict) -> str:
                 share = f"{rate['gflops'] / entry['sgemm']['gflops']:.0%}"
                 rows.append((size, words, f"{rate['gflops']:.1f}", share, str(rate["layers"])))
     text = (
-        "3x3 convolutions inside the training step of ResNet-20, batch 32, 1 thread, everything their nodes do (packing "
+        "3x3 convolutions inside the training step of ResNet-20, batch 32, 1 thread, all that their nodes do (packing "
         f"of weights, borders) included; sgemm in the same run: {entry['sgemm']['gflops']:.1f} GFLOP/s.\n"
     )
     head = ("channels@map", "kernel", "GFLOP/s", "share of sgemm", "layers")

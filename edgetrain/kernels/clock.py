@@ -12,8 +12,9 @@ from edgetrain.kernels.simd import load_i64
 # clock_gettime answers seconds and nanoseconds as two int64 and takes about 0.03 us; the processor's own cycle
 # counter may not be read by programs on ARM.
 _MONOTONIC = 1
-_int32: Any = types.int32  # numba describes it as the class of a number
-_clock_gettime = types.ExternalFunction("clock_gettime", _int32(_int32, types.int64))
+# Any: numba describes its types as things that are called without arguments.
+_int32: Any = types.int32
+_clock_gettime: Any = types.ExternalFunction("clock_gettime", _int32(_int32, types.int64))
 
 
 @kernel("time")
