@@ -36,7 +36,7 @@ from edgetrain.memory import Lifetime, place
 from edgetrain.ops import get_op
 from edgetrain.optim import SGD, Optimizer
 from edgetrain.parameters import Parameters
-from edgetrain.plan import Plan, Ref
+from edgetrain.plan import KernelKey, Plan, Ref
 from edgetrain.units import parse_bytes
 
 if TYPE_CHECKING:
@@ -399,6 +399,16 @@ class Learner:
         """Return the plan of a training step: its rows, layouts and offsets, to look at."""
         with self._lock:
             return self._executor(True, self._blocks(batch_size or self.batch_size)).plan
+
+    def kernels(self) -> list[KernelKey]:
+        """Return the kernels that training steps and predictions of up to ``batch_size`` samples need.
+
+        Nothing is compiled; ``kernels.registry.compile_kernels`` does that.
+        """
+        with self._lock:
+            blocks = sorted({1, self._blocks(self.batch_size)})
+            plans = [self._plan(training, count) for training in (True, False) for count in blocks]
+        return list(dict.fromkeys(key for plan in plans for key in plan.kernels))
 
     def _memory(self, plan: Plan) -> MemoryPlan:
         buffers = self._parameters.buffers

@@ -61,8 +61,8 @@ def test_three_ways_to_start_say_the_same(tmp_path):
     assert module.stdout == script.stdout == entry.stdout
 
 
-COMMANDS = ("fit", "resume", "evaluate", "predict", "export", "plan", "verify", "bench", "report", "doctor", "version",
-            "profiles")  # fmt: skip
+COMMANDS = ("fit", "resume", "evaluate", "predict", "export", "plan", "verify", "bench", "report", "doctor", "warmup",
+            "version", "profiles")  # fmt: skip
 
 
 def test_help_lists_all_commands(capsys):

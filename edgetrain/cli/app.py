@@ -208,6 +208,14 @@ def doctor(json: Json = False) -> None:
     doctor_command(as_json=json)
 
 
+@app.command()
+def warmup(profile: Profile = None, quiet: Quiet = False, json: Json = False) -> None:
+    """Compile all kernels of the built-in models, so that training starts at once."""
+    from edgetrain.cli.warming import warmup_command
+
+    warmup_command(profile, quiet=quiet, as_json=json)
+
+
 @profiles.command("list")
 def list_command(json: Json = False) -> None:
     """List the device profiles."""

@@ -13,6 +13,7 @@ The keys of the JSON documents are part of the interface; later versions may add
   notes; with --per-op: per_op [of bench.time_ops], notes
 - report: run, status, config, environment, epochs [columns of metrics.csv], best, seconds, files {name: bytes}
 - doctor: edgetrain, host, cache {folder, writable, kernels}, disk_free_mib, healthy, advice
+- warmup: profile, kernels, compiled, seconds, cache {folder, writable, kernels}
 - profiles list: profiles [{name, description}]; profiles show: the profile; version: version
 
 A number that is not finite is null. With an exit code other than 0, 1 or 4 standard output is empty.
