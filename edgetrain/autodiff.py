@@ -8,16 +8,23 @@ what the forward pass must keep; nothing else is saved.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from edgetrain.errors import GraphError
 from edgetrain.graph import Graph, Node, Value
 from edgetrain.ops import get_op
+from edgetrain.ops.activation import Activation, Clip
 
 # Names that no exporter gives to a value of its own.
 LABELS, TARGET = "edgetrain.labels", "edgetrain.target"
+# Activations that only bound their input, and the bounds.
+_BOUNDS: dict[str, Callable[[Node], tuple[float, float]]] = {
+    "Relu": lambda node: (0.0, math.inf),
+    "Clip": lambda node: Clip().constants(node),
+}
 # Operators that behave differently while training.
 _TRAINING = {"BatchNormalization": "BatchNormalizationTraining", "Dropout": "DropoutTraining"}
 
@@ -102,6 +109,7 @@ def training_graph(graph: Graph, loss: str = "cross_entropy", label_smoothing: f
     *_, losses, correct = (value.name for value in train.nodes[-1].outputs)
     result = TrainingGraph(train, len(train.nodes), losses, correct, graph.outputs[0])
     result.gradients = _backward(train)
+    _compute_again(train, result.forward_count)
     return result
 
 
@@ -110,15 +118,59 @@ def _forward(graph: Graph) -> Graph:
     train = copy.copy(graph)  # the arrays stay shared: a second copy would count in no memory plan
     train.inputs, train.arrays, train.trainable = list(graph.inputs), dict(graph.arrays), set(graph.trainable)
     train.nodes, train.values = [], {n: v for n, v in graph.values.items() if graph.producer(n) is None}
+    fused = {node.name: bound for node in graph.nodes if (bound := _fusable(graph, node))}
     for number, node in enumerate(graph.nodes):
+        if any(node is bound for bound in fused.values()):
+            continue
         op_type = _TRAINING.get(node.op_type, node.op_type)
-        attributes = dict(node.attributes)
+        attributes, outputs = dict(node.attributes), [v.name for v in node.outputs]
         if op_type == "DropoutTraining":
             attributes["stream"] = number
-        extra = [f"{node.y.name}.{part}" for part in ("mean", "variance", "inverse_std")]
-        outputs = [node.y.name, *extra] if op_type == "BatchNormalizationTraining" else [v.name for v in node.outputs]
+        if op_type == "BatchNormalizationTraining":
+            outputs += [f"{node.y.name}.{part}" for part in ("mean", "variance", "inverse_std")]
+        if node.name in fused:
+            outputs[0] = fused[node.name].y.name
+            attributes["low"], attributes["high"] = _BOUNDS[fused[node.name].op_type](fused[node.name])
         train.add(op_type, [v.name if v else None for v in node.inputs], node.name, outputs, **attributes)
     return train
+
+
+def _fusable(graph: Graph, node: Node) -> Node | None:
+    """Return the Relu or Clip that alone reads a batch normalisation's output, to be done in the same pass."""
+    if node.op_type != "BatchNormalization" or node.y.name in graph.outputs:
+        return None
+    readers = graph.consumers(node.y.name)
+    return readers[0] if len(readers) == 1 and readers[0].op_type in _BOUNDS else None
+
+
+def _compute_again(train: Graph, forward_count: int) -> None:
+    """Let the backward pass compute normalised maps (and activations of them) again instead of keeping them.
+
+    What is kept is the normalisation's input, which its own gradient needs anyway.
+    """
+    forward, backward = train.nodes[:forward_count], train.nodes[forward_count:]
+    normalised = {node.y.name for node in forward if node.op_type == "BatchNormalizationTraining"}
+    activated = [n for n in forward if isinstance(get_op(n.op_type), Activation) and n.x.name in normalised]
+    for node in [*activated, *(n for n in forward if n.y.name in normalised)]:
+        readers = [i for i, reader in enumerate(backward) if node.y in reader.inputs]
+        if not readers:
+            continue
+        again = Value(f"{node.y.name}.again", node.y.shape)
+        train.add_value(again)
+        for i in readers:
+            inputs = tuple(again if value == node.y else value for value in backward[i].inputs)
+            backward[i] = replace(backward[i], inputs=inputs)
+        backward.insert(readers[0], _repeated(node, again))
+    train.nodes = forward + backward
+
+
+def _repeated(node: Node, again: Value) -> Node:
+    """Return the node that computes a forward node's first output once more."""
+    if node.op_type != "BatchNormalizationTraining":
+        return replace(node, name=again.name, outputs=(again,))
+    inputs = (node.x, node.input(1), node.input(2), node.outputs[1], node.outputs[3])
+    bounds = {key: node.attributes[key] for key in ("low", "high") if key in node.attributes}
+    return Node("BatchNormalizationAgain", again.name, inputs, (again,), bounds)
 
 
 def _backward(train: Graph) -> dict[str, str]:

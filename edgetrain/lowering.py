@@ -414,14 +414,14 @@ class Lowering:
             "tap_row": pool.dilations[0] * x.row, "tap_column": pool.dilations[1] * x.pixel,
         }  # fmt: skip
 
-    def batch_norm(self, node: Node, epsilon: float, momentum: float) -> None:
+    def batch_norm(self, node: Node, epsilon: float, momentum: float, bounds: tuple[float, float]) -> None:
         """Emit training batch normalisation, and the move of the running statistics in the update."""
         x, y, outs = self.layout(node.x), self.layout(node.y), node.outputs
         self.emit(
             "batch_norm", (self.lanes,), x.channels, x=self.address(node.x), y=self.address(node.y),
             scale=self.address(node.input(1)), bias=self.address(node.input(2)), mean=self.address(outs[1]),
             variance=self.address(outs[2]), inverse_std=self.address(outs[3]), mask=Ref("mask"), state=Ref("state"),
-            f_epsilon=epsilon, **maps_of(x), **strides(x=x, y=y),
+            f_epsilon=epsilon, f_low=bounds[0], f_high=bounds[1], **maps_of(x), **strides(x=x, y=y),
         )  # fmt: skip
         self.move_running_averages(node, momentum)
 
@@ -436,24 +436,29 @@ class Lowering:
                     state=Ref("state"), pixels=x.rows * x.columns, f_keep=momentum, unbiased=unbiased,
                 )  # fmt: skip
 
-    def batch_norm_inference(self, node: Node, epsilon: float) -> None:
-        """Emit batch normalisation with running statistics."""
+    def batch_norm_inference(
+        self, node: Node, epsilon: float, bounds: tuple[float, float], inverted: bool = False
+    ) -> None:
+        """Emit batch normalisation with given statistics, the last being the variance or ``1 / std``."""
         x, y = self.layout(node.x), self.layout(node.y)
         self.emit(
-            "batch_norm_inference", (self.lanes,), x.channels, x=self.address(node.x), y=self.address(node.y),
-            scale=self.address(node.input(1)), bias=self.address(node.input(2)), mean=self.address(node.input(3)),
-            variance=self.address(node.input(4)), f_epsilon=epsilon, **maps_of(x), **strides(x=x, y=y),
+            "batch_norm_inference", (self.lanes, int(inverted)), x.channels, x=self.address(node.x),
+            y=self.address(node.y), scale=self.address(node.input(1)), bias=self.address(node.input(2)),
+            mean=self.address(node.input(3)),
+            spread=self.address(node.input(4)), f_epsilon=epsilon, f_low=bounds[0], f_high=bounds[1], **maps_of(x),
+            **strides(x=x, y=y),
         )  # fmt: skip
 
-    def batch_norm_gradient(self, node: Node) -> None:
+    def batch_norm_gradient(self, node: Node, bounds: tuple[float, float]) -> None:
         """Emit the gradients of input, scale and bias."""
         x, grad, out = self.layout(node.x), self.layout(node.input(1)), self.layout(node.y)
         self.emit(
             "batch_norm_gradient", (self.lanes,), x.channels, x=self.address(node.x),
             grad_out=self.address(node.input(1)), grad_x=self.address(node.y), scale=self.address(node.input(2)),
-            mean=self.address(node.input(3)), inverse_std=self.address(node.input(4)),
+            bias=self.address(node.input(3)), mean=self.address(node.input(4)), inverse_std=self.address(node.input(5)),
             grad_scale=self.address(node.outputs[1]), grad_bias=self.address(node.outputs[2]), mask=Ref("mask"),
-            state=Ref("state"), **maps_of(x), **strides(x=x, grad=grad, grad_x=out),
+            state=Ref("state"), f_low=bounds[0], f_high=bounds[1], **maps_of(x),
+            **strides(x=x, grad=grad, grad_x=out),
         )  # fmt: skip
 
     def dropout(self, x: Value, y: Value, ratio: float, stream: int) -> None:

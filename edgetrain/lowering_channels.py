@@ -21,10 +21,10 @@ from edgetrain.plan import Ref
 
 _PLAIN = (
     "ActivationGrad", "AveragePool", "AveragePoolGrad", "BatchNormalization", "BatchNormalizationGrad",
-    "BatchNormalizationTraining", "ChannelSlice", "Clip", "Concat", "Dropout", "DropoutTraining", "Flatten",
-    "GlobalAveragePool", "HardSigmoid", "HardSwish", "Identity", "LeakyRelu", "MaxPool", "MaxPoolGrad",
-    "MeanSquaredErrorLoss", "MeanSquaredErrorLossGrad", "Pad", "Relu", "Reshape", "Sigmoid", "SoftmaxCrossEntropyLoss",
-    "SoftmaxCrossEntropyLossGrad", "Tanh",
+    "BatchNormalizationAgain", "BatchNormalizationTraining", "ChannelSlice", "Clip", "Concat", "Dropout",
+    "DropoutTraining", "Flatten", "GlobalAveragePool", "HardSigmoid", "HardSwish", "Identity", "LeakyRelu", "MaxPool",
+    "MaxPoolGrad", "MeanSquaredErrorLoss", "MeanSquaredErrorLossGrad", "Pad", "Relu", "Reshape", "Sigmoid",
+    "SoftmaxCrossEntropyLoss", "SoftmaxCrossEntropyLossGrad", "Tanh",
 )  # fmt: skip
 
 _COPIES = ("ChannelSlice", "Concat", "Flatten", "Reshape")
@@ -187,35 +187,39 @@ class ChannelLowering(Lowering):
             f_ratio=ratio, **strides(x=source, y=out),
         )  # fmt: skip
 
-    def batch_norm(self, node: Node, epsilon: float, momentum: float) -> None:
+    def batch_norm(self, node: Node, epsilon: float, momentum: float, bounds: tuple[float, float]) -> None:
         """See ``Lowering.batch_norm``."""
         x, y, outs = self.layout(node.x), self.layout(node.y), node.outputs
         self.emit(
             "batch_norm_channels", (x.lanes,), x.maps, x=self.address(node.x), y=self.address(node.y),
             scale=self.address(node.input(1)), bias=self.address(node.input(2)), mean=self.address(outs[1]),
-            variance=self.address(outs[2]), inverse_std=self.address(outs[3]), f_epsilon=epsilon, **maps_of(x),
-            **strides(x=x, y=y),
+            variance=self.address(outs[2]), inverse_std=self.address(outs[3]), f_epsilon=epsilon, f_low=bounds[0],
+            f_high=bounds[1], **maps_of(x), **strides(x=x, y=y),
         )  # fmt: skip
         self.move_running_averages(node, momentum)
 
-    def batch_norm_inference(self, node: Node, epsilon: float) -> None:
+    def batch_norm_inference(
+        self, node: Node, epsilon: float, bounds: tuple[float, float], inverted: bool = False
+    ) -> None:
         """See ``Lowering.batch_norm_inference``."""
         x, y = self.layout(node.x), self.layout(node.y)
         self.emit(
-            "batch_norm_inference_channels", (x.lanes,), x.maps, x=self.address(node.x), y=self.address(node.y),
-            scale=self.address(node.input(1)), bias=self.address(node.input(2)), mean=self.address(node.input(3)),
-            variance=self.address(node.input(4)), f_epsilon=epsilon, **maps_of(x), **strides(x=x, y=y),
+            "batch_norm_inference_channels", (x.lanes, int(inverted)), x.maps, x=self.address(node.x),
+            y=self.address(node.y), scale=self.address(node.input(1)), bias=self.address(node.input(2)),
+            mean=self.address(node.input(3)),
+            spread=self.address(node.input(4)), f_epsilon=epsilon, f_low=bounds[0], f_high=bounds[1], **maps_of(x),
+            **strides(x=x, y=y),
         )  # fmt: skip
 
-    def batch_norm_gradient(self, node: Node) -> None:
+    def batch_norm_gradient(self, node: Node, bounds: tuple[float, float]) -> None:
         """See ``Lowering.batch_norm_gradient``."""
         x, grad, out = self.layout(node.x), self.layout(node.input(1)), self.layout(node.y)
         self.emit(
             "batch_norm_gradient_channels", (x.lanes,), x.maps, x=self.address(node.x),
             grad_out=self.address(node.input(1)), grad_x=self.address(node.y), scale=self.address(node.input(2)),
-            mean=self.address(node.input(3)), inverse_std=self.address(node.input(4)),
-            grad_scale=self.address(node.outputs[1]), grad_bias=self.address(node.outputs[2]), **maps_of(x),
-            **strides(x=x, grad=grad, grad_x=out),
+            bias=self.address(node.input(3)), mean=self.address(node.input(4)), inverse_std=self.address(node.input(5)),
+            grad_scale=self.address(node.outputs[1]), grad_bias=self.address(node.outputs[2]), f_low=bounds[0],
+            f_high=bounds[1], **maps_of(x), **strides(x=x, grad=grad, grad_x=out),
         )  # fmt: skip
 
     def emit_copy(self, x: Value, y: Value, table: list[Pair]) -> None:

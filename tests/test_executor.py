@@ -375,7 +375,7 @@ def test_only_kernels_that_are_not_in_the_cache_are_announced(tmp_path):
 
 
 def test_the_cache_works_when_the_package_is_read_only(tmp_path):
-    source, root = Path(et.__file__).parents[1], tmp_path / "installed"
+    source, root = Path(__file__).parents[1], tmp_path / "installed"
     for folder in ("edgetrain", "models", "device_profiles"):
         shutil.copytree(
             source / folder, root / folder, ignore=shutil.ignore_patterns("__pycache__", "fashion_mnist_subset")

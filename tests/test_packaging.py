@@ -14,7 +14,7 @@ import pytest
 
 import edgetrain as et
 
-ROOT = Path(et.__file__).parents[1]
+ROOT = Path(__file__).parents[1]
 NEEDED = ("edgetrain", "models", "device_profiles", "setup.cfg", "pyproject.toml", "README.md", "LICENSE")
 
 

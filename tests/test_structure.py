@@ -15,7 +15,7 @@ import pytest
 
 import edgetrain as et
 
-ROOT = Path(et.__file__).parents[1]
+ROOT = Path(__file__).parents[1]
 FOLDERS = ("edgetrain", "models", "device_profiles")
 
 

@@ -21,6 +21,9 @@ from edgetrain.kernels.simd import (
     load,
     load_f32,
     load_i64,
+    maximum,
+    minimum,
+    select_gt,
     sqrt,
     store,
     store_f32,
@@ -91,7 +94,7 @@ def sum_samples_channels(lanes: int) -> Body:
 
 @kernel(
     "x", "y", "scale", "bias", "mean", "variance", "inverse_std", *_MAPS,
-    "x_block", "x_channel", "x_row", "y_block", "y_channel", "y_row", "f_epsilon",
+    "x_block", "x_channel", "x_row", "y_block", "y_channel", "y_row", "f_epsilon", "f_low", "f_high",
 )  # fmt: skip
 def batch_norm_channels(lanes: int) -> Body:
     """Normalise with the batch's own statistics; see ``normalization.batch_norm``. Job: map."""
@@ -101,6 +104,7 @@ def batch_norm_channels(lanes: int) -> Body:
         (x, y, scale, bias, mean, variance, inverse_std, blocks, rows, columns, x_block, x_channel, x_row,
          y_block, y_channel, y_row) = arguments(args, 16)  # fmt: skip
         epsilon = broadcast(load_f32(args + 128), lanes)
+        low, high = broadcast(load_f32(args + 136), lanes), broadcast(load_f32(args + 144), lanes)
         share = broadcast(1.0 / (blocks * rows * columns), lanes)
         one = broadcast(1.0, lanes)
         for group in range(first, last):
@@ -134,53 +138,62 @@ def batch_norm_channels(lanes: int) -> Body:
                     source = x + block * x_block + group * x_channel + row * x_row
                     target = y + block * y_block + group * y_channel + row * y_row
                     for i in range(columns):
-                        store(target + i * step, fma(load(source + i * step, lanes) - middle, factor, offset))
+                        value = fma(load(source + i * step, lanes) - middle, factor, offset)
+                        store(target + i * step, minimum(maximum(value, low), high))
 
     return body
 
 
 @kernel(
-    "x", "y", "scale", "bias", "mean", "variance", *_MAPS,
-    "x_block", "x_channel", "x_row", "y_block", "y_channel", "y_row", "f_epsilon",
+    "x", "y", "scale", "bias", "mean", "spread", *_MAPS,
+    "x_block", "x_channel", "x_row", "y_block", "y_channel", "y_row", "f_epsilon", "f_low", "f_high",
 )  # fmt: skip
-def batch_norm_inference_channels(lanes: int) -> Body:
-    """Normalise with given statistics. Job: map."""
+def batch_norm_inference_channels(lanes: int, inverted: int) -> Body:
+    """Normalise with given statistics and clip; see ``normalization.batch_norm_inference``. Job: map."""
     step = 4 * lanes
 
     def body(args: int, first: int, last: int) -> None:
-        (x, y, scale, bias, mean, variance, blocks, rows, columns, x_block, x_channel, x_row, y_block, y_channel,
+        (x, y, scale, bias, mean, spread, blocks, rows, columns, x_block, x_channel, x_row, y_block, y_channel,
          y_row) = arguments(args, 15)  # fmt: skip
-        epsilon = broadcast(load_f32(args + 120), lanes)
+        epsilon, one = broadcast(load_f32(args + 120), lanes), broadcast(1.0, lanes)
+        low, high = broadcast(load_f32(args + 128), lanes), broadcast(load_f32(args + 136), lanes)
         for group in range(first, last):
             middle = load(mean + group * step, lanes)
-            factor = load(scale + group * step, lanes) / sqrt(load(variance + group * step, lanes) + epsilon)
+            inverse = load(spread + group * step, lanes)
+            if inverted == 0:
+                inverse = one / sqrt(inverse + epsilon)
+            factor = load(scale + group * step, lanes) * inverse
             offset = load(bias + group * step, lanes)
             for block in range(blocks):
                 for row in range(rows):
                     source = x + block * x_block + group * x_channel + row * x_row
                     target = y + block * y_block + group * y_channel + row * y_row
                     for i in range(columns):
-                        store(target + i * step, fma(load(source + i * step, lanes) - middle, factor, offset))
+                        value = fma(load(source + i * step, lanes) - middle, factor, offset)
+                        store(target + i * step, minimum(maximum(value, low), high))
 
     return body
 
 
 @kernel(
-    "x", "grad_out", "grad_x", "scale", "mean", "inverse_std", "grad_scale", "grad_bias", *_MAPS,
+    "x", "grad_out", "grad_x", "scale", "bias", "mean", "inverse_std", "grad_scale", "grad_bias", *_MAPS,
     "x_block", "x_channel", "x_row", "grad_block", "grad_channel", "grad_row",
-    "grad_x_block", "grad_x_channel", "grad_x_row",
+    "grad_x_block", "grad_x_channel", "grad_x_row", "f_low", "f_high",
 )  # fmt: skip
 def batch_norm_gradient_channels(lanes: int) -> Body:
     """Write the gradients of input, scale and bias; see ``normalization.batch_norm_gradient``. Job: map."""
     step = 4 * lanes
 
     def body(args: int, first: int, last: int) -> None:
-        (x, grad_out, grad_x, scale, mean, inverse_std, grad_scale, grad_bias, blocks, rows, columns,
+        (x, grad_out, grad_x, scale, bias, mean, inverse_std, grad_scale, grad_bias, blocks, rows, columns,
          x_block, x_channel, x_row, grad_block, grad_channel, grad_row, grad_x_block, grad_x_channel,
-         grad_x_row) = arguments(args, 20)  # fmt: skip
+         grad_x_row) = arguments(args, 21)  # fmt: skip
+        low, high = broadcast(load_f32(args + 168), lanes), broadcast(load_f32(args + 176), lanes)
+        zero = broadcast(0.0, lanes)
         share = broadcast(1.0 / (blocks * rows * columns), lanes)
         for group in range(first, last):
             middle, inverse = load(mean + group * step, lanes), load(inverse_std + group * step, lanes)
+            factor, offset = load(scale + group * step, lanes) * inverse, load(bias + group * step, lanes)
             total, product = broadcast(0.0, lanes), broadcast(0.0, lanes)
             for block in range(blocks):
                 for row in range(rows):
@@ -188,13 +201,15 @@ def batch_norm_gradient_channels(lanes: int) -> Body:
                     grads = grad_out + block * grad_block + group * grad_channel + row * grad_row
                     part, along = broadcast(0.0, lanes), broadcast(0.0, lanes)
                     for i in range(columns):
+                        away = load(source + i * step, lanes) - middle
+                        value = fma(away, factor, offset)
                         grad = load(grads + i * step, lanes)
+                        grad = select_gt(value, low, select_gt(high, value, grad, zero), zero)
                         part = part + grad
-                        along = fma(grad, load(source + i * step, lanes) - middle, along)
+                        along = fma(grad, away, along)
                     total, product = total + part, product + along
             store(grad_bias + group * step, total)
             store(grad_scale + group * step, product * inverse)
-            factor = load(scale + group * step, lanes) * inverse
             shift = total * share
             slope = product * inverse * inverse * share
             for block in range(blocks):
@@ -204,7 +219,10 @@ def batch_norm_gradient_channels(lanes: int) -> Body:
                     target = grad_x + block * grad_x_block + group * grad_x_channel + row * grad_x_row
                     for i in range(columns):
                         away = load(source + i * step, lanes) - middle
-                        store(target + i * step, (load(grads + i * step, lanes) - shift - away * slope) * factor)
+                        value = fma(away, factor, offset)
+                        grad = load(grads + i * step, lanes)
+                        grad = select_gt(value, low, select_gt(high, value, grad, zero), zero)
+                        store(target + i * step, (grad - shift - away * slope) * factor)
 
     return body
 

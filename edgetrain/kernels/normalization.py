@@ -8,24 +8,43 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
+
 from edgetrain.kernels.registry import Body, kernel
-from edgetrain.kernels.simd import arguments, broadcast, fma, load, load_f32, load_i64, store, store_f32, sum_lanes
+from edgetrain.kernels.simd import (
+    arguments,
+    broadcast,
+    fma,
+    load,
+    load_f32,
+    load_i64,
+    maximum,
+    minimum,
+    select_gt,
+    store,
+    store_f32,
+    sum_lanes,
+)
 
 _MAPS = ("blocks", "rows", "columns")
 
 
 @kernel(
     "x", "y", "scale", "bias", "mean", "variance", "inverse_std", "mask", "state", *_MAPS,
-    "x_block", "x_channel", "x_row", "y_block", "y_channel", "y_row", "f_epsilon",
+    "x_block", "x_channel", "x_row", "y_block", "y_channel", "y_row", "f_epsilon", "f_low", "f_high",
 )  # fmt: skip
 def batch_norm(lanes: int) -> Body:
-    """Normalise with the batch's own statistics; writes mean, biased variance and ``1 / sqrt(variance + epsilon)``."""
+    """Normalise with the batch's own statistics, and clip to ``low``, ``high`` (a fused Relu or Clip).
+
+    Also writes mean, biased variance and ``1 / sqrt(variance + epsilon)``.
+    """
     step = 4 * lanes
 
     def body(args: int, first: int, last: int) -> None:
         (x, y, scale, bias, mean, variance, inverse_std, mask, state, blocks, rows, columns, x_block, x_channel, x_row,
          y_block, y_channel, y_row) = arguments(args, 18)  # fmt: skip
         epsilon = load_f32(args + 144)
+        low, high = broadcast(load_f32(args + 152), lanes), broadcast(load_f32(args + 160), lanes)
         count = load_i64(state) * rows * columns
         for channel in range(first, last):
             total = 0.0
@@ -64,25 +83,33 @@ def batch_norm(lanes: int) -> Body:
                     source = x + block * x_block + channel * x_channel + row * x_row
                     target = y + block * y_block + channel * y_channel + row * y_row
                     for i in range(columns):
-                        store(target + i * step, fma(load(source + i * step, lanes) - middle, factor, offset))
+                        value = fma(load(source + i * step, lanes) - middle, factor, offset)
+                        store(target + i * step, minimum(maximum(value, low), high))
 
     return body
 
 
 @kernel(
-    "x", "y", "scale", "bias", "mean", "variance", *_MAPS,
-    "x_block", "x_channel", "x_row", "y_block", "y_channel", "y_row", "f_epsilon",
+    "x", "y", "scale", "bias", "mean", "spread", *_MAPS,
+    "x_block", "x_channel", "x_row", "y_block", "y_channel", "y_row", "f_epsilon", "f_low", "f_high",
 )  # fmt: skip
-def batch_norm_inference(lanes: int) -> Body:
-    """Normalise with given statistics."""
+def batch_norm_inference(lanes: int, inverted: int) -> Body:
+    """Normalise with given statistics and clip.
+
+    ``spread`` is the variance, or ``1 / std`` as ``batch_norm`` wrote it when ``inverted``:
+    then the result is the same bit for bit.
+    """
     step = 4 * lanes
 
     def body(args: int, first: int, last: int) -> None:
-        (x, y, scale, bias, mean, variance, blocks, rows, columns, x_block, x_channel, x_row, y_block, y_channel,
+        (x, y, scale, bias, mean, spread, blocks, rows, columns, x_block, x_channel, x_row, y_block, y_channel,
          y_row) = arguments(args, 15)  # fmt: skip
         epsilon = load_f32(args + 120)
+        low, high = broadcast(load_f32(args + 128), lanes), broadcast(load_f32(args + 136), lanes)
         for channel in range(first, last):
-            inverse = 1.0 / math.sqrt(load_f32(variance + 4 * channel) + epsilon)
+            inverse = load_f32(spread + 4 * channel)
+            if inverted == 0:
+                inverse = np.float32(1.0 / math.sqrt(inverse + epsilon))
             middle = broadcast(load_f32(mean + 4 * channel), lanes)
             factor = broadcast(load_f32(scale + 4 * channel) * inverse, lanes)
             offset = broadcast(load_f32(bias + 4 * channel), lanes)
@@ -91,31 +118,38 @@ def batch_norm_inference(lanes: int) -> Body:
                     source = x + block * x_block + channel * x_channel + row * x_row
                     target = y + block * y_block + channel * y_channel + row * y_row
                     for i in range(columns):
-                        store(target + i * step, fma(load(source + i * step, lanes) - middle, factor, offset))
+                        value = fma(load(source + i * step, lanes) - middle, factor, offset)
+                        store(target + i * step, minimum(maximum(value, low), high))
 
     return body
 
 
 @kernel(
-    "x", "grad_out", "grad_x", "scale", "mean", "inverse_std", "grad_scale", "grad_bias", "mask", "state", *_MAPS,
+    "x", "grad_out", "grad_x", "scale", "bias", "mean", "inverse_std", "grad_scale", "grad_bias", "mask", "state",
+    *_MAPS,
     "x_block", "x_channel", "x_row", "grad_block", "grad_channel", "grad_row",
-    "grad_x_block", "grad_x_channel", "grad_x_row",
+    "grad_x_block", "grad_x_channel", "grad_x_row", "f_low", "f_high",
 )  # fmt: skip
 def batch_norm_gradient(lanes: int) -> Body:
     """Write the gradients of input, scale and bias (Ioffe and Szegedy 2015, section 3).
 
-    ``grad_x`` is 0 in lanes without a sample, as every gradient must be.
+    Where the output was clipped the gradient stops; that is found out again from ``x``, so
+    nothing but ``x`` is kept. ``grad_x`` is 0 in lanes without a sample, as every gradient must be.
     """
     step = 4 * lanes
 
     def body(args: int, first: int, last: int) -> None:
-        (x, grad_out, grad_x, scale, mean, inverse_std, grad_scale, grad_bias, mask, state, blocks, rows, columns,
+        (x, grad_out, grad_x, scale, bias, mean, inverse_std, grad_scale, grad_bias, mask, state, blocks, rows, columns,
          x_block, x_channel, x_row, grad_block, grad_channel, grad_row, grad_x_block, grad_x_channel,
-         grad_x_row) = arguments(args, 22)  # fmt: skip
+         grad_x_row) = arguments(args, 23)  # fmt: skip
+        low, high = broadcast(load_f32(args + 184), lanes), broadcast(load_f32(args + 192), lanes)
+        zero = broadcast(0.0, lanes)
         count = load_i64(state) * rows * columns
         for channel in range(first, last):
             middle = broadcast(load_f32(mean + 4 * channel), lanes)
             inverse = load_f32(inverse_std + 4 * channel)
+            factor = broadcast(load_f32(scale + 4 * channel) * inverse, lanes)
+            offset = broadcast(load_f32(bias + 4 * channel), lanes)
             total, product = 0.0, 0.0
             for block in range(blocks):
                 for row in range(rows):
@@ -123,14 +157,16 @@ def batch_norm_gradient(lanes: int) -> Body:
                     grads = grad_out + block * grad_block + channel * grad_channel + row * grad_row
                     part, along = broadcast(0.0, lanes), broadcast(0.0, lanes)
                     for i in range(columns):
+                        away = load(source + i * step, lanes) - middle
+                        value = fma(away, factor, offset)
                         grad = load(grads + i * step, lanes)
+                        grad = select_gt(value, low, select_gt(high, value, grad, zero), zero)
                         part = part + grad
-                        along = fma(grad, load(source + i * step, lanes) - middle, along)
+                        along = fma(grad, away, along)
                     total += sum_lanes(part)
                     product += sum_lanes(along)
             store_f32(grad_bias + 4 * channel, total)
             store_f32(grad_scale + 4 * channel, product * inverse)
-            factor = broadcast(load_f32(scale + 4 * channel) * inverse, lanes)
             shift = broadcast(total / count, lanes)
             slope = broadcast(product * inverse * inverse / count, lanes)
             for block in range(blocks):
@@ -141,7 +177,10 @@ def batch_norm_gradient(lanes: int) -> Body:
                     target = grad_x + block * grad_x_block + channel * grad_x_channel + row * grad_x_row
                     for i in range(columns):
                         away = load(source + i * step, lanes) - middle
-                        store(target + i * step, (load(grads + i * step, lanes) - shift - away * slope) * alive)
+                        value = fma(away, factor, offset)
+                        grad = load(grads + i * step, lanes)
+                        grad = select_gt(value, low, select_gt(high, value, grad, zero), zero)
+                        store(target + i * step, (grad - shift - away * slope) * alive)
 
     return body
 
