@@ -76,7 +76,9 @@ def batch_norm(lanes: int) -> Body:
             store_f32(mean + 4 * channel, centre)
             store_f32(variance + 4 * channel, spread)
             store_f32(inverse_std + 4 * channel, inverse)
-            factor = broadcast(load_f32(scale + 4 * channel) * inverse, lanes)
+            # As stored, in float32: the backward pass computes y again and must find the same bits (a max pool
+            # looks for the pixel that equals its maximum).
+            factor = broadcast(load_f32(scale + 4 * channel) * load_f32(inverse_std + 4 * channel), lanes)
             offset = broadcast(load_f32(bias + 4 * channel), lanes)
             for block in range(blocks):
                 for row in range(rows):
