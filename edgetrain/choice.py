@@ -26,6 +26,8 @@ class Tiles:
     one_channel: Tile
     gradient: Tile
     gradient_terms: int  # most terms kept at once when there is one channel
+    odd: Tile | None = None  # (channels, pixels) for numbers of channels that the others fill badly, such as 6
+    gradient_odd: Tile | None = None
 
     def multiply(self, channels: int, pixels: int) -> Tile:
         """Return (channels, pixels) of a gather-multiply's tile."""
@@ -33,13 +35,23 @@ class Tiles:
             return self.one_channel
         if pixels == 1:
             return self.one_pixel
-        return self.two_pixels if pixels <= self.two_pixels[1] else self.many_pixels
+        if pixels <= self.two_pixels[1]:
+            return self.two_pixels
+        return _fuller(channels, self.many_pixels, self.odd)
 
     def correlate(self, channels: int, terms: int) -> Tile:
         """Return (channels, terms) of a gather-correlate's tile."""
         if channels == 1:
             return 1, _even(terms, self.gradient_terms)
-        return self.gradient
+        return _fuller(channels, self.gradient, self.gradient_odd)
+
+
+def _fuller(channels: int, usual: Tile, odd: Tile | None) -> Tile:
+    """Return the tile that computes fewer channels that do not exist, the usual one unless it wastes a tenth more."""
+    if odd is None:
+        return usual
+    computed = [-(-channels // tile[0]) * tile[0] for tile in (usual, odd)]
+    return odd if computed[0] > 1.1 * computed[1] else usual
 
 
 @dataclass(frozen=True)
@@ -88,7 +100,7 @@ def simd_lanes() -> int:
 
 
 if _registers() == 32:
-    TILES = Tiles((4, 4), (8, 2), (16, 1), (1, 8), (4, 4), 13)
+    TILES = Tiles((4, 4), (8, 2), (16, 1), (1, 8), (4, 4), 13, odd=(6, 4), gradient_odd=(6, 3))
     CHANNEL_TILES = ChannelTiles((1, 12), (2, 8), (8, 1), 8, (1, 12), (2, 8), 13)
 else:
     TILES = Tiles((4, 3), (6, 2), (12, 1), (1, 8), (4, 3), 12)

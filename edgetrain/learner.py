@@ -28,7 +28,7 @@ from edgetrain.devices import DeviceProfile, load_profile
 from edgetrain.errors import CheckpointError, DataError, MemoryBudgetError, NumericalError, UsageError
 from edgetrain.executor import Arena, Executor, Team
 from edgetrain.fitting import Data, History, fit_loop
-from edgetrain.graph import Graph
+from edgetrain.graph import Graph, Normalization
 from edgetrain.kernels.codes import UPDATE_JOB
 from edgetrain.lowering import Lowering
 from edgetrain.lowering_channels import ChannelLowering, fits
@@ -149,6 +149,8 @@ class Learner:
         self._arena, self._lock = Arena(), threading.RLock()
         self._training: TrainingGraph | None = None
         self._executors: dict[tuple[bool, int], Executor] = {}
+        self._scaled_for: Normalization | None = None
+        self._parameters.scale_input(None)
         self.threads = threads  # the setter fills in the profile's number
 
     # --- settings ---
@@ -515,14 +517,12 @@ class Learner:
         return executor, {f"source:{name}": array for name, array in arrays.items()}, count
 
     def _set_counters(self, executor: Executor, count: int) -> None:
-        executor.plan.fixed["mask"][:] = np.arange(executor.plan.capacity) < count
+        executor.plan.fixed["mask"][:count] = 1
+        executor.plan.fixed["mask"][count:] = 0
         self._parameters.buffers["state"][:3] = count, self.step_count, self.seed
-        scale, shift = self._parameters.buffers["scale"], self._parameters.buffers["shift"]
-        if self.graph.normalization is None:
-            scale[:], shift[:] = 1, 0
-        else:
-            scale[:] = 1 / self.graph.normalization.std
-            shift[:] = -self.graph.normalization.mean / self.graph.normalization.std
+        if self._scaled_for is not self.graph.normalization:
+            self._parameters.scale_input(self.graph.normalization)
+            self._scaled_for = self.graph.normalization
 
     def _forward(self, arrays: Arrays) -> NDArray[np.float32]:
         count = _length(arrays)

@@ -197,19 +197,32 @@ class Lowering:
         """Emit ``y[c][p] = bias[c] + sum_k weight[k][c] * x[p + term k]``; see ``kernels.dense.multiply``."""
         pixels, blocks = self.merge_blocks(pixels, x_layout, y_layout)
         tile = TILES.multiply(outputs, len(pixels))
-        packed, packed_group = self.pack_weights(
-            weight, sources, tile[0], outputs, weight_channel, groups=groups, weight_group=weight_group
-        )
+        weights = self.weights(weight, sources, tile[0], outputs, weight_channel, groups, weight_group)
         self.emit_multiply(
             x, y, pixels, terms, tile, kind=SAMPLES, lanes=self.lanes, blocks=blocks, groups=groups,
-            channel_count=outputs, weight=packed, weight_group=packed_group,
-            bias=bias or self.zeros(groups * outputs + tile[0]),
+            channel_count=outputs, bias=bias or self.zeros(groups * outputs + tile[0]), **weights,
             x_block=x_layout.block, y_block=y_layout.block, x_group=inputs * x_layout.channel,
             y_group=outputs * y_layout.channel, y_channel=y_layout.channel,
         )  # fmt: skip
 
-    def pack_weights(self, weight: Ref, sources: list[int], width: int, channels: int, channel_bytes: int, *,
-                     groups: int = 1, weight_group: int = 0) -> tuple[Ref, int]:  # fmt: skip
+    def weights(self, weight: Ref, sources: list[int], width: int, channels: int, channel_bytes: int, groups: int = 1,
+                weight_group: int = 0) -> dict[str, int | Ref]:  # fmt: skip
+        """Return where a gather-multiply finds its weights: where they are, or packed for its tiles."""
+        step = sources[1] - sources[0] if len(sources) > 1 else 4
+        if channel_bytes == 4 and sources == list(range(0, step * len(sources), step)) and self.reads_rows(channels):
+            # A fully connected layer's input gradient: a row of weights is a term's. Packing LeNet-5's first such
+            # layer took longer than multiplying with it.
+            return {"weight": weight, "weight_group": weight_group, "weight_tile": 4 * width, "weight_step": step}
+        packed, packed_group = self.pack_weights(weight, sources, width, channels, channel_bytes, groups, weight_group)
+        tile_bytes = 4 * width * len(sources)
+        return {"weight": packed, "weight_group": packed_group, "weight_tile": tile_bytes, "weight_step": 4 * width}
+
+    def reads_rows(self, channels: int) -> bool:
+        """Whether a tile may read numbers behind the last channel of a row, which are other weights."""
+        return True
+
+    def pack_weights(self, weight: Ref, sources: list[int], width: int, channels: int, channel_bytes: int,
+                     groups: int, weight_group: int) -> tuple[Ref, int]:  # fmt: skip
         """Emit the packing of weights to ``[group][tile][k][width]``; return its address and the bytes of a group."""
         tiles = -(-channels // width)
         packed_group = 4 * tiles * width * len(sources)

@@ -108,13 +108,19 @@ class ChannelLowering(Lowering):
             tile, channels, channel_bytes = (lanes, CHANNEL_TILES.depthwise), groups, weight_group
         else:
             tile, channels, channel_bytes = CHANNEL_TILES.multiply(outputs, len(pixels), lanes), outputs, weight_channel
-        packed, _ = self.pack_weights(weight, sources, tile[0], channels, channel_bytes)
+        weights = self.weights(weight, sources, tile[0], channels, channel_bytes)
+        if depthwise:
+            weights["weight_group"] = 4 * lanes * len(terms)
         self.emit_multiply(
             x, y, pixels, terms, tile, kind=DEPTHWISE if depthwise else CHANNELS, lanes=lanes, blocks=blocks,
-            groups=y_layout.maps if depthwise else 1, channel_count=lanes if depthwise else outputs, weight=packed,
-            weight_group=4 * lanes * len(terms), bias=bias or self.zeros(channels + tile[0]), x_block=x_layout.block,
-            y_block=y_layout.block, x_group=x_layout.channel, y_group=y_layout.channel, y_channel=y_layout.channel,
+            groups=y_layout.maps if depthwise else 1, channel_count=lanes if depthwise else outputs,
+            bias=bias or self.zeros(channels + tile[0]), x_block=x_layout.block, y_block=y_layout.block,
+            x_group=x_layout.channel, y_group=y_layout.channel, y_channel=y_layout.channel, **weights,
         )  # fmt: skip
+
+    def reads_rows(self, channels: int) -> bool:
+        """Vectors are stored whole: lanes behind the last channel must meet zeros."""
+        return channels % lanes_for(channels, self.lanes) == 0
 
     def correlate(self, x: Ref, x_layout: Layout, grad: Ref, grad_layout: Layout, target: Ref, *, pixels: list[Pair],
                   terms: list[Pair], groups: int, inputs: int, outputs: int, weight_channel: int,

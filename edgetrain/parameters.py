@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgetrain.arrays import ALIGNMENT, aligned
-from edgetrain.graph import Graph
+from edgetrain.graph import Graph, Normalization
 from edgetrain.optim import SETTINGS, Optimizer
 
 _LINE = ALIGNMENT // 4  # floats per cache line; every array starts on a line and is padded with zeros
@@ -95,3 +95,10 @@ class Parameters:
         """Copy arrays in."""
         for name, array in arrays.items():
             self.view(name)[...] = array
+
+    def scale_input(self, normalization: Normalization | None) -> None:
+        """Set the factor and the offset per channel that the first input is read with."""
+        scale, shift = self.buffers["scale"], self.buffers["shift"]
+        scale[:], shift[:] = 1, 0
+        if normalization is not None:
+            scale[:], shift[:] = 1 / normalization.std, -normalization.mean / normalization.std

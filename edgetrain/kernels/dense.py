@@ -19,24 +19,24 @@ from edgetrain.kernels.tiles import correlate_tile, multiply_tile
 
 @kernel(
     "x", "y", "weight", "bias", "pixels", "terms", "pixel_count", "term_count", "channel_count",
-    "x_block", "y_block", "x_group", "y_group", "weight_group", "y_channel",
+    "x_block", "y_block", "x_group", "y_group", "weight_group", "weight_tile", "weight_step", "y_channel",
     "groups", "pixel_chunk", "pixel_chunks", "channel_chunk", "channel_chunks", "f_low", "f_high",
 )  # fmt: skip
 def multiply(lanes: int, channels: int, width: int, kind: int) -> Body:
     """Write ``y[block][c][p] = clip(bias[c] + sum_k weight[k][c] * x[block][p + term k], low, high)``.
 
-    Job: (block, group, chunk of pixels, chunk of channels). ``weight`` is packed
-    ``[group][channel / channels][k][channels]``; ``pixels`` holds whole multiples of
+    Job: (block, group, chunk of pixels, chunk of channels). ``weight_group``, ``weight_tile``,
+    ``weight_step``: bytes between the weights of groups, of tiles of ``channels`` channels, of
+    terms; those of a tile's channels are neighbours. ``pixels`` holds whole multiples of
     ``width`` pairs (the last pixel repeated). ``kind``: what the lanes hold, see ``codes``.
     """
-    tile_bytes = 4 * channels
     step = 1 if kind == SAMPLES else lanes
 
     def body(args: int, first: int, last: int) -> None:
         (x, y, weight, bias, pixels, terms, pixel_count, term_count, channel_count, x_block, y_block, x_group, y_group,
-         weight_group, y_channel, groups, pixel_chunk, pixel_chunks, channel_chunk,
-         channel_chunks) = arguments(args, 20)  # fmt: skip
-        low, high = load_f32(args + 160), load_f32(args + 168)
+         weight_group, weight_tile, weight_step, y_channel, groups, pixel_chunk, pixel_chunks, channel_chunk,
+         channel_chunks) = arguments(args, 22)  # fmt: skip
+        low, high = load_f32(args + 176), load_f32(args + 184)
         for job in range(first, last):
             chunk_c = job % channel_chunks
             rest = job // channel_chunks
@@ -53,7 +53,7 @@ def multiply(lanes: int, channels: int, width: int, kind: int) -> Body:
             for c in range(chunk_c * channel_chunk, last_channel, channels):
                 for p in range(chunk_p * pixel_chunk, last_pixel, width):
                     multiply_tile(
-                        source, target + c // step * y_channel, packed + (c // channels) * term_count * tile_bytes,
+                        source, target + c // step * y_channel, packed + c // channels * weight_tile, weight_step,
                         biases + 4 * c, pixels + 16 * p, terms, term_count, y_channel, channel_count - c,
                         low, high, channels, width, lanes, kind,
                     )  # fmt: skip
@@ -88,9 +88,6 @@ def correlate(lanes: int, channels: int, width: int, kind: int) -> Body:
             target = grad_weight + group * weight_group + c * weight_channel
             rows = min(channels, channel_count - c)
             first_term, last_term = chunk_k * term_chunk, min(term_count, (chunk_k + 1) * term_chunk)
-            for row in range(rows):
-                for k in range(first_term, last_term):
-                    store_f32(target + row * weight_channel + load_i64(terms + 16 * k + 8), 0.0)
             for block in range(blocks):
                 source = x + block * x_block + group * x_group
                 grad = grad_out + block * grad_block + group * grad_group + c // step * grad_channel
@@ -99,7 +96,7 @@ def correlate(lanes: int, channels: int, width: int, kind: int) -> Body:
                     for k in range(first_term, last_term, width):
                         correlate_tile(
                             source, grad, target, pixels + 16 * p, terms + 16 * k, count, grad_channel,
-                            weight_channel, rows, last_term - k, channels, width, lanes, kind,
+                            weight_channel, rows, last_term - k, block + p, channels, width, lanes, kind,
                         )  # fmt: skip
 
     return body

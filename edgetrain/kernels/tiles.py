@@ -71,14 +71,14 @@ def _accumulators(builder: Any, count: int, lanes: int) -> list[Any]:
 
 @intrinsic(prefer_literal=True)
 def multiply_tile(
-    typingctx: Any, x: Any, y: Any, w: Any, bias: Any, pixels: Any, terms: Any, count: Any, y_channel: Any, rows: Any,
-    low: Any, high: Any, channels: Any, width: Any, lanes: Any, kind: Any,
+    typingctx: Any, x: Any, y: Any, w: Any, w_step: Any, bias: Any, pixels: Any, terms: Any, count: Any,
+    y_channel: Any, rows: Any, low: Any, high: Any, channels: Any, width: Any, lanes: Any, kind: Any,
 ) -> Any:  # fmt: skip
     """Compute ``channels`` x ``width`` outputs: ``y[c][p] = bias[c] + sum_k w[k][c] * x[pixel p + term k]``.
 
     Args:
         x, y: addresses of the input and of the first output channel of the tile.
-        w: address of the packed weights of the tile, ``[count][channels]`` float32.
+        w, w_step: address of the weights of the first term, ``channels`` consecutive float32, and bytes to the next.
         bias: address of ``channels`` float32.
         pixels: table of ``width`` pairs (input, output) of int64 byte offsets.
         terms: table of ``count`` int64 byte offsets into the input.
@@ -92,14 +92,14 @@ def multiply_tile(
     step = 1 if how == SAMPLES else n  # channels per accumulator
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        x_, y_, w_, bias_, pixels_, terms_, count_, y_channel_, rows_, low_, high_ = args[:11]
+        x_, y_, w_, w_step_, bias_, pixels_, terms_, count_, y_channel_, rows_, low_, high_ = args[:12]
         operands = _weights if how == SAMPLES else _vectors
         table = _offsets(builder, pixels_, 2 * pr)
         inputs = [builder.add(x_, offset) for offset in table[0::2]]
         slots = _accumulators(builder, cr // step * pr, n)
         with cgutils.for_range(builder, count_) as loop:
             term = _offsets(builder, builder.add(terms_, builder.mul(loop.index, ir.Constant(I64, 8))), 1)[0]
-            weights = operands(builder, builder.add(w_, builder.mul(loop.index, ir.Constant(I64, 4 * cr))), cr, n)
+            weights = operands(builder, builder.add(w_, builder.mul(loop.index, w_step_)), cr, n)
             values = [_pixel(builder, builder.add(base, term), n, how) for base in inputs]
             for c in range(cr // step):
                 for p in range(pr):
@@ -117,14 +117,14 @@ def multiply_tile(
                     builder.store(value, pointer(builder, target, value.type), align=4 * n)
         return context.get_dummy_value()
 
-    integers = [types.int64] * 9
+    integers = [types.int64] * 10
     return types.void(*integers, types.float32, types.float32, channels, width, lanes, kind), codegen
 
 
 @intrinsic(prefer_literal=True)
 def correlate_tile(
     typingctx: Any, x: Any, dy: Any, dw: Any, pixels: Any, terms: Any, count: Any, dy_channel: Any, dw_channel: Any,
-    rows: Any, columns: Any, channels: Any, width: Any, lanes: Any, kind: Any,
+    rows: Any, columns: Any, keep: Any, channels: Any, width: Any, lanes: Any, kind: Any,
 ) -> Any:  # fmt: skip
     """Add to ``dw[c][k]`` the sum over pixels and lanes of ``dy[c][pixel] * x[pixel + term k]``.
 
@@ -135,6 +135,7 @@ def correlate_tile(
         terms: table of ``width`` pairs of int64: byte offset into the input, byte offset into ``dw``.
         dy_channel, dw_channel: bytes between channels of ``dy`` and of ``dw``.
         rows, columns: how many of the ``channels`` and of the ``width`` terms exist.
+        keep: 0 to start from nothing instead of what ``dw`` holds.
         channels, width, lanes: compile-time sizes; the accumulators must fit the registers.
         kind: as in ``multiply_tile``; unless lanes hold samples, each lane is a weight of its own.
     """
@@ -142,7 +143,8 @@ def correlate_tile(
     step = 1 if how == SAMPLES else n  # channels per accumulator
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        x_, dy_, dw_, pixels_, terms_, count_, dy_channel_, dw_channel_, rows_, columns_ = args[:10]
+        x_, dy_, dw_, pixels_, terms_, count_, dy_channel_, dw_channel_, rows_, columns_, keep_ = args[:11]
+        kept = builder.icmp_signed("!=", keep_, ir.Constant(I64, 0))
         table = _offsets(builder, terms_, 2 * kr)
         inputs = [builder.add(x_, offset) for offset in table[0::2]]
         # Rows that do not exist read the last one that does: no branch inside the loop, nothing stored.
@@ -160,24 +162,55 @@ def correlate_tile(
                     _fma(builder, grads[c], values[k], slots[c * kr + k])
         if how != SAMPLES:
             sums = [builder.load(slot) for slot in slots]
-            _scatter(builder, sums, kr, dw_, dw_channel_, table[1::2], rows_, columns_)
+            _scatter(builder, sums, kr, dw_, dw_channel_, table[1::2], rows_, columns_, kept)
             return context.get_dummy_value()
-        totals = _lane_sums(builder, [builder.load(slot) for slot in slots])
-        for c in range(cr):
-            row = builder.add(dw_, builder.mul(dw_channel_, ir.Constant(I64, c)))
-            for k in range(kr):
-                inside = builder.and_(builder.icmp_signed(">", rows_, ir.Constant(I64, c)),
-                                      builder.icmp_signed(">", columns_, ir.Constant(I64, k)))  # fmt: skip
-                with builder.if_then(inside, likely=True):
-                    target = pointer(builder, builder.add(row, table[2 * k + 1]), F32)
-                    builder.store(builder.fadd(builder.load(target), totals[c * kr + k]), target)
+        sums = _lane_sums(builder, [builder.load(slot) for slot in slots])
+        places = [builder.add(dw_, builder.mul(dw_channel_, ir.Constant(I64, c))) for c in range(cr)]
+        # Terms of consecutive weights are stored as one vector: fc1 of LeNet-5, whose weight gradient is all
+        # storing at batch 8, went from 83 to 49 us.
+        dense = builder.icmp_signed("==", builder.sub(table[-1], table[1]), ir.Constant(I64, 4 * (kr - 1)))
+        whole = builder.and_(dense, builder.icmp_signed(">=", columns_, ir.Constant(I64, kr)))
+        with builder.if_else(whole, likely=True) as (then, otherwise):
+            with then:
+                _store_rows(builder, sums, [builder.add(place, table[1]) for place in places], kr, rows_, kept)
+            with otherwise:
+                _store_scalars(builder, sums, places, table[1::2], rows_, columns_, kept)
         return context.get_dummy_value()
 
-    return types.void(*([types.int64] * 10), channels, width, lanes, kind), codegen
+    return types.void(*([types.int64] * 11), channels, width, lanes, kind), codegen
+
+
+def _store_rows(builder: Any, sums: list[Any], places: list[Any], width: int, rows: Any, kept: Any) -> None:
+    """Add ``width`` consecutive sums to each row's weights, as vectors."""
+    kind = ir.VectorType(F32, width)
+    for c, place in enumerate(places):
+        with builder.if_then(builder.icmp_signed(">", rows, ir.Constant(I64, c)), likely=True):
+            _add_to(builder, pointer(builder, place, kind), _part(builder, sums, c * width, width), kept)
+
+
+def _store_scalars(
+    builder: Any, sums: list[Any], places: list[Any], offsets: list[Any], rows: Any, columns: Any, kept: Any
+) -> None:
+    """Add the sums one by one, where rows or terms are missing or weights lie apart."""
+    for c, place in enumerate(places):
+        for k, offset in enumerate(offsets):
+            inside = builder.and_(builder.icmp_signed(">", rows, ir.Constant(I64, c)),
+                                  builder.icmp_signed(">", columns, ir.Constant(I64, k)))  # fmt: skip
+            with builder.if_then(inside):
+                number = builder.extract_element(_part(builder, sums, c * len(offsets) + k, 1), ir.Constant(I32, 0))
+                _add_to(builder, pointer(builder, builder.add(place, offset), F32), number, kept)
+
+
+def _part(builder: Any, vectors: list[Any], start: int, count: int) -> Any:
+    """Return ``count`` consecutive numbers of a list of vectors read as one, as a vector."""
+    lanes = vectors[0].type.count
+    first, second = vectors[start // lanes], vectors[min((start + count - 1) // lanes, len(vectors) - 1)]
+    mask = ir.Constant(ir.VectorType(I32, count), [start % lanes + i for i in range(count)])
+    return builder.shuffle_vector(first, second, mask)
 
 
 def _lane_sums(builder: Any, vectors: list[Any]) -> list[Any]:
-    """Return the sum of the lanes of every vector, as scalars.
+    """Return the sum of the lanes of every vector, in order, as vectors again.
 
     Vectors are added in pairs, even lanes to odd lanes, until one vector holds the
     sums of ``lanes`` vectors: three instructions a sum instead of ten.
@@ -190,8 +223,8 @@ def _lane_sums(builder: Any, vectors: list[Any]) -> list[Any]:
         part += [zero] * (lanes - len(part))
         while len(part) > 1:
             part = [_add_neighbours(builder, a, b) for a, b in zip(part[0::2], part[1::2], strict=True)]
-        totals += [builder.extract_element(part[0], ir.Constant(I32, i)) for i in range(lanes)]
-    return totals[: len(vectors)]
+        totals.append(part[0])
+    return totals
 
 
 def _add_neighbours(builder: Any, a: Any, b: Any) -> Any:
@@ -203,8 +236,9 @@ def _add_neighbours(builder: Any, a: Any, b: Any) -> Any:
 
 
 def _scatter(
-    builder: Any, vectors: list[Any], width: int, target: Any, channel: Any, offsets: list[Any], rows: Any, columns: Any
-) -> None:
+    builder: Any, vectors: list[Any], width: int, target: Any, channel: Any, offsets: list[Any], rows: Any,
+    columns: Any, kept: Any,
+) -> None:  # fmt: skip
     """Add vectors ``[channel / lanes][term]``, whose lanes are channels, to ``target``; loops, for small code."""
     lanes = vectors[0].type.count
     sums = cgutils.alloca_once(builder, vectors[0].type, size=len(vectors))
@@ -224,5 +258,11 @@ def _scatter(
             source = builder.add(builder.mul(index, ir.Constant(I64, lanes)), lane.index)
             row = builder.mul(channel, builder.add(lane.index, ir.Constant(I64, group * lanes)))
             place = builder.add(builder.add(target, row), builder.load(builder.gep(places, [term.index])))
-            total = builder.fadd(builder.load(pointer(builder, place, F32)), builder.load(builder.gep(flat, [source])))
-            builder.store(total, pointer(builder, place, F32))
+            _add_to(builder, pointer(builder, place, F32), builder.load(builder.gep(flat, [source])), kept)
+
+
+def _add_to(builder: Any, target: Any, value: Any, kept: Any) -> None:
+    """Store ``value``, added to what is there when ``kept`` (which may be anything otherwise, even NaN)."""
+    nothing = ir.Constant(value.type, [0.0] * value.type.count if isinstance(value.type, ir.VectorType) else 0.0)
+    before = builder.select(kept, builder.load(target, align=4), nothing)
+    builder.store(builder.fadd(before, value), target, align=4)
