@@ -7,6 +7,7 @@ right][lanes]`` float32, the border being zeros.
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -49,6 +50,15 @@ class Layout:
         if self.by_channel:
             return channel // self.lanes * self.channel + 4 * (channel % self.lanes)
         return channel * self.channel
+
+    def offset(self, place: tuple[int, int, int]) -> int:
+        """Byte offset of (channel, row, column) within a block."""
+        return self.at(place[0]) + place[1] * self.row + place[2] * self.pixel
+
+    def elements(self) -> list[int]:
+        """Byte offsets of all elements of a sample in ONNX order."""
+        places = itertools.product(range(self.channels), range(self.rows), range(self.columns))
+        return [self.offset(place) for place in places]
 
     @property
     def pixel(self) -> int:

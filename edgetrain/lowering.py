@@ -491,7 +491,7 @@ class Lowering:
         if (source.channels, source.rows, source.columns) == (out.channels, out.rows, out.columns):
             self.copy_part(x, y)
             return
-        table = list(zip(_element_offsets(source), _element_offsets(out), strict=True))
+        table = list(zip(source.elements(), out.elements(), strict=True))
         self.emit_copy(x, y, table)
 
     def emit_copy(self, x: Value, y: Value, table: list[Pair]) -> None:
@@ -515,8 +515,8 @@ class Lowering:
         """Emit a copy of a box that is not empty."""
         a, b = self.layout(x), self.layout(y)
         self.emit(
-            "copy_maps", (self.lanes,), self.blocks * box[0], x=self.address(x) + place_offset(a, source),
-            y=self.address(y) + place_offset(b, to), channels=box[0], rows=box[1], vectors=box[2], **strides(x=a, y=b),
+            "copy_maps", (self.lanes,), self.blocks * box[0], x=self.address(x) + a.offset(source),
+            y=self.address(y) + b.offset(to), channels=box[0], rows=box[1], vectors=box[2], **strides(x=a, y=b),
         )  # fmt: skip
 
     def fill(self, y: Value, value: float) -> None:
@@ -588,16 +588,6 @@ def strides(**layouts: Layout) -> dict[str, int]:
     """Return ``{name}_block``, ``{name}_channel``, ``{name}_row`` for every layout."""
     parts = ("block", "channel", "row")
     return {f"{name}_{part}": getattr(layout, part) for name, layout in layouts.items() for part in parts}
-
-
-def place_offset(x: Layout, place: Place) -> int:
-    """Return the byte offset of (channel, row, column)."""
-    return x.at(place[0]) + place[1] * x.row + place[2] * x.pixel
-
-
-def _element_offsets(x: Layout) -> list[int]:
-    """Return the byte offsets of all elements in ONNX order."""
-    return [place_offset(x, (c, h, w)) for c in range(x.channels) for h in range(x.rows) for w in range(x.columns)]
 
 
 def _sizes_for(value: Value, rank: int) -> tuple[int, int, int]:

@@ -14,7 +14,7 @@ from edgetrain.choice import CHANNEL_TILES
 from edgetrain.errors import GraphError
 from edgetrain.graph import Node, Value
 from edgetrain.kernels.codes import CHANNELS, DEPTHWISE
-from edgetrain.lowering import Lowering, Pair, Place, maps_of, place_offset, strides
+from edgetrain.lowering import Lowering, Pair, Place, maps_of, strides
 from edgetrain.ops import Border, describe, get_op
 from edgetrain.ops.conv import ProductGrad, ProductOp
 from edgetrain.plan import Ref
@@ -290,4 +290,4 @@ class ChannelLowering(Lowering):
 
 def _at(layout: Layout, place: Place, start: Place) -> int:
     """Return the byte offset of a (channel, row, column) counted from ``start``."""
-    return place_offset(layout, (place[0] + start[0], place[1] + start[1], place[2] + start[2]))
+    return layout.offset((place[0] + start[0], place[1] + start[1], place[2] + start[2]))

@@ -204,9 +204,11 @@ def _store_scalars(
 def _part(builder: Any, vectors: list[Any], start: int, count: int) -> Any:
     """Return ``count`` consecutive numbers of a list of vectors read as one, as a vector."""
     lanes = vectors[0].type.count
-    first, second = vectors[start // lanes], vectors[min((start + count - 1) // lanes, len(vectors) - 1)]
-    mask = ir.Constant(ir.VectorType(I32, count), [start % lanes + i for i in range(count)])
-    return builder.shuffle_vector(first, second, mask)
+    part = ir.Constant(ir.VectorType(F32, count), ir.Undefined)
+    for i in range(count):  # LLVM makes shuffles of it
+        number = builder.extract_element(vectors[(start + i) // lanes], ir.Constant(I32, (start + i) % lanes))
+        part = builder.insert_element(part, number, ir.Constant(I32, i))
+    return part
 
 
 def _lane_sums(builder: Any, vectors: list[Any]) -> list[Any]:
