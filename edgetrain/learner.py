@@ -1,13 +1,12 @@
 """The learner: one network, one training step, predictions. This is where the floors below meet.
 
 A training step: check x and y at the door, hand their addresses to the program, run
-it (forward, backward, check, update), report. The program is made once per batch
-size by ``autodiff``, ``lowering`` and ``memory``.
+it (forward, backward, check, update), report. ``plans.py`` makes the program, once per
+number of samples.
 """
 
 from __future__ import annotations
 
-import functools
 import math
 import os
 import threading
@@ -21,35 +20,25 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from edgetrain.arrays import batch_of, labels_of
-from edgetrain.autodiff import TARGET, TrainingGraph, training_graph
+from edgetrain.autodiff import TARGET
 from edgetrain.checkpoint import load_checkpoint, save_checkpoint
-from edgetrain.choice import simd_lanes
 from edgetrain.devices import DeviceProfile, load_profile
-from edgetrain.errors import CheckpointError, DataError, MemoryBudgetError, NumericalError, UsageError
-from edgetrain.executor import Arena, Executor, Team
+from edgetrain.errors import CheckpointError, DataError, NumericalError, UsageError
+from edgetrain.executor import Executor
 from edgetrain.fitting import Data, History, fit_loop
 from edgetrain.graph import Graph, Normalization
-from edgetrain.kernels.codes import UPDATE_JOB
-from edgetrain.lowering import Lowering
-from edgetrain.lowering_channels import ChannelLowering, fits
-from edgetrain.memory import Lifetime, place
-from edgetrain.ops import get_op
 from edgetrain.optim import SGD, Optimizer
 from edgetrain.parameters import Parameters
-from edgetrain.plan import KernelKey, Plan, Ref
+from edgetrain.plan import KernelKey, Plan
+from edgetrain.plans import MemoryPlan, Objective, Plans
 from edgetrain.units import parse_bytes
 
 if TYPE_CHECKING:
     from edgetrain.onnx_io import MatchReport
 
-# Plans kept for other batch sizes: full and last batch, training and prediction, and some for a stream.
-_KEPT_PLANS = 8
 
 Inputs = ArrayLike | Mapping[str, ArrayLike]
 Arrays = dict[str, NDArray[np.float32]]
-
-# Lanes hold channels when this many batches would fit into one vector of samples.
-_SMALL_BATCH = 4
 
 
 @dataclass(frozen=True)
@@ -79,22 +68,6 @@ class Position:
 
     epoch: int = 0
     batch: int = 0
-
-
-@dataclass(frozen=True)
-class MemoryPlan:
-    """Bytes that training needs beyond the interpreter and the data set.
-
-    Attributes:
-        parts: bytes by purpose.
-    """
-
-    parts: dict[str, int]
-
-    @property
-    def peak_bytes(self) -> int:
-        """Sum of all parts."""
-        return sum(self.parts.values())
 
 
 class Learner:
@@ -146,29 +119,38 @@ class Learner:
         self._parameters = Parameters(self.graph, self._optimizer)
         # The graph's arrays are the trained ones, not a second copy.
         self.graph.arrays = {name: self._parameters.view(name) for name in self._parameters.names()}
-        self._arena, self._lock = Arena(), threading.RLock()
-        self._training: TrainingGraph | None = None
-        self._executors: dict[tuple[bool, int], Executor] = {}
+        objective = Objective(self.loss, self.label_smoothing)
+        self._lock = threading.RLock()
         self._scaled_for: Normalization | None = None
         self._parameters.scale_input(None)
-        self.threads = threads  # the setter fills in the profile's number
+        self.plans = Plans(
+            self.graph, self._parameters, self._optimizer, objective, self.batch_size, self.memory_budget,
+            self._allowed(threads),
+        )  # fmt: skip
 
     # --- settings ---
 
     @property
     def threads(self) -> int:
         """Number of threads; results do not depend on it."""
-        return self._team.threads
+        return self.plans.team.threads
 
     @threads.setter
     def threads(self, threads: int | None) -> None:
+        with self._lock:
+            self.plans.use_threads(self._allowed(threads))
+
+    def _allowed(self, threads: int | None) -> int:
+        """Return a number of threads that was asked for, or the profile's.
+
+        Raises:
+            UsageError: more than this machine has, or less than 1.
+        """
         available = len(os.sched_getaffinity(0))
         wanted = min(self.profile.threads, available) if threads is None else threads
         if not isinstance(wanted, int) or not 1 <= wanted <= max(64, available):
             raise UsageError(f"threads={threads!r}, expected 1 to {available}, the processors of this machine")
-        with self._lock:
-            self._team = Team(wanted)
-            self._executors.clear()
+        return wanted
 
     @property
     def optimizer(self) -> Optimizer:
@@ -183,19 +165,6 @@ class Learner:
                 f"cannot go from {self._optimizer.name} to {optimizer.name}: their state differs; make a new Learner"
             )
         self._optimizer = optimizer
-
-    @property
-    def lanes(self) -> int:
-        """Samples in a vector: this machine's SIMD width, less for small batches."""
-        if self._by_channel:
-            return simd_lanes()
-        return min(simd_lanes(), max(4, 1 << (self.batch_size - 1).bit_length()))
-
-    @functools.cached_property
-    def _by_channel(self) -> bool:
-        """Whether lanes hold channels: for batches that would leave most sample lanes empty."""
-        small = self.batch_size * _SMALL_BATCH <= simd_lanes()
-        return small and fits(self.graph.nodes)
 
     # --- training ---
 
@@ -219,7 +188,7 @@ class Learner:
                 self._explain_broken_step(executor)
             self.step_count += 1
             loss, correct = (float(v) for v in self._parameters.buffers["result"][:2])
-            macs = count * self._step_macs
+            macs = count * self.plans.step_macs
         return StepResult(loss, int(correct), count, count, macs, macs, time.perf_counter() - start)
 
     def time_rows(self, x: Inputs, y: ArrayLike) -> NDArray[np.float64]:
@@ -362,7 +331,7 @@ class Learner:
             raise CheckpointError(f"the state belongs to another network or optimizer: {odd[:3]} {reason}")
         with self._lock:
             if meta["step_count"]:
-                self._train()
+                _ = self.plans.training  # makes the buffers of the moments
             parameters.forget()
             for key, array in tensors.items():
                 buffer, name = key.split("/", 1)
@@ -394,13 +363,12 @@ class Learner:
     def memory_plan(self, batch_size: int | None = None) -> MemoryPlan:
         """Return the bytes that training steps of ``batch_size`` samples need."""
         with self._lock:
-            plan = self._plan(True, self._blocks(batch_size or self.batch_size))
-        return self._memory(plan)
+            return self.plans.memory(self.plans.plan(True, batch_size or self.batch_size))
 
     def training_plan(self, batch_size: int | None = None) -> Plan:
         """Return the plan of a training step: its rows, layouts and offsets, to look at."""
         with self._lock:
-            return self._executor(True, self._blocks(batch_size or self.batch_size)).plan
+            return self.plans.executor(True, batch_size or self.batch_size).plan
 
     def kernels(self) -> list[KernelKey]:
         """Return the kernels that training steps and predictions of up to ``batch_size`` samples need.
@@ -408,98 +376,9 @@ class Learner:
         Nothing is compiled; ``kernels.registry.compile_kernels`` does that.
         """
         with self._lock:
-            blocks = sorted({1, self._blocks(self.batch_size)})
-            plans = [self._plan(training, count) for training in (True, False) for count in blocks]
-        return list(dict.fromkeys(key for plan in plans for key in plan.kernels))
-
-    def _memory(self, plan: Plan) -> MemoryPlan:
-        buffers = self._parameters.buffers
-        lasting = [n for n in plan.offsets if not n.startswith("workspace:")]
-        ends = {n: plan.lifetimes[n] for n in lasting}
-        _, activations = place([Lifetime(n, plan.sizes[n], *ends[n]) for n in lasting])
-        moments = sum(buffers[m].nbytes for m in self._optimizer.moments if m in buffers)
-        return MemoryPlan({
-            "weights": buffers["weights"].nbytes,
-            "gradients": buffers["gradients"].nbytes if "gradients" in buffers else 0,
-            "optimizer": moments,
-            "activations": activations,
-            "workspace": max(0, plan.arena_bytes - activations),
-            "tables": plan.table_bytes,
-        })  # fmt: skip
-
-    def _blocks(self, count: int) -> int:
-        return count if self._by_channel else -(-count // self.lanes)
-
-    def _executor(self, training: bool, blocks: int) -> Executor:
-        key = (training, blocks)
-        executor = self._executors.pop(key, None)
-        if executor is None:
-            plan = self._plan(training, blocks)
-            self._check_budget(plan)
-            executor = Executor(plan, self._arena, self._team)
-            while len(self._executors) >= _KEPT_PLANS:
-                del self._executors[next(iter(self._executors))]
-        self._executors[key] = executor  # the one used last stands last
-        return executor
-
-    def _plan(self, training: bool, blocks: int) -> Plan:
-        """Lower the training graph, or the network for inference, for so many blocks of samples."""
-        train = self._train() if training else None
-        graph = train.graph if train else self.graph
-        keep = {train.logits, train.losses, train.correct} if train else set(graph.outputs)
-        lowering = ChannelLowering if self._by_channel else Lowering
-        low = lowering(graph, graph.nodes, self.lanes, blocks, self._parameters, keep)
-        low.plan.fixed["sync"] = self._team.sync
-        for name in graph.inputs:
-            scale, shift = self._input_scaling(name, low)
-            low.input(graph.values[name], f"source:{name}", scale, shift)
-        low.run(train.forward_count if train else len(graph.nodes))
-        if train:
-            self._lower_update(low)
-        return low.finish()
-
-    def _input_scaling(self, name: str, low: Lowering) -> tuple[Ref, Ref]:
-        """The first input is normalised as the model says; other inputs and targets are taken as they are."""
-        if name == self.graph.inputs[0]:
-            return Ref("scale"), Ref("shift")
-        channels = max(1, low.layout(low.plan.graph.values[name]).channels)
-        ones = np.ones(channels + channels % 2, np.float32)
-        return low.table(ones.view(np.int64)), low.zeros(channels)
-
-    def _lower_update(self, low: Lowering) -> None:
-        """Emit the check of loss and gradients, then the optimizer over both ranges of parameters."""
-        parameters, optimizer = self._parameters, self._optimizer
-        jobs = -(-parameters.trained // UPDATE_JOB)
-        partial = low.workspace(8 * jobs)
-        with low.stage("check"):
-            low.emit("sum_of_squares", (), jobs, grad=Ref("gradients"), count=parameters.trained, partial=partial)
-            low.emit("check_step", (), 1, partial=partial, parts=jobs, result=Ref("result"), settings=Ref("settings"),
-                     sync=Ref("sync"))  # fmt: skip
-        with low.stage("update"):
-            for first, last, decay in ((0, parameters.decayed, 1), (parameters.decayed, parameters.trained, 0)):
-                if first < last:
-                    low.emit(
-                        optimizer.kernel, (), -(-(last - first) // UPDATE_JOB), weight=Ref("weights", 4 * first),
-                        grad=Ref("gradients", 4 * first), count=last - first, settings=Ref("settings"), decay=decay,
-                        **_moments(optimizer, 4 * first),
-                    )  # fmt: skip
-
-    def _check_budget(self, plan: Plan) -> None:
-        need = self._memory(plan)
-        if self.memory_budget and need.peak_bytes > self.memory_budget:
-            parts = ", ".join(f"{name} {size / 2**20:.1f}" for name, size in need.parts.items())
-            raise MemoryBudgetError(
-                f"a step of {plan.capacity} samples needs {need.peak_bytes / 2**20:.1f} MiB ({parts}), the budget"
-                f" is {self.memory_budget / 2**20:.1f} MiB; use a smaller batch size or network, or a larger budget"
-            )
+            return self.plans.kernels()
 
     # --- inside a step ---
-
-    def _train(self) -> TrainingGraph:
-        if self._training is None:
-            self._training = training_graph(self.graph, self.loss, self.label_smoothing)
-            self._parameters.start_training(self._training.gradients, self._optimizer)
-        return self._training
 
     def _prepare(self, x: Inputs, y: ArrayLike) -> tuple[Executor, Arrays, int]:
         """Check a batch and put its labels, mask and counters where kernels read them."""
@@ -508,10 +387,10 @@ class Learner:
         if self.loss == "mse":
             arrays[TARGET] = batch_of(y, self.graph.output_shape, "y")
             _length({"x": arrays[self.graph.inputs[0]], "y": arrays[TARGET]})
-            executor = self._executor(True, self._blocks(count))
+            executor = self.plans.executor(True, count)
         else:
             labels = labels_of(y, count, self.graph.output_shape[0])  # before a plan is made for a bad batch
-            executor = self._executor(True, self._blocks(count))
+            executor = self.plans.executor(True, count)
             executor.plan.fixed["labels"][:count] = labels
         self._set_counters(executor, count)
         return executor, {f"source:{name}": array for name, array in arrays.items()}, count
@@ -526,7 +405,7 @@ class Learner:
 
     def _forward(self, arrays: Arrays) -> NDArray[np.float32]:
         count = _length(arrays)
-        executor = self._executor(False, self._blocks(count))
+        executor = self.plans.executor(False, count)
         self._set_counters(executor, count)
         executor.run({f"source:{name}": array for name, array in arrays.items()})
         return executor.value(self.graph.values[self.graph.outputs[0]], count)
@@ -546,14 +425,6 @@ class Learner:
 
     def _trained(self) -> Sequence[str]:
         return [name for name in self.graph.arrays if name in self.graph.trainable]
-
-    @functools.cached_property
-    def _step_macs(self) -> int:
-        """Multiply-accumulates of one sample's training step: what the nodes of the training graph execute.
-
-        Counted once: counting took 0.2 ms, a third of a step of LeNet-5 with batch size 8.
-        """
-        return sum(get_op(node.op_type).macs(node) for node in self._train().graph.nodes)
 
     def _explain_broken_step(self, executor: Executor) -> NoReturn:
         """Run the step again node by node and name the first that gives a number that is not finite.
@@ -577,12 +448,6 @@ def _checked(optimizer: Optimizer) -> Optimizer:
     if not isinstance(optimizer, Optimizer):
         raise UsageError(f"optimizer={optimizer!r}, expected an optimizer such as edgetrain.SGD(lr=0.05)")
     return optimizer
-
-
-def _moments(optimizer: Optimizer, offset: int) -> dict[str, Ref | int]:
-    if optimizer.kernel == "sgd":
-        return {"velocity": Ref("velocity", offset) if optimizer.moments else 0}
-    return {name: Ref(name, offset) for name in optimizer.moments}
 
 
 def _length(arrays: Arrays) -> int:

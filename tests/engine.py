@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-import edgetrain.learner
+import edgetrain.plans
 from edgetrain.devices import load_profile
 from edgetrain.graph import Graph
 from edgetrain.learner import Learner
@@ -21,14 +21,14 @@ PROFILE = load_profile("generic-x86_64")  # read once: a learner is made in ever
 @pytest.fixture
 def wide_host(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let lanes depend on the batch size alone: 4, 8 or 16, also on a machine with narrower registers."""
-    monkeypatch.setattr(edgetrain.learner, "simd_lanes", lambda: 16)
-    monkeypatch.setattr(edgetrain.learner, "_SMALL_BATCH", 1000)  # lanes hold samples, however few
+    monkeypatch.setattr(edgetrain.plans, "simd_lanes", lambda: 16)
+    monkeypatch.setattr(edgetrain.plans, "_SMALL_BATCH", 1000)  # lanes hold samples, however few
 
 
 def learner(graph: Graph, lanes: int = 4, threads: int = 1, **settings: Any) -> Learner:
     """Return a learner whose vectors hold ``lanes`` samples; needs the fixture ``wide_host``."""
     made = Learner(graph, PROFILE, batch_size=lanes, threads=threads, **settings)
-    assert made.lanes == lanes
+    assert made.plans.lanes == lanes
     return made
 
 
@@ -41,7 +41,7 @@ def channel_learner(graph: Graph, threads: int = 1, **settings: Any) -> Learner:
 
 def poison(trained: Learner) -> None:
     """Fill everything that a step must write before it reads with NaN."""
-    trained._arena.memory[:] = 0xFF
+    trained.plans.arena.memory[:] = 0xFF
     for name in trained.graph.trainable:
         trained._parameters.view(name, "gradients")[...] = np.nan
 

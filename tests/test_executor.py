@@ -159,7 +159,7 @@ def test_no_thread_is_started_before_the_first_program():
 def test_an_interrupt_before_a_run_leaves_a_team_that_works(monkeypatch):
     # Ctrl-C can strike between any two lines of Python; here: when one of three threads has been woken.
     struck = trained(learner(threads=4), (BATCH,))
-    order = struck._team._order
+    order = struck.plans.team._order
 
     def interrupted() -> None:
         order.starts[0].release()
@@ -231,7 +231,7 @@ def test_many_batch_sizes_do_not_pile_up_plans():
     x, y = batch(varied, 300)
     for count in range(1, 300, 12):
         varied.partial_fit(x[:count], y[:count])
-    assert len(varied._executors) <= 8
+    assert len(varied.plans._executors) <= 8
 
 
 def test_an_arena_grows_and_never_shrinks():

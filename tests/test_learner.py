@@ -21,7 +21,7 @@ from edgetrain.errors import (
     UsageError,
 )
 from edgetrain.graph import Graph
-from edgetrain.learner import MemoryPlan
+from edgetrain.plans import MemoryPlan
 
 CLASSES = 3
 SHAPE = (2, 6, 6)

@@ -105,7 +105,7 @@ def model(request) -> Learner:
 
 @pytest.mark.parametrize("training", [True, False], ids=["training", "inference"])
 def test_live_buffers_of_a_model_never_overlap(model, training):
-    plan = model._plan(training, 2)
+    plan = model.plans.plan(training, 2 * model.plans.lanes)
     buffers = [Lifetime(name, plan.sizes[name], *plan.lifetimes[name]) for name in plan.lifetimes]
     assert collisions(buffers, [plan.offsets[b.name] for b in buffers]) == []
     assert lower_bound(buffers) <= plan.arena_bytes

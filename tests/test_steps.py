@@ -155,7 +155,7 @@ def test_the_second_output_is_right_too():
     graph, (x, _) = kept("Relu", "computed"), batch(3, (3, 4, 4))
     made = learner(graph, loss="mse")
     first = made.logits(x)
-    second = made._executor(False, 1).value(graph.values[graph.outputs[1]], 3)
+    second = made.plans.executor(False, 3).value(graph.values[graph.outputs[1]], 3)
     np.testing.assert_array_equal(second, np.maximum(first, 0))
 
 

@@ -41,6 +41,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("plan", "parameters", "checkpoint", "reference"),
     ("lowering", "executor", "runs"),
     ("lowering_channels",),
+    ("plans",),
     ("learner",),
     ("verify", "bench", "bench_ops"),
     ("bench_contenders",),

@@ -1,0 +1,210 @@
+"""The plans of one network: made once per number of samples, checked against the memory budget, kept for reuse.
+
+A plan is a training step or a prediction lowered to a table of kernel calls: ``autodiff.training_graph``, then
+``lowering.Lowering``, then ``memory.place``. All plans of a network share one arena and one team of threads.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import numpy as np
+
+from edgetrain.autodiff import TrainingGraph, training_graph
+from edgetrain.choice import simd_lanes
+from edgetrain.errors import MemoryBudgetError
+from edgetrain.executor import Arena, Executor, Team
+from edgetrain.graph import Graph
+from edgetrain.kernels.codes import UPDATE_JOB
+from edgetrain.lowering import Lowering
+from edgetrain.lowering_channels import ChannelLowering, fits
+from edgetrain.memory import Lifetime, place
+from edgetrain.ops import get_op
+from edgetrain.optim import Optimizer
+from edgetrain.parameters import Parameters
+from edgetrain.plan import KernelKey, Plan, Ref
+
+# Plans kept for other batch sizes: full and last batch, training and prediction, and some for a stream.
+_KEPT_PLANS = 8
+# Lanes hold channels when this many batches would fit into one vector of samples.
+_SMALL_BATCH = 4
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes that training needs beyond the interpreter and the data set.
+
+    Attributes:
+        parts: bytes by purpose.
+    """
+
+    parts: dict[str, int]
+
+    @property
+    def peak_bytes(self) -> int:
+        """Sum of all parts."""
+        return sum(self.parts.values())
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What training minimises: ``"cross_entropy"`` or ``"mse"``, and the label smoothing of the former."""
+
+    loss: str
+    label_smoothing: float
+
+
+class Plans:
+    """Makes and keeps the executors of one network.
+
+    Args:
+        graph: the network; its arrays are views of ``parameters``.
+        parameters: where weights, gradients and optimizer state live.
+        optimizer: whose kernel updates the parameters.
+        objective: the loss.
+        batch_size: samples of a usual step; it decides what the lanes hold.
+        budget: bytes that a training step may need; 0 for no limit.
+        threads: of the team that runs the plans.
+    """
+
+    def __init__(
+        self, graph: Graph, parameters: Parameters, optimizer: Optimizer, objective: Objective, batch_size: int,
+        budget: int, threads: int,
+    ) -> None:  # fmt: skip
+        self.graph, self.parameters, self._optimizer, self._objective = graph, parameters, optimizer, objective
+        self._batch_size, self._budget = batch_size, budget
+        self.arena, self.team = Arena(), Team(threads)
+        self._executors: dict[tuple[bool, int], Executor] = {}
+
+    def use_threads(self, threads: int) -> None:
+        """Run the plans with another number of threads from now on."""
+        self.team = Team(threads)
+        self._executors.clear()
+
+    @property
+    def lanes(self) -> int:
+        """Samples in a vector: this machine's SIMD width, less for small batches."""
+        if self.by_channel:
+            return simd_lanes()
+        return min(simd_lanes(), max(4, 1 << (self._batch_size - 1).bit_length()))
+
+    @functools.cached_property
+    def by_channel(self) -> bool:
+        """Whether lanes hold channels: for batches that would leave most sample lanes empty."""
+        small = self._batch_size * _SMALL_BATCH <= simd_lanes()
+        return small and fits(self.graph.nodes)
+
+    @functools.cached_property
+    def training(self) -> TrainingGraph:
+        """The training graph; making it also makes the buffers that only training needs."""
+        made = training_graph(self.graph, self._objective.loss, self._objective.label_smoothing)
+        self.parameters.start_training(made.gradients, self._optimizer)
+        return made
+
+    @functools.cached_property
+    def step_macs(self) -> int:
+        """Multiply-accumulates of one sample's training step: what the nodes of the training graph execute.
+
+        Counted once: counting took 0.2 ms, a third of a step of LeNet-5 with batch size 8.
+        """
+        return sum(get_op(node.op_type).macs(node) for node in self.training.graph.nodes)
+
+    def executor(self, training: bool, count: int) -> Executor:
+        """Return the executor of a training step or a prediction of ``count`` samples.
+
+        Raises:
+            MemoryBudgetError: the plan does not fit into the budget.
+        """
+        key = (training, self._blocks(count))
+        executor = self._executors.pop(key, None)
+        if executor is None:
+            plan = self.plan(training, count)
+            self._check_budget(plan)
+            executor = Executor(plan, self.arena, self.team)
+            while len(self._executors) >= _KEPT_PLANS:
+                del self._executors[next(iter(self._executors))]
+        self._executors[key] = executor  # the one used last stands last
+        return executor
+
+    def plan(self, training: bool, count: int) -> Plan:
+        """Lower the training graph, or the network for inference, for ``count`` samples."""
+        train = self.training if training else None
+        graph = train.graph if train else self.graph
+        keep = {train.logits, train.losses, train.correct} if train else set(graph.outputs)
+        lowering = ChannelLowering if self.by_channel else Lowering
+        low = lowering(graph, graph.nodes, self.lanes, self._blocks(count), self.parameters, keep)
+        low.plan.fixed["sync"] = self.team.sync
+        for name in graph.inputs:
+            scale, shift = self._input_scaling(name, low)
+            low.input(graph.values[name], f"source:{name}", scale, shift)
+        low.run(train.forward_count if train else len(graph.nodes))
+        if train:
+            self._lower_update(low)
+        return low.finish()
+
+    def kernels(self) -> list[KernelKey]:
+        """Return the kernels that training steps and predictions of up to a batch need."""
+        counts = (1, self._batch_size) if self._blocks(self._batch_size) > 1 else (1,)
+        plans = [self.plan(training, count) for training in (True, False) for count in counts]
+        return list(dict.fromkeys(key for plan in plans for key in plan.kernels))
+
+    def memory(self, plan: Plan) -> MemoryPlan:
+        """Return the bytes that a plan needs, by purpose."""
+        buffers = self.parameters.buffers
+        lasting = [n for n in plan.offsets if not n.startswith("workspace:")]
+        ends = {n: plan.lifetimes[n] for n in lasting}
+        _, activations = place([Lifetime(n, plan.sizes[n], *ends[n]) for n in lasting])
+        moments = sum(buffers[m].nbytes for m in self._optimizer.moments if m in buffers)
+        return MemoryPlan({
+            "weights": buffers["weights"].nbytes,
+            "gradients": buffers["gradients"].nbytes if "gradients" in buffers else 0,
+            "optimizer": moments,
+            "activations": activations,
+            "workspace": max(0, plan.arena_bytes - activations),
+            "tables": plan.table_bytes,
+        })  # fmt: skip
+
+    def _blocks(self, count: int) -> int:
+        return count if self.by_channel else -(-count // self.lanes)
+
+    def _input_scaling(self, name: str, low: Lowering) -> tuple[Ref, Ref]:
+        """The first input is normalised as the model says; other inputs and targets are taken as they are."""
+        if name == self.graph.inputs[0]:
+            return Ref("scale"), Ref("shift")
+        channels = max(1, low.layout(low.plan.graph.values[name]).channels)
+        ones = np.ones(channels + channels % 2, np.float32)
+        return low.table(ones.view(np.int64)), low.zeros(channels)
+
+    def _lower_update(self, low: Lowering) -> None:
+        """Emit the check of loss and gradients, then the optimizer over both ranges of parameters."""
+        parameters, optimizer = self.parameters, self._optimizer
+        jobs = -(-parameters.trained // UPDATE_JOB)
+        partial = low.workspace(8 * jobs)
+        with low.stage("check"):
+            low.emit("sum_of_squares", (), jobs, grad=Ref("gradients"), count=parameters.trained, partial=partial)
+            low.emit("check_step", (), 1, partial=partial, parts=jobs, result=Ref("result"), settings=Ref("settings"),
+                     sync=Ref("sync"))  # fmt: skip
+        with low.stage("update"):
+            for first, last, decay in ((0, parameters.decayed, 1), (parameters.decayed, parameters.trained, 0)):
+                if first < last:
+                    low.emit(
+                        optimizer.kernel, (), -(-(last - first) // UPDATE_JOB), weight=Ref("weights", 4 * first),
+                        grad=Ref("gradients", 4 * first), count=last - first, settings=Ref("settings"), decay=decay,
+                        **_moments(optimizer, 4 * first),
+                    )  # fmt: skip
+
+    def _check_budget(self, plan: Plan) -> None:
+        need = self.memory(plan)
+        if self._budget and need.peak_bytes > self._budget:
+            parts = ", ".join(f"{name} {size / 2**20:.1f}" for name, size in need.parts.items())
+            raise MemoryBudgetError(
+                f"a step of {plan.capacity} samples needs {need.peak_bytes / 2**20:.1f} MiB ({parts}), the budget"
+                f" is {self._budget / 2**20:.1f} MiB; use a smaller batch size or network, or a larger budget"
+            )
+
+
+def _moments(optimizer: Optimizer, offset: int) -> dict[str, Ref | int]:
+    if optimizer.kernel == "sgd":
+        return {"velocity": Ref("velocity", offset) if optimizer.moments else 0}
+    return {name: Ref(name, offset) for name in optimizer.moments}
