@@ -1,71 +1,28 @@
-"""What operators emit their kernel calls through: the one place that knows kernels' arguments and job sizes."""
+"""What operators emit their kernel calls through: the one place that knows kernels' arguments and job sizes.
+
+Products (convolutions and fully connected layers) are in ``lowering_products.py``, buffers and rows in
+``lowering_core.py``; everything else is here.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import numpy as np
-
-from edgetrain.arrays import Layout, aligned, map_sizes
-from edgetrain.autodiff import LABELS
-from edgetrain.choice import TILES
-from edgetrain.errors import GraphError
-from edgetrain.graph import Graph, Node, Value
-from edgetrain.kernels.codes import CHANNELS, SAMPLES
-from edgetrain.kernels.registry import argument_names
-from edgetrain.ops import Border, get_op
-from edgetrain.plan import Plan, Ref, Row, share_memory
+from edgetrain.arrays import Layout, map_sizes
+from edgetrain.graph import Node, Value
+from edgetrain.lowering_products import Pair, ProductLowering
+from edgetrain.ops import get_op
+from edgetrain.plan import Ref
 
 if TYPE_CHECKING:
     from edgetrain.ops.pooling import Pool
-    from edgetrain.parameters import Parameters
 
-Pair = tuple[int, int]
 Place = tuple[int, int, int]
 
-# Jobs are the grain that threads share. Below this number per kernel call a product is cut further, so that
-# four threads find work; results do not depend on it.
-_WANTED_JOBS = 16
-_PIXELS_PER_JOB = 64
-# Pixels over which a weight gradient stays in registers. It fixes the order of summation, so it must not depend
-# on threads. 256 measured best of 32, 64, 128, 256 on three layers of ResNet-20 (docs/performance.md).
-_PIXELS_PER_SUM = 256
-# A vector per pixel is wasted on maps smaller than this: there the pixels of all blocks form one list.
-_SMALL_MAP = 16
 
-
-class Lowering:
+class Lowering(ProductLowering):
     """Collects the rows of one plan. Operators see addresses (``Ref``) and layouts, never memory."""
-
-    def __init__(self, graph: Graph, nodes: Sequence[Node], lanes: int, blocks: int, parameters: Parameters,
-                 keep: set[str]) -> None:  # fmt: skip
-        self.plan = Plan(graph, lanes, blocks, by_channel=self.kind == CHANNELS)
-        self.lanes, self.blocks = lanes, blocks
-        self._nodes, self._parameters, self._keep = nodes, parameters, keep
-        sharing = share_memory(nodes, keep, self.shares)
-        self.plan.root = sharing.root
-        for name, value in graph.values.items():
-            if name in sharing.root and value.batched and name != LABELS:
-                self.plan.layouts[name] = self.make_layout(value, sharing.border[name])
-        self.plan.fixed.update(parameters.buffers)
-        for name, size, dtype in (("labels", self.plan.capacity, np.int64), ("mask", self.plan.capacity, np.float32)):
-            self.plan.fixed[name] = aligned(size, dtype)
-        self._stage, self._position = "forward", 0
-        self._lifetimes: dict[str, tuple[int, int]] = {}
-        self._workspaces = 0
-
-    kind = SAMPLES
-
-    def make_layout(self, value: Value, border: Border) -> Layout:
-        """Return how a batched value lies in memory."""
-        return Layout(self.blocks, self.lanes, *map_sizes(value.shape), border)
-
-    def shares(self, x: Value, y: Value) -> bool:
-        """Whether a reshape from ``x`` to ``y`` moves nothing."""
-        return True
 
     def run(self, forward_count: int) -> None:
         """Lower all nodes; those from ``forward_count`` on are the backward pass."""
@@ -77,101 +34,6 @@ class Lowering:
                 self._start(value)
             get_op(node.op_type).lower(node, self)
 
-    def finish(self) -> Plan:
-        """Place the buffers and return the plan."""
-        for name in self._keep:
-            buffer = self.plan.buffer(name)
-            if buffer in self._lifetimes:
-                self._lifetimes[buffer] = (self._lifetimes[buffer][0], len(self._nodes))
-        self.plan.settle(self._lifetimes)
-        return self.plan
-
-    # --- buffers ---
-
-    @property
-    def node(self) -> Node:
-        """The node that is being lowered."""
-        return self._nodes[self._position]
-
-    def layout(self, value: Value) -> Layout:
-        """Return the layout of a batched value."""
-        return self.plan.layouts[value.name]
-
-    def address(self, value: Value) -> Ref:
-        """Return where a value's first pixel inside the border (or first number) will be."""
-        if not value.batched:
-            known = self._parameters.find(value.name)
-            return Ref(*known) if known else Ref(self.plan.buffer(value.name))
-        return Ref(self.plan.buffer(value.name), self.layout(value).origin)
-
-    def same_memory(self, a: Value, b: Value) -> bool:
-        """Whether two values share memory."""
-        return self.plan.buffer(a.name) == self.plan.buffer(b.name)
-
-    def _touch(self, value: Value | None) -> None:
-        """Keep a value's memory until the current node."""
-        if value is not None:
-            buffer = self.plan.buffer(value.name)
-            if buffer in self._lifetimes:
-                self._lifetimes[buffer] = (self._lifetimes[buffer][0], self._position)
-
-    def _start(self, value: Value) -> None:
-        """Begin a value's memory at the current node, its border zero, unless it took over another's."""
-        buffer = self.plan.buffer(value.name)
-        if buffer in self._lifetimes:
-            self._lifetimes[buffer] = (self._lifetimes[buffer][0], self._position)
-        elif not value.batched:
-            if self._parameters.find(value.name) is None:
-                self._reserve(buffer, 4 * value.size)
-        else:
-            self._reserve(buffer, self.layout(value).nbytes)
-            self._clear_border(value)
-
-    def _reserve(self, name: str, nbytes: int) -> None:
-        self.plan.sizes[name] = nbytes
-        self._lifetimes[name] = (self._position, self._position)
-
-    def workspace(self, nbytes: int) -> Ref:
-        """Return memory for the current node alone."""
-        name = f"workspace:{self._workspaces}"
-        self._workspaces += 1
-        self._reserve(name, nbytes)
-        return Ref(name)
-
-    def table(self, numbers: Any) -> Ref:
-        """Return the address of constant int64 numbers; equal tables are stored once."""
-        array = np.asarray(numbers, np.int64).ravel()
-        name = f"table:{hash(array.tobytes())}:{array.size}"
-        if name not in self.plan.fixed:
-            self.plan.fixed[name] = aligned(array.size, np.int64)
-            self.plan.fixed[name][:] = array
-        return Ref(name)
-
-    def zeros(self, count: int) -> Ref:
-        """Return ``count`` float32 zeros."""
-        return self.table(np.zeros(-(-count // 2), np.int64))
-
-    # --- rows ---
-
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        """Rows emitted inside belong to another stage than the node's own."""
-        before, self._stage = self._stage, name
-        yield
-        self._stage = before
-
-    def emit(self, kernel: str, sizes: tuple[int, ...], jobs: int, **arguments: int | float | Ref) -> None:
-        """Append a kernel call.
-
-        Raises:
-            GraphError: the arguments are not those of the kernel (a bug in an operator).
-        """
-        names = argument_names(kernel)
-        if set(names) != set(arguments):
-            raise GraphError(f"kernel '{kernel}': arguments {sorted(set(names) ^ set(arguments))} missing or unknown")
-        values = tuple(arguments[name] for name in names)
-        self.plan.rows.append(Row((kernel, sizes), values, jobs, self._stage, self._position))
-
     def input(self, value: Value, source: str, scale: Ref, shift: Ref) -> None:
         """Interleave an input's samples, read from the address that the learner puts into buffer ``source``."""
         self._start(value)
@@ -181,110 +43,6 @@ class Lowering:
             state=Ref("state"), channels=y.channels, rows=y.rows, columns=y.columns, y_block=y.block,
             y_channel=y.channel, y_row=y.row,
         )  # fmt: skip
-
-    def _clear_border(self, value: Value) -> None:
-        y = self.layout(value)
-        if y.bordered:
-            top, left, bottom, right = y.border
-            self.emit(
-                "fill_border", (y.lanes,), y.planes, y=self.address(value) + -y.origin, rows=y.rows,
-                columns=y.columns, top=top, left=left, bottom=bottom, right=right, y_plane=y.channel, f_value=0.0,
-            )  # fmt: skip
-
-    def multiply(self, x: Ref, x_layout: Layout, y: Ref, y_layout: Layout, *, pixels: list[Pair], terms: list[int],
-                 weight: Ref, sources: list[int], weight_channel: int, weight_group: int, groups: int, inputs: int,
-                 outputs: int, bias: Ref | None) -> None:  # fmt: skip
-        """Emit ``y[c][p] = bias[c] + sum_k weight[k][c] * x[p + term k]``; see ``kernels.dense.multiply``."""
-        pixels, blocks = self.merge_blocks(pixels, x_layout, y_layout)
-        tile = TILES.multiply(outputs, len(pixels))
-        weights = self.weights(weight, sources, tile[0], outputs, weight_channel, groups, weight_group)
-        self.emit_multiply(
-            x, y, pixels, terms, tile, kind=SAMPLES, lanes=self.lanes, blocks=blocks, groups=groups,
-            channel_count=outputs, bias=bias or self.zeros(groups * outputs + tile[0]), **weights,
-            x_block=x_layout.block, y_block=y_layout.block, x_group=inputs * x_layout.channel,
-            y_group=outputs * y_layout.channel, y_channel=y_layout.channel,
-        )  # fmt: skip
-
-    def weights(self, weight: Ref, sources: list[int], width: int, channels: int, channel_bytes: int, groups: int = 1,
-                weight_group: int = 0) -> dict[str, int | Ref]:  # fmt: skip
-        """Return where a gather-multiply finds its weights: where they are, or packed for its tiles."""
-        step = sources[1] - sources[0] if len(sources) > 1 else 4
-        if channel_bytes == 4 and sources == list(range(0, step * len(sources), step)) and self.reads_rows(channels):
-            # A fully connected layer's input gradient: a row of weights is a term's. LeNet-5's fc1 at batch 8 takes
-            # 10 us so; its forward pass, as large but packed first, 32 us (``edgetrain bench --per-op``).
-            return {"weight": weight, "weight_group": weight_group, "weight_tile": 4 * width, "weight_step": step}
-        packed, packed_group = self.pack_weights(weight, sources, width, channels, channel_bytes, groups, weight_group)
-        tile_bytes = 4 * width * len(sources)
-        return {"weight": packed, "weight_group": packed_group, "weight_tile": tile_bytes, "weight_step": 4 * width}
-
-    def reads_rows(self, channels: int) -> bool:
-        """Whether a tile may read numbers behind the last channel of a row, which are other weights."""
-        return True
-
-    def pack_weights(self, weight: Ref, sources: list[int], width: int, channels: int, channel_bytes: int,
-                     groups: int, weight_group: int) -> tuple[Ref, int]:  # fmt: skip
-        """Emit the packing of weights to ``[group][tile][k][width]``; return its address and the bytes of a group."""
-        tiles = -(-channels // width)
-        packed_group = 4 * tiles * width * len(sources)
-        packed = self.workspace(groups * packed_group)
-        self.emit(
-            "pack_weights", (width,), groups * tiles, weight=weight, packed=packed, sources=self.table(sources),
-            term_count=len(sources), channel_count=channels, group_bytes=weight_group, packed_group=packed_group,
-            channel_bytes=channel_bytes, tiles=tiles, groups=groups,
-        )  # fmt: skip
-        return packed, packed_group
-
-    def emit_multiply(self, x: Ref, y: Ref, pixels: list[Pair], terms: list[int], tile: Pair, *, kind: int, lanes: int,
-                      blocks: int, groups: int, channel_count: int, **arguments: int | Ref) -> None:  # fmt: skip
-        """Emit a gather-multiply, cut into jobs; ``arguments`` are those of the kernel that are not sizes of jobs."""
-        (channels, width), count = tile, len(pixels)
-        pixel_chunk = _chunk(count, _PIXELS_PER_JOB, width)
-        pixel_chunks = -(-count // pixel_chunk)
-        tiles = -(-channel_count // channels)
-        parts = min(tiles, -(-_WANTED_JOBS // (blocks * groups * pixel_chunks)))
-        channel_chunk = -(-tiles // parts) * channels
-        channel_chunks = -(-channel_count // channel_chunk)
-        self.emit(
-            "multiply", (lanes, channels, width, kind), blocks * groups * pixel_chunks * channel_chunks, x=x, y=y,
-            pixels=self.table(pixels + [pixels[-1]] * (-count % width)), terms=self.table(terms), pixel_count=count,
-            term_count=len(terms), channel_count=channel_count, groups=groups, pixel_chunk=pixel_chunk,
-            pixel_chunks=pixel_chunks, channel_chunk=channel_chunk, channel_chunks=channel_chunks, f_low=-math.inf,
-            f_high=math.inf, **arguments,
-        )  # fmt: skip
-
-    def correlate(self, x: Ref, x_layout: Layout, grad: Ref, grad_layout: Layout, target: Ref, *, pixels: list[Pair],
-                  terms: list[Pair], groups: int, inputs: int, outputs: int, weight_channel: int,
-                  weight_group: int) -> None:  # fmt: skip
-        """Emit ``target[c][k] = sum grad[c][p] * x[p + term k]``; see ``kernels.dense.correlate``."""
-        self.emit_correlate(
-            x, x_layout, grad, grad_layout, target, pixels, terms, TILES.correlate(outputs, len(terms)), kind=SAMPLES,
-            groups=groups, channel_count=outputs, x_group=inputs * x_layout.channel,
-            grad_group=outputs * grad_layout.channel, weight_group=weight_group, weight_channel=weight_channel,
-        )  # fmt: skip
-
-    def emit_correlate(self, x: Ref, x_layout: Layout, grad: Ref, grad_layout: Layout, target: Ref, pixels: list[Pair],
-                       terms: list[Pair], tile: Pair, *, kind: int, groups: int, channel_count: int,
-                       **arguments: int) -> None:  # fmt: skip
-        """Emit a gather-correlate, cut into jobs; ``arguments``: those of the kernel that are not sizes of jobs."""
-        pixels, blocks = self.merge_blocks(pixels, x_layout, grad_layout)
-        (channels, width), count = tile, len(terms)
-        tiles = -(-channel_count // channels)
-        term_chunk = _chunk(count, -(-count // -(-_WANTED_JOBS // (groups * tiles))), width)
-        term_chunks = -(-count // term_chunk)
-        self.emit(
-            "correlate", (grad_layout.lanes, channels, width, kind), groups * tiles * term_chunks, x=x, grad_out=grad,
-            grad_weight=target, pixels=self.table(pixels), terms=self.table(terms + [terms[-1]] * (-count % width)),
-            pixel_count=len(pixels), term_count=count, channel_count=channel_count, x_block=x_layout.block,
-            grad_block=grad_layout.block, grad_channel=grad_layout.channel, blocks=blocks, groups=groups,
-            pixel_chunk=_PIXELS_PER_SUM, term_chunk=term_chunk, term_chunks=term_chunks, channel_tiles=tiles,
-            **arguments,
-        )  # fmt: skip
-
-    def merge_blocks(self, pixels: list[Pair], x: Layout, y: Layout) -> tuple[list[Pair], int]:
-        """Treat all blocks' pixels as one list where maps are small (a fully connected layer has one pixel)."""
-        if len(pixels) >= _SMALL_MAP or self.blocks == 1:
-            return pixels, self.blocks
-        return [(a + b * x.block, c + b * y.block) for b in range(self.blocks) for a, c in pixels], 1
 
     def unary(self, x: Value, y: Value, code: int, a: float, b: float) -> None:
         """Emit ``y = function(x)``; see ``kernels.elementwise.unary``."""
@@ -571,12 +329,6 @@ class Lowering:
             target=self.address(node.input(1)), grad_y=self.address(node.y), channels=y.channels, rows=y.rows,
             columns=y.columns, mask=Ref("mask"), state=Ref("state"), **strides(y=y, target=target, grad=out),
         )  # fmt: skip
-
-
-def _chunk(count: int, wanted: int, multiple: int) -> int:
-    """Cut ``count`` into equal chunks of about ``wanted``; return a chunk's size, a multiple of ``multiple``."""
-    parts = max(1, round(count / max(1, wanted)))
-    return max(multiple, -(-count // (parts * multiple)) * multiple)
 
 
 def maps_of(x: Layout) -> dict[str, int]:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
-from edgetrain.arrays import map_sizes
+from edgetrain.arrays import Layout, map_sizes
 from edgetrain.errors import GraphError
 from edgetrain.graph import Node, Shape, Value
 from edgetrain.kernels import reference
@@ -61,6 +61,69 @@ class Product(Window):
         top, bottom = _reach(self, 0)
         left, right = _reach(self, 1)
         return (top, left, bottom, right)
+
+    def forward_pixels(self, x: Layout, y: Layout) -> list[Pair]:
+        """Return (input, output) byte offsets of every output pixel."""
+        return [
+            (h * self.strides[0] * x.row + w * self.strides[1] * x.pixel, h * y.row + w * y.pixel)
+            for h in range(self.out[0])
+            for w in range(self.out[1])
+        ]
+
+    def forward_terms(self, x: Layout) -> list[int]:
+        """Return the byte offset into ``x`` of every (input channel of a group, kernel position)."""
+        (down, right), (top, left) = self.dilations, self.pads[:2]
+        return [
+            x.at(c) + (i * down - top) * x.row + (j * right - left) * x.pixel
+            for c in range(self.inputs)
+            for i, j in self.taps
+        ]
+
+    def forward_sources(self) -> list[int]:
+        """Return the byte offset into an output channel's weights of every (input channel, kernel position)."""
+        return [c * self.weight_in + t * self.weight_tap for c in range(self.inputs) for t in range(len(self.taps))]
+
+    def phases(self) -> list[Phase]:
+        """Return the products that the input gradient consists of, one per phase of the stride."""
+        rows, columns = (range(min(self.strides[axis], self.size[axis])) for axis in (0, 1))
+        return [Phase(self, (row, column)) for row in rows for column in columns]
+
+
+@dataclass(frozen=True)
+class Phase:
+    """The part of an input gradient at the input pixels ``first + n * stride``: a product of stride 1."""
+
+    product: Product
+    first: Pair
+
+    @property
+    def taps(self) -> list[tuple[int, int, int, int]]:
+        """Kernel positions that meet these pixels, each with its offset in the output: (i, j, row, column)."""
+        g, (row, column) = self.product, self.first
+        return [(i, j, a, b) for i, a in _phase(g, 0, row) for j, b in _phase(g, 1, column)]
+
+    def terms(self, grad: Layout) -> list[int]:
+        """Return the byte offset into ``grad`` of every (output channel of a group, kernel position)."""
+        channels = range(self.product.outputs)
+        return [grad.at(c) + a * grad.row + b * grad.pixel for c in channels for _, _, a, b in self.taps]
+
+    def sources(self) -> list[int]:
+        """Return the byte offset into an input channel's weights of every term."""
+        g = self.product
+        return [
+            c * g.weight_out + (i * g.kernel[1] + j) * g.weight_tap
+            for c in range(g.outputs)
+            for i, j, _, _ in self.taps
+        ]
+
+    def pixels(self, grad: Layout, out: Layout) -> list[Pair]:
+        """Return (output gradient, input gradient) byte offsets of every pixel of the phase."""
+        g, (row, column) = self.product, self.first
+        return [
+            (n * grad.row + m * grad.pixel, h * out.row + w * out.pixel)
+            for n, h in enumerate(range(row, g.size[0], g.strides[0]))
+            for m, w in enumerate(range(column, g.size[1], g.strides[1]))
+        ]
 
 
 def _phase(g: Product, axis: int, first: int) -> list[Pair]:
@@ -174,30 +237,8 @@ class ProductOp(Op):
         return [self.product(node).border, NO_BORDER, NO_BORDER]
 
     def lower(self, node: Node, low: Lowering) -> None:
-        """Pack the weights, then one gather-multiply."""
-        g, x, y = self.product(node), low.layout(node.x), low.layout(node.y)
-        terms = [
-            x.at(c) + (i * g.dilations[0] - g.pads[0]) * x.row + (j * g.dilations[1] - g.pads[1]) * x.pixel
-            for c in range(g.inputs)
-            for i, j in g.taps
-        ]
-        sources = [c * g.weight_in + t * g.weight_tap for c in range(g.inputs) for t in range(len(g.taps))]
-        bias = node.optional(2)
-        low.multiply(
-            low.address(node.x), x, low.address(node.y), y, pixels=forward_pixels(g, x.row, x.pixel, y.row, y.pixel),
-            terms=terms, weight=low.address(node.input(1)), sources=sources, weight_channel=g.weight_out,
-            weight_group=g.outputs * g.weight_out, groups=g.groups, inputs=g.inputs, outputs=g.outputs,
-            bias=low.address(bias) if bias is not None else None,
-        )  # fmt: skip
-
-
-def forward_pixels(g: Window, x_row: int, x_pixel: int, y_row: int, y_pixel: int) -> list[Pair]:
-    """Return (input, output) byte offsets of every output pixel."""
-    return [
-        (h * g.strides[0] * x_row + w * g.strides[1] * x_pixel, h * y_row + w * y_pixel)
-        for h in range(g.out[0])
-        for w in range(g.out[1])
-    ]
+        """See ``lowering_products``."""
+        low.product(node, self.product(node))
 
 
 def as_maps(x: Array) -> Array:
@@ -291,29 +332,8 @@ class ProductInputGrad(ProductGrad):
         return [self.product(node).grad_border, NO_BORDER]
 
     def lower(self, node: Node, low: Lowering) -> None:
-        """One gather-multiply per phase of the stride; a phase that no window meets becomes 0."""
-        g = self.product(node)
-        for first_row in range(min(g.strides[0], g.size[0])):
-            for first_column in range(min(g.strides[1], g.size[1])):
-                self._lower_phase(node, low, g, (first_row, first_column))
-
-    def _lower_phase(self, node: Node, low: Lowering, g: Product, first: Pair) -> None:
-        grad, out = low.layout(node.x), low.layout(node.y)
-        taps = [(i, j, a, b) for i, a in _phase(g, 0, first[0]) for j, b in _phase(g, 1, first[1])]
-        terms = [grad.at(c) + a * grad.row + b * grad.pixel for c in range(g.outputs) for _, _, a, b in taps]
-        sources = [
-            c * g.weight_out + (i * g.kernel[1] + j) * g.weight_tap for c in range(g.outputs) for i, j, _, _ in taps
-        ]
-        pixels = [
-            (n * grad.row + m * grad.pixel, h * out.row + w * out.pixel)
-            for n, h in enumerate(range(first[0], g.size[0], g.strides[0]))
-            for m, w in enumerate(range(first[1], g.size[1], g.strides[1]))
-        ]
-        low.multiply(
-            low.address(node.x), grad, low.address(node.y), out, pixels=pixels, terms=terms,
-            weight=low.address(node.input(1)), sources=sources, weight_channel=g.weight_in,
-            weight_group=g.outputs * g.weight_out, groups=g.groups, inputs=g.outputs, outputs=g.inputs, bias=None,
-        )  # fmt: skip
+        """See ``lowering_products``."""
+        low.product_input_grad(node, self.product(node))
 
 
 @register
@@ -338,20 +358,5 @@ class ProductWeightGrad(ProductGrad):
         return [self.product(node).border, NO_BORDER]
 
     def lower(self, node: Node, low: Lowering) -> None:
-        """One gather-correlate."""
-        g, x, grad = self.product(node), low.layout(node.x), low.layout(node.input(1))
-        terms = [
-            (
-                x.at(c) + (i * g.dilations[0] - g.pads[0]) * x.row + (j * g.dilations[1] - g.pads[1]) * x.pixel,
-                c * g.weight_in + (i * g.kernel[1] + j) * g.weight_tap,
-            )
-            for c in range(g.inputs)
-            for i, j in g.taps
-        ]
-        low.correlate(
-            low.address(node.x), x, low.address(node.input(1)), grad, low.address(node.y),
-            pixels=forward_pixels(g, x.row, x.pixel, grad.row, grad.pixel), terms=terms, groups=g.groups,
-            inputs=g.inputs, outputs=g.outputs, weight_channel=g.weight_out, weight_group=g.outputs * g.weight_out,
-        )  # fmt: skip
-
-
+        """See ``lowering_products``."""
+        low.product_weight_grad(node, self.product(node))

@@ -1,0 +1,156 @@
+"""What every lowering needs: buffers and their lifetimes, constant tables, rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from edgetrain.arrays import Layout, aligned, map_sizes
+from edgetrain.autodiff import LABELS
+from edgetrain.errors import GraphError
+from edgetrain.graph import Graph, Node, Value
+from edgetrain.kernels.codes import CHANNELS, SAMPLES
+from edgetrain.kernels.registry import argument_names
+from edgetrain.ops import Border
+from edgetrain.plan import Plan, Ref, Row, share_memory
+
+if TYPE_CHECKING:
+    from edgetrain.parameters import Parameters
+
+
+class LoweringCore:
+    """Rows of one plan, and the buffers that they read and write."""
+
+    def __init__(self, graph: Graph, nodes: Sequence[Node], lanes: int, blocks: int, parameters: Parameters,
+                 keep: set[str]) -> None:  # fmt: skip
+        self.plan = Plan(graph, lanes, blocks, by_channel=self.kind == CHANNELS)
+        self.lanes, self.blocks = lanes, blocks
+        self._nodes, self._parameters, self._keep = nodes, parameters, keep
+        sharing = share_memory(nodes, keep, self.shares)
+        self.plan.root = sharing.root
+        for name, value in graph.values.items():
+            if name in sharing.root and value.batched and name != LABELS:
+                self.plan.layouts[name] = self.make_layout(value, sharing.border[name])
+        self.plan.fixed.update(parameters.buffers)
+        for name, size, dtype in (("labels", self.plan.capacity, np.int64), ("mask", self.plan.capacity, np.float32)):
+            self.plan.fixed[name] = aligned(size, dtype)
+        self._stage, self._position = "forward", 0
+        self._lifetimes: dict[str, tuple[int, int]] = {}
+        self._workspaces = 0
+
+    kind = SAMPLES
+
+    def make_layout(self, value: Value, border: Border) -> Layout:
+        """Return how a batched value lies in memory."""
+        return Layout(self.blocks, self.lanes, *map_sizes(value.shape), border)
+
+    def shares(self, x: Value, y: Value) -> bool:
+        """Whether a reshape from ``x`` to ``y`` moves nothing."""
+        return True
+
+    def finish(self) -> Plan:
+        """Place the buffers and return the plan."""
+        for name in self._keep:
+            buffer = self.plan.buffer(name)
+            if buffer in self._lifetimes:
+                self._lifetimes[buffer] = (self._lifetimes[buffer][0], len(self._nodes))
+        self.plan.settle(self._lifetimes)
+        return self.plan
+
+    # --- buffers ---
+
+    @property
+    def node(self) -> Node:
+        """The node that is being lowered."""
+        return self._nodes[self._position]
+
+    def layout(self, value: Value) -> Layout:
+        """Return the layout of a batched value."""
+        return self.plan.layouts[value.name]
+
+    def address(self, value: Value) -> Ref:
+        """Return where a value's first pixel inside the border (or first number) will be."""
+        if not value.batched:
+            known = self._parameters.find(value.name)
+            return Ref(*known) if known else Ref(self.plan.buffer(value.name))
+        return Ref(self.plan.buffer(value.name), self.layout(value).origin)
+
+    def same_memory(self, a: Value, b: Value) -> bool:
+        """Whether two values share memory."""
+        return self.plan.buffer(a.name) == self.plan.buffer(b.name)
+
+    def _touch(self, value: Value | None) -> None:
+        """Keep a value's memory until the current node."""
+        if value is not None:
+            buffer = self.plan.buffer(value.name)
+            if buffer in self._lifetimes:
+                self._lifetimes[buffer] = (self._lifetimes[buffer][0], self._position)
+
+    def _start(self, value: Value) -> None:
+        """Begin a value's memory at the current node, its border zero, unless it took over another's."""
+        buffer = self.plan.buffer(value.name)
+        if buffer in self._lifetimes:
+            self._lifetimes[buffer] = (self._lifetimes[buffer][0], self._position)
+        elif not value.batched:
+            if self._parameters.find(value.name) is None:
+                self._reserve(buffer, 4 * value.size)
+        else:
+            self._reserve(buffer, self.layout(value).nbytes)
+            self._clear_border(value)
+
+    def _reserve(self, name: str, nbytes: int) -> None:
+        self.plan.sizes[name] = nbytes
+        self._lifetimes[name] = (self._position, self._position)
+
+    def workspace(self, nbytes: int) -> Ref:
+        """Return memory for the current node alone."""
+        name = f"workspace:{self._workspaces}"
+        self._workspaces += 1
+        self._reserve(name, nbytes)
+        return Ref(name)
+
+    def table(self, numbers: Any) -> Ref:
+        """Return the address of constant int64 numbers; equal tables are stored once."""
+        array = np.asarray(numbers, np.int64).ravel()
+        name = f"table:{hash(array.tobytes())}:{array.size}"
+        if name not in self.plan.fixed:
+            self.plan.fixed[name] = aligned(array.size, np.int64)
+            self.plan.fixed[name][:] = array
+        return Ref(name)
+
+    def zeros(self, count: int) -> Ref:
+        """Return ``count`` float32 zeros."""
+        return self.table(np.zeros(-(-count // 2), np.int64))
+
+    # --- rows ---
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Rows emitted inside belong to another stage than the node's own."""
+        before, self._stage = self._stage, name
+        yield
+        self._stage = before
+
+    def emit(self, kernel: str, sizes: tuple[int, ...], jobs: int, **arguments: int | float | Ref) -> None:
+        """Append a kernel call.
+
+        Raises:
+            GraphError: the arguments are not those of the kernel (a bug in an operator).
+        """
+        names = argument_names(kernel)
+        if set(names) != set(arguments):
+            raise GraphError(f"kernel '{kernel}': arguments {sorted(set(names) ^ set(arguments))} missing or unknown")
+        values = tuple(arguments[name] for name in names)
+        self.plan.rows.append(Row((kernel, sizes), values, jobs, self._stage, self._position))
+
+    def _clear_border(self, value: Value) -> None:
+        y = self.layout(value)
+        if y.bordered:
+            top, left, bottom, right = y.border
+            self.emit(
+                "fill_border", (y.lanes,), y.planes, y=self.address(value) + -y.origin, rows=y.rows,
+                columns=y.columns, top=top, left=left, bottom=bottom, right=right, y_plane=y.channel, f_value=0.0,
+            )  # fmt: skip

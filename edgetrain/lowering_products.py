@@ -1,0 +1,185 @@
+"""How the products of training become kernel calls: convolutions, fully connected layers and their gradients.
+
+A product is *direct* (one gather-multiply or gather-correlate over offset tables, ``kernels/dense.py``); the choice
+of its kernel is made here and nowhere else.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from edgetrain.arrays import Layout
+from edgetrain.choice import TILES
+from edgetrain.graph import Node
+from edgetrain.kernels.codes import SAMPLES
+from edgetrain.lowering_core import LoweringCore
+from edgetrain.plan import Ref
+
+if TYPE_CHECKING:
+    from edgetrain.ops.conv import Product
+
+Pair = tuple[int, int]
+
+# Jobs are the grain that threads share. Below this number per kernel call a product is cut further, so that
+# four threads find work; results do not depend on it.
+_WANTED_JOBS = 16
+_PIXELS_PER_JOB = 64
+# Pixels over which a weight gradient stays in registers. It fixes the order of summation, so it must not depend
+# on threads. 256 measured best of 32, 64, 128, 256 on three layers of ResNet-20 (docs/performance.md).
+_PIXELS_PER_SUM = 256
+# A vector per pixel is wasted on maps smaller than this: there the pixels of all blocks form one list.
+_SMALL_MAP = 16
+
+
+class ProductLowering(LoweringCore):
+    """Lowers products; ``g`` is the product's ``ops.conv.Product``, sizes and strides of its weights."""
+
+    # --- the three products of a layer ---
+
+    def product(self, node: Node, g: Product) -> None:
+        """Emit ``y = weights * x + bias`` of a Conv, Gemm or MatMul."""
+        self._direct_forward(node, g)
+
+    def product_input_grad(self, node: Node, g: Product) -> None:
+        """Emit the gradient of a product's input, from (grad_out, weights)."""
+        self._direct_input_grad(node, g)
+
+    def product_weight_grad(self, node: Node, g: Product) -> None:
+        """Emit the gradient of a product's weights, from (x, grad_out)."""
+        self._direct_weight_grad(node, g)
+
+    # --- direct kernels ---
+
+    def _direct_forward(self, node: Node, g: Product) -> None:
+        """Pack the weights, then one gather-multiply."""
+        x, y = self.layout(node.x), self.layout(node.y)
+        bias = node.optional(2)
+        self.multiply(
+            self.address(node.x), x, self.address(node.y), y, pixels=g.forward_pixels(x, y), terms=g.forward_terms(x),
+            weight=self.address(node.input(1)), sources=g.forward_sources(), weight_channel=g.weight_out,
+            weight_group=g.outputs * g.weight_out, groups=g.groups, inputs=g.inputs, outputs=g.outputs,
+            bias=self.address(bias) if bias is not None else None,
+        )  # fmt: skip
+
+    def _direct_input_grad(self, node: Node, g: Product) -> None:
+        """One gather-multiply per phase of the stride; a phase that no window meets becomes 0."""
+        grad, out = self.layout(node.x), self.layout(node.y)
+        for phase in g.phases():
+            self.multiply(
+                self.address(node.x), grad, self.address(node.y), out, pixels=phase.pixels(grad, out),
+                terms=phase.terms(grad), weight=self.address(node.input(1)), sources=phase.sources(),
+                weight_channel=g.weight_in, weight_group=g.outputs * g.weight_out, groups=g.groups, inputs=g.outputs,
+                outputs=g.inputs, bias=None,
+            )  # fmt: skip
+
+    def _direct_weight_grad(self, node: Node, g: Product) -> None:
+        """One gather-correlate."""
+        x, grad = self.layout(node.x), self.layout(node.input(1))
+        self.correlate(
+            self.address(node.x), x, self.address(node.input(1)), grad, self.address(node.y),
+            pixels=g.forward_pixels(x, grad), terms=list(zip(g.forward_terms(x), g.forward_sources(), strict=True)),
+            groups=g.groups, inputs=g.inputs, outputs=g.outputs, weight_channel=g.weight_out,
+            weight_group=g.outputs * g.weight_out,
+        )  # fmt: skip
+
+    def multiply(self, x: Ref, x_layout: Layout, y: Ref, y_layout: Layout, *, pixels: list[Pair], terms: list[int],
+                 weight: Ref, sources: list[int], weight_channel: int, weight_group: int, groups: int, inputs: int,
+                 outputs: int, bias: Ref | None) -> None:  # fmt: skip
+        """Emit ``y[c][p] = bias[c] + sum_k weight[k][c] * x[p + term k]``; see ``kernels.dense.multiply``."""
+        pixels, blocks = self.merge_blocks(pixels, x_layout, y_layout)
+        tile = TILES.multiply(outputs, len(pixels))
+        weights = self.weights(weight, sources, tile[0], outputs, weight_channel, groups, weight_group)
+        self.emit_multiply(
+            x, y, pixels, terms, tile, kind=SAMPLES, lanes=self.lanes, blocks=blocks, groups=groups,
+            channel_count=outputs, bias=bias or self.zeros(groups * outputs + tile[0]), **weights,
+            x_block=x_layout.block, y_block=y_layout.block, x_group=inputs * x_layout.channel,
+            y_group=outputs * y_layout.channel, y_channel=y_layout.channel,
+        )  # fmt: skip
+
+    def weights(self, weight: Ref, sources: list[int], width: int, channels: int, channel_bytes: int, groups: int = 1,
+                weight_group: int = 0) -> dict[str, int | Ref]:  # fmt: skip
+        """Return where a gather-multiply finds its weights: where they are, or packed for its tiles."""
+        step = sources[1] - sources[0] if len(sources) > 1 else 4
+        if channel_bytes == 4 and sources == list(range(0, step * len(sources), step)) and self.reads_rows(channels):
+            # A fully connected layer's input gradient: a row of weights is a term's. LeNet-5's fc1 at batch 8 takes
+            # 10 us so; its forward pass, as large but packed first, 32 us (``edgetrain bench --per-op``).
+            return {"weight": weight, "weight_group": weight_group, "weight_tile": 4 * width, "weight_step": step}
+        packed, packed_group = self.pack_weights(weight, sources, width, channels, channel_bytes, groups, weight_group)
+        tile_bytes = 4 * width * len(sources)
+        return {"weight": packed, "weight_group": packed_group, "weight_tile": tile_bytes, "weight_step": 4 * width}
+
+    def reads_rows(self, channels: int) -> bool:
+        """Whether a tile may read numbers behind the last channel of a row, which are other weights."""
+        return True
+
+    def pack_weights(self, weight: Ref, sources: list[int], width: int, channels: int, channel_bytes: int,
+                     groups: int, weight_group: int) -> tuple[Ref, int]:  # fmt: skip
+        """Emit the packing of weights to ``[group][tile][k][width]``; return its address and the bytes of a group."""
+        tiles = -(-channels // width)
+        packed_group = 4 * tiles * width * len(sources)
+        packed = self.workspace(groups * packed_group)
+        self.emit(
+            "pack_weights", (width,), groups * tiles, weight=weight, packed=packed, sources=self.table(sources),
+            term_count=len(sources), channel_count=channels, group_bytes=weight_group, packed_group=packed_group,
+            channel_bytes=channel_bytes, tiles=tiles, groups=groups,
+        )  # fmt: skip
+        return packed, packed_group
+
+    def emit_multiply(self, x: Ref, y: Ref, pixels: list[Pair], terms: list[int], tile: Pair, *, kind: int, lanes: int,
+                      blocks: int, groups: int, channel_count: int, **arguments: int | Ref) -> None:  # fmt: skip
+        """Emit a gather-multiply, cut into jobs; ``arguments`` are those of the kernel that are not sizes of jobs."""
+        (channels, width), count = tile, len(pixels)
+        pixel_chunk = _chunk(count, _PIXELS_PER_JOB, width)
+        pixel_chunks = -(-count // pixel_chunk)
+        tiles = -(-channel_count // channels)
+        parts = min(tiles, -(-_WANTED_JOBS // (blocks * groups * pixel_chunks)))
+        channel_chunk = -(-tiles // parts) * channels
+        channel_chunks = -(-channel_count // channel_chunk)
+        self.emit(
+            "multiply", (lanes, channels, width, kind), blocks * groups * pixel_chunks * channel_chunks, x=x, y=y,
+            pixels=self.table(pixels + [pixels[-1]] * (-count % width)), terms=self.table(terms), pixel_count=count,
+            term_count=len(terms), channel_count=channel_count, groups=groups, pixel_chunk=pixel_chunk,
+            pixel_chunks=pixel_chunks, channel_chunk=channel_chunk, channel_chunks=channel_chunks, f_low=-math.inf,
+            f_high=math.inf, **arguments,
+        )  # fmt: skip
+
+    def correlate(self, x: Ref, x_layout: Layout, grad: Ref, grad_layout: Layout, target: Ref, *, pixels: list[Pair],
+                  terms: list[Pair], groups: int, inputs: int, outputs: int, weight_channel: int,
+                  weight_group: int) -> None:  # fmt: skip
+        """Emit ``target[c][k] = sum grad[c][p] * x[p + term k]``; see ``kernels.dense.correlate``."""
+        self.emit_correlate(
+            x, x_layout, grad, grad_layout, target, pixels, terms, TILES.correlate(outputs, len(terms)), kind=SAMPLES,
+            groups=groups, channel_count=outputs, x_group=inputs * x_layout.channel,
+            grad_group=outputs * grad_layout.channel, weight_group=weight_group, weight_channel=weight_channel,
+        )  # fmt: skip
+
+    def emit_correlate(self, x: Ref, x_layout: Layout, grad: Ref, grad_layout: Layout, target: Ref, pixels: list[Pair],
+                       terms: list[Pair], tile: Pair, *, kind: int, groups: int, channel_count: int,
+                       **arguments: int) -> None:  # fmt: skip
+        """Emit a gather-correlate, cut into jobs; ``arguments``: those of the kernel that are not sizes of jobs."""
+        pixels, blocks = self.merge_blocks(pixels, x_layout, grad_layout)
+        (channels, width), count = tile, len(terms)
+        tiles = -(-channel_count // channels)
+        term_chunk = _chunk(count, -(-count // -(-_WANTED_JOBS // (groups * tiles))), width)
+        term_chunks = -(-count // term_chunk)
+        self.emit(
+            "correlate", (grad_layout.lanes, channels, width, kind), groups * tiles * term_chunks, x=x, grad_out=grad,
+            grad_weight=target, pixels=self.table(pixels), terms=self.table(terms + [terms[-1]] * (-count % width)),
+            pixel_count=len(pixels), term_count=count, channel_count=channel_count, x_block=x_layout.block,
+            grad_block=grad_layout.block, grad_channel=grad_layout.channel, blocks=blocks, groups=groups,
+            pixel_chunk=_PIXELS_PER_SUM, term_chunk=term_chunk, term_chunks=term_chunks, channel_tiles=tiles,
+            **arguments,
+        )  # fmt: skip
+
+    def merge_blocks(self, pixels: list[Pair], x: Layout, y: Layout) -> tuple[list[Pair], int]:
+        """Treat all blocks' pixels as one list where maps are small (a fully connected layer has one pixel)."""
+        if len(pixels) >= _SMALL_MAP or self.blocks == 1:
+            return pixels, self.blocks
+        return [(a + b * x.block, c + b * y.block) for b in range(self.blocks) for a, c in pixels], 1
+
+
+def _chunk(count: int, wanted: int, multiple: int) -> int:
+    """Cut ``count`` into equal chunks of about ``wanted``; return a chunk's size, a multiple of ``multiple``."""
+    parts = max(1, round(count / max(1, wanted)))
+    return max(multiple, -(-count // (parts * multiple)) * multiple)
