@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import os
-import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from edgetrain.accounting import StepResult
 from edgetrain.arrays import batch_of, labels_of
 from edgetrain.autodiff import TARGET
 from edgetrain.checkpoint import load_checkpoint, save_checkpoint
@@ -26,6 +26,7 @@ from edgetrain.devices import DeviceProfile, load_profile
 from edgetrain.errors import CheckpointError, DataError, NumericalError, UsageError
 from edgetrain.executor import Executor
 from edgetrain.fitting import Data, History, fit_loop
+from edgetrain.forking import ForkLock
 from edgetrain.graph import Graph, Normalization
 from edgetrain.optim import SGD, Optimizer
 from edgetrain.parameters import Parameters
@@ -39,27 +40,6 @@ if TYPE_CHECKING:
 
 Inputs = ArrayLike | Mapping[str, ArrayLike]
 Arrays = dict[str, NDArray[np.float32]]
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """What one training step did.
-
-    Attributes:
-        loss: mean over the batch, before the update.
-        correct: samples whose largest output was the label's.
-        instances_seen, instances_trained: samples handed in, and samples trained on.
-        macs_dense, macs_done: multiply-accumulates that a dense step needs, and those executed.
-        seconds: wall-clock time.
-    """
-
-    loss: float
-    correct: int
-    instances_seen: int
-    instances_trained: int
-    macs_dense: int
-    macs_done: int
-    seconds: float
 
 
 @dataclass(frozen=True)
@@ -120,7 +100,7 @@ class Learner:
         # The graph's arrays are the trained ones, not a second copy.
         self.graph.arrays = {name: self._parameters.view(name) for name in self._parameters.names()}
         objective = Objective(self.loss, self.label_smoothing)
-        self._lock = threading.RLock()
+        self._lock = ForkLock()
         self._scaled_for: Normalization | None = None
         self._parameters.scale_input(None)
         self.plans = Plans(
@@ -189,7 +169,8 @@ class Learner:
             self.step_count += 1
             loss, correct = (float(v) for v in self._parameters.buffers["result"][:2])
             macs = count * self.plans.step_macs
-        return StepResult(loss, int(correct), count, count, macs, macs, time.perf_counter() - start)
+        seconds = time.perf_counter() - start
+        return StepResult(loss, int(correct), count, count, macs, macs, seconds, instances_kept=count)
 
     def time_rows(self, x: Inputs, y: ArrayLike) -> NDArray[np.float64]:
         """Take one optimizer step like ``partial_fit`` and return the seconds of every kernel call, for diagnosis.

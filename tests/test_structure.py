@@ -32,8 +32,8 @@ EVERY_FILE = pytest.mark.parametrize("name", FILES)
 
 # A unit is a module, or a whole sub-package. It imports itself and units of lower floors, nothing else.
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("errors", "_version", "hostinfo", "device_profiles", "bench_load"),
-    ("arrays", "schema", "bench_process", "units"),
+    ("errors", "_version", "hostinfo", "device_profiles", "bench_load", "forking"),
+    ("arrays", "schema", "bench_process", "units", "accounting"),
     ("devices", "kernels"),
     ("graph", "choice"),
     ("ops", "optim", "data", "models", "onnx_io", "graph_json", "history", "torch_network"),

@@ -15,10 +15,10 @@ import ctypes
 import functools
 import importlib
 import json
-import threading
 from collections.abc import Callable
 
 from edgetrain.errors import GraphError
+from edgetrain.forking import ForkLock
 from edgetrain.kernels import cache
 
 Body = Callable[[int, int, int], None]
@@ -33,7 +33,7 @@ _MODULES = (
 )  # fmt: skip
 _FACTORIES: dict[str, tuple[Factory, tuple[str, ...]]] = {}
 _ADDRESSES: dict[tuple[str, tuple[int, ...]], int] = {}
-_LOCK = threading.Lock()
+_LOCK = ForkLock()
 _NAMES = "arguments.json"  # the kernels' arguments, in the cache beside the kernels
 
 
@@ -72,11 +72,11 @@ def argument_names(name: str) -> tuple[str, ...]:
 
 def compile_kernels(wanted: list[tuple[str, tuple[int, ...]]]) -> dict[tuple[str, tuple[int, ...]], int]:
     """Return the address of every wanted ``(name, compile-time sizes)``, compiling what is missing."""
-    with _LOCK:
-        for number, key in enumerate(wanted, 1):
+    for number, key in enumerate(wanted, 1):
+        with _LOCK:  # for one kernel, so that a fork need not wait for all
             if key not in _ADDRESSES:
                 _ADDRESSES[key] = _kernel_address(key, number, len(wanted))
-        return {key: _ADDRESSES[key] for key in wanted}
+    return {key: _ADDRESSES[key] for key in wanted}
 
 
 @functools.cache
