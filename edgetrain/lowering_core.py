@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -19,13 +19,15 @@ from edgetrain.plan import Plan, Ref, Row, share_memory
 
 if TYPE_CHECKING:
     from edgetrain.parameters import Parameters
+    from edgetrain.sparse_index import SparseIndex
 
 
 class LoweringCore:
     """Rows of one plan, and the buffers that they read and write."""
 
     def __init__(self, graph: Graph, nodes: Sequence[Node], lanes: int, blocks: int, parameters: Parameters,
-                 keep: set[str]) -> None:  # fmt: skip
+                 keep: set[str], sparse: Mapping[str, SparseIndex] | None = None) -> None:  # fmt: skip
+        self.sparse = {} if sparse is None else sparse  # by the weight's name; products with other weights are dense
         self.plan = Plan(graph, lanes, blocks, by_channel=self.kind == CHANNELS)
         self.lanes, self.blocks = lanes, blocks
         self._nodes, self._parameters, self._keep = nodes, parameters, keep

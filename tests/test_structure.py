@@ -34,7 +34,7 @@ EVERY_FILE = pytest.mark.parametrize("name", FILES)
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors", "_version", "hostinfo", "device_profiles", "bench_load", "forking"),
     ("arrays", "schema", "bench_process", "units", "accounting"),
-    ("devices", "kernels"),
+    ("devices", "kernels", "sparse_index"),
     ("graph", "choice"),
     ("ops", "optim", "data", "models", "onnx_io", "graph_json", "history", "torch_network"),
     ("autodiff", "memory", "catalog", "bench_torch", "bench_jax", "fitting"),

@@ -1,0 +1,137 @@
+"""Which weights of one product exist: compressed sparse rows over a weight's ONNX array.
+
+Kernels read the arrays of an index while they run; a new topology is written into the same memory, so no plan has to
+be made again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from edgetrain.arrays import aligned
+from edgetrain.errors import UsageError
+
+Mask = NDArray[np.bool_]
+Floats = NDArray[np.float32]
+
+
+class SparseIndex:
+    """The places of a weight's non-zeros, row by row; a row is one output channel, over all groups.
+
+    Within a row the entries are ascending by column. A row may be empty or full.
+
+    Args:
+        shape: of the weight in ONNX layout: ``(O, C / groups, [KH,] KW)``, or two sizes for Gemm and MatMul.
+        capacity: most entries there can be; all weights by default.
+        inputs_first: a Gemm's weights are ``(inputs, outputs)`` instead of ``(outputs, inputs)``.
+        compact: the values lie one after another in the order of the entries, ``capacity`` floats in all, and there
+            is no dense array; otherwise the dense array stays and ``places`` point into it.
+
+    Attributes:
+        shape, inputs_first, compact, capacity: as given.
+        rows, row_size: output channels; weights of one of them.
+        taps: weights of one (output channel, input channel): ``KH * KW``, 1 for Gemm and MatMul.
+        starts: int32 ``(rows + 1,)``: first entry of every row; the last one is ``count``.
+        columns: int32 ``(capacity,)``: input channel within the group times ``taps`` plus tap.
+        places: int32 ``(capacity,)``: the value's index in the weight's storage, in floats.
+
+    The three arrays keep their addresses and sizes for life; what stands behind ``count`` is 0.
+
+    Raises:
+        UsageError: the shape or the capacity makes no sense.
+
+    Example:
+        >>> index = SparseIndex((2, 3), capacity=4)
+        >>> index.set([[True, False, True], [False, True, False]])
+        >>> index.starts.tolist(), index.columns.tolist(), index.places.tolist(), index.density
+        ([0, 2, 3], [0, 2, 1, 0], [0, 1, 2, 0], 0.5)
+    """
+
+    def __init__(
+        self, shape: Sequence[int], capacity: int | None = None, *, inputs_first: bool = False, compact: bool = True
+    ) -> None:
+        self.shape, self.inputs_first, self.compact = tuple(shape), inputs_first, compact
+        if len(self.shape) not in (2, 3, 4) or (inputs_first and len(self.shape) != 2):
+            raise UsageError(f"sparse index: shape {self.shape}, expected the weights of a Conv, Gemm or MatMul")
+        by_row = self.shape[::-1] if inputs_first else self.shape
+        self.rows, self.row_size = by_row[0], int(np.prod(by_row[1:]))
+        self.taps = int(np.prod(by_row[2:]))
+        self.capacity = self.rows * self.row_size if capacity is None else capacity
+        if not 0 <= self.capacity <= self.rows * self.row_size < 2**31:
+            raise UsageError(f"sparse index: capacity={capacity}, expected 0 to {self.rows * self.row_size} weights")
+        self.starts, self.columns, self.places = (
+            aligned(size, np.int32) for size in (self.rows + 1, self.capacity, self.capacity)
+        )
+
+    @property
+    def size(self) -> int:
+        """Number of weights of the dense array."""
+        return self.rows * self.row_size
+
+    @property
+    def count(self) -> int:
+        """Number of weights that exist."""
+        return int(self.starts[-1])
+
+    @property
+    def density(self) -> float:
+        """Share of weights that exist."""
+        return self.count / self.size
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the three arrays."""
+        return self.starts.nbytes + self.columns.nbytes + self.places.nbytes
+
+    def set(self, mask: ArrayLike) -> None:
+        """Take another topology; the values are the caller's business.
+
+        Args:
+            mask: which weights exist, bool in the weight's ONNX shape.
+
+        Raises:
+            UsageError: another shape, or more entries than ``capacity``.
+        """
+        rows = self._by_row(np.asarray(mask, bool))
+        owners, columns = np.nonzero(rows)
+        count = len(columns)
+        if count > self.capacity:
+            raise UsageError(f"sparse index: {count} weights given, there is room for {self.capacity}")
+        self.starts[0] = 0
+        self.starts[1:] = np.cumsum(np.bincount(owners, minlength=self.rows))
+        self.columns[:count], self.columns[count:] = columns, 0
+        self.places[:count] = np.arange(count) if self.compact else self._flat(owners, columns)
+        self.places[count:] = 0
+
+    def mask(self) -> Mask:
+        """Return which weights exist, bool in the weight's ONNX shape."""
+        mask = np.zeros(self.size, bool)
+        mask[self.positions()] = True
+        return mask.reshape(self.shape)
+
+    def positions(self) -> NDArray[np.int64]:
+        """Return the entries' indices in the flat ONNX array int64 ``(count,)``, in the order of the entries."""
+        owners = np.repeat(np.arange(self.rows), np.diff(self.starts))
+        return self._flat(owners, self.columns[: self.count].astype(np.int64))
+
+    def values_of(self, dense: ArrayLike) -> Floats:
+        """Return the values of the entries of a dense array (ONNX shape), float32 ``(count,)``, in their order."""
+        values: Floats = np.asarray(dense, np.float32).reshape(-1)[self.positions()]
+        return values
+
+    def dense(self, values: ArrayLike) -> Floats:
+        """Return the array in its ONNX shape, float32, 0 where no weight exists; ``values``: at least ``count``."""
+        out = np.zeros(self.size, np.float32)
+        out[self.positions()] = np.asarray(values, np.float32)[: self.count]
+        return out.reshape(self.shape)
+
+    def _by_row(self, mask: Mask) -> Mask:
+        if mask.shape != self.shape:
+            raise UsageError(f"sparse index: a mask of shape {mask.shape}, expected {self.shape}")
+        return mask.T if self.inputs_first else mask.reshape(self.rows, self.row_size)
+
+    def _flat(self, rows: NDArray[np.int64], columns: NDArray[np.int64]) -> NDArray[np.int64]:
+        return columns * self.rows + rows if self.inputs_first else rows * self.row_size + columns
