@@ -21,7 +21,7 @@ _PUBLIC = {
     "Graph": "edgetrain.graph",
     "Normalization": "edgetrain.graph",
     "Learner": "edgetrain.learner",
-    "StepResult": "edgetrain.learner",
+    "StepResult": "edgetrain.accounting",
     "SGD": "edgetrain.optim",
     "Adam": "edgetrain.optim",
     "AdamW": "edgetrain.optim",

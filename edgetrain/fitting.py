@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, TypeAlias
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from edgetrain.accounting import StepResult
 from edgetrain.data import Augmentation, Dataset, batch_count, batches
 from edgetrain.data.convert import Layout
 from edgetrain.errors import DataError, UsageError
@@ -21,7 +22,7 @@ from edgetrain.graph import Graph, Normalization, Shape
 from edgetrain.history import EpochRecord, History, Totals
 
 if TYPE_CHECKING:
-    from edgetrain.learner import Learner, StepResult
+    from edgetrain.learner import Learner
 
 __all__ = ["Callbacks", "Data", "History", "StepEvent", "as_dataset", "check_fits", "evaluate_dataset", "fit_loop"]
 
@@ -255,10 +256,7 @@ def _record(learner: Learner, metrics: Mapping[str, float]) -> EpochRecord:
         lr=_last_lr(learner),
         seconds=total.seconds,
         images_per_second=total.images_per_second,
-        instances_seen=total.instances_seen,
-        instances_trained=total.instances_trained,
-        macs_dense=total.macs_dense,
-        macs_done=total.macs_done,
+        **total.counts(),
     )
 
 

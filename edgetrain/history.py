@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from edgetrain.accounting import METHODS, StepResult
 from edgetrain.errors import UsageError
 
-if TYPE_CHECKING:
-    from edgetrain.learner import StepResult
+# What records, sums and steps all count.
+COUNTED = ("instances_seen", "instances_trained", "instances_kept", "instances_uncertain", "macs_dense", "macs_done",
+           "macs_selection", *(f"saved_{method}" for method in METHODS))  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +31,8 @@ class EpochRecord:
         images_per_second: instances seen per second of training time.
         instances_seen, instances_trained: the second is smaller when a filter skipped some.
         macs_dense, macs_done: multiply-accumulates a dense epoch needs, and those really executed.
+        instances_kept, instances_uncertain, macs_selection: what the instance filter did, as in ``StepResult``.
+        saved_filter, saved_error_maps, saved_weights, saved_activations: multiply-accumulates saved by each method.
     """
 
     epoch: int
@@ -44,39 +48,62 @@ class EpochRecord:
     instances_trained: int
     macs_dense: int
     macs_done: int
+    instances_kept: int = 0
+    instances_uncertain: int = 0
+    macs_selection: int = 0
+    saved_filter: int = 0
+    saved_error_maps: int = 0
+    saved_weights: int = 0
+    saved_activations: int = 0
 
 
 @dataclass
 class Totals:
-    """Sums over the steps of the running epoch."""
+    """Sums over steps: of the running epoch, or of a stream.
+
+    ``judged`` counts the instances that ``loss`` and ``correct`` are about: those trained on, or those predicted.
+    """
 
     loss: float = 0.0
     correct: int = 0
+    judged: int = 0
+    seconds: float = 0.0
     instances_seen: int = 0
     instances_trained: int = 0
+    instances_kept: int = 0
+    instances_uncertain: int = 0
     macs_dense: int = 0
     macs_done: int = 0
-    seconds: float = 0.0
+    macs_selection: int = 0
+    saved_filter: int = 0
+    saved_error_maps: int = 0
+    saved_weights: int = 0
+    saved_activations: int = 0
 
-    def add(self, step: StepResult, seconds: float) -> None:
-        """Count one step that took ``seconds``, data preparation included."""
-        self.loss += float(step.loss) * step.instances_seen
-        self.correct += int(step.correct)
-        self.instances_seen += step.instances_seen
-        self.instances_trained += step.instances_trained
-        self.macs_dense += int(step.macs_dense)
-        self.macs_done += int(step.macs_done)
+    def add(self, step: StepResult, seconds: float, judged: int | None = None) -> None:
+        """Count one step that took ``seconds``, data preparation included; it judged those trained on by default."""
+        number = step.instances_trained if judged is None else judged
+        if number:
+            self.loss += float(step.loss) * number
+            self.correct += int(step.correct)
+            self.judged += number
         self.seconds += seconds
+        for name in COUNTED:
+            setattr(self, name, getattr(self, name) + int(getattr(step, name)))
+
+    def counts(self) -> dict[str, int]:
+        """Return the sums that ``EpochRecord`` has too, by name."""
+        return {name: getattr(self, name) for name in COUNTED}
 
     @property
     def mean_loss(self) -> float:
-        """Mean loss per instance so far."""
-        return self.loss / max(self.instances_seen, 1)
+        """Mean loss per judged instance so far."""
+        return self.loss / max(self.judged, 1)
 
     @property
     def accuracy(self) -> float:
-        """Share of instances predicted right so far."""
-        return self.correct / max(self.instances_seen, 1)
+        """Share of judged instances predicted right so far."""
+        return self.correct / max(self.judged, 1)
 
     @property
     def images_per_second(self) -> float:

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from edgetrain.accounting import StepResult
 from edgetrain.data import Dataset
 from edgetrain.errors import DataError, UsageError
 from edgetrain.fitting import as_dataset, evaluate_dataset, fit_loop
@@ -59,9 +60,7 @@ class FakeLearner:
         self.weights -= self.optimizer.lr_at(self.step_count) * error.T @ x.reshape(len(x), -1) / len(y)
         self.step_count += 1
         self.batches.append(len(y))
-        return SimpleNamespace(
-            loss=loss, correct=correct, instances_seen=len(y), instances_trained=len(y), macs_dense=12, macs_done=6
-        )
+        return StepResult(loss, correct, len(y), len(y), macs_dense=12, macs_done=6, seconds=0.0)
 
     def evaluate(self, x, y):
         probabilities = self._probabilities(x)

@@ -85,9 +85,11 @@ def test_a_step_reports_what_it_did(count):
     step = learner().partial_fit(*batch(count))
     assert [field.name for field in fields(step)] == [
         "loss", "correct", "instances_seen", "instances_trained", "macs_dense", "macs_done", "seconds",
+        "instances_kept", "instances_uncertain", "macs_selection", "saved_filter", "saved_error_maps", "saved_weights",
+        "saved_activations",
     ]  # fmt: skip
-    assert [type(value) for value in vars(step).values()] == [float, int, int, int, int, int, float]
-    assert (step.instances_seen, step.instances_trained) == (count, count)
+    assert [type(value) for value in vars(step).values()] == [float, int, int, int, int, int, float, *[int] * 7]
+    assert (step.instances_seen, step.instances_trained, step.instances_kept) == (count, count, count)
     assert 0 <= step.correct <= count
     assert step.macs_dense == step.macs_done > count * classifier().macs()
     assert step.seconds > 0
