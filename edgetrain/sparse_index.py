@@ -27,18 +27,23 @@ class SparseIndex:
         shape: of the weight in ONNX layout: ``(O, C / groups, [KH,] KW)``, or two sizes for Gemm and MatMul.
         capacity: most entries there can be; all weights by default.
         inputs_first: a Gemm's weights are ``(inputs, outputs)`` instead of ``(outputs, inputs)``.
+        groups: of the convolution.
         compact: the values lie one after another in the order of the entries, ``capacity`` floats in all, and there
             is no dense array; otherwise the dense array stays and ``places`` point into it.
 
     Attributes:
-        shape, inputs_first, compact, capacity: as given.
+        shape, inputs_first, groups, compact, capacity: as given.
+        input_rows: input channels, over all groups.
         rows, row_size: output channels; weights of one of them.
         taps: weights of one (output channel, input channel): ``KH * KW``, 1 for Gemm and MatMul.
         starts: int32 ``(rows + 1,)``: first entry of every row; the last one is ``count``.
         columns: int32 ``(capacity,)``: input channel within the group times ``taps`` plus tap.
         places: int32 ``(capacity,)``: the value's index in the weight's storage, in floats.
+        input_starts, input_columns, input_places: the same entries ordered by input channel (over all groups) and
+            output channel, for the input gradient: ``input_columns`` is the output channel within the group times
+            ``taps`` plus tap.
 
-    The three arrays keep their addresses and sizes for life; what stands behind ``count`` is 0.
+    The arrays keep their addresses and sizes for life; what stands behind ``count`` is 0.
 
     Raises:
         UsageError: the shape or the capacity makes no sense.
@@ -48,12 +53,15 @@ class SparseIndex:
         >>> index.set([[True, False, True], [False, True, False]])
         >>> index.starts.tolist(), index.columns.tolist(), index.places.tolist(), index.density
         ([0, 2, 3], [0, 2, 1, 0], [0, 1, 2, 0], 0.5)
+        >>> index.input_starts.tolist(), index.input_columns.tolist(), index.input_places.tolist()
+        ([0, 1, 2, 3], [0, 1, 0, 0], [0, 2, 1, 0])
     """
 
     def __init__(
-        self, shape: Sequence[int], capacity: int | None = None, *, inputs_first: bool = False, compact: bool = True
-    ) -> None:
-        self.shape, self.inputs_first, self.compact = tuple(shape), inputs_first, compact
+        self, shape: Sequence[int], capacity: int | None = None, *, inputs_first: bool = False, groups: int = 1,
+        compact: bool = True,
+    ) -> None:  # fmt: skip
+        self.shape, self.inputs_first, self.groups, self.compact = tuple(shape), inputs_first, groups, compact
         if len(self.shape) not in (2, 3, 4) or (inputs_first and len(self.shape) != 2):
             raise UsageError(f"sparse index: shape {self.shape}, expected the weights of a Conv, Gemm or MatMul")
         by_row = self.shape[::-1] if inputs_first else self.shape
@@ -62,8 +70,14 @@ class SparseIndex:
         self.capacity = self.rows * self.row_size if capacity is None else capacity
         if not 0 <= self.capacity <= self.rows * self.row_size < 2**31:
             raise UsageError(f"sparse index: capacity={capacity}, expected 0 to {self.rows * self.row_size} weights")
+        if self.rows % groups:
+            raise UsageError(f"sparse index: {self.rows} output channels, not divisible by groups={groups}")
+        self.input_rows = groups * self.row_size // self.taps
         self.starts, self.columns, self.places = (
             aligned(size, np.int32) for size in (self.rows + 1, self.capacity, self.capacity)
+        )
+        self.input_starts, self.input_columns, self.input_places = (
+            aligned(size, np.int32) for size in (self.input_rows + 1, self.capacity, self.capacity)
         )
 
     @property
@@ -83,8 +97,8 @@ class SparseIndex:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the three arrays."""
-        return self.starts.nbytes + self.columns.nbytes + self.places.nbytes
+        """Bytes of the arrays."""
+        return 4 * (self.rows + 1 + self.input_rows + 1 + 4 * self.capacity)
 
     def set(self, mask: ArrayLike) -> None:
         """Take another topology; the values are the caller's business.
@@ -105,6 +119,19 @@ class SparseIndex:
         self.columns[:count], self.columns[count:] = columns, 0
         self.places[:count] = np.arange(count) if self.compact else self._flat(owners, columns)
         self.places[count:] = 0
+        self._transpose(owners, count)
+
+    def _transpose(self, owners: NDArray[np.int64], count: int) -> None:
+        """Write the entries by input channel; ``owners``: the row of every entry."""
+        group, output = np.divmod(owners, self.rows // self.groups)
+        channel, tap = np.divmod(self.columns[:count], self.taps)
+        inputs = (group * (self.row_size // self.taps) + channel).astype(np.int32)
+        order = np.argsort(inputs, kind="stable")  # entries are ascending by output channel already
+        self.input_starts[0] = 0
+        self.input_starts[1:] = np.cumsum(np.bincount(inputs, minlength=self.input_rows))
+        self.input_columns[:count] = (output * self.taps + tap)[order]
+        self.input_places[:count] = self.places[:count][order]
+        self.input_columns[count:] = self.input_places[count:] = 0
 
     def mask(self) -> Mask:
         """Return which weights exist, bool in the weight's ONNX shape."""

@@ -71,3 +71,28 @@ def test_masks_that_do_not_fit():
         index.set([[1, 1, 1], [0, 0, 0]])
     with pytest.raises(UsageError, match=r"a mask of shape \(3, 2\), expected \(2, 3\)"):
         index.set(np.zeros((3, 2)))
+
+
+@pytest.mark.parametrize("compact", [True, False], ids=["compact", "master"])
+@pytest.mark.parametrize("groups", [1, 2, 6])
+def test_entries_by_input_channel_are_the_same_ones(groups, compact):
+    mask = random_mask((6, 6 // groups, 3, 1), 0.5)
+    index = SparseIndex(mask.shape, groups=groups, compact=compact)
+    index.set(mask)
+    values = {int(p): i for i, p in enumerate(index.places[: index.count])}
+    owners, outputs = np.repeat(np.arange(index.rows), np.diff(index.starts)), index.rows // groups
+    found = []
+    for channel in range(index.input_rows):
+        for i in range(index.input_starts[channel], index.input_starts[channel + 1]):
+            output, tap = divmod(int(index.input_columns[i]), index.taps)
+            entry = values[int(index.input_places[i])]
+            group, local = divmod(channel, index.row_size // index.taps)
+            assert owners[entry] == group * outputs + output
+            assert index.columns[entry] == local * index.taps + tap
+            found.append((channel, output, tap))
+    assert len(found) == index.count and found == sorted(found)
+
+
+def test_groups_must_divide_the_output_channels():
+    with pytest.raises(UsageError, match="groups=4"):
+        SparseIndex((6, 1, 3, 3), groups=4)
