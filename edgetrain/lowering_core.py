@@ -123,6 +123,21 @@ class LoweringCore:
             self.plan.fixed[name][:] = array
         return Ref(name)
 
+    def index(self, weight: Value) -> dict[str, Ref]:
+        """Return where kernels find the index of a sparse weight: ``starts``, ``columns``, ``places``."""
+        refs = {}
+        for part in ("starts", "columns", "places"):
+            name = f"index:{weight.name}:{part}"
+            self.plan.fixed[name] = getattr(self.sparse[weight.name], part)
+            refs[part] = Ref(name)
+        return refs
+
+    def kept(self, name: str, nbytes: int) -> Ref:
+        """Return memory in the arena that lasts to the end of the step, for ``Executor.kept`` to read."""
+        self.plan.sizes[name] = nbytes
+        self._lifetimes[name] = (self._position, len(self._nodes))
+        return Ref(name)
+
     def zeros(self, count: int) -> Ref:
         """Return ``count`` float32 zeros."""
         return self.table(np.zeros(-(-count // 2), np.int64))

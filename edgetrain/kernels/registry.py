@@ -30,6 +30,7 @@ on_compile: list[Callable[[str, int, int], None]] = []
 
 _MODULES = (
     "channels", "clock", "dense", "elementwise", "layout", "loss", "normalization", "pooling", "random", "update",
+    "sparse_storage",
 )  # fmt: skip
 _FACTORIES: dict[str, tuple[Factory, tuple[str, ...]]] = {}
 _ADDRESSES: dict[tuple[str, tuple[int, ...]], int] = {}

@@ -1,0 +1,46 @@
+"""Between sparse storage and dense arrays; the readable twins are ``SparseIndex.dense`` and ``values_of``.
+
+``starts``, ``columns``, ``places``: int32 arrays of a ``sparse_index.SparseIndex``, read anew at every call.
+"""
+
+from __future__ import annotations
+
+from edgetrain.kernels.registry import Body, kernel
+from edgetrain.kernels.simd import arguments, load_f32, load_i32, store_f32
+
+_INDEX = ("starts", "columns", "places", "dense_row", "dense_column")
+
+
+@kernel("values", "dense", "row_size", *_INDEX)
+def expand_sparse() -> Body:
+    """Write a dense array of weights: the values where they exist, 0 elsewhere. Job: row.
+
+    ``dense_row``, ``dense_column``: byte strides of a row and of a column of the dense array.
+    """
+
+    def body(args: int, first: int, last: int) -> None:
+        values, dense, row_size, starts, columns, places, dense_row, dense_column = arguments(args, 8)
+        for row in range(first, last):
+            line = dense + row * dense_row
+            for column in range(row_size):
+                store_f32(line + column * dense_column, 0.0)
+            for k in range(load_i32(starts + 4 * row), load_i32(starts + 4 * row + 4)):
+                value = load_f32(values + 4 * load_i32(places + 4 * k))
+                store_f32(line + load_i32(columns + 4 * k) * dense_column, value)
+
+    return body
+
+
+@kernel("values", "dense", *_INDEX)
+def gather_sparse() -> Body:
+    """Take the entries of a dense array into sparse storage. Job: row; strides as for ``expand_sparse``."""
+
+    def body(args: int, first: int, last: int) -> None:
+        values, dense, starts, columns, places, dense_row, dense_column = arguments(args, 7)
+        for row in range(first, last):
+            line = dense + row * dense_row
+            for k in range(load_i32(starts + 4 * row), load_i32(starts + 4 * row + 4)):
+                value = load_f32(line + load_i32(columns + 4 * k) * dense_column)
+                store_f32(values + 4 * load_i32(places + 4 * k), value)
+
+    return body
