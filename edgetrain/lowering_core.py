@@ -26,8 +26,10 @@ class LoweringCore:
     """Rows of one plan, and the buffers that they read and write."""
 
     def __init__(self, graph: Graph, nodes: Sequence[Node], lanes: int, blocks: int, parameters: Parameters,
-                 keep: set[str], sparse: Mapping[str, SparseIndex] | None = None) -> None:  # fmt: skip
+                 keep: set[str], sparse: Mapping[str, SparseIndex] | None = None,
+                 whole_gradients: bool = False) -> None:  # fmt: skip
         self.sparse = {} if sparse is None else sparse  # by the weight's name; products with other weights are dense
+        self.whole_gradients = whole_gradients  # whether the gradients of weights that do not exist are kept too
         self.plan = Plan(graph, lanes, blocks, by_channel=self.kind == CHANNELS)
         self.lanes, self.blocks = lanes, blocks
         self._nodes, self._parameters, self._keep = nodes, parameters, keep

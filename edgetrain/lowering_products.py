@@ -9,9 +9,9 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from edgetrain.arrays import Layout
+from edgetrain.arrays import ALIGNMENT, Layout
 from edgetrain.choice import TILES
-from edgetrain.graph import Node
+from edgetrain.graph import Node, Value
 from edgetrain.kernels.codes import SAMPLES
 from edgetrain.lowering_core import LoweringCore
 from edgetrain.plan import Ref
@@ -20,6 +20,12 @@ if TYPE_CHECKING:
     from edgetrain.ops.conv import Product
 
 Pair = tuple[int, int]
+
+
+def whole_gradient(weight: str) -> str:
+    """Return the name of the memory that keeps the gradient of all of a sparse product's weights."""
+    return f"whole gradient:{weight}"
+
 
 # Jobs are the grain that threads share. Below this number per kernel call a product is cut further, so that
 # four threads find work; results do not depend on it.
@@ -47,7 +53,16 @@ class ProductLowering(LoweringCore):
 
     def product_weight_grad(self, node: Node, g: Product) -> None:
         """Emit the gradient of a product's weights, from (x, grad_out)."""
-        self._direct_weight_grad(node, g)
+        weight = node.get("like")
+        index = self.sparse.get(weight.name)
+        if index is None or not index.compact:
+            self._direct_weight_grad(node, g, self.address(node.y))
+            return
+        nbytes = 4 * index.size
+        whole = self.kept(whole_gradient(weight.name), nbytes) if self.whole_gradients else self.workspace(nbytes)
+        self._direct_weight_grad(node, g, whole)
+        self.emit("gather_sparse", (), index.rows, values=self.address(node.y), dense=whole, **self.index(weight),
+                  dense_row=g.weight_out, dense_column=g.weight_tap if len(g.taps) > 1 else g.weight_in)  # fmt: skip
 
     # --- direct kernels ---
 
@@ -57,7 +72,7 @@ class ProductLowering(LoweringCore):
         bias = node.optional(2)
         self.multiply(
             self.address(node.x), x, self.address(node.y), y, pixels=g.forward_pixels(x, y), terms=g.forward_terms(x),
-            weight=self.address(node.input(1)), sources=g.forward_sources(), weight_channel=g.weight_out,
+            weight=self.dense_weight(node.input(1), g), sources=g.forward_sources(), weight_channel=g.weight_out,
             weight_group=g.outputs * g.weight_out, groups=g.groups, inputs=g.inputs, outputs=g.outputs,
             bias=self.address(bias) if bias is not None else None,
         )  # fmt: skip
@@ -65,19 +80,31 @@ class ProductLowering(LoweringCore):
     def _direct_input_grad(self, node: Node, g: Product) -> None:
         """One gather-multiply per phase of the stride; a phase that no window meets becomes 0."""
         grad, out = self.layout(node.x), self.layout(node.y)
+        weight = self.dense_weight(node.input(1), g)
         for phase in g.phases():
             self.multiply(
                 self.address(node.x), grad, self.address(node.y), out, pixels=phase.pixels(grad, out),
-                terms=phase.terms(grad), weight=self.address(node.input(1)), sources=phase.sources(),
+                terms=phase.terms(grad), weight=weight, sources=phase.sources(),
                 weight_channel=g.weight_in, weight_group=g.outputs * g.weight_out, groups=g.groups, inputs=g.outputs,
                 outputs=g.inputs, bias=None,
             )  # fmt: skip
 
-    def _direct_weight_grad(self, node: Node, g: Product) -> None:
+    def dense_weight(self, weight: Value, g: Product) -> Ref:
+        """Return where a product's dense weights are; those of sparse weights are written out for this node alone."""
+        index = self.sparse.get(weight.name)
+        if index is None:
+            return self.address(weight)
+        dense = self.workspace(4 * index.size + ALIGNMENT)  # a tile may read behind the last row
+        self.emit("expand_sparse", (), index.rows, values=self.address(weight), dense=dense, row_size=index.row_size,
+                  **self.index(weight), dense_row=g.weight_out,
+                  dense_column=g.weight_tap if len(g.taps) > 1 else g.weight_in)  # fmt: skip
+        return dense
+
+    def _direct_weight_grad(self, node: Node, g: Product, target: Ref) -> None:
         """One gather-correlate."""
         x, grad = self.layout(node.x), self.layout(node.input(1))
         self.correlate(
-            self.address(node.x), x, self.address(node.input(1)), grad, self.address(node.y),
+            self.address(node.x), x, self.address(node.input(1)), grad, target,
             pixels=g.forward_pixels(x, grad), terms=list(zip(g.forward_terms(x), g.forward_sources(), strict=True)),
             groups=g.groups, inputs=g.inputs, outputs=g.outputs, weight_channel=g.weight_out,
             weight_group=g.outputs * g.weight_out,
