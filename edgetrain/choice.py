@@ -1,24 +1,147 @@
-"""Which tile a product uses: one table, by instruction set and by the product's sizes.
+"""Which kernel and tile a product uses: one function, ``choose``; a rule first, a stored calibration over it.
 
-The tile sizes are accumulators kept in registers (channels x pixels, or channels x
-terms). AVX-512 and NEON have 32 vector registers: 16 accumulators measured best of
-4x4, 4x6, 6x4, 8x2, 2x8, 8x3 (docs/performance.md); AVX2 has 16, where 16 accumulators would spill.
+A tile is a block of accumulators kept in registers (channels x pixels, or channels x terms). The rules go by
+instruction set and by the product's sizes: AVX-512 and NEON have 32 vector registers, where 16 accumulators measured
+best of 4x4, 4x6, 6x4, 8x2, 2x8, 8x3 (docs/performance.md); AVX2 has 16, where 16 accumulators would spill. What the
+rules get wrong on a machine, ``edgetrain doctor --calibrate`` finds out (``calibrate``) and keeps (``calibration``).
+
+No tile changes a bit of any result: every accumulator adds the same numbers in the same order, whatever its
+neighbours are (a test compares all candidates).
 """
 
 from __future__ import annotations
 
 import functools
 import platform
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 
-from edgetrain.devices import detect_host
+from edgetrain.calibration import stored_tiles
+from edgetrain.devices import DeviceProfile, detect_host
+from edgetrain.kernels.codes import CHANNELS, DEPTHWISE, SAMPLES
 
 Tile = tuple[int, int]
+_KINDS = {SAMPLES: "samples", CHANNELS: "channels", DEPTHWISE: "depthwise"}
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What a choice depends on.
+
+    Attributes:
+        kernel: ``multiply`` or ``correlate``, see ``kernels.dense``.
+        kind: what the lanes hold, see ``kernels.codes``.
+        lanes: numbers in a vector.
+        channels: output channels of a group; those of a map of vectors when the product is depthwise.
+        pixels: output pixels of a block; of all blocks where maps are small.
+        terms: numbers that one output pixel (``multiply``) or all of them (``correlate``) are multiplied with.
+        groups: groups, or maps of vectors when the product is depthwise.
+    """
+
+    kernel: str
+    kind: int
+    lanes: int
+    channels: int
+    pixels: int
+    terms: int
+    groups: int = 1
+
+    @property
+    def label(self) -> str:
+        """The name of these sizes in a calibration.
+
+        Example:
+            >>> Sizes("multiply", SAMPLES, 16, channels=32, pixels=256, terms=144).label
+            'multiply samples x16: 32 channels, 256 pixels, 144 terms, groups 1'
+        """
+        return (
+            f"{self.kernel} {_KINDS[self.kind]} x{self.lanes}: {self.channels} channels, {self.pixels} pixels, "
+            f"{self.terms} terms, groups {self.groups}"
+        )
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The tile of a product, and why: ``rule``, ``calibration``, or ``trial`` while calibrating."""
+
+    sizes: Sizes
+    tile: Tile
+    reason: str
+
+
+@dataclass(frozen=True)
+class Target:
+    """What tiles are chosen for: the SIMD width in float32, at least 4, and the number of vector registers."""
+
+    lanes: int
+    registers: int
+
+
+_TARGET: ContextVar[Target | None] = ContextVar("target", default=None)
+_TRIAL: ContextVar[Callable[[Sizes], Tile | None] | None] = ContextVar("trial", default=None)
+
+
+def choose(sizes: Sizes) -> Choice:
+    """Return the choice for a product: of a trial, else of this machine's calibration, else of the rule."""
+    trial = _TRIAL.get()
+    if trial is not None:
+        tile = trial(sizes)
+        return Choice(sizes, rule(sizes), "rule") if tile is None else Choice(sizes, tile, "trial")
+    stored = stored_tiles().get(sizes.label) if _TARGET.get() is None else None
+    if stored in candidates(sizes)[1:]:  # never what a file edited by hand says: too wide a tile reads beyond its rows
+        return Choice(sizes, stored, "calibration")
+    return Choice(sizes, rule(sizes), "rule")
+
+
+@contextmanager
+def trial(tiles: Callable[[Sizes], Tile | None]) -> Iterator[None]:
+    """Choose by a function instead of a calibration, in this thread; where it returns ``None`` the rule counts."""
+    before = _TRIAL.set(tiles)
+    try:
+        yield
+    finally:
+        _TRIAL.reset(before)
+
+
+@contextmanager
+def planning_for(profile: DeviceProfile) -> Iterator[None]:
+    """Choose for another device, in this thread: what it would do, to be looked at and not run."""
+    registers = _registers(profile.architecture, profile.simd_float32_lanes)
+    before = _TARGET.set(Target(max(4, profile.simd_float32_lanes), registers))
+    try:
+        yield
+    finally:
+        _TARGET.reset(before)
+
+
+def target() -> Target:
+    """Return what tiles are chosen for: this machine, or another inside ``planning_for``."""
+    return _TARGET.get() or _host()
+
+
+def simd_lanes() -> int:
+    """Return the target's SIMD width in float32, at least 4."""
+    return target().lanes
+
+
+@functools.cache
+def _host() -> Target:
+    lanes = max(4, detect_host().simd_float32_lanes)
+    return Target(lanes, _registers(platform.machine(), lanes))
+
+
+def _registers(architecture: str, lanes: int) -> int:
+    return 16 if architecture == "x86_64" and lanes < 16 else 32
+
+
+# --- rules ---
 
 
 @dataclass(frozen=True)
 class Tiles:
-    """Tile sizes by case."""
+    """Tile sizes by case, where lanes hold samples."""
 
     many_pixels: Tile
     two_pixels: Tile
@@ -29,29 +152,21 @@ class Tiles:
     odd: Tile | None = None  # (channels, pixels) for numbers of channels that the others fill badly, such as 6
     gradient_odd: Tile | None = None
 
-    def multiply(self, channels: int, pixels: int) -> Tile:
+    def multiply(self, sizes: Sizes) -> Tile:
         """Return (channels, pixels) of a gather-multiply's tile."""
-        if channels == 1:
+        if sizes.channels == 1:
             return self.one_channel
-        if pixels == 1:
+        if sizes.pixels == 1:
             return self.one_pixel
-        if pixels <= self.two_pixels[1]:
+        if sizes.pixels <= self.two_pixels[1]:
             return self.two_pixels
-        return _fuller(channels, self.many_pixels, self.odd)
+        return _fuller(sizes.channels, self.many_pixels, self.odd)
 
-    def correlate(self, channels: int, terms: int) -> Tile:
+    def correlate(self, sizes: Sizes) -> Tile:
         """Return (channels, terms) of a gather-correlate's tile."""
-        if channels == 1:
-            return 1, _even(terms, self.gradient_terms)
-        return _fuller(channels, self.gradient, self.gradient_odd)
-
-
-def _fuller(channels: int, usual: Tile, odd: Tile | None) -> Tile:
-    """Return the tile that computes fewer channels that do not exist, the usual one unless it wastes a tenth more."""
-    if odd is None:
-        return usual
-    computed = [-(-channels // tile[0]) * tile[0] for tile in (usual, odd)]
-    return odd if computed[0] > 1.1 * computed[1] else usual
+        if sizes.channels == 1:
+            return 1, _even(sizes.terms, self.gradient_terms)
+        return _fuller(sizes.channels, self.gradient, self.gradient_odd)
 
 
 @dataclass(frozen=True)
@@ -66,20 +181,43 @@ class ChannelTiles:
     gradient_wide: Tile
     gradient_terms: int
 
-    def multiply(self, channels: int, pixels: int, lanes: int) -> Tile:
+    def multiply(self, sizes: Sizes) -> Tile:
         """Return (channels, pixels) of a gather-multiply's tile."""
-        vectors = -(-channels // lanes)
-        tile = self.few_pixels if pixels <= self.few_pixels[1] else self.narrow if vectors == 1 else self.wide
-        return min(tile[0], vectors) * lanes, tile[1]
+        if sizes.kind == DEPTHWISE:
+            return sizes.lanes, self.depthwise
+        vectors = -(-sizes.channels // sizes.lanes)
+        tile = self.few_pixels if sizes.pixels <= self.few_pixels[1] else self.narrow if vectors == 1 else self.wide
+        return min(tile[0], vectors) * sizes.lanes, tile[1]
 
-    def correlate(self, channels: int, terms: int, lanes: int) -> Tile:
+    def correlate(self, sizes: Sizes) -> Tile:
         """Return (channels, terms) of a gather-correlate's tile."""
-        tile = self.gradient_narrow if channels <= lanes else self.gradient_wide
-        return tile[0] * lanes, tile[1]
+        if sizes.kind == DEPTHWISE:
+            return sizes.lanes, _even(sizes.terms, self.gradient_terms)
+        tile = self.gradient_narrow if sizes.channels <= sizes.lanes else self.gradient_wide
+        return tile[0] * sizes.lanes, tile[1]
 
-    def depthwise_terms(self, terms: int) -> int:
-        """Return how many terms a depthwise weight gradient keeps at once."""
-        return _even(terms, self.gradient_terms)
+
+# By number of vector registers: lanes hold samples, lanes hold channels.
+_RULES = {
+    32: (Tiles((4, 4), (8, 2), (16, 1), (1, 8), (4, 4), 13, odd=(6, 4), gradient_odd=(6, 3)),
+         ChannelTiles((1, 12), (2, 8), (8, 1), 8, (1, 12), (2, 8), 13)),
+    16: (Tiles((4, 3), (6, 2), (12, 1), (1, 8), (4, 3), 12),
+         ChannelTiles((1, 8), (2, 5), (8, 1), 6, (1, 9), (2, 5), 9)),
+}  # fmt: skip
+
+
+def rule(sizes: Sizes) -> Tile:
+    """Return the tile that the rules give a product, without a look at any calibration."""
+    tiles = _RULES[target().registers][0 if sizes.kind == SAMPLES else 1]
+    return tiles.multiply(sizes) if sizes.kernel == "multiply" else tiles.correlate(sizes)
+
+
+def _fuller(channels: int, usual: Tile, odd: Tile | None) -> Tile:
+    """Return the tile that computes fewer channels that do not exist, the usual one unless it wastes a tenth more."""
+    if odd is None:
+        return usual
+    computed = [-(-channels // tile[0]) * tile[0] for tile in (usual, odd)]
+    return odd if computed[0] > 1.1 * computed[1] else usual
 
 
 def _even(count: int, most: int) -> int:
@@ -88,20 +226,41 @@ def _even(count: int, most: int) -> int:
     return -(-count // parts)
 
 
-def _registers() -> int:
-    """Return the number of vector registers: 32 with AVX-512 and NEON, 16 with AVX2."""
-    return 16 if platform.machine() == "x86_64" and simd_lanes() < 16 else 32
+# --- candidates of a calibration ---
+
+# In accumulators along the channels and along the pixels or terms; more than 16 along the channels would read
+# beyond what lies behind a row of weights or a bias (``parameters``).
+_SHAPES = ((1, 4), (1, 6), (1, 8), (1, 12), (1, 16), (2, 4), (2, 6), (2, 8), (3, 4), (4, 3), (4, 4), (4, 6), (6, 2),
+           (6, 3), (6, 4), (8, 1), (8, 2), (8, 3), (12, 1), (12, 2), (16, 1))  # fmt: skip
+_PARTS = (5, 7, 9, 13, 18, 25)  # most terms at once where a product has one channel or a map of its own per channel
+_WASTE = 1.25  # a candidate may compute so many times what exists
 
 
-@functools.cache
-def simd_lanes() -> int:
-    """Return this machine's SIMD width in float32, at least 4."""
-    return max(4, detect_host().simd_float32_lanes)
+def candidates(sizes: Sizes) -> list[Tile]:
+    """Return the tiles worth trying for a product: the rule's first, then others that fit registers and sizes.
+
+    Example:
+        >>> candidates(Sizes("correlate", SAMPLES, 16, channels=1, pixels=64, terms=9))[1:]
+        [(1, 5)]
+    """
+    usual, unit = rule(sizes), 1 if sizes.kind == SAMPLES else sizes.lanes
+    wide = sizes.kind != DEPTHWISE and sizes.channels > 1
+    if sizes.kernel == "correlate" and not wide:
+        found = [(unit, _even(sizes.terms, most)) for most in _PARTS]
+    else:
+        found = [(rows * unit, width) for rows, width in _SHAPES if (rows > 1) <= wide]
+    along = sizes.pixels if sizes.kernel == "multiply" else sizes.terms
+    kept = [tile for tile in found if _fits(tile, unit) and _filled(tile, unit, sizes.channels, along)]
+    return list(dict.fromkeys([usual, *kept]))
 
 
-if _registers() == 32:
-    TILES = Tiles((4, 4), (8, 2), (16, 1), (1, 8), (4, 4), 13, odd=(6, 4), gradient_odd=(6, 3))
-    CHANNEL_TILES = ChannelTiles((1, 12), (2, 8), (8, 1), 8, (1, 12), (2, 8), 13)
-else:
-    TILES = Tiles((4, 3), (6, 2), (12, 1), (1, 8), (4, 3), 12)
-    CHANNEL_TILES = ChannelTiles((1, 8), (2, 5), (8, 1), 6, (1, 9), (2, 5), 9)
+def _fits(tile: Tile, unit: int) -> bool:
+    """Whether accumulators, one operand of every row or column and one more number fit the registers."""
+    rows = tile[0] // unit
+    return rows * tile[1] + min(rows, tile[1]) < target().registers
+
+
+def _filled(tile: Tile, unit: int, channels: int, along: int) -> bool:
+    vectors = -(-channels // unit)
+    computed = [-(-vectors // (tile[0] // unit)) * (tile[0] // unit), -(-along // tile[1]) * tile[1]]
+    return computed[0] <= _WASTE * vectors and computed[1] <= _WASTE * along

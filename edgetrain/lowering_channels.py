@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from edgetrain.arrays import Layout, map_sizes
-from edgetrain.choice import CHANNEL_TILES
+from edgetrain.choice import Sizes
 from edgetrain.errors import GraphError
 from edgetrain.graph import Node, Value
 from edgetrain.kernels.codes import CHANNELS, DEPTHWISE
@@ -105,19 +105,18 @@ class ChannelLowering(Lowering):
         """See ``Lowering.multiply``. A depthwise product runs over maps of vectors, its weights packed alike."""
         pixels, blocks = self.merge_blocks(pixels, x_layout, y_layout)
         lanes, depthwise = y_layout.lanes, groups > 1
-        if depthwise:
-            tile, channels, channel_bytes = (lanes, CHANNEL_TILES.depthwise), groups, weight_group
-        else:
-            tile, channels, channel_bytes = CHANNEL_TILES.multiply(outputs, len(pixels), lanes), outputs, weight_channel
-        weights = self.weights(weight, sources, tile[0], channels, channel_bytes)
-        if depthwise:
-            weights["weight_group"] = 4 * lanes * len(terms)
-        self.emit_multiply(
-            x, y, pixels, terms, tile, kind=DEPTHWISE if depthwise else CHANNELS, lanes=lanes, blocks=blocks,
-            groups=y_layout.maps if depthwise else 1, channel_count=lanes if depthwise else outputs,
-            bias=bias or self.zeros(channels + tile[0]), x_block=x_layout.block, y_block=y_layout.block,
-            x_group=x_layout.channel, y_group=y_layout.channel, y_channel=y_layout.channel, **weights,
-        )  # fmt: skip
+        kind, channel_count, maps = (DEPTHWISE, lanes, y_layout.maps) if depthwise else (CHANNELS, outputs, 1)
+        channels, channel_bytes = (groups, weight_group) if depthwise else (outputs, weight_channel)
+        with self.chosen(Sizes("multiply", kind, lanes, channel_count, len(pixels), len(terms), maps)) as tile:
+            weights = self.weights(weight, sources, tile[0], channels, channel_bytes)
+            if depthwise:
+                weights["weight_group"] = 4 * lanes * len(terms)
+            self.emit_multiply(
+                x, y, pixels, tile, terms=self.table(terms), term_count=len(terms), kind=kind, lanes=lanes,
+                blocks=blocks, groups=maps, channel_count=channel_count, bias=bias or self.zeros(channels + tile[0]),
+                x_block=x_layout.block, y_block=y_layout.block, x_group=x_layout.channel, y_group=y_layout.channel,
+                y_channel=y_layout.channel, **weights,
+            )  # fmt: skip
 
     def reads_rows(self, channels: int) -> bool:
         """Vectors are stored whole: lanes behind the last channel must meet zeros."""
@@ -127,25 +126,24 @@ class ChannelLowering(Lowering):
                   terms: list[Pair], groups: int, inputs: int, outputs: int, weight_channel: int,
                   weight_group: int) -> None:  # fmt: skip
         """See ``Lowering.correlate``. A depthwise product has one tile per map of vectors, with its own input map."""
-        lanes = grad_layout.lanes
+        lanes, count = grad_layout.lanes, len(self.merge_blocks(pixels, x_layout, grad_layout)[0])
         if groups == 1:
-            self.emit_correlate(
-                x, x_layout, grad, grad_layout, target, pixels, terms,
-                CHANNEL_TILES.correlate(outputs, len(terms), lanes), kind=CHANNELS, groups=1, channel_count=outputs,
-                x_group=0, grad_group=0, weight_group=0,
-                weight_channel=weight_channel,
-            )  # fmt: skip
+            with self.chosen(Sizes("correlate", CHANNELS, lanes, outputs, count, len(terms))) as tile:
+                self.emit_correlate(
+                    x, x_layout, grad, grad_layout, target, pixels, terms, tile, kind=CHANNELS, groups=1,
+                    channel_count=outputs, x_group=0, grad_group=0, weight_group=0, weight_channel=weight_channel,
+                )  # fmt: skip
             return
         whole, rest = divmod(groups, lanes)
-        tile = (lanes, CHANNEL_TILES.depthwise_terms(len(terms)))
-        for first, maps, channels in ((0, whole, lanes), (whole, 1 if rest else 0, rest)):
-            if maps:
-                self.emit_correlate(
-                    x + first * x_layout.channel, x_layout, grad + first * grad_layout.channel, grad_layout,
-                    target + first * lanes * weight_group, pixels, terms, tile, kind=DEPTHWISE, groups=maps,
-                    channel_count=channels, x_group=x_layout.channel, grad_group=grad_layout.channel,
-                    weight_group=lanes * weight_group, weight_channel=weight_group,
-                )  # fmt: skip
+        with self.chosen(Sizes("correlate", DEPTHWISE, lanes, lanes, count, len(terms), grad_layout.maps)) as tile:
+            for first, maps, channels in ((0, whole, lanes), (whole, 1 if rest else 0, rest)):
+                if maps:
+                    self.emit_correlate(
+                        x + first * x_layout.channel, x_layout, grad + first * grad_layout.channel, grad_layout,
+                        target + first * lanes * weight_group, pixels, terms, tile, kind=DEPTHWISE, groups=maps,
+                        channel_count=channels, x_group=x_layout.channel, grad_group=grad_layout.channel,
+                        weight_group=lanes * weight_group, weight_channel=weight_group,
+                    )  # fmt: skip
 
     def sum_to(self, x: Value, y: Value, target: tuple[int, ...]) -> None:
         """See ``Lowering.sum_to``; channels are never summed here."""

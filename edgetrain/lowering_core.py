@@ -10,6 +10,7 @@ import numpy as np
 
 from edgetrain.arrays import Layout, aligned, map_sizes
 from edgetrain.autodiff import LABELS
+from edgetrain.choice import Choice, Sizes, Tile, choose
 from edgetrain.errors import GraphError
 from edgetrain.graph import Graph, Node, Value
 from edgetrain.kernels.codes import CHANNELS, SAMPLES
@@ -44,6 +45,7 @@ class LoweringCore:
         self._stage, self._position = "forward", 0
         self._lifetimes: dict[str, tuple[int, int]] = {}
         self._workspaces = 0
+        self._choice: Choice | None = None
 
     kind = SAMPLES
 
@@ -153,6 +155,13 @@ class LoweringCore:
         yield
         self._stage = before
 
+    @contextmanager
+    def chosen(self, sizes: Sizes) -> Iterator[Tile]:
+        """Yield the tile of a product; rows emitted inside tell why they have it."""
+        self._choice = choose(sizes)
+        yield self._choice.tile
+        self._choice = None
+
     def emit(self, kernel: str, sizes: tuple[int, ...], jobs: int, **arguments: int | float | Ref) -> None:
         """Append a kernel call.
 
@@ -163,7 +172,7 @@ class LoweringCore:
         if set(names) != set(arguments):
             raise GraphError(f"kernel '{kernel}': arguments {sorted(set(names) ^ set(arguments))} missing or unknown")
         values = tuple(arguments[name] for name in names)
-        self.plan.rows.append(Row((kernel, sizes), values, jobs, self._stage, self._position))
+        self.plan.rows.append(Row((kernel, sizes), values, jobs, self._stage, self._position, self._choice))
 
     def _clear_border(self, value: Value) -> None:
         y = self.layout(value)

@@ -10,7 +10,7 @@ import math
 from typing import TYPE_CHECKING
 
 from edgetrain.arrays import ALIGNMENT, Layout
-from edgetrain.choice import TILES
+from edgetrain.choice import Sizes
 from edgetrain.graph import Node, Value
 from edgetrain.kernels.codes import SAMPLES
 from edgetrain.lowering_core import LoweringCore
@@ -115,14 +115,15 @@ class ProductLowering(LoweringCore):
                  outputs: int, bias: Ref | None) -> None:  # fmt: skip
         """Emit ``y[c][p] = bias[c] + sum_k weight[k][c] * x[p + term k]``; see ``kernels.dense.multiply``."""
         pixels, blocks = self.merge_blocks(pixels, x_layout, y_layout)
-        tile = TILES.multiply(outputs, len(pixels))
-        weights = self.weights(weight, sources, tile[0], outputs, weight_channel, groups, weight_group)
-        self.emit_multiply(
-            x, y, pixels, terms, tile, kind=SAMPLES, lanes=self.lanes, blocks=blocks, groups=groups,
-            channel_count=outputs, bias=bias or self.zeros(groups * outputs + tile[0]), **weights,
-            x_block=x_layout.block, y_block=y_layout.block, x_group=inputs * x_layout.channel,
-            y_group=outputs * y_layout.channel, y_channel=y_layout.channel,
-        )  # fmt: skip
+        with self.chosen(Sizes("multiply", SAMPLES, self.lanes, outputs, len(pixels), len(terms), groups)) as tile:
+            weights = self.weights(weight, sources, tile[0], outputs, weight_channel, groups, weight_group)
+            self.emit_multiply(
+                x, y, pixels, tile, terms=self.table(terms), term_count=len(terms), kind=SAMPLES, lanes=self.lanes,
+                blocks=blocks, groups=groups, channel_count=outputs,
+                bias=bias or self.zeros(groups * outputs + tile[0]), **weights, x_block=x_layout.block,
+                y_block=y_layout.block, x_group=inputs * x_layout.channel, y_group=outputs * y_layout.channel,
+                y_channel=y_layout.channel,
+            )  # fmt: skip
 
     def weights(self, weight: Ref, sources: list[int], width: int, channels: int, channel_bytes: int, groups: int = 1,
                 weight_group: int = 0) -> dict[str, int | Ref]:  # fmt: skip
@@ -153,8 +154,8 @@ class ProductLowering(LoweringCore):
         )  # fmt: skip
         return packed, packed_group
 
-    def emit_multiply(self, x: Ref, y: Ref, pixels: list[Pair], terms: list[int], tile: Pair, *, kind: int, lanes: int,
-                      blocks: int, groups: int, channel_count: int, **arguments: int | Ref) -> None:  # fmt: skip
+    def emit_multiply(self, x: Ref, y: Ref, pixels: list[Pair], tile: Pair, *, kind: int, lanes: int, blocks: int,
+                      groups: int, channel_count: int, **arguments: int | Ref) -> None:  # fmt: skip
         """Emit a gather-multiply, cut into jobs; ``arguments`` are those of the kernel that are not sizes of jobs."""
         (channels, width), count = tile, len(pixels)
         pixel_chunk = _chunk(count, _PIXELS_PER_JOB, width)
@@ -165,25 +166,26 @@ class ProductLowering(LoweringCore):
         channel_chunks = -(-channel_count // channel_chunk)
         self.emit(
             "multiply", (lanes, channels, width, kind), blocks * groups * pixel_chunks * channel_chunks, x=x, y=y,
-            pixels=self.table(pixels + [pixels[-1]] * (-count % width)), terms=self.table(terms), pixel_count=count,
-            term_count=len(terms), channel_count=channel_count, groups=groups, pixel_chunk=pixel_chunk,
-            pixel_chunks=pixel_chunks, channel_chunk=channel_chunk, channel_chunks=channel_chunks, f_low=-math.inf,
-            f_high=math.inf, **arguments,
+            pixels=self.table(pixels + [pixels[-1]] * (-count % width)), pixel_count=count,
+            channel_count=channel_count, groups=groups, pixel_chunk=pixel_chunk, pixel_chunks=pixel_chunks,
+            channel_chunk=channel_chunk, channel_chunks=channel_chunks, f_low=-math.inf, f_high=math.inf, **arguments,
         )  # fmt: skip
 
     def correlate(self, x: Ref, x_layout: Layout, grad: Ref, grad_layout: Layout, target: Ref, *, pixels: list[Pair],
                   terms: list[Pair], groups: int, inputs: int, outputs: int, weight_channel: int,
                   weight_group: int) -> None:  # fmt: skip
         """Emit ``target[c][k] = sum grad[c][p] * x[p + term k]``; see ``kernels.dense.correlate``."""
-        self.emit_correlate(
-            x, x_layout, grad, grad_layout, target, pixels, terms, TILES.correlate(outputs, len(terms)), kind=SAMPLES,
-            groups=groups, channel_count=outputs, x_group=inputs * x_layout.channel,
-            grad_group=outputs * grad_layout.channel, weight_group=weight_group, weight_channel=weight_channel,
-        )  # fmt: skip
+        count = len(self.merge_blocks(pixels, x_layout, grad_layout)[0])
+        with self.chosen(Sizes("correlate", SAMPLES, grad_layout.lanes, outputs, count, len(terms), groups)) as tile:
+            self.emit_correlate(
+                x, x_layout, grad, grad_layout, target, pixels, terms, tile, kind=SAMPLES, groups=groups,
+                channel_count=outputs, x_group=inputs * x_layout.channel, grad_group=outputs * grad_layout.channel,
+                weight_group=weight_group, weight_channel=weight_channel,
+            )  # fmt: skip
 
     def emit_correlate(self, x: Ref, x_layout: Layout, grad: Ref, grad_layout: Layout, target: Ref, pixels: list[Pair],
                        terms: list[Pair], tile: Pair, *, kind: int, groups: int, channel_count: int,
-                       **arguments: int) -> None:  # fmt: skip
+                       kernel: str = "correlate", **arguments: int | Ref) -> None:  # fmt: skip
         """Emit a gather-correlate, cut into jobs; ``arguments``: those of the kernel that are not sizes of jobs."""
         pixels, blocks = self.merge_blocks(pixels, x_layout, grad_layout)
         (channels, width), count = tile, len(terms)
@@ -191,7 +193,7 @@ class ProductLowering(LoweringCore):
         term_chunk = _chunk(count, -(-count // -(-_WANTED_JOBS // (groups * tiles))), width)
         term_chunks = -(-count // term_chunk)
         self.emit(
-            "correlate", (grad_layout.lanes, channels, width, kind), groups * tiles * term_chunks, x=x, grad_out=grad,
+            kernel, (grad_layout.lanes, channels, width, kind), groups * tiles * term_chunks, x=x, grad_out=grad,
             grad_weight=target, pixels=self.table(pixels), terms=self.table(terms + [terms[-1]] * (-count % width)),
             pixel_count=len(pixels), term_count=count, channel_count=channel_count, x_block=x_layout.block,
             grad_block=grad_layout.block, grad_channel=grad_layout.channel, blocks=blocks, groups=groups,

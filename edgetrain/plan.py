@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from edgetrain.arrays import Layout, aligned
 from edgetrain.autodiff import LABELS, node_users
+from edgetrain.choice import Choice
 from edgetrain.graph import Graph, Node, Value
 from edgetrain.kernels.registry import argument_names
 from edgetrain.memory import Lifetime, place
@@ -42,7 +43,8 @@ class Ref:
 class Row:
     """One kernel call: arguments in the kernel's order, as integers, floats or references.
 
-    ``stage`` is one of ``STAGES``; ``node`` is the position of the node it belongs to.
+    ``stage`` is one of ``STAGES``; ``node`` is the position of the node it belongs to; ``choice`` is why a product
+    has this kernel and tile, its packing of weights included.
     """
 
     kernel: KernelKey
@@ -50,6 +52,7 @@ class Row:
     jobs: int
     stage: str
     node: int
+    choice: Choice | None = None
 
     @property
     def guard(self) -> bool:
