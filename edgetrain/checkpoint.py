@@ -23,6 +23,7 @@ from edgetrain.errors import CheckpointError
 from edgetrain.graph_json import graph_from_dict, graph_to_dict
 from edgetrain.history import History
 from edgetrain.optim import Optimizer
+from edgetrain.policies import NONE, describe_policy, parse_policy
 from edgetrain.schema import build
 
 if TYPE_CHECKING:
@@ -222,6 +223,8 @@ def _settings(learner: Learner) -> dict[str, Any]:
         "optimizer": learner.optimizer.to_dict(),
         "loss": learner.loss,
         "label_smoothing": learner.label_smoothing,
+        "instance_filter": describe_policy("filter", learner.instance_filter),
+        "error_pruning": describe_policy("error_pruning", learner.error_pruning),
     }
 
 
@@ -235,4 +238,9 @@ def _arguments(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Return the arguments of the constructor; a profile travels whole, as its file may be gone by now."""
     profile = settings["profile"]
     chosen = "host" if profile["name"] == "host" else build(DeviceProfile, profile, Path("stored profile"))
-    return dict(settings) | {"profile": chosen, "optimizer": Optimizer.from_dict(settings["optimizer"])}
+    return dict(settings) | {
+        "profile": chosen,
+        "optimizer": Optimizer.from_dict(settings["optimizer"]),
+        "instance_filter": parse_policy("filter", settings.get("instance_filter", NONE)),
+        "error_pruning": parse_policy("error_pruning", settings.get("error_pruning", NONE)),
+    }

@@ -25,13 +25,17 @@ from edgetrain.checkpoint import load_checkpoint, save_checkpoint
 from edgetrain.devices import DeviceProfile, load_profile
 from edgetrain.errors import CheckpointError, DataError, NumericalError, UsageError
 from edgetrain.executor import Executor
+from edgetrain.filters import InstanceFilter
 from edgetrain.fitting import Data, History, fit_loop
 from edgetrain.forking import ForkLock
 from edgetrain.graph import Graph, Normalization
+from edgetrain.losses import log_softmax, sample_losses
 from edgetrain.optim import SGD, Optimizer
 from edgetrain.parameters import Parameters
 from edgetrain.plan import KernelKey, Plan
 from edgetrain.plans import MemoryPlan, Objective, Plans
+from edgetrain.pruning import ErrorPruning
+from edgetrain.stream import InstanceStream
 from edgetrain.units import parse_bytes
 
 if TYPE_CHECKING:
@@ -63,6 +67,10 @@ class Learner:
         optimizer: ``SGD``, ``Adam`` or ``AdamW``; plain SGD with momentum 0.9 by default.
         loss: ``"cross_entropy"`` (integer labels) or ``"mse"`` (targets of the output's shape).
         label_smoothing: share of the uniform distribution in the targets (cross-entropy).
+        instance_filter: which instances ``fit`` and ``observe`` train on: ``EarlyInstanceFilter``,
+            ``SelectiveBackprop`` or ``RandomFilter``; all of them by default. ``partial_fit`` never filters.
+        error_pruning: which part of the error maps the backward pass uses: ``ErrorMapPruning`` or
+            ``GradientPruning``; all of them by default.
 
     Raises:
         UsageError: an argument out of range.
@@ -81,6 +89,7 @@ class Learner:
         self, graph: Graph, profile: str | os.PathLike[str] | DeviceProfile = "host", *, batch_size: int | None = None,
         seed: int = 0, threads: int | None = None, memory_budget: int | str | None = None,
         optimizer: Optimizer | None = None, loss: str = "cross_entropy", label_smoothing: float = 0.0,
+        instance_filter: InstanceFilter | None = None, error_pruning: ErrorPruning | None = None,
     ) -> None:  # fmt: skip
         self.profile = profile if isinstance(profile, DeviceProfile) else load_profile(profile)
         self.graph = graph.copy()
@@ -105,8 +114,11 @@ class Learner:
         self._parameters.scale_input(None)
         self.plans = Plans(
             self.graph, self._parameters, self._optimizer, objective, self.batch_size, self.memory_budget,
-            self._allowed(threads),
+            self._allowed(threads), error_pruning,
         )  # fmt: skip
+        self.error_pruning = error_pruning
+        self.instance_filter = instance_filter
+        self.stream = InstanceStream(self, instance_filter)
 
     # --- settings ---
 
@@ -168,9 +180,33 @@ class Learner:
                 self._explain_broken_step(executor)
             self.step_count += 1
             loss, correct = (float(v) for v in self._parameters.buffers["result"][:2])
-            macs = count * self.plans.step_macs
-        seconds = time.perf_counter() - start
-        return StepResult(loss, int(correct), count, count, macs, macs, seconds, instances_kept=count)
+            done, saved = self.plans.macs(count)
+        seconds, dense = time.perf_counter() - start, done + sum(saved.values())
+        return StepResult(loss, int(correct), count, count, dense, done, seconds, instances_kept=count, **saved)
+
+    def observe(self, x: Inputs, y: ArrayLike, predict: bool = False) -> StepResult:
+        """Take instances of a stream: the filter decides, a training step happens whenever a micro-batch is full.
+
+        Any number of instances at a time; every call costs a look of the filter, so dozens are cheaper than one.
+
+        Args:
+            x: float32 ``(N, *input_shape)``.
+            y: as for ``partial_fit``.
+            predict: predict all of them before learning; ``loss`` and ``correct`` of the result are then those of the
+                predictions, and ``stream.accuracy`` follows. Else they are those of the instances trained on.
+
+        Returns:
+            What happened: ``instances_kept`` of them, ``instances_trained`` now (0 until a micro-batch is full).
+
+        Raises:
+            DataError, NumericalError, MemoryBudgetError: as ``partial_fit``.
+        """
+        with self._lock:
+            arrays = self._inputs(x)
+            if len(arrays) > 1:
+                raise DataError(f"observe takes networks with one input, '{self.graph.name}' has {sorted(arrays)}")
+            images = arrays[self.graph.inputs[0]]
+            return self.stream.observe(images, self._targets(y, len(images)), predict)
 
     def time_rows(self, x: Inputs, y: ArrayLike) -> NDArray[np.float64]:
         """Take one optimizer step like ``partial_fit`` and return the seconds of every kernel call, for diagnosis.
@@ -240,7 +276,7 @@ class Learner:
 
     def predict_proba(self, x: Inputs) -> NDArray[np.float32]:
         """Return class probabilities float32 ``(N, num_classes)``."""
-        return np.exp(_log_softmax(self.logits(x))).astype(np.float32)
+        return np.exp(log_softmax(self.logits(x))).astype(np.float32)
 
     def evaluate(self, x: Inputs, y: ArrayLike) -> dict[str, float]:
         """Return ``{"loss": mean loss, "accuracy": share of right predictions}`` in inference mode.
@@ -250,13 +286,9 @@ class Learner:
             y: as for ``partial_fit``. With ``"mse"`` there is no accuracy: it is NaN.
         """
         logits = self.logits(x)
-        if self.loss == "mse":
-            target = batch_of(y, self.graph.output_shape, "y")
-            _length({"x": logits, "y": target})
-            return {"loss": float(np.mean((logits.astype(np.float64) - target) ** 2)), "accuracy": math.nan}
-        labels = labels_of(y, len(logits), self.graph.output_shape[0])
-        chosen = _log_softmax(logits)[np.arange(len(labels)), labels]
-        return {"loss": float(-chosen.mean()), "accuracy": float((logits.argmax(1) == labels).mean())}
+        targets = self._targets(y, len(logits))
+        accuracy = math.nan if self.loss == "mse" else float((logits.argmax(1) == targets).mean())
+        return {"loss": float(sample_losses(logits, targets, self.loss).mean()), "accuracy": accuracy}
 
     def score(self, x: Inputs, y: ArrayLike) -> float:
         """Return the accuracy, as scikit-learn does."""
@@ -292,7 +324,9 @@ class Learner:
             if self.step_count:
                 for moment in self._optimizer.moments:
                     tensors |= {f"{moment}/{n}": self._parameters.view(n, moment).copy() for n in self._trained()}
-            return tensors, {"step_count": self.step_count}
+            streamed, meta = self.stream.state()
+            tensors |= {f"stream/{name}": array for name, array in streamed.items()}
+            return tensors, {"step_count": self.step_count} | ({"stream": meta} if meta else {})
 
     def restore(self, tensors: Mapping[str, NDArray[Any]], meta: Mapping[str, Any]) -> None:
         """Take the state that ``state`` returned.
@@ -301,6 +335,8 @@ class Learner:
             CheckpointError: it belongs to another network or optimizer.
         """
         parameters = self._parameters
+        streamed = {key[7:]: array for key, array in tensors.items() if key.startswith("stream/")}
+        tensors = {key: array for key, array in tensors.items() if not key.startswith("stream/")}
         wanted = {f"weights/{name}": parameters.shape(name) for name in parameters.names()}
         if meta["step_count"]:
             moments = [(m, n) for m in self._optimizer.moments for n in self._trained()]
@@ -318,6 +354,8 @@ class Learner:
                 buffer, name = key.split("/", 1)
                 parameters.view(name, buffer)[...] = array
             self.step_count = int(meta["step_count"])
+            if "stream" in meta:
+                self.stream.restore(streamed, meta["stream"])
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a checkpoint: everything needed to go on exactly."""
@@ -365,16 +403,23 @@ class Learner:
         """Check a batch and put its labels, mask and counters where kernels read them."""
         arrays = self._inputs(x)
         count = _length(arrays)
+        targets = self._targets(y, count)  # before a plan is made for a bad batch
+        executor = self.plans.executor(True, count)
         if self.loss == "mse":
-            arrays[TARGET] = batch_of(y, self.graph.output_shape, "y")
-            _length({"x": arrays[self.graph.inputs[0]], "y": arrays[TARGET]})
-            executor = self.plans.executor(True, count)
+            arrays[TARGET] = targets
         else:
-            labels = labels_of(y, count, self.graph.output_shape[0])  # before a plan is made for a bad batch
-            executor = self.plans.executor(True, count)
-            executor.plan.fixed["labels"][:count] = labels
+            executor.plan.fixed["labels"][:count] = targets
         self._set_counters(executor, count)
         return executor, {f"source:{name}": array for name, array in arrays.items()}, count
+
+    def _targets(self, y: ArrayLike, count: int) -> NDArray[Any]:
+        """Check the labels or targets of ``count`` samples."""
+        if self.loss == "mse":
+            target = batch_of(y, self.graph.output_shape, "y")
+            if len(target) != count:
+                raise DataError(f"inputs have different numbers of samples: {{'x': {count}, 'y': {len(target)}}}")
+            return target
+        return labels_of(y, count, self.graph.output_shape[0])
 
     def _set_counters(self, executor: Executor, count: int) -> None:
         executor.plan.fixed["mask"][:count] = 1
@@ -437,10 +482,3 @@ def _length(arrays: Arrays) -> int:
     if len(set(lengths.values())) != 1:
         raise DataError(f"inputs have different numbers of samples: {lengths}")
     return next(iter(lengths.values()))
-
-
-def _log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:
-    wide = logits.astype(np.float64)
-    wide -= wide.max(1, keepdims=True)
-    wide -= np.log(np.exp(wide).sum(1, keepdims=True))
-    return wide

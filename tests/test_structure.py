@@ -33,15 +33,18 @@ EVERY_FILE = pytest.mark.parametrize("name", FILES)
 # A unit is a module, or a whole sub-package. It imports itself and units of lower floors, nothing else.
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors", "_version", "hostinfo", "device_profiles", "bench_load", "forking"),
-    ("arrays", "schema", "bench_process", "units", "accounting"),
+    ("arrays", "schema", "bench_process", "units", "accounting", "losses"),
     ("devices", "kernels", "sparse_index"),
     ("graph", "calibration"),
     ("choice",),
-    ("ops", "optim", "data", "models", "onnx_io", "graph_json", "history", "torch_network"),
-    ("autodiff", "memory", "catalog", "bench_torch", "bench_jax", "fitting"),
-    ("plan", "parameters", "checkpoint", "reference"),
+    ("ops", "optim", "data", "models", "onnx_io", "graph_json", "history", "torch_network",
+     "policies"),
+    ("autodiff", "memory", "catalog", "bench_torch", "bench_jax", "fitting", "filters"),
+    ("plan", "parameters", "checkpoint", "reference", "stream"),
     ("lowering_core", "executor", "runs"),
+    ("lowering_winograd", "lowering_sparse"),
     ("lowering_products",),
+    ("lowering_pruned", "pruning"),
     ("lowering",),
     ("lowering_channels",),
     ("plans",),
@@ -207,6 +210,8 @@ LIGHT = {
     "edgetrain.devices": HEAVY,
     "edgetrain.optim": HEAVY,
     "edgetrain.data": HEAVY,
+    "edgetrain.filters": HEAVY,
+    "edgetrain.policies": HEAVY | {"edgetrain.filters"},
     "edgetrain.ops": HEAVY,
 }
 

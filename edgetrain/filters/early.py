@@ -1,0 +1,242 @@
+"""The early instance filter: a tiny network that predicts, before the main network runs, whose loss will be high.
+
+Wu et al., "Enabling On-Device CNN Training by Self-Supervised Instance Filtering and Error Map Pruning", 2020,
+section III. What differs from the paper, and why (docs/streams.md has the measurements):
+
+- The label is ``loss / (loss + threshold)`` instead of ``loss > threshold``: 1/2 at the threshold, and it still tells
+  a high loss from a very high one. ``labels="hard"`` is the paper's, with its weights for the rarer class.
+- An instance is kept with a probability that rises with its score, instead of above a fixed score of 0.3: the known
+  kind of instance keeps its place in the training batches, and the kept share is the one that was asked for.
+- Rejected instances are labelled by a draw whose probability is proportional to the entropy of the prediction, and
+  weighted by its inverse, instead of all above an entropy: the filter learns from an unbiased sample of the stream,
+  at a cost that does not depend on how sure it is.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgetrain.errors import UsageError
+from edgetrain.filters.base import Choice, Floats, Images, InstanceFilter, Judge, Labels, Lesson, Selector, State
+from edgetrain.graph import Graph, Shape
+from edgetrain.optim import SGD
+
+# Share of the main network's forward operations that the filter may take.
+_LARGEST_SHARE = 0.05
+# Sides of the pooled image and widths of the hidden layer, tried in this order until the filter is small enough.
+_SIZES = ((8, 16), (8, 8), (4, 16), (4, 8), (4, 4), (2, 4), (2, 2), (1, 2), (1, 1))
+# Rejected instances wait for their forward pass until they fill a vector of the widest processors.
+_WAITING = 16
+_WAITING_TENSORS = ("waiting_x", "waiting_y", "waiting_weight", "waiting_loss")
+# How fast the threshold of the loss follows: a step of the main network moves it by 5 % at most.
+_THRESHOLD_GAIN = 0.05
+# The smallest score, and a floor under the entropy: nothing becomes impossible.
+_LEAST = 0.01
+
+
+@dataclass(frozen=True)
+class EarlyInstanceFilter(InstanceFilter):
+    """Keep the instances for which a tiny network predicts a high loss of the main network.
+
+    The tiny network averages the image down to a few cells per side and has one hidden layer. Its size is the
+    largest of a few that takes at most 5 % of the main network's forward operations, unless ``cells`` and ``hidden``
+    say otherwise. Its whole cost is counted: predictions, training, and forward passes of the main network for labels.
+
+    Attributes:
+        rate, start: as ``InstanceFilter``; while everything passes the filter learns already.
+        uncertain: share of the rejected instances that get a forward pass of the main network for a label.
+        power: instances are kept with a probability proportional to this power of the score; infinity keeps exactly
+            those above a threshold.
+        labels: "soft" or "hard", see the head of this file.
+        lr: learning rate of the tiny network (SGD, momentum 0.9).
+        cells, hidden: cells per side of the pooled image, width of the hidden layer; ``None`` derives them.
+
+    Raises:
+        UsageError: a number out of range.
+
+    Example:
+        >>> EarlyInstanceFilter(rate=0.25).uncertain
+        0.05
+    """
+
+    start: int = 1024
+    uncertain: float = 0.05
+    power: float = 2.0
+    labels: str = "soft"
+    lr: float = 0.1
+    cells: int | None = None
+    hidden: int | None = None
+
+    name: ClassVar[str] = "eif"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require("uncertain", 0 <= self.uncertain <= 1, "0 to 1: a share of the rejected instances")
+        self.require("power", self.power > 0, "a number above 0")
+        self.require("labels", self.labels in ("soft", "hard"), "'soft' or 'hard'")
+        self.require("lr", 0 < self.lr < 10, "a number above 0 and below 10")
+        for key in ("cells", "hidden"):
+            value = getattr(self, key)
+            self.require(key, value is None or 1 <= value <= 1024, "1 to 1024, or None")
+
+    def selector(self, learner: Any, judge: Judge) -> Selector:
+        """Return what decides for one learner, with a network of its own.
+
+        Raises:
+            UsageError: the main network is too small for a filter of 5 % of its operations.
+        """
+        return _Early(self, learner, judge)
+
+    def network(self, input_shape: Shape, main_macs: int, seed: int = 0) -> Graph:
+        """Return the tiny network.
+
+        Args:
+            input_shape: of the main network, without the batch.
+            main_macs: multiply-accumulates of the main network's forward pass, per sample.
+            seed: of the initial weights.
+
+        Raises:
+            UsageError: the main network is too small for a filter of 5 % of its operations.
+        """
+        sizes = [(self.cells or cells, self.hidden or hidden) for cells, hidden in _SIZES]
+        for cells, hidden in sizes:
+            graph = _tiny_network(input_shape, cells, hidden, seed)
+            if (self.cells and self.hidden) or graph.macs() <= _LARGEST_SHARE * main_macs:
+                return graph
+        raise UsageError(
+            f"EarlyInstanceFilter: the network's forward pass takes only {main_macs} multiply-accumulates, the "
+            f"smallest filter {graph.macs()}, more than 5 % of them; give cells and hidden to use it all the same"
+        )
+
+
+class _Early(Selector):
+    settings: EarlyInstanceFilter
+
+    def __init__(self, settings: EarlyInstanceFilter, learner: Any, judge: Judge) -> None:
+        super().__init__(settings, learner.seed)
+        self._main, self._judge = learner.graph, judge
+        graph = settings.network(learner.graph.input_shape, judge.macs, learner.seed)
+        # A learner like the main one (the class comes with it, for this file cannot import it). One thread: its work
+        # is less than waking another takes.
+        self._learner = learner.__class__(
+            graph, learner.profile, batch_size=64, seed=learner.seed, threads=1, memory_budget=learner.memory_budget,
+            optimizer=SGD(lr=settings.lr, momentum=0.9, clip_norm=1.0), loss="mse",
+        )  # fmt: skip
+        self._macs = graph.macs()
+        self._threshold, self._entropy = math.nan, 0.5
+        # Rejected instances that wait to be learned from: sample, label, weight, loss (NaN: not judged yet).
+        self._waiting: list[tuple[Images, Any, float, float]] = []
+
+    def decide(self, x: Images, y: Labels, losses: Floats | None) -> Choice:
+        """Predict, keep by chance, and put some of the rejected aside for labels."""
+        scores = np.maximum(self._scores(x), _LEAST)
+        keep = self.rng.random(len(y)) < self.share.probabilities(scores, self.settings.power)
+        self.share.count(keep)
+        if self.settings.uncertain:
+            known = np.full(len(y), math.nan) if losses is None else losses
+            self._put_aside((x, y, known), scores, ~keep)
+        return Choice(keep, len(y) * self._macs)
+
+    def learn(self, x: Images, losses: Floats) -> Lesson:
+        """Take one training step on samples of the main network's batch and on those put aside."""
+        weights, uncertain = np.ones(len(x)), 0
+        if len(self._waiting) >= _WAITING:
+            rejected, labels, inverse, known = (np.array(column) for column in zip(*self._waiting, strict=True))
+            self._waiting, unknown = [], np.isnan(known)
+            if uncertain := int(unknown.sum()):
+                known[unknown] = self._judge.losses(rejected[unknown], labels[unknown])
+            x, losses = np.concatenate([x, rejected]), np.concatenate([losses, known])
+            weights = np.concatenate([weights, inverse])
+        self._follow(losses, weights)
+        if self.settings.labels == "soft":
+            target = losses / (losses + self._threshold)
+        else:
+            target = (losses > self._threshold).astype(np.float64)
+            weights = weights / np.where(target > 0, self.settings.rate, 1 - self.settings.rate)
+        step = self._train(x, target, weights / weights.mean())
+        return Lesson(uncertain, uncertain * self._judge.macs + step.macs_done)
+
+    @property
+    def facts(self) -> dict[str, float]:
+        """The threshold of the loss, and the filter's share of the main network's forward operations."""
+        return {"threshold": self._threshold, "filter_share": self._macs / self._judge.macs}
+
+    def state(self) -> State:
+        """Return (tensors, plain data) for ``restore``: also of the tiny network."""
+        tensors, meta = super().state()
+        own, own_meta = self._learner.state()
+        tensors |= {f"network/{name}": array for name, array in own.items()}
+        if self._waiting:
+            columns = zip(*self._waiting, strict=True)
+            tensors |= {name: np.array(column) for name, column in zip(_WAITING_TENSORS, columns, strict=True)}
+        threshold = None if math.isnan(self._threshold) else self._threshold
+        return tensors, meta | {"network": own_meta, "threshold": threshold, "entropy": self._entropy}
+
+    def restore(self, tensors: Mapping[str, NDArray[Any]], meta: Mapping[str, Any]) -> None:
+        """Take the state that ``state`` returned."""
+        super().restore(tensors, meta)
+        network = {name[8:]: array for name, array in tensors.items() if name.startswith("network/")}
+        self._learner.restore(network, meta["network"])
+        self._threshold = math.nan if meta["threshold"] is None else float(meta["threshold"])
+        self._entropy = float(meta["entropy"])
+        columns = [tensors[name] for name in _WAITING_TENSORS if name in tensors]
+        self._waiting = [(x.copy(), y, float(w), float(z)) for x, y, w, z in zip(*columns, strict=True)]
+
+    def _inputs(self, x: Images, root_weights: NDArray[Any]) -> dict[str, NDArray[np.float32]]:
+        self._learner.graph.normalization = self._main.normalization  # ``fit`` may have set it by now
+        return {"input": x, "root_weight": root_weights.astype(np.float32)[:, None]}
+
+    def _scores(self, x: Images) -> Floats:
+        scores: Floats = self._learner.logits(self._inputs(x, np.ones(len(x))))[:, 0].astype(np.float64)
+        return scores
+
+    def _train(self, x: Images, target: Floats, weights: Floats) -> Any:
+        # Weighted squared error without a kernel of its own: output and target times the root of the weight.
+        roots = np.sqrt(weights)
+        return self._learner.partial_fit(self._inputs(x, roots), (roots * target).astype(np.float32)[:, None])
+
+    def _put_aside(self, samples: tuple[Images, Labels, Floats], scores: Floats, rejected: NDArray[np.bool_]) -> None:
+        chosen = np.clip(scores[rejected], _LEAST, 1 - _LEAST)
+        if not len(chosen):
+            return
+        entropy = _LEAST - chosen * np.log(chosen) - (1 - chosen) * np.log(1 - chosen)
+        self._entropy += 0.01 * (float(entropy.mean()) - self._entropy)
+        probabilities = np.minimum(1.0, self.settings.uncertain * entropy / self._entropy)
+        drawn = self.rng.random(len(chosen)) < probabilities
+        places = np.flatnonzero(rejected)[drawn]
+        x, y, losses = samples
+        for i, p in zip(places, probabilities[drawn], strict=True):
+            self._waiting.append((x[i].copy(), y[i], float(1 / p), float(losses[i])))
+
+    def _follow(self, losses: Floats, weights: Floats) -> None:
+        """Move the threshold so that the wanted share of all instances, kept or not, has a higher loss."""
+        if math.isnan(self._threshold):
+            self._threshold = max(float(np.quantile(losses, 1 - self.settings.rate)), 1e-6)
+        high = float((weights * (losses > self._threshold)).sum() / weights.sum())
+        self._threshold = max(self._threshold * math.exp(_THRESHOLD_GAIN * (high - self.settings.rate)), 1e-6)
+
+
+def _tiny_network(input_shape: Shape, cells: int, hidden: int, seed: int) -> Graph:
+    """Average down to ``cells`` per side, one hidden layer, one probability times ``root_weight``."""
+    graph = Graph("filter", input_shape=input_shape)
+    space = input_shape[1:]
+    x = graph.inputs[0]
+    if space:
+        sizes = [max(1, size // cells) for size in space]
+        x = graph.add("Flatten", [graph.add("AveragePool", [x], kernel_shape=sizes, strides=sizes)], axis=1)
+    rng = np.random.default_rng(seed)
+    (features,) = graph.values[x].shape
+    for name, width in (("hidden", hidden), ("score", 1)):
+        bound = math.sqrt(1 / features)
+        weight = graph.parameter(f"{name}.weight", rng.uniform(-bound, bound, (width, features)))
+        x = graph.add("Gemm", [x, weight, graph.parameter(f"{name}.bias", np.zeros(width))], name=name, transB=1)
+        x, features = graph.add("Relu" if name == "hidden" else "Sigmoid", [x]), width
+    root = graph.add_input("root_weight", (1,))
+    graph.set_outputs([graph.add("Mul", [x, root])])
+    return graph
