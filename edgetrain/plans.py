@@ -24,6 +24,7 @@ from edgetrain.ops import get_op
 from edgetrain.optim import Optimizer
 from edgetrain.parameters import Parameters
 from edgetrain.plan import KernelKey, Plan, Ref
+from edgetrain.pruning import ErrorPruning
 
 # Plans kept for other batch sizes: full and last batch, training and prediction, and some for a stream.
 _KEPT_PLANS = 8
@@ -66,16 +67,19 @@ class Plans:
         batch_size: samples of a usual step; it decides what the lanes hold.
         budget: bytes that a training step may need; 0 for no limit.
         threads: of the team that runs the plans.
+        whole_gradients: whether some training steps keep the gradients of weights that do not exist.
+        error_pruning: rewrites the training graph so that error maps are thinned out.
     """
 
     def __init__(
         self, graph: Graph, parameters: Parameters, optimizer: Optimizer, objective: Objective, batch_size: int,
-        budget: int, threads: int,
+        budget: int, threads: int, error_pruning: ErrorPruning | None = None, whole_gradients: bool = False,
     ) -> None:  # fmt: skip
         self.graph, self.parameters, self._optimizer, self._objective = graph, parameters, optimizer, objective
-        self._batch_size, self._budget = batch_size, budget
-        self.arena, self.team = Arena(), Team(threads)
-        self._executors: dict[tuple[bool, int], Executor] = {}
+        self._batch_size, self._budget, self._error_pruning = batch_size, budget, error_pruning
+        self.arena, self.team, self._whole_gradients = Arena(), Team(threads), whole_gradients
+        self._executors: dict[tuple[bool, int, bool], Executor] = {}
+        self._macs: dict[str, int] = {}  # of one sample's step: before and after every policy has rewritten the graph
 
     def use_threads(self, threads: int) -> None:
         """Run the plans with another number of threads from now on."""
@@ -91,15 +95,22 @@ class Plans:
 
     @functools.cached_property
     def by_channel(self) -> bool:
-        """Whether lanes hold channels: for batches that would leave most sample lanes empty."""
-        small = self._batch_size * _SMALL_BATCH <= simd_lanes()
-        return small and fits(self.graph.nodes)
+        """Whether lanes hold channels: for batches that would leave most sample lanes empty.
+
+        Kernels that skip parts of error maps exist for lanes of samples only.
+        """
+        small = self._batch_size * _SMALL_BATCH <= simd_lanes() and not self.parameters.sparse
+        return small and self._error_pruning is None and fits(self.graph.nodes)
 
     @functools.cached_property
     def training(self) -> TrainingGraph:
         """The training graph; making it also makes the buffers that only training needs."""
         made = training_graph(self.graph, self._objective.loss, self._objective.label_smoothing)
         self.parameters.start_training(made.gradients, self._optimizer)
+        self._macs["dense"] = _macs(made)
+        if self._error_pruning is not None:
+            self._error_pruning.rewrite(made)
+        self._macs["done"] = _macs(made)
         return made
 
     @functools.cached_property
@@ -108,33 +119,54 @@ class Plans:
 
         Counted once: counting took 0.2 ms, a third of a step of LeNet-5 with batch size 8.
         """
-        return sum(get_op(node.op_type).macs(node) for node in self.training.graph.nodes)
+        _ = self.training
+        return self._macs["done"]
 
-    def executor(self, training: bool, count: int) -> Executor:
+    def macs(self, count: int) -> tuple[int, dict[str, int]]:
+        """Return the multiply-accumulates that the latest step of ``count`` samples executed, and those saved.
+
+        The latter by method, with the names of the fields of ``StepResult``.
+        """
+        done = count * self.step_macs
+        return done, {"saved_error_maps": count * self._macs["dense"] - done}
+
+    def executor(self, training: bool, count: int, whole_gradients: bool = False) -> Executor:
         """Return the executor of a training step or a prediction of ``count`` samples.
 
         Raises:
             MemoryBudgetError: the plan does not fit into the budget.
         """
-        key = (training, self._blocks(count))
+        key = (training, self._blocks(count), whole_gradients)
         executor = self._executors.pop(key, None)
         if executor is None:
-            plan = self.plan(training, count)
-            self._check_budget(plan)
+            plan = self.plan(training, count, whole_gradients)
+            more = training and self._whole_gradients and not whole_gradients
+            self._check_budget(self.largest(count) if more else plan)
             executor = Executor(plan, self.arena, self.team)
             while len(self._executors) >= _KEPT_PLANS:
                 del self._executors[next(iter(self._executors))]
         self._executors[key] = executor  # the one used last stands last
         return executor
 
-    def plan(self, training: bool, count: int) -> Plan:
-        """Lower the training graph, or the network for inference, for ``count`` samples."""
+    def largest(self, count: int) -> Plan:
+        """Return the plan of the training step of ``count`` samples that needs most memory."""
+        return self.plan(True, count, self._whole_gradients)
+
+    def plan(self, training: bool, count: int, whole_gradients: bool = False) -> Plan:
+        """Lower the training graph, or the network for inference, for ``count`` samples.
+
+        Args:
+            training: whether it is a training step.
+            count: samples.
+            whole_gradients: keep the gradients of weights that do not exist to the end of the step.
+        """
         train = self.training if training else None
         graph = train.graph if train else self.graph
         keep = {train.logits, train.losses, train.correct} if train else set(graph.outputs)
         lowering = ChannelLowering if self.by_channel else Lowering
-        low = lowering(graph, graph.nodes, self.lanes, self._blocks(count), self.parameters, keep)
-        low.plan.fixed["sync"] = self.team.sync
+        low = lowering(graph, graph.nodes, self.lanes, self._blocks(count), self.parameters, keep,
+                       self.parameters.sparse, whole_gradients)  # fmt: skip
+        low.plan.fixed["sync"], low.threads = self.team.sync, self.team.threads
         for name in graph.inputs:
             scale, shift = self._input_scaling(name, low)
             low.input(graph.values[name], f"source:{name}", scale, shift)
@@ -147,11 +179,12 @@ class Plans:
         """Return the kernels that training steps and predictions of up to a batch need."""
         counts = (1, self._batch_size) if self._blocks(self._batch_size) > 1 else (1,)
         plans = [self.plan(training, count) for training in (True, False) for count in counts]
+        plans += [self.plan(True, count, True) for count in counts if self._whole_gradients]
         return list(dict.fromkeys(key for plan in plans for key in plan.kernels))
 
     def memory(self, plan: Plan) -> MemoryPlan:
         """Return the bytes that a plan needs, by purpose."""
-        buffers = self.parameters.buffers
+        buffers, sparse = self.parameters.buffers, self.parameters.sparse.values()
         lasting = [n for n in plan.offsets if not n.startswith("workspace:")]
         ends = {n: plan.lifetimes[n] for n in lasting}
         _, activations = place([Lifetime(n, plan.sizes[n], *ends[n]) for n in lasting])
@@ -162,6 +195,7 @@ class Plans:
             "optimizer": moments,
             "activations": activations,
             "workspace": max(0, plan.arena_bytes - activations),
+            **({"sparse index": sum(index.nbytes for index in sparse)} if sparse else {}),
             "tables": plan.table_bytes,
         })  # fmt: skip
 
@@ -202,6 +236,10 @@ class Plans:
                 f"a step of {plan.capacity} samples needs {need.peak_bytes / 2**20:.1f} MiB ({parts}), the budget"
                 f" is {self._budget / 2**20:.1f} MiB; use a smaller batch size or network, or a larger budget"
             )
+
+
+def _macs(train: TrainingGraph) -> int:
+    return sum(get_op(node.op_type).macs(node) for node in train.graph.nodes)
 
 
 def _moments(optimizer: Optimizer, offset: int) -> dict[str, Ref | int]:

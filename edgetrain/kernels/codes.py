@@ -5,6 +5,10 @@ ADD, MUL = range(2)
 # Which operands of a product are vectors of lanes. SAMPLES: lanes hold samples; the weight is one number. CHANNELS:
 # lanes hold output channels; the input is one number. DEPTHWISE: lanes hold channels, both input's and output's.
 SAMPLES, CHANNELS, DEPTHWISE = range(3)
+# By what channels of an error map are chosen.
+BY_ERROR, BY_ERROR_AND_WEIGHTS, BY_CHANCE = range(3)
+
+ABSENT = -(2**31)  # in place of a byte offset: this column of a sparse weight takes no part
 
 # A program: bytes of a row; sync words, one cache line each so that spinning threads do not disturb their neighbours.
 ROW_BYTES = 32

@@ -29,7 +29,8 @@ Factory = Callable[..., Body]
 on_compile: list[Callable[[str, int, int], None]] = []
 
 _MODULES = (
-    "channels", "clock", "dense", "elementwise", "layout", "loss", "normalization", "pooling", "random", "update",
+    "channels", "clock", "csr", "dense", "elementwise", "layout", "loss", "normalization", "pooling", "pruned", "random",
+    "update", "winograd",
     "sparse_storage",
 )  # fmt: skip
 _FACTORIES: dict[str, tuple[Factory, tuple[str, ...]]] = {}

@@ -146,38 +146,85 @@ def correlate_tile(
         x_, dy_, dw_, pixels_, terms_, count_, dy_channel_, dw_channel_, rows_, columns_, keep_ = args[:11]
         kept = builder.icmp_signed("!=", keep_, ir.Constant(I64, 0))
         table = _offsets(builder, terms_, 2 * kr)
-        inputs = [builder.add(x_, offset) for offset in table[0::2]]
-        # Rows that do not exist read the last one that does: no branch inside the loop, nothing stored.
-        last = builder.sdiv(builder.sub(rows_, ir.Constant(I64, 1)), ir.Constant(I64, step))
-        index = [builder.select(builder.icmp_signed("<", ir.Constant(I64, c), last), ir.Constant(I64, c), last)
-                 for c in range(cr // step)]  # fmt: skip
+        index = _existing(builder, rows_, cr // step, step)
         outputs = [builder.add(dy_, builder.mul(dy_channel_, i)) for i in index]
-        slots = _accumulators(builder, cr // step * kr, n)
-        with cgutils.for_range(builder, count_) as loop:
-            pair = _offsets(builder, builder.add(pixels_, builder.mul(loop.index, ir.Constant(I64, 16))), 2)
-            grads = [_vector_load(builder, builder.add(base, pair[1]), n) for base in outputs]
-            values = [_pixel(builder, builder.add(base, pair[0]), n, how) for base in inputs]
-            for c in range(cr // step):
-                for k in range(kr):
-                    _fma(builder, grads[c], values[k], slots[c * kr + k])
+        sums = _correlation(builder, x_, outputs, table[0::2], pixels_, count_, n, how)
         if how != SAMPLES:
-            sums = [builder.load(slot) for slot in slots]
             _scatter(builder, sums, kr, dw_, dw_channel_, table[1::2], rows_, columns_, kept)
             return context.get_dummy_value()
-        sums = _lane_sums(builder, [builder.load(slot) for slot in slots])
         places = [builder.add(dw_, builder.mul(dw_channel_, ir.Constant(I64, c))) for c in range(cr)]
-        # Terms of consecutive weights are stored as one vector: fc1 of LeNet-5, whose weight gradient is all
-        # storing at batch 8, went from 83 to 49 us.
-        dense = builder.icmp_signed("==", builder.sub(table[-1], table[1]), ir.Constant(I64, 4 * (kr - 1)))
-        whole = builder.and_(dense, builder.icmp_signed(">=", columns_, ir.Constant(I64, kr)))
-        with builder.if_else(whole, likely=True) as (then, otherwise):
-            with then:
-                _store_rows(builder, sums, [builder.add(place, table[1]) for place in places], kr, rows_, kept)
-            with otherwise:
-                _store_scalars(builder, sums, places, table[1::2], rows_, columns_, kept)
+        _store_sums(builder, sums, places, table[1::2], rows_, columns_, kept)
         return context.get_dummy_value()
 
     return types.void(*([types.int64] * 11), channels, width, lanes, kind), codegen
+
+
+@intrinsic(prefer_literal=True)
+def correlate_listed_tile(
+    typingctx: Any, x: Any, dy: Any, dw: Any, listed: Any, pixels: Any, terms: Any, count: Any, dy_channel: Any,
+    dw_channel: Any, rows: Any, columns: Any, keep: Any, channels: Any, width: Any, lanes: Any,
+) -> Any:  # fmt: skip
+    """Do as ``correlate_tile`` for the channels of a list, lanes holding samples.
+
+    ``listed``: ``rows`` numbers of channels as float32; ``dy`` and ``dw`` are the addresses of channel 0.
+    """
+    cr, kr, n = literal(channels), literal(width), literal(lanes)
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        x_, dy_, dw_, listed_, pixels_, terms_, count_, dy_channel_, dw_channel_, rows_, columns_, keep_ = args[:12]
+        kept = builder.icmp_signed("!=", keep_, ir.Constant(I64, 0))
+        table = _offsets(builder, terms_, 2 * kr)
+        places = [builder.gep(pointer(builder, listed_, F32), [i]) for i in _existing(builder, rows_, cr, 1)]
+        numbers = [builder.fptosi(builder.load(place), I64) for place in places]
+        outputs = [builder.add(dy_, builder.mul(dy_channel_, number)) for number in numbers]
+        sums = _correlation(builder, x_, outputs, table[0::2], pixels_, count_, n, SAMPLES)
+        places = [builder.add(dw_, builder.mul(dw_channel_, number)) for number in numbers]
+        _store_sums(builder, sums, places, table[1::2], rows_, columns_, kept)
+        return context.get_dummy_value()
+
+    return types.void(*([types.int64] * 12), channels, width, lanes), codegen
+
+
+def _existing(builder: Any, rows: Any, count: int, step: int) -> list[Any]:
+    """Return 0, 1, ... below ``count``; rows that do not exist read the last one that does: no branch inside the loop.
+
+    ``step``: channels per row of the tile, of which ``rows`` exist.
+    """
+    last = builder.sdiv(builder.sub(rows, ir.Constant(I64, 1)), ir.Constant(I64, step))
+    numbers = [ir.Constant(I64, c) for c in range(count)]
+    return [builder.select(builder.icmp_signed("<", number, last), number, last) for number in numbers]
+
+
+def _correlation(
+    builder: Any, x: Any, outputs: list[Any], offsets: list[Any], pixels: Any, count: Any, lanes: int, kind: int
+) -> list[Any]:
+    """Return the vectors ``[channel][term]``: sums over pixels of ``outputs[channel][pixel] * x[pixel + offset]``."""
+    inputs = [builder.add(x, offset) for offset in offsets]
+    slots = _accumulators(builder, len(outputs) * len(inputs), lanes)
+    with cgutils.for_range(builder, count) as loop:
+        pair = _offsets(builder, builder.add(pixels, builder.mul(loop.index, ir.Constant(I64, 16))), 2)
+        grads = [_vector_load(builder, builder.add(base, pair[1]), lanes) for base in outputs]
+        values = [_pixel(builder, builder.add(base, pair[0]), lanes, kind) for base in inputs]
+        for c, grad in enumerate(grads):
+            for k, value in enumerate(values):
+                _fma(builder, grad, value, slots[c * len(values) + k])
+    return [builder.load(slot) for slot in slots]
+
+
+def _store_sums(
+    builder: Any, vectors: list[Any], places: list[Any], offsets: list[Any], rows: Any, columns: Any, kept: Any
+) -> None:
+    """Add the sum of the lanes of every vector ``[channel][term]`` to its weight gradient."""
+    width, sums = len(offsets), _lane_sums(builder, vectors)
+    # Terms of consecutive weights are stored as one vector: fc1 of LeNet-5, whose weight gradient is all
+    # storing at batch 8, went from 83 to 49 us.
+    dense = builder.icmp_signed("==", builder.sub(offsets[-1], offsets[0]), ir.Constant(I64, 4 * (width - 1)))
+    whole = builder.and_(dense, builder.icmp_signed(">=", columns, ir.Constant(I64, width)))
+    with builder.if_else(whole, likely=True) as (then, otherwise):
+        with then:
+            _store_rows(builder, sums, [builder.add(place, offsets[0]) for place in places], width, rows, kept)
+        with otherwise:
+            _store_scalars(builder, sums, places, offsets, rows, columns, kept)
 
 
 def _store_rows(builder: Any, sums: list[Any], places: list[Any], width: int, rows: Any, kept: Any) -> None:

@@ -1,6 +1,6 @@
 """Operators: one file per family, from simple to tricky; importing the package registers them all."""
 
-from edgetrain.ops import activation, arithmetic, conv, loss, normalization, pooling, shape
+from edgetrain.ops import activation, arithmetic, conv, loss, normalization, pooling, pruning, shape
 from edgetrain.ops.registry import NO_BORDER, Border, Op, describe, get_op, known_ops, register
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "loss",
     "normalization",
     "pooling",
+    "pruning",
     "register",
     "shape",
 ]

@@ -1,0 +1,161 @@
+"""Operators that thin out operands of the backward pass; policies insert them into a training graph.
+
+Error maps, by channels (``edgetrain.pruning.ErrorMapPruning``):
+
+- ``KeptChannels``: (grad_out, weights) -> numbers of the channels to keep;
+- ``PrunedInputGrad``, ``PrunedWeightGrad``, ``PrunedBiasGrad``: the gradients of a product from the kept channels
+  alone. Each is its dense operator with one more input, the list.
+
+Only products of one group: a depthwise convolution has nothing to share out between channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from edgetrain.errors import GraphError
+from edgetrain.graph import Node, Shape, Value
+from edgetrain.kernels.codes import BY_CHANCE, BY_ERROR, BY_ERROR_AND_WEIGHTS
+from edgetrain.ops.conv import ProductGrad, ProductInputGrad, ProductWeightGrad
+from edgetrain.ops.geometry import channels_of
+from edgetrain.ops.registry import NO_BORDER, Array, Border, Op, describe, register
+
+if TYPE_CHECKING:
+    from edgetrain.lowering import Lowering
+
+IMPORTANCE = {"error": BY_ERROR, "error_and_weights": BY_ERROR_AND_WEIGHTS, "random": BY_CHANCE}
+
+
+@register
+class KeptChannels(Op):
+    """(grad_out, weights) -> numbers of the ``count`` channels to keep, ascending, float32 ``(count,)``.
+
+    Attributes: ``count``; ``importance``, a key of ``IMPORTANCE``; ``stream`` of the random numbers; ``forward`` and the
+    attributes of the product whose error map this is.
+    """
+
+    name = "KeptChannels"
+    arity = (2, 2)
+    training_only = True
+    attributes = (*ProductGrad.attributes, "count", "importance", "stream")
+
+    def infer(self, node: Node) -> Sequence[tuple[Shape, bool]]:
+        """One number per kept channel."""
+        count, channels = int(node.get("count", 0)), channels_of(node.x)
+        if not 1 <= count <= channels:
+            raise GraphError(f"{describe(node)}: count={count}, expected 1 to {channels}, the channels")
+        return [((count,), False)]
+
+    def reference(self, node: Node, *inputs: Array) -> tuple[Array, ...]:
+        """The channels with the highest scores; without randomness the first ones."""
+        grad_out, weights = inputs
+        count, how = int(node.get("count")), IMPORTANCE[node.get("importance", "error")]
+        if how == BY_CHANCE:
+            return (np.arange(count, dtype=grad_out.dtype),)
+        scores = 2 * _share(np.abs(grad_out).sum(axis=(0, *range(2, grad_out.ndim))))
+        if how == BY_ERROR_AND_WEIGHTS:
+            by_channel = weights.T if _inputs_first(node) else weights
+            scores = scores + _share(np.abs(by_channel.reshape(len(scores), -1)).sum(1))
+        best = np.argsort(-scores, kind="stable")[:count]
+        return (np.sort(best).astype(grad_out.dtype),)
+
+    def lower(self, node: Node, low: Lowering) -> None:
+        """Scores, then the choice."""
+        low.kept_channels(node, ProductWeightGrad().geometry(node, node.get("like"), node.input(1)))
+
+
+def _share(norms: Array) -> Array:
+    total = norms.sum()
+    return norms / total if total > 0 else norms
+
+
+def _inputs_first(node: Node) -> bool:
+    """Whether the weights of a fully connected layer are ``(inputs, outputs)``."""
+    return node.get("forward") != "Conv" and not node.get("transB", 0)
+
+
+def _masked(grad_out: Array, kept: Array) -> Array:
+    """Return a copy with zeros in all channels that are not kept."""
+    masked = np.zeros_like(grad_out)
+    masked[:, kept.astype(int)] = grad_out[:, kept.astype(int)]
+    return masked
+
+
+@register
+class PrunedInputGrad(ProductInputGrad):
+    """Gradient of a product's input from the kept channels: (grad_out, weights, kept) -> grad_x."""
+
+    name = "PrunedInputGrad"
+    arity = (3, 3)
+
+    def reference(self, node: Node, *inputs: Array) -> tuple[Array, ...]:
+        """The dense gradient with zeros in the other channels."""
+        return super().reference(node, _masked(inputs[0], inputs[2]), inputs[1])
+
+    def borders(self, node: Node) -> Sequence[Border]:
+        """Zeros around the output gradient."""
+        return [*super().borders(node), NO_BORDER]
+
+    def macs(self, node: Node) -> int:
+        """The share of the kept channels."""
+        return _share_of(self, node, node.input(2))
+
+    def lower(self, node: Node, low: Lowering) -> None:
+        """See ``lowering_pruned``."""
+        low.pruned_input_grad(node, self.product(node))
+
+
+@register
+class PrunedWeightGrad(ProductWeightGrad):
+    """Gradient of a product's weights from the kept channels: (x, grad_out, kept) -> grad_w, 0 for the others."""
+
+    name = "PrunedWeightGrad"
+    arity = (3, 3)
+
+    def reference(self, node: Node, *inputs: Array) -> tuple[Array, ...]:
+        """The dense gradient with zeros in the other channels."""
+        return super().reference(node, inputs[0], _masked(inputs[1], inputs[2]))
+
+    def borders(self, node: Node) -> Sequence[Border]:
+        """The padding that windows touch."""
+        return [*super().borders(node), NO_BORDER]
+
+    def macs(self, node: Node) -> int:
+        """The share of the kept channels."""
+        return _share_of(self, node, node.input(2))
+
+    def lower(self, node: Node, low: Lowering) -> None:
+        """See ``lowering_pruned``."""
+        low.pruned_weight_grad(node, self.product(node))
+
+
+def _share_of(op: ProductGrad, node: Node, kept: Value) -> int:
+    g = op.product(node)
+    return g.macs // g.channels_out * kept.size
+
+
+@register
+class PrunedBiasGrad(Op):
+    """Gradient of a bias from the kept channels: (grad_out, kept) -> grad_b, 0 for the others."""
+
+    name = "PrunedBiasGrad"
+    arity = (2, 2)
+    training_only = True
+    attributes = ("like",)
+
+    def infer(self, node: Node) -> Sequence[tuple[Shape, bool]]:
+        """The bias."""
+        like: Value = node.get("like")
+        return [(like.shape, False)]
+
+    def reference(self, node: Node, *inputs: Array) -> tuple[Array, ...]:
+        """Sum over samples and pixels, with zeros in the other channels."""
+        masked = _masked(*inputs)
+        return (masked.sum(axis=(0, *range(2, masked.ndim))).reshape(node.y.shape),)
+
+    def lower(self, node: Node, low: Lowering) -> None:
+        """See ``lowering_pruned``."""
+        low.pruned_bias_grad(node)
