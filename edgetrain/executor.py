@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -213,6 +214,11 @@ class Executor:
             maps = np.moveaxis(inside, 4, 2).reshape(layout.blocks, -1, layout.rows, layout.columns)
             return maps[:count, : layout.channels].reshape(-1, *value.shape).copy()
         return np.moveaxis(inside, 4, 1).reshape(-1, *value.shape)[:count].copy()
+
+    def kept(self, name: str, shape: Sequence[int]) -> NDArray[np.float32]:
+        """Return memory that the plan keeps to the end of a step (``LoweringCore.kept``), as a float32 view."""
+        start = self.plan.offsets[name]
+        return self._arena.memory[start : start + 4 * math.prod(shape)].view(np.float32).reshape(shape)
 
     def _bind(self) -> None:
         """Resolve addresses again if the arena moved."""

@@ -1,7 +1,8 @@
 """Where parameters, gradients and optimizer state live: one flat array each, in the same order.
 
 One order for all: trainable arrays that decay, trainable arrays that do not, arrays
-that are not trained. So an optimizer step is one pass over two ranges.
+that are not trained. So an optimizer step is one pass over two ranges. Of an array with a compact
+``SparseIndex`` only the numbers that exist are stored.
 """
 
 from __future__ import annotations
@@ -9,11 +10,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from edgetrain.arrays import ALIGNMENT, aligned
 from edgetrain.graph import Graph, Normalization
 from edgetrain.optim import SETTINGS, Optimizer
+from edgetrain.sparse_index import SparseIndex
 
 _LINE = ALIGNMENT // 4  # floats per cache line; every array starts on a line and is padded with zeros
 
@@ -25,18 +27,21 @@ class Parameters:
         buffers: ``weights``, ``gradients``, the optimizer's moments, and the small fixed
             arrays that kernels read (``state``, ``result``, ``settings``, ``scale``, ``shift``).
         decayed, trained: floats before the first array that does not decay, and before the first not trained.
+        sparse: the indices of weights that are sparse, by name.
+        moments: names of the optimizer's buffers, empty before training.
     """
 
-    def __init__(self, graph: Graph, optimizer: Optimizer) -> None:
+    def __init__(self, graph: Graph, optimizer: Optimizer, sparse: Mapping[str, SparseIndex] | None = None) -> None:
+        self.sparse = dict(sparse or {})
         names = sorted(graph.arrays, key=lambda name: self._group(graph, optimizer, name))  # stable: keeps order
         self._shapes = {name: graph.arrays[name].shape for name in graph.arrays}
         self._starts: dict[str, int] = {}
         self._gradients: dict[str, str] = {}
-        self._moments: tuple[str, ...] = ()
+        self.moments: tuple[str, ...] = ()
         place, ends = 0, [0, 0, 0]
         for name in names:
             self._starts[name] = place
-            place += -(-graph.arrays[name].size // _LINE) * _LINE
+            place += -(-self._stored(name) // _LINE) * _LINE
             for group in range(self._group(graph, optimizer, name), 3):
                 ends[group] = place
         self.decayed, self.trained, self.total = ends
@@ -58,14 +63,14 @@ class Parameters:
     def start_training(self, gradients: Mapping[str, str], optimizer: Optimizer) -> None:
         """Make the buffers that only training needs; ``gradients``: the gradient value of every trainable array."""
         self._gradients = {value: name for name, value in gradients.items()}
-        self._moments = optimizer.moments
-        for buffer in ("gradients", *self._moments):
+        self.moments = optimizer.moments
+        for buffer in ("gradients", *self.moments):
             if buffer not in self.buffers:
                 self.buffers[buffer] = aligned(self.trained + _LINE)
 
     def forget(self) -> None:
         """Set the optimizer's moments to zero, as they are before the first step."""
-        for name in self._moments:
+        for name in self.moments:
             self.buffers[name][:] = 0
 
     def find(self, value: str) -> tuple[str, int] | None:
@@ -77,11 +82,41 @@ class Parameters:
         return None
 
     def view(self, name: str, buffer: str = "weights") -> NDArray[np.float32]:
-        """Return an array of a buffer as a view in its ONNX shape, float32."""
-        shape = self._shapes[name]
+        """Return an array of a buffer as a view, float32: in its ONNX shape, or compact ``(capacity,)``."""
         start = self._starts[name]
-        flat: NDArray[np.float32] = self.buffers[buffer][start : start + int(np.prod(shape))]  # type: ignore[assignment]
-        return flat.reshape(shape)
+        flat: NDArray[np.float32] = self.buffers[buffer][start : start + self._stored(name)]  # type: ignore[assignment]
+        return flat if self._is_compact(name) else flat.reshape(self._shapes[name])
+
+    def stored(self, name: str, buffer: str = "weights") -> NDArray[np.float32]:
+        """Return the part of ``view`` that means something: what a checkpoint keeps."""
+        view = self.view(name, buffer)
+        return view[: self.sparse[name].count] if self._is_compact(name) else view
+
+    def dense(self, name: str, buffer: str = "weights") -> NDArray[np.float32]:
+        """Return a copy of an array in its ONNX shape, as the network uses it: 0 for weights that do not exist.
+
+        Gradients and moments of weights that are stored but not used (``SparseIndex.compact`` is false) are kept.
+        """
+        index, view = self.sparse.get(name), self.view(name, buffer)
+        if index is None or (not index.compact and buffer != "weights"):
+            return view.copy()
+        return index.dense(view if index.compact else index.values_of(view))
+
+    def put(self, name: str, array: ArrayLike, buffer: str = "weights") -> None:
+        """Store an array given in its ONNX shape; of a compact one the entries of its index."""
+        view = self.view(name, buffer)
+        if not self._is_compact(name):
+            view[...] = array
+            return
+        index = self.sparse[name]
+        view[: index.count], view[index.count :] = index.values_of(array), 0
+
+    def _is_compact(self, name: str) -> bool:
+        return name in self.sparse and self.sparse[name].compact
+
+    def _stored(self, name: str) -> int:
+        """Return how many floats an array takes."""
+        return self.sparse[name].capacity if self._is_compact(name) else int(np.prod(self._shapes[name]))
 
     def names(self) -> list[str]:
         """Return the names of all arrays in the graph's order."""
@@ -94,7 +129,7 @@ class Parameters:
     def load(self, arrays: Mapping[str, NDArray[np.float32]]) -> None:
         """Copy arrays in."""
         for name, array in arrays.items():
-            self.view(name)[...] = array
+            self.put(name, array)
 
     def scale_input(self, normalization: Normalization | None) -> None:
         """Set the factor and the offset per channel that the first input is read with."""
