@@ -89,7 +89,7 @@ def choose(sizes: Sizes) -> Choice:
     if trial is not None:
         tile = trial(sizes)
         return Choice(sizes, rule(sizes), "rule") if tile is None else Choice(sizes, tile, "trial")
-    stored = stored_tiles().get(sizes.label) if _TARGET.get() is None else None
+    stored = stored_tiles().get(sizes.label) if target() == _host() else None
     if stored in candidates(sizes)[1:]:  # never what a file edited by hand says: too wide a tile reads beyond its rows
         return Choice(sizes, stored, "calibration")
     return Choice(sizes, rule(sizes), "rule")
@@ -212,6 +212,22 @@ def rule(sizes: Sizes) -> Tile:
     return tiles.multiply(sizes) if sizes.kernel == "multiply" else tiles.correlate(sizes)
 
 
+# Tiles of 4 x 4 pixels that a Winograd kernel works on at once, with its (channels, tiles) in registers.
+_WINOGRAD = {32: {4: (4, 4), 2: (8, 2), 1: (16, 1)}, 16: {4: (4, 2), 2: (4, 2), 1: (8, 1)}}
+
+
+def winograd_tile(tiles: int, blocks: int, threads: int) -> tuple[int, Tile]:
+    """Return how many of a map's ``tiles`` belong to one chunk of a Winograd kernel, and its (channels, tiles).
+
+    The largest chunk that lets all threads finish together: 1.3 times as fast with 4 as with 16 tiles on 16@32x32
+    (a chunk's transformed numbers stay in the second-level cache), and equally fast with 2 and 4.
+    """
+    shapes = {size: tile for size, tile in _WINOGRAD[target().registers].items() if tiles % size == 0}
+    longest = {size: -(-(blocks * tiles // size) // threads) * size for size in shapes}
+    chunk = min(shapes, key=lambda size: (longest[size], -size))
+    return chunk, shapes[chunk]
+
+
 def _fuller(channels: int, usual: Tile, odd: Tile | None) -> Tile:
     """Return the tile that computes fewer channels that do not exist, the usual one unless it wastes a tenth more."""
     if odd is None:
@@ -255,9 +271,10 @@ def candidates(sizes: Sizes) -> list[Tile]:
 
 
 def _fits(tile: Tile, unit: int) -> bool:
-    """Whether accumulators, one operand of every row or column and one more number fit the registers."""
-    rows = tile[0] // unit
-    return rows * tile[1] + min(rows, tile[1]) < target().registers
+    """Whether accumulators, one operand of every row or column and one more number fit the registers, and use them."""
+    rows, registers = tile[0] // unit, target().registers
+    accumulators = rows * tile[1]
+    return accumulators >= (0.2 if rows == 1 else 0.4) * registers and accumulators + min(rows, tile[1]) < registers
 
 
 def _filled(tile: Tile, unit: int, channels: int, along: int) -> bool:

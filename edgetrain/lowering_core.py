@@ -46,6 +46,7 @@ class LoweringCore:
         self._lifetimes: dict[str, tuple[int, int]] = {}
         self._workspaces = 0
         self._choice: Choice | None = None
+        self.threads = 1  # that will run the plan: scratch memory is theirs, results are not
 
     kind = SAMPLES
 

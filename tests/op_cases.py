@@ -179,6 +179,13 @@ def convolutions() -> Iterable[Case]:
     yield conv("1d-depthwise", (4, 15), 4, 1, 3, group=4, pads=[1, 1])
     yield conv("1d-long", (1, 700), 2, 1, 9, strides=[2], pads=[4, 4])
     yield conv("1d-auto-pad", (2, 11), 3, 2, 4, auto_pad="SAME_LOWER", strides=[2])
+    # Maps of whole 4 x 4 tiles and enough channels: Winograd's kernels (lowering_winograd.suits).
+    yield conv("winograd", (16, 8, 8), 16, 16, 3, 3, pads=same3, wide=True)
+    yield conv("winograd-one-tile", (12, 4, 4), 18, 12, 3, 3, pads=same3)
+    yield conv("winograd-three-tiles", (20, 4, 12), 9, 20, 3, 3, pads=same3, bias=False)
+    yield conv("winograd-pads-asymmetric", (16, 8, 8), 12, 16, 3, 3, pads=[2, 0, 0, 2], wide=True)
+    yield conv("winograd-no-pads", (12, 10, 6), 16, 12, 3, 3)
+    yield conv("winograd-odd-inputs", (18, 8, 4), 16, 18, 3, 3, pads=same3)
     yield conv("kernel-shape-given", (2, 5, 5), 3, 2, 3, 3, kernel_shape=[3, 3])
 
 

@@ -1,0 +1,168 @@
+"""3x3 convolutions of stride 1 by Winograd's minimal filtering; see ``kernels/winograd.py``.
+
+Forward and input gradient are one kernel: a slot of scratch memory per thread, each taking an equal share of the tiles.
+The weight gradient is four: transform input and output gradient, 36 products of matrices (the gather-correlate of
+``kernels/dense.py`` with the positions as groups), transform back.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from edgetrain.arrays import Layout
+from edgetrain.choice import winograd_tile
+from edgetrain.graph import Node, Value
+from edgetrain.kernels.codes import SAMPLES
+from edgetrain.plan import Ref
+
+if TYPE_CHECKING:
+    from edgetrain.lowering_core import LoweringCore
+    from edgetrain.ops.conv import Product
+
+_TILE, _POSITIONS = 4, 36
+# Transformed input and output gradients of one part of the batch: more would leave the cache. 2.5 MiB measured best of
+# 1.2, 2.5 and 5 MiB on three layers of ResNet-20 at batch 32.
+_PART_BYTES = 5 << 19
+# A direct product must need so many times the multiplications and transforms that Winograd needs.
+_GAIN = 1.4
+
+
+def suits(low: LoweringCore, g: Product, size: tuple[int, int]) -> bool:
+    """Whether a product over output maps of ``size`` is worth it: whole tiles, enough channels."""
+    simple = g.kernel == (3, 3) and g.strides == g.dilations == (1, 1) and g.groups == 1
+    if low.kind != SAMPLES or not simple or size[0] % _TILE or size[1] % _TILE or g.inputs % 4:
+        return False
+    products = g.inputs * g.outputs
+    # Instructions per tile: 144 for the data of a channel, 100 for an output; as many loads and stores again.
+    return _GAIN * (_POSITIONS * products + 220 * g.inputs + 150 * g.outputs) < 9 * _TILE**2 * products
+
+
+@dataclass(frozen=True)
+class _Filter:
+    """A product as seen from its result: input channels, output channels, where the weights' numbers are."""
+
+    inputs: int
+    outputs: int
+    weight_in: int
+    weight_out: int
+    tap: int
+    tap_step: int
+
+
+def forward(low: LoweringCore, node: Node, g: Product) -> None:
+    """Emit a convolution."""
+    x, bias = low.layout(node.x), node.optional(2)
+    start = -g.pads[0] * x.row - g.pads[1] * x.pixel
+    taps = _Filter(g.inputs, g.outputs, g.weight_in, g.weight_out, 0, g.weight_tap)
+    _emit(low, node.x, start, node.y, taps, node.input(1), low.address(bias) if bias is not None else None)
+
+
+def input_grad(low: LoweringCore, node: Node, g: Product) -> None:
+    """Emit the gradient of a convolution's input: the convolution of the output gradient with flipped kernels."""
+    grad = low.layout(node.x)
+    start = (g.pads[0] - 2) * grad.row + (g.pads[1] - 2) * grad.pixel
+    taps = _Filter(g.outputs, g.inputs, g.weight_out, g.weight_in, 8 * g.weight_tap, -g.weight_tap)
+    _emit(low, node.x, start, node.y, taps, node.input(1), None)
+
+
+def _emit(
+    low: LoweringCore, x: Value, start: int, y: Value, f: _Filter, weight: Value, bias: Ref | None
+) -> None:  # fmt: skip
+    source, out, size = low.layout(x), low.layout(y), 4 * low.lanes
+    rows, columns = out.rows // _TILE, out.columns // _TILE
+    chunk, (channels, width) = winograd_tile(rows * columns, low.blocks, low.threads)
+    slots = min(low.threads, low.blocks * rows * columns // chunk)
+    tiles = -(-f.outputs // channels)
+    packed_position = 4 * tiles * channels * f.inputs
+    v, m = _apart(f.inputs * chunk * size), _apart(tiles * channels * chunk * size)
+    packed, scratch = low.workspace(_POSITIONS * packed_position), low.workspace(slots * _POSITIONS * (v + m))
+    low.emit(
+        "winograd_weights", (channels,), tiles, weight=low.address(weight), packed=packed, inputs=f.inputs,
+        outputs=f.outputs, weight_in=f.weight_in, weight_out=f.weight_out, tap=f.tap, tap_step=f.tap_step,
+        packed_position=packed_position,
+    )  # fmt: skip
+    low.emit(
+        "winograd", (low.lanes, channels, width), slots, x=low.address(x) + start, y=low.address(y), packed=packed,
+        bias=bias or low.zeros(f.outputs), scratch=scratch, scratch_bytes=_POSITIONS * (v + m), slots=slots,
+        blocks=low.blocks, tile_rows=rows, tile_columns=columns, inputs=f.inputs, outputs=f.outputs, chunk=chunk,
+        x_block=source.block, x_channel=source.channel, x_row=source.row, y_block=out.block, y_channel=out.channel,
+        y_row=out.row, packed_position=packed_position, v_position=v, m_position=m,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A part of the batch: whole blocks, or rows of tiles of one block."""
+
+    block: int
+    blocks: int
+    row: int
+    rows: int
+
+
+def weight_grad(low: LoweringCore, node: Node, g: Product) -> None:
+    """Emit the gradient of a convolution's weights, part by part of the batch."""
+    x, grad, size = low.layout(node.x), low.layout(node.input(1)), 4 * low.lanes
+    rows, columns = g.out[0] // _TILE, g.out[1] // _TILE
+    parts = _parts(low.blocks, rows, _POSITIONS * columns * size * (g.inputs + g.outputs))
+    most = max(part.blocks * part.rows for part in parts) * columns
+    channel = _apart(most * size)
+    v_position, z_position = _apart(g.inputs * channel), _apart(g.outputs * channel)
+    v, z = low.workspace(_POSITIONS * v_position), low.workspace(_POSITIONS * z_position)
+    position = 4 * g.inputs * g.outputs
+    sums = low.workspace(len(parts) * _POSITIONS * position)
+    start = -g.pads[0] * x.row - g.pads[1] * x.pixel
+    for number, part in enumerate(parts):
+        _spread(low, "winograd_data", low.address(node.x) + start, x, part, columns, v, channel, v_position)
+        _spread(low, "winograd_gradient", low.address(node.input(1)), grad, part, columns, z, channel, z_position)
+        _correlate(low, g, v, z, sums + number * _POSITIONS * position, part.blocks * part.rows * columns,
+                   (channel, v_position, z_position))  # fmt: skip
+    low.emit(
+        "winograd_weight_gradient", (), g.outputs, sums=sums, grad_weight=low.address(node.y), parts=len(parts),
+        inputs=g.inputs, sums_part=_POSITIONS * position, sums_position=position, weight_out=g.weight_out,
+        weight_in=g.weight_in, weight_tap=g.weight_tap,
+    )  # fmt: skip
+
+
+def _parts(blocks: int, rows: int, row_bytes: int) -> list[_Part]:
+    """Cut the batch so that a part's transformed numbers take about ``_PART_BYTES``."""
+    together = _PART_BYTES // (rows * row_bytes)
+    if together:
+        return [_Part(b, min(together, blocks - b), 0, rows) for b in range(0, blocks, together)]
+    some = max(1, _PART_BYTES // row_bytes)
+    return [_Part(b, 1, r, min(some, rows - r)) for b in range(blocks) for r in range(0, rows, some)]
+
+
+def _spread(
+    low: LoweringCore, kernel: str, x: Ref, layout: Layout, part: _Part, columns: int, v: Ref, channel: int,
+    position: int,
+) -> None:  # fmt: skip
+    """Emit the transforms of a part's tiles."""
+    low.emit(
+        kernel, (low.lanes,), part.blocks * layout.channels, v=v, channels=layout.channels, tile_rows=part.rows,
+        x=x + part.block * layout.block + _TILE * part.row * layout.row, tile_columns=columns, x_block=layout.block,
+        x_channel=layout.channel, x_row=layout.row, v_block=part.rows * columns * 4 * low.lanes, v_channel=channel,
+        v_position=position,
+    )  # fmt: skip
+
+
+def _correlate(
+    low: LoweringCore, g: Product, v: Ref, z: Ref, sums: Ref, tiles: int, strides: tuple[int, int, int]
+) -> None:  # fmt: skip
+    """Emit ``sums[position][o][c] = sum over tiles and lanes of z[position][o] * v[position][c]``."""
+    (channel, v_position, z_position), size = strides, 4 * low.lanes
+    rows, width = 4, 4
+    low.emit(
+        "correlate", (low.lanes, rows, width, SAMPLES), _POSITIONS * -(-g.outputs // rows), x=v, grad_out=z,
+        grad_weight=sums, pixels=low.table([(t * size, t * size) for t in range(tiles)]),
+        terms=low.table([(c * channel, 4 * c) for c in range(g.inputs)]), pixel_count=tiles, term_count=g.inputs,
+        channel_count=g.outputs, x_block=0, grad_block=0, x_group=v_position, grad_group=z_position,
+        weight_group=4 * g.inputs * g.outputs, grad_channel=channel, weight_channel=4 * g.inputs, blocks=1,
+        groups=_POSITIONS, pixel_chunk=tiles, term_chunk=g.inputs, term_chunks=1, channel_tiles=-(-g.outputs // rows),
+    )  # fmt: skip
+
+
+def _apart(nbytes: int) -> int:
+    """Return a stride of at least ``nbytes`` whose multiples fall into different sets of the first-level cache."""
+    return nbytes + 64 if nbytes % 1024 == 0 else nbytes

@@ -1,0 +1,93 @@
+"""Winograd's kernels: when they are chosen, that their errors stay small, that parts and chunks change nothing."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+import edgetrain.lowering_winograd as winograd
+from edgetrain import reference
+from edgetrain.choice import winograd_tile
+from edgetrain.graph import Graph
+from tests.engine import assert_same, learner, wide_host
+
+pytestmark = pytest.mark.usefixtures(wide_host.__name__)
+
+
+def network(channels: int, size: int, kernel: int = 3, **attributes: object) -> Graph:
+    rng = np.random.default_rng(channels + size)
+    graph = Graph("case", (channels, size, size))
+    x = "input"
+    for number in range(2):  # the first needs no input gradient
+        shape = (channels, channels // int(attributes.get("group", 1)), kernel, kernel)
+        weight = graph.parameter(f"weight{number}", rng.normal(0, (channels * kernel**2) ** -0.5, shape))
+        x = graph.add("Conv", [x, weight], pads=[kernel // 2] * 4, **attributes)
+    graph.set_outputs([x])
+    return graph
+
+
+def kernels(graph: Graph, batch: int = 4, **settings: object) -> set[str]:
+    made = learner(graph, 4, loss="mse", **settings)
+    return {row.kernel[0] for row in made.training_plan(batch).rows}
+
+
+def batch(graph: Graph, count: int) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(7)
+    x = rng.normal(size=(count, *graph.input_shape)).astype(np.float32)
+    return x, rng.normal(size=(count, *graph.output_shape)).astype(np.float32)
+
+
+ALL = {"winograd", "winograd_weights", "winograd_data", "winograd_gradient", "winograd_weight_gradient"}
+
+
+def test_all_three_products_of_a_large_layer_are_winograds():
+    assert kernels(network(16, 8)) >= ALL
+
+
+@pytest.mark.parametrize(
+    ("channels", "size", "kernel", "attributes"),
+    [(4, 8, 3, {}), (16, 9, 3, {}), (16, 8, 5, {}), (16, 8, 1, {}), (16, 8, 3, {"group": 16}),
+     (16, 16, 3, {"strides": [2, 2]}), (16, 8, 3, {"dilations": [2, 2]})],
+)  # fmt: skip
+def test_other_layers_are_direct(channels, size, kernel, attributes):
+    graph = network(channels, size, kernel, **attributes)
+    assert not ALL & kernels(graph)
+
+
+# Largest error relative to the largest number: 1e-5 for 128 channels was measured (kernels/winograd.py), twenty times
+# less than what the contract allows a gradient.
+@pytest.mark.parametrize(("channels", "size"), [(16, 16), (64, 8), (128, 4)])
+def test_errors_stay_small(channels, size):
+    graph = network(channels, size)
+    x, y = batch(graph, 6)
+    made = learner(graph, 4, loss="mse")
+    _, wanted = reference.gradients(graph, x, y, "mse")
+    for name, gradient in made.gradients(x, y).items():
+        assert np.abs(gradient - wanted[name]).max() <= 1.5e-5 * np.abs(wanted[name]).max(), name
+
+
+@pytest.mark.parametrize("part_bytes", [1, 36 * 32 * 4 * 4 * 4, 10**9], ids=["rows", "blocks", "batch"])
+def test_gradients_of_any_parts_agree(monkeypatch, part_bytes):
+    graph = network(16, 16)
+    x, y = batch(graph, 11)
+    usual = learner(graph, 4, loss="mse").gradients(x, y)
+    monkeypatch.setattr(winograd, "_PART_BYTES", part_bytes)
+    for name, gradient in learner(graph, 4, loss="mse").gradients(x, y).items():
+        np.testing.assert_allclose(gradient, usual[name], rtol=0, atol=1e-5 * np.abs(usual[name]).max())
+
+
+@pytest.mark.parametrize("threads", [2, 3, 5])
+def test_results_do_not_depend_on_threads(threads):
+    graph = network(12, 12)  # nine tiles a map: chunks of one
+    x, y = batch(graph, 10)
+    alone, together = (learner(graph, 4, number, loss="mse") for number in (1, threads))
+    assert_same(together.gradients(x, y), alone.gradients(x, y))
+    assert_same({"output": together.logits(x)}, {"output": alone.logits(x)})
+
+
+@pytest.mark.parametrize(
+    ("tiles", "blocks", "threads", "chunk"),
+    [(64, 2, 2, 4), (4, 2, 2, 4), (4, 1, 2, 2), (4, 1, 4, 1), (9, 2, 2, 1), (6, 4, 2, 2), (6, 3, 2, 1), (64, 1, 1, 4)],
+)
+def test_chunks_let_all_threads_finish_together(tiles, blocks, threads, chunk):
+    assert winograd_tile(tiles, blocks, threads)[0] == chunk
