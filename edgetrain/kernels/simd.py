@@ -129,10 +129,11 @@ def _scalar_store(element: ir.Type, kind: types.Type) -> Callable[..., Any]:
 
 
 load_f32 = _scalar_load(F32, types.float32)
-load_i32 = _scalar_load(ir.IntType(32), types.int32)
+load_i32 = _scalar_load(I32, types.int32)
 load_f64 = _scalar_load(ir.DoubleType(), types.float64)
 load_i64 = _scalar_load(I64, types.int64)
 store_f32 = _scalar_store(F32, types.float32)
+store_i32 = _scalar_store(I32, types.int32)
 store_f64 = _scalar_store(ir.DoubleType(), types.float64)
 store_i64 = _scalar_store(I64, types.int64)
 

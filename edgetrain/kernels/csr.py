@@ -1,0 +1,164 @@
+"""Products of training with sparse weights: lists of non-zeros by output channel, or by input channel.
+
+A list is expanded once per step from the rows of a ``SparseIndex``, which may have changed since the last step, to
+(byte offset, weight) pairs for the layout at hand; then every product is one pass over a list for each tile of pixels.
+Tiles are the outer loop and channels the inner one, so that the tile's part of the input stays in the cache.
+
+A list may be cut into *parts* by column, so that the channels that one part reads fit the first-level cache.
+"""
+
+from __future__ import annotations
+
+from edgetrain.kernels.codes import ABSENT
+from edgetrain.kernels.csr_tiles import ENTRY, csr_correlate_tile, csr_multiply_tile
+from edgetrain.kernels.registry import Body, kernel
+from edgetrain.kernels.simd import (
+    arguments,
+    broadcast,
+    load,
+    load_f32,
+    load_i32,
+    load_i64,
+    store_f32,
+    store_i32,
+    sum_lanes,
+)
+
+# bounds: int32 pairs [part][row], the first entry and the one behind the last; entries: see ``csr_tiles``.
+
+
+@kernel(
+    "starts", "columns", "places", "weight", "terms", "limits", "bounds", "entries", "row_count", "group_rows",
+    "group_bytes", "parts", "rows_per_job",
+)  # fmt: skip
+def expand_csr() -> Body:
+    """Write the list of every row: the offset of each non-zero's input, and its weight.
+
+    Job: some rows. ``starts``, ``columns``, ``places``: of a ``SparseIndex``. ``terms``: table of int64 byte offsets
+    by column, ``ABSENT`` for columns to leave out; ``group_bytes`` comes on top for each group of ``group_rows`` rows.
+    ``limits``: int64 column behind each part.
+    """
+
+    def body(args: int, first: int, last: int) -> None:
+        (starts, columns, places, weight, terms, limits, bounds, entries, row_count, group_rows, group_bytes, parts,
+         rows_per_job) = arguments(args, 13)  # fmt: skip
+        for row in range(first * rows_per_job, min(row_count, last * rows_per_job)):
+            base = row // group_rows * group_bytes
+            begin = load_i32(starts + 4 * row)
+            at, part, limit = begin, 0, load_i64(limits)
+            for i in range(begin, load_i32(starts + 4 * row + 4)):
+                column = load_i32(columns + 4 * i)
+                while column >= limit:
+                    bound = bounds + 8 * (part * row_count + row)
+                    store_i32(bound, begin)
+                    store_i32(bound + 4, at)
+                    begin = at
+                    part += 1
+                    limit = load_i64(limits + 8 * part)
+                term = load_i64(terms + 8 * column)
+                # Written in any case and kept if present: a branch would be predicted wrongly every other time.
+                store_i32(entries + ENTRY * at, base + term)
+                store_f32(entries + ENTRY * at + 4, load_f32(weight + 4 * load_i32(places + 4 * i)))
+                at += term != ABSENT
+            while part < parts:
+                bound = bounds + 8 * (part * row_count + row)
+                store_i32(bound, begin)
+                store_i32(bound + 4, at)
+                begin = at
+                part += 1
+
+    return body
+
+
+@kernel(
+    "x", "y", "bias", "tiles", "entries", "bounds", "row_count", "parts", "x_block", "y_block", "y_channel", "y_step",
+    "tile_count", "tile_chunk", "tile_chunks", "row_chunk", "row_chunks",
+)  # fmt: skip
+def multiply_csr(lanes: int, runs: int, columns: int, x_step: int, sets: int, unroll: int) -> Body:
+    """Write ``y[block][row][p] = bias[row] + sum over the row's entries of w * x[block][p + offset]``.
+
+    Job: (block, chunk of tiles, chunk of rows). ``tiles``: int64 pairs (input, output offset), ``runs`` per tile.
+    """
+    tile_bytes = 16 * runs
+
+    def body(args: int, first: int, last: int) -> None:
+        (x, y, bias, tiles, entries, bounds, row_count, parts, x_block, y_block, y_channel, y_step, tile_count,
+         tile_chunk, tile_chunks, row_chunk, row_chunks) = arguments(args, 17)  # fmt: skip
+        for job in range(first, last):
+            chunk_r = job % row_chunks
+            rest = job // row_chunks
+            chunk_t = rest % tile_chunks
+            block = rest // tile_chunks
+            last_row = min(row_count, (chunk_r + 1) * row_chunk)
+            for t in range(chunk_t * tile_chunk, min(tile_count, (chunk_t + 1) * tile_chunk)):
+                for part in range(parts):
+                    for row in range(chunk_r * row_chunk, last_row):
+                        bound = bounds + 8 * (part * row_count + row)
+                        begin, end = load_i32(bound), load_i32(bound + 4)
+                        if part == 0 or begin < end:
+                            csr_multiply_tile(
+                                x + block * x_block, y + block * y_block + row * y_channel, entries + ENTRY * begin,
+                                entries + ENTRY * end, load_f32(bias + 4 * row) * (part == 0), tiles + t * tile_bytes,
+                                part, y_step, runs, columns, x_step, sets, unroll, lanes,
+                            )  # fmt: skip
+
+    return body
+
+
+@kernel(
+    "x", "grad_out", "tiles", "entries", "bounds", "sums", "keep", "row_count", "parts", "x_block", "grad_block",
+    "grad_channel", "grad_step", "part_sums", "tile_count", "tile_chunk", "tile_chunks", "row_chunk", "row_chunks",
+)  # fmt: skip
+def correlate_csr(lanes: int, runs: int, columns: int, x_step: int, chains: int) -> Body:
+    """Write ``sums[chunk of pixels][entry] = sum over the chunk's pixels p of grad_out[row][p] * x[p + offset]``.
+
+    Job: (block, chunk of tiles, chunk of rows); block and chunk of tiles are the chunk of pixels. ``sums`` are
+    vectors of lanes, ``part_sums`` bytes of them per chunk of pixels; ``keep``: 1 to add to what they hold.
+    ``tiles`` as in ``multiply_csr``.
+    """
+    tile_bytes, vector = 16 * runs, 4 * lanes
+
+    def body(args: int, first: int, last: int) -> None:
+        (x, grad_out, tiles, entries, bounds, sums, keep, row_count, parts, x_block, grad_block, grad_channel,
+         grad_step, part_sums, tile_count, tile_chunk, tile_chunks, row_chunk,
+         row_chunks) = arguments(args, 19)  # fmt: skip
+        for job in range(first, last):
+            chunk_r = job % row_chunks
+            chunk = job // row_chunks
+            block = chunk // tile_chunks
+            first_tile = chunk % tile_chunks * tile_chunk
+            source, grad, target = x + block * x_block, grad_out + block * grad_block, sums + chunk * part_sums
+            last_row = min(row_count, (chunk_r + 1) * row_chunk)
+            for t in range(first_tile, min(tile_count, first_tile + tile_chunk)):
+                for part in range(parts):
+                    for row in range(chunk_r * row_chunk, last_row):
+                        bound = bounds + 8 * (part * row_count + row)
+                        begin, end = load_i32(bound), load_i32(bound + 4)
+                        if begin < end:
+                            csr_correlate_tile(
+                                source, grad + row * grad_channel, entries + ENTRY * begin, entries + ENTRY * end,
+                                target + vector * begin, tiles + t * tile_bytes, keep + t - first_tile, grad_step,
+                                runs, columns, x_step, chains, lanes,
+                            )  # fmt: skip
+
+    return body
+
+
+@kernel("sums", "grad_weight", "count", "capacity", "part_sums", "chunks", "entries_per_job")
+def sum_csr(lanes: int) -> Body:
+    """Write ``grad_weight[entry] = sum of all chunks' vectors and lanes``; 0 behind the last entry.
+
+    Job: some entries. ``count``: address of the number of entries, int32.
+    """
+
+    def body(args: int, first: int, last: int) -> None:
+        sums, grad_weight, count, capacity, part_sums, chunks, entries_per_job = arguments(args, 7)
+        entries = load_i32(count)
+        for i in range(first * entries_per_job, min(capacity, last * entries_per_job)):
+            total = broadcast(0.0, lanes)
+            if i < entries:
+                for chunk in range(chunks):
+                    total = total + load(sums + chunk * part_sums + 4 * lanes * i, lanes)
+            store_f32(grad_weight + 4 * i, sum_lanes(total))
+
+    return body

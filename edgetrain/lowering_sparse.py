@@ -1,0 +1,250 @@
+"""Products whose weights are lists of non-zeros: the lists, the tiles of pixels, the kernel calls (``kernels/csr.py``).
+
+The lists are expanded from the weight's ``SparseIndex`` by a row of the program, once per product and step, so a new
+topology needs no new plan.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from edgetrain.arrays import Layout
+from edgetrain.choice import target
+from edgetrain.graph import Node, Value
+from edgetrain.kernels.codes import ABSENT, SAMPLES
+from edgetrain.lowering_core import LoweringCore
+from edgetrain.plan import Ref
+
+if TYPE_CHECKING:
+    from edgetrain.ops.conv import Phase, Product
+    from edgetrain.sparse_index import SparseIndex
+
+Pair = tuple[int, int]
+
+_ENTRY = 8  # bytes of an entry of a list: byte offset and weight
+_WANTED_JOBS = 16  # per kernel call, so that four threads find work; results do not depend on it
+_ROWS_PER_JOB = 8  # of expanding a list
+_ENTRIES_PER_JOB = 1024  # of summing gradients
+_MOST_RUNS = 8  # of a tile: each keeps an address in a register
+_LATENCY = 8  # multiply-accumulates that must be under way to hide one's latency
+# Vectors of partial sums that a weight gradient may have, in bytes: a part of the second-level cache.
+_SUMS = 1 << 19
+# Densest weights whose products run on lists of non-zeros.
+DENSEST = 0.3
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The pixels of a product: rows of neighbours, as byte offsets in what is gathered and in what goes with it.
+
+    Attributes:
+        rows: (gathered, other) offset of the first pixel of every row.
+        columns: pixels of a row.
+        steps: (gathered, other) bytes from a pixel to the next.
+        blocks: how often the grid is repeated, once per block of samples; 1 when the rows of all blocks are in it.
+    """
+
+    rows: list[Pair]
+    columns: int
+    steps: Pair
+    blocks: int
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """A grid cut into tiles of ``runs`` runs of ``columns`` pixels.
+
+    Attributes:
+        table: (gathered, other) offset of the first pixel of every run, ``runs`` per tile.
+    """
+
+    runs: int
+    columns: int
+    table: list[Pair]
+
+    @property
+    def tiles(self) -> int:
+        """Number of tiles of a block."""
+        return len(self.table) // self.runs
+
+
+def tiling(grid: Grid, pixels: int) -> Tiling:
+    """Cut a grid into tiles of at most ``pixels`` pixels, all of one shape.
+
+    Runs at the end of a row that is no multiple of a run overlap the one before, and the last tile may repeat a run:
+    these pixels are computed twice, with the same result, by the same job.
+
+    Example:
+        >>> made = tiling(Grid([(0, 0), (100, 100), (200, 200)], 5, (4, 4), 1), 4)
+        >>> made.runs, made.columns, made.table[:4]
+        (1, 3, [(0, 0), (8, 8), (100, 100), (108, 108)])
+    """
+    parts = -(-grid.columns // pixels)
+    columns = -(-grid.columns // parts)
+    starts = [min(p * columns, grid.columns - columns) for p in range(parts)]
+    runs = _runs(len(grid.rows), pixels // columns)
+    rows = grid.rows + grid.rows[-1:] * (-len(grid.rows) % runs)
+    return Tiling(runs, columns, _table(grid, rows, runs, starts))
+
+
+def tilings(grid: Grid, pixels: int) -> list[Tiling]:
+    """Cut a grid into tiles of at most ``pixels`` pixels, each pixel in exactly one; the most frequent shape first.
+
+    Example:
+        >>> made = tilings(Grid([(0, 0), (100, 100), (200, 200)], 5, (4, 4), 1), 4)
+        >>> [(cut.runs, cut.columns, cut.tiles) for cut in made]
+        [(1, 3, 3), (2, 2, 1), (1, 2, 1)]
+    """
+    parts = -(-grid.columns // pixels)
+    narrow, wider = divmod(grid.columns, parts)
+    made = []
+    for columns, first, last in ((narrow + 1, 0, wider), (narrow, wider, parts)):
+        starts = [p * narrow + min(p, wider) for p in range(first, last)]
+        runs = _runs(len(grid.rows), pixels // columns)
+        whole = len(grid.rows) // runs * runs
+        for size, rows in ((runs, grid.rows[:whole]), (len(grid.rows) - whole, grid.rows[whole:])):
+            if rows and starts:
+                made.append(Tiling(size, columns, _table(grid, rows, size, starts)))
+    return sorted(made, key=lambda cut: -cut.tiles)
+
+
+def _runs(rows: int, wanted: int) -> int:
+    """Return how many rows a tile takes: about ``wanted``, so that few are left over."""
+    most = min(max(1, wanted), _MOST_RUNS, rows)
+    return -(-rows // -(-rows // most))
+
+
+def _table(grid: Grid, rows: list[Pair], runs: int, starts: list[int]) -> list[Pair]:
+    """Return the first pixels of all runs, tile by tile."""
+    groups = [rows[first : first + runs] for first in range(0, len(rows), runs)]
+    (x_step, y_step) = grid.steps
+    return [(a + s * x_step, b + s * y_step) for group in groups for s in starts for a, b in group]
+
+
+class SparseLowering(LoweringCore):
+    """Lowers products with sparse weights; ``g`` is the product's ``ops.conv.Product``."""
+
+    def runs_sparse(self, weight: Value) -> bool:
+        """Whether a weight's products run on its list of non-zeros; else they are dense."""
+        index = self.sparse.get(weight.name)
+        if index is None or self.kind != SAMPLES:
+            return False
+        density = index.capacity / index.size if index.compact else index.density
+        return density <= DENSEST
+
+    def sparse_forward(self, node: Node, g: Product) -> None:
+        """Emit ``y = weights * x + bias``."""
+        x, y = self.layout(node.x), self.layout(node.y)
+        index, bias = self.sparse[node.input(1).name], node.optional(2)
+        pixels = g.forward_pixels(x, y)
+        grid = self._grid(pixels, g.out[1], (g.strides[1] * x.pixel, y.pixel), x, y)
+        lists = self._expand(node.input(1), g.forward_terms(x), index.rows, g.outputs, g.inputs * x.channel)
+        bias_ref = self.zeros(index.rows) if bias is None else self.address(bias)
+        self._multiply(self.address(node.x), x, self.address(node.y), y, grid, lists, index.rows, bias_ref)
+
+    def sparse_input_grad(self, node: Node, g: Product) -> None:
+        """Emit the gradient of the input: one product on the transposed list per phase of the stride."""
+        grad, out = self.layout(node.x), self.layout(node.y)
+        for phase in g.phases():
+            pixels = phase.pixels(grad, out)
+            columns = len(range(phase.first[1], g.size[1], g.strides[1]))
+            grid = self._grid(pixels, columns, (grad.pixel, g.strides[1] * out.pixel), grad, out)
+            lists = self._expand(
+                node.input(1), _phase_terms(phase, grad), g.channels_in, g.inputs, g.outputs * grad.channel, "input_"
+            )
+            self._multiply(self.address(node.x), grad, self.address(node.y), out, grid, lists, g.channels_in,
+                           self.zeros(g.channels_in))  # fmt: skip
+
+    def sparse_weight_grad(self, node: Node, g: Product) -> None:
+        """Emit the gradients of the weights that exist: vectors of partial sums, then their sums."""
+        x, grad = self.layout(node.x), self.layout(node.input(1))
+        weight = node.get("like")
+        index: SparseIndex = self.sparse[weight.name]
+        grid = self._grid(g.forward_pixels(x, grad), g.out[1], (g.strides[1] * x.pixel, grad.pixel), x, grad)
+        lists = self._expand(weight, g.forward_terms(x), index.rows, g.outputs, g.inputs * x.channel)
+        cuts = tilings(grid, target().registers // 2)
+        part_sums = 4 * self.lanes * max(1, index.capacity)
+        chunks = max(1, min(-(-_WANTED_JOBS // grid.blocks), cuts[0].tiles, _SUMS // (part_sums * grid.blocks)))
+        chunks = -(-cuts[0].tiles // -(-cuts[0].tiles // chunks))
+        row_chunk = _chunk(index.rows, grid.blocks * chunks)
+        row_chunks = -(-index.rows // row_chunk)
+        sums = self.workspace(part_sums * grid.blocks * chunks)
+        for number, cut in enumerate(cuts):
+            self.emit(
+                "correlate_csr", (self.lanes, cut.runs, cut.columns, grid.steps[0], 2),
+                grid.blocks * chunks * row_chunks, x=self.address(node.x), grad_out=self.address(node.input(1)),
+                tiles=self.table(cut.table), **lists, sums=sums, keep=int(number > 0), row_count=index.rows,
+                x_block=x.block, grad_block=grad.block, grad_channel=grad.channel, grad_step=grid.steps[1],
+                part_sums=part_sums, tile_count=cut.tiles, tile_chunk=-(-cut.tiles // chunks), tile_chunks=chunks,
+                row_chunk=row_chunk, row_chunks=row_chunks,
+            )  # fmt: skip
+        self.emit(
+            "sum_csr", (self.lanes,), -(-index.capacity // _ENTRIES_PER_JOB), sums=sums,
+            grad_weight=self.address(node.y), count=self.index(weight)["starts"] + 4 * index.rows,
+            capacity=index.capacity, part_sums=part_sums, chunks=grid.blocks * chunks,
+            entries_per_job=_ENTRIES_PER_JOB,
+        )  # fmt: skip
+
+    def _grid(self, pixels: list[Pair], columns: int, steps: Pair, gathered: Layout, other: Layout) -> Grid:
+        """Return the pixels as rows; those of all blocks are in one grid where a block's would not fill a tile."""
+        rows = pixels[::columns]
+        if len(pixels) >= target().registers // 2 or self.blocks == 1:
+            return Grid(rows, columns, steps, self.blocks)
+        rows = [(a + b * gathered.block, c + b * other.block) for b in range(self.blocks) for a, c in rows]
+        return Grid(rows, columns, steps, 1)
+
+    def _expand(self, weight: Value, terms: list[int], rows: int, group_rows: int, group_bytes: int,
+                order: str = "") -> dict[str, int | Ref]:  # fmt: skip
+        """Emit the expansion of a weight's list; return its entries and bounds.
+
+        ``order``: "" for rows of output channels, "input_" for rows of input channels.
+        """
+        index = self.sparse[weight.name]
+        entries, bounds = self.workspace(_ENTRY * (index.capacity + 1)), self.workspace(8 * rows)
+        arrays = {}
+        for part in ("starts", "columns", "places"):
+            name = f"index:{weight.name}:{order}{part}"
+            self.plan.fixed[name] = getattr(index, order + part)
+            arrays[part] = Ref(name)
+        self.emit(
+            "expand_csr", (), -(-rows // _ROWS_PER_JOB), **arrays, weight=self.address(weight), terms=self.table(terms),
+            limits=self.table([len(terms)]), bounds=bounds, entries=entries, row_count=rows, group_rows=group_rows,
+            group_bytes=group_bytes, parts=1, rows_per_job=_ROWS_PER_JOB,
+        )  # fmt: skip
+        return {"entries": entries, "bounds": bounds, "parts": 1}
+
+    def _multiply(self, x: Ref, x_layout: Layout, y: Ref, y_layout: Layout, grid: Grid, lists: dict[str, int | Ref],
+                  rows: int, bias: Ref) -> None:  # fmt: skip
+        """Emit ``y[row][p] = bias[row] + sum over the row's entries of w * x[p + offset]``."""
+        cut = tiling(grid, target().registers // 2)
+        sets = max(1, _LATENCY // (cut.runs * cut.columns))
+        chunks = min(cut.tiles, max(1, -(-_WANTED_JOBS // grid.blocks)))
+        tile_chunk = -(-cut.tiles // chunks)
+        chunks = -(-cut.tiles // tile_chunk)
+        row_chunk = _chunk(rows, grid.blocks * chunks)
+        row_chunks = -(-rows // row_chunk)
+        self.emit(
+            "multiply_csr", (self.lanes, cut.runs, cut.columns, grid.steps[0], sets, max(2, sets)),
+            grid.blocks * chunks * row_chunks, x=x, y=y, bias=bias, tiles=self.table(cut.table), **lists,
+            row_count=rows, x_block=x_layout.block, y_block=y_layout.block, y_channel=y_layout.channel,
+            y_step=grid.steps[1], tile_count=cut.tiles, tile_chunk=tile_chunk, tile_chunks=chunks, row_chunk=row_chunk,
+            row_chunks=row_chunks,
+        )  # fmt: skip
+
+
+def _chunk(rows: int, jobs: int) -> int:
+    """Return into how many rows at a time to cut a product that has so many jobs without cutting rows."""
+    return -(-rows // min(rows, -(-_WANTED_JOBS // jobs)))
+
+
+def _phase_terms(phase: Phase, grad: Layout) -> list[int]:
+    """Return the byte offset into ``grad`` of every (output channel of a group, kernel position), or ``ABSENT``."""
+    g = phase.product
+    terms = np.full((g.outputs, len(g.taps)), ABSENT, np.int64)
+    for i, j, a, b in phase.taps:
+        channels = np.arange(g.outputs) * grad.channel
+        terms[:, i * g.kernel[1] + j] = channels + a * grad.row + b * grad.pixel
+    return [int(term) for term in terms.ravel()]
