@@ -13,7 +13,7 @@ from edgetrain.arrays import ALIGNMENT, Layout
 from edgetrain.choice import Sizes
 from edgetrain.graph import Node, Value
 from edgetrain.kernels.codes import SAMPLES
-from edgetrain.lowering_core import LoweringCore
+from edgetrain.lowering_sparse import SparseLowering
 from edgetrain.plan import Ref
 
 if TYPE_CHECKING:
@@ -38,18 +38,24 @@ _PIXELS_PER_SUM = 256
 _SMALL_MAP = 16
 
 
-class ProductLowering(LoweringCore):
+class ProductLowering(SparseLowering):
     """Lowers products; ``g`` is the product's ``ops.conv.Product``, sizes and strides of its weights."""
 
     # --- the three products of a layer ---
 
     def product(self, node: Node, g: Product) -> None:
         """Emit ``y = weights * x + bias`` of a Conv, Gemm or MatMul."""
-        self._direct_forward(node, g)
+        if self.runs_sparse(node.input(1)):
+            self.sparse_forward(node, g)
+        else:
+            self._direct_forward(node, g)
 
     def product_input_grad(self, node: Node, g: Product) -> None:
         """Emit the gradient of a product's input, from (grad_out, weights)."""
-        self._direct_input_grad(node, g)
+        if self.runs_sparse(node.input(1)):
+            self.sparse_input_grad(node, g)
+        else:
+            self._direct_input_grad(node, g)
 
     def product_weight_grad(self, node: Node, g: Product) -> None:
         """Emit the gradient of a product's weights, from (x, grad_out)."""
@@ -57,6 +63,9 @@ class ProductLowering(LoweringCore):
         index = self.sparse.get(weight.name)
         if index is None or not index.compact:
             self._direct_weight_grad(node, g, self.address(node.y))
+            return
+        if self.runs_sparse(weight) and not self.whole_gradients:
+            self.sparse_weight_grad(node, g)
             return
         nbytes = 4 * index.size
         whole = self.kept(whole_gradient(weight.name), nbytes) if self.whole_gradients else self.workspace(nbytes)
