@@ -186,8 +186,10 @@ class _Loop:
         stop = self.callbacks.should_stop or (lambda: False)
         if stop():
             return False
+        # With an instance filter, a batch is a block of candidates, of which about a training batch is kept.
+        take = learner.partial_fit if learner.instance_filter is None else learner.stream.offer
         for x, y in self._batches():
-            step = learner.partial_fit(x, y)
+            step = take(x, y)
             now = time.perf_counter()
             learner.history.running.add(step, now - start)
             start = now
@@ -196,17 +198,20 @@ class _Loop:
                 self.callbacks.on_step(self._event(step))
             if stop():
                 return False
+        rest = learner.stream.flush()
+        if rest is not None:
+            learner.history.running.add(rest, rest.seconds)
         return True
 
     def _batches(self) -> Iterator[Batch]:
         return batches(
-            self.dataset, self.learner.batch_size, seed=self.learner.seed, epoch=self.learner.position.epoch,
+            self.dataset, block_size(self.learner), seed=self.learner.seed, epoch=self.learner.position.epoch,
             shuffle=self.shuffle, augmentation=self.augmentation, start=self.learner.position.batch,
         )  # fmt: skip
 
     def _event(self, step: StepResult) -> StepEvent:
         learner, position = self.learner, self.learner.position
-        count = batch_count(len(self.dataset), learner.batch_size)
+        count = batch_count(len(self.dataset), block_size(learner))
         return StepEvent(position.epoch + 1, position.batch, count, _last_lr(learner), step, learner.history.running)
 
 
@@ -221,12 +226,27 @@ def _begin(learner: Learner, dataset: Dataset, epochs: int, normalize: bool) -> 
     if last_epoch < learner.position.epoch or (last_epoch == learner.position.epoch and learner.position.batch):
         done = learner.position.epoch - history.first_epoch
         raise UsageError(f"epochs is {epochs}, but {done} are done already; ask for more, or load an older checkpoint")
-    _set_schedule(learner, history, last_epoch * batch_count(len(dataset), learner.batch_size))
+    _set_schedule(learner, history, _step_count(learner, len(dataset), last_epoch))
     if normalize and learner.step_count == 0 and learner.graph.normalization is None:
         learner.graph.normalization = Normalization(*dataset.statistics())
     if not learner.graph.class_names:
         learner.graph.class_names = dataset.class_names
     return last_epoch
+
+
+def block_size(learner: Learner) -> int:
+    """Return how many instances are looked at together: as many as leave one training batch, if there is a filter."""
+    chosen = learner.instance_filter
+    return learner.batch_size if chosen is None else round(learner.batch_size / chosen.rate)
+
+
+def _step_count(learner: Learner, instances: int, epochs: int) -> int:
+    """Return the number of training steps in so many epochs; with a filter, as many as are to be expected."""
+    if learner.instance_filter is None:
+        return epochs * batch_count(instances, learner.batch_size)
+    kept = learner.instance_filter.kept_of(instances * epochs)
+    # The last, partial batch of an epoch is a step too.
+    return max(1, round(kept / learner.batch_size + epochs / 2))
 
 
 def _set_schedule(learner: Learner, history: History, total_steps: int) -> None:

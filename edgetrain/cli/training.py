@@ -18,7 +18,7 @@ from edgetrain.cli.sources import check_classes, describe_data, load_splits, mak
 from edgetrain.data import Dataset, batch_count
 from edgetrain.devices import DeviceProfile, host_facts
 from edgetrain.errors import DataError, InterruptedRunError, NumericalError, UsageError
-from edgetrain.fitting import StepEvent, check_fits, fit_loop
+from edgetrain.fitting import StepEvent, block_size, check_fits, fit_loop
 from edgetrain.history import EpochRecord
 from edgetrain.runs import Run, create_run, open_run
 
@@ -275,7 +275,7 @@ def _refuse_finished(run: Run, learner: Learner, config: Config) -> None:
 
 
 def _where(learner: Learner, training: Dataset) -> str:
-    position, batches = learner.position, batch_count(len(training), learner.batch_size)
+    position, batches = learner.position, batch_count(len(training), block_size(learner))
     return f"in epoch {position.epoch + 1} after batch {position.batch} of {batches}"
 
 

@@ -19,8 +19,10 @@ Labels = NDArray[Any]
 State = tuple[dict[str, NDArray[Any]], dict[str, Any]]
 
 # Scores that the wanted share is taken over: long enough for 1 % of them to mean something, short enough to follow a
-# network that learns. 512 and 2048 held the share no better on the stream of docs/streams.md.
-_RECENT = 1024
+# network that learns.
+_RECENT = 512
+# Kept too many or too few is made up for within about so many instances.
+_MAKE_UP = 128
 
 
 @dataclass(frozen=True)
@@ -181,12 +183,12 @@ class KeptShare:
 
     def level(self) -> float:
         """Return the share to keep now."""
-        return min(1.0, max(0.1 * self.rate, self.rate - self.surplus / _RECENT))
+        return min(1.0, max(0.1 * self.rate, self.rate - self.surplus / _MAKE_UP))
 
     def count(self, keep: NDArray[np.bool_]) -> None:
         """Remember how many were kept."""
         surplus = self.surplus + float(keep.sum()) - self.rate * len(keep)
-        self.surplus = max(-float(_RECENT), min(float(_RECENT), surplus))
+        self.surplus = max(-float(_MAKE_UP), min(float(_MAKE_UP), surplus))
 
 
 def _scale_for(values: Floats, level: float) -> float:

@@ -34,8 +34,8 @@ _SIZES = ((8, 16), (8, 8), (4, 16), (4, 8), (4, 4), (2, 4), (2, 2), (1, 2), (1, 
 # Rejected instances wait for their forward pass until they fill a vector of the widest processors.
 _WAITING = 16
 _WAITING_TENSORS = ("waiting_x", "waiting_y", "waiting_weight", "waiting_loss")
-# How fast the threshold of the loss follows: a step of the main network moves it by 5 % at most.
-_THRESHOLD_GAIN = 0.05
+# How fast the threshold of the loss follows: a step of the main network moves it by 10 % at most.
+_THRESHOLD_GAIN = 0.1
 # The smallest score, and a floor under the entropy: nothing becomes impossible.
 _LEAST = 0.01
 

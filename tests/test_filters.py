@@ -1,0 +1,289 @@
+"""Instance filters: one contract for all of them, and what the early instance filter does on its own."""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+
+import numpy as np
+import pytest
+
+import edgetrain as et
+from edgetrain.devices import load_profile
+from edgetrain.errors import UsageError
+from edgetrain.filters import Judge
+from edgetrain.filters.base import KeptShare
+from edgetrain.graph import Graph
+from edgetrain.policies import parse_policy, policy_names
+
+SHAPE, CLASSES = (1, 8, 8), 3
+PROFILE = load_profile("generic-x86_64")
+FILTERS = {
+    "eif": et.EarlyInstanceFilter(rate=0.3, start=64),
+    "eif-hard": et.EarlyInstanceFilter(rate=0.3, start=64, labels="hard"),
+    "eif-top": et.EarlyInstanceFilter(rate=0.3, start=64, power=math.inf),
+    "selective": et.SelectiveBackprop(rate=0.3),
+    "selective-top": et.SelectiveBackprop(rate=0.3, rule="top"),
+    "random": et.RandomFilter(rate=0.3),
+}
+EVERY_FILTER = pytest.mark.parametrize("name", FILTERS)
+
+
+def network(seed: int = 0, channels: int = 16) -> Graph:
+    rng = np.random.default_rng(seed)
+    graph = Graph("small", input_shape=SHAPE)
+    weight = graph.parameter("conv.weight", rng.normal(0, 0.3, (channels, 1, 3, 3)))
+    x = graph.add("Relu", [graph.add("Conv", ["input", weight], name="conv", kernel_shape=[3, 3], pads=[1] * 4)])
+    x = graph.add("Flatten", [graph.add("MaxPool", [x], kernel_shape=[2, 2], strides=[2, 2])])
+    dense = [graph.parameter("fc.weight", rng.normal(0, 0.1, (CLASSES, 16 * channels))),
+             graph.parameter("fc.bias", np.zeros(CLASSES))]  # fmt: skip
+    graph.set_outputs([graph.add("Gemm", [x, *dense], name="fc", transB=1)])
+    return graph
+
+
+def learner(instance_filter=None, **options) -> et.Learner:
+    options = {"batch_size": 16, "threads": 1, "optimizer": et.SGD(lr=0.05, momentum=0.9)} | options
+    return et.Learner(network(), PROFILE, instance_filter=instance_filter, **options)
+
+
+def instances(count: int, seed: int = 0, hard: float = 0.1) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return images whose brightest quarter tells the class, labels, and which have a wrong label: always hard."""
+    rng = np.random.default_rng((seed, count))
+    y = rng.integers(0, CLASSES, count)
+    x = rng.normal(0, 0.3, (count, *SHAPE)).astype(np.float32)
+    for label in range(CLASSES):
+        x[y == label, :, 4 * (label // 2) : 4 * (label // 2) + 4, 4 * (label % 2) : 4 * (label % 2) + 4] += 1
+    odd = rng.random(count) < hard
+    x[odd] *= -1  # what the class looks like is turned round, and so is visible before the network runs
+    y[odd] = rng.integers(0, CLASSES, odd.sum())
+    return x, y, odd
+
+
+def stream_through(some: et.Learner, count: int, size: int = 40, **options) -> list[et.StepResult]:
+    x, y, _ = instances(count)
+    return [some.observe(x[i : i + size], y[i : i + size], **options) for i in range(0, count, size)]
+
+
+# ---- the contract ----------------------------------------------------------------------------------------------------
+
+
+@EVERY_FILTER
+@pytest.mark.parametrize("size", [1, 40])
+def test_the_kept_share_converges_to_the_target(name, size):
+    some = learner(FILTERS[name])
+    count = 4000 if size > 1 else 1500
+    stream_through(some, 1500)
+    before = some.stream.totals["train"].instances_kept
+    stream_through(some, count, size)
+    share = (some.stream.totals["train"].instances_kept - before) / count
+    assert share == pytest.approx(0.3, abs=0.05)
+
+
+@EVERY_FILTER
+def test_every_operation_is_accounted_for(name):
+    some = learner(FILTERS[name])
+    forward, step = some.graph.macs(), some.plans.step_macs
+    for result in stream_through(some, 1200):
+        assert result.macs_dense - result.macs_done == result.saved_filter
+        trained = result.instances_trained * step
+        assert result.macs_done == trained + result.macs_selection
+        assert result.macs_dense == trained + (result.instances_seen - result.instances_kept) * step
+        assert result.instances_kept <= result.instances_seen
+        if name.startswith("selective"):
+            assert result.macs_selection == result.instances_seen * forward
+        if name == "random":
+            assert result.macs_selection == 0
+    total = some.stream.totals["train"]
+    assert total.instances_seen == 1200
+    assert total.instances_kept == total.instances_trained + some.stream.waiting
+
+
+@EVERY_FILTER
+def test_the_same_seed_gives_the_same_parameters_whatever_the_threads(name):
+    def run(**options) -> dict[str, bytes]:
+        some = learner(FILTERS[name], **options)
+        stream_through(some, 600)
+        return {key: array.tobytes() for key, array in some.parameters().items()}
+
+    first = run(seed=1)
+    assert run(seed=1, threads=2) == first
+    if name != "selective-top":  # nothing in it is left to chance
+        assert run(seed=2) != first
+
+
+@EVERY_FILTER
+def test_a_restored_learner_decides_as_the_first_would_have(name, tmp_path):
+    x, y, _ = instances(1500)
+    whole = learner(FILTERS[name])
+    whole.observe(x[:777], y[:777])
+    whole.save(tmp_path / "middle.safetensors")
+    again = et.Learner.load(tmp_path / "middle.safetensors")
+    assert again.instance_filter == FILTERS[name]
+    assert (again.stream.waiting, again.stream.position) == (whole.stream.waiting, 777)
+    for start in range(777, 1500, 50):
+        results = [some.observe(x[start : start + 50], y[start : start + 50]) for some in (whole, again)]
+        assert [r.instances_kept for r in results] == [results[0].instances_kept] * 2
+    for key, array in whole.parameters().items():
+        assert array.tobytes() == again.parameters()[key].tobytes(), key
+
+
+@EVERY_FILTER
+def test_fit_trains_on_full_batches_of_kept_instances(name):
+    x, y, _ = instances(1000)
+    some, sizes = learner(FILTERS[name]), []
+    partial_fit = some.partial_fit
+    some.partial_fit = lambda x, y: sizes.append(len(y)) or partial_fit(x, y)
+    history = some.fit((x, y), epochs=3)
+    assert [record.instances_seen for record in history.epochs] == [1000] * 3
+    assert sum(record.instances_trained for record in history.epochs) == sum(sizes)
+    assert history.epochs[-1].instances_trained == pytest.approx(300, abs=60)
+    assert sum(size < 16 for size in sizes) <= 3, "only the last batch of an epoch may be smaller"
+
+
+@EVERY_FILTER
+def test_fit_goes_on_exactly_in_the_middle_of_an_epoch(name, tmp_path):
+    x, y, _ = instances(1000)
+    whole, stopped, asked = learner(FILTERS[name]), learner(FILTERS[name]), []
+    whole.fit((x, y), epochs=2)
+    stopped.fit((x, y), epochs=2, should_stop=lambda: asked.append(0) or len(asked) > 7)
+    assert not stopped.history.finished
+    stopped.save(tmp_path / "stopped.safetensors")
+    again = et.Learner.load(tmp_path / "stopped.safetensors")
+    again.fit((x, y), epochs=2)
+    for key, array in whole.parameters().items():
+        assert array.tobytes() == again.parameters()[key].tobytes(), key
+
+
+@EVERY_FILTER
+def test_partial_fit_takes_exactly_its_batch(name):
+    filtered, plain = learner(FILTERS[name]), learner()
+    x, y, _ = instances(16)
+    assert filtered.partial_fit(x, y).instances_trained == 16
+    plain.partial_fit(x, y)
+    for key, array in plain.parameters().items():
+        assert array.tobytes() == filtered.parameters()[key].tobytes()
+
+
+@EVERY_FILTER
+def test_a_filter_works_for_regression(name):
+    x, _, _ = instances(600)
+    y = np.stack([x.mean((1, 2, 3)), x.max((1, 2, 3)), x.min((1, 2, 3))], 1)
+    some = learner(FILTERS[name], loss="mse", optimizer=et.SGD(lr=0.01))
+    results = [some.observe(x[i : i + 50], y[i : i + 50], predict=i >= 300) for i in range(0, 600, 50)]
+    assert sum(r.instances_trained for r in results) > 100
+    assert results[-1].loss < results[6].loss * 2
+    assert math.isfinite(results[-1].loss)
+
+
+@pytest.mark.parametrize("bad", [{"rate": 0.0}, {"rate": 1.5}, {"rate": math.nan}, {"start": -1}, {"start": 0.5}])
+@pytest.mark.parametrize("kind", [et.EarlyInstanceFilter, et.SelectiveBackprop, et.RandomFilter])
+def test_settings_out_of_range_are_refused(kind, bad):
+    (key,) = bad
+    with pytest.raises(UsageError, match=f"{kind.__name__}: {key}="):
+        kind(**bad)
+
+
+def test_every_filter_of_the_table_has_been_tested():
+    assert {parse_policy("filter", name).name for name in policy_names("filter")} == {f.name for f in FILTERS.values()}
+
+
+# ---- keeping the share -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("power", [0.5, 2.0, math.inf])
+@pytest.mark.parametrize("rate", [0.05, 0.3, 0.9])
+def test_probabilities_average_to_the_rate_and_rise_with_the_score(power, rate):
+    share, rng = KeptShare(rate), np.random.default_rng(0)
+    scores = np.sort(rng.random(512) ** 3)
+    probabilities = share.probabilities(scores, power)
+    assert probabilities.mean() == pytest.approx(rate, abs=2e-3)
+    assert all(a <= b for a, b in pairwise(probabilities))
+    assert 0 <= probabilities.min() <= probabilities.max() <= 1
+
+
+def test_what_was_kept_too_much_is_made_up_for():
+    share = KeptShare(0.3)
+    share.count(np.ones(100, bool))
+    assert share.level() < 0.3
+    share.count(np.zeros(400, bool))
+    assert share.level() > 0.3
+
+
+# ---- the early instance filter ---------------------------------------------------------------------------------------
+
+
+def test_it_finds_the_hard_instances():
+    some, (x, y, odd) = learner(FILTERS["eif"]), instances(4000)
+    kept = []
+    choose = some.stream._choose
+    some.stream._choose = lambda x, y, losses: kept.append(choose(x, y, losses)) or kept[-1]
+    for i in range(0, 4000, 40):
+        some.observe(x[i : i + 40], y[i : i + 40])
+    late = np.concatenate([choice.keep for choice in kept])[2000:]
+    assert late[odd[2000:]].mean() > 1.5 * late[~odd[2000:]].mean()
+
+
+def test_everything_passes_at_the_start():
+    some = learner(et.EarlyInstanceFilter(rate=0.2, start=200))
+    results = stream_through(some, 400, 40)
+    assert [r.instances_kept for r in results[:5]] == [40] * 5
+    assert sum(r.instances_kept for r in results[5:]) < 100
+
+
+def test_the_threshold_falls_as_the_network_learns():
+    some = learner(FILTERS["eif"])
+    thresholds = []
+    for _ in range(8):
+        stream_through(some, 800)
+        thresholds.append(some.stream.facts["threshold"])
+    assert thresholds[-1] < 0.7 * thresholds[0]
+
+
+def test_uncertain_instances_are_judged_and_paid_for():
+    none = learner(et.EarlyInstanceFilter(rate=0.3, start=0, uncertain=0.0))
+    some = learner(et.EarlyInstanceFilter(rate=0.3, start=0, uncertain=0.2))
+    without, judged = (sum(r.instances_uncertain for r in stream_through(each, 2000)) for each in (none, some))
+    assert without == 0
+    assert judged == pytest.approx(0.2 * 0.7 * 2000, rel=0.3)
+    totals = [each.stream.totals["train"] for each in (none, some)]
+    spent = totals[1].macs_selection - totals[0].macs_selection
+    assert spent > judged * some.graph.macs()
+
+
+def test_losses_known_from_predicting_cost_no_forward_pass():
+    some = learner(et.EarlyInstanceFilter(rate=0.3, start=0, uncertain=0.2))
+    results = stream_through(some, 800, predict=True)
+    assert sum(r.instances_uncertain for r in results) == 0
+    assert sum(r.macs_selection for r in results) < 0.2 * 800 * some.graph.macs()
+
+
+@pytest.mark.parametrize("model", ["lenet5", "resnet8", "mobilenet_v1_0.25", "ds_cnn", "cnn1d"])
+def test_the_filter_takes_at_most_a_twentieth_of_the_forward_pass(model):
+    from edgetrain.catalog import build_model
+
+    graph = build_model(model)
+    tiny = et.EarlyInstanceFilter().network(graph.input_shape, graph.macs())
+    assert 0 < tiny.macs() <= 0.05 * graph.macs()
+    assert tiny.output_shape == (1,)
+
+
+def test_its_size_can_be_chosen():
+    tiny = et.EarlyInstanceFilter(cells=2, hidden=5).network((1, 8, 8), 100)
+    assert tiny.arrays["hidden.weight"].shape == (5, 4)
+
+
+def test_a_network_too_small_for_a_filter_is_refused():
+    with pytest.raises(UsageError, match="only 30 multiply-accumulates"):
+        et.EarlyInstanceFilter().network((1, 8, 8), 30)
+
+
+def test_the_weight_of_an_instance_multiplies_its_squared_error():
+    selector = FILTERS["eif"].selector(learner(), Judge(lambda x, y: np.ones(len(y)), 10_000))
+    tiny, x = selector._learner, instances(2)[0]
+    roots, target = np.sqrt([3.0, 0.5]), np.array([0.9, 0.2])
+    given = (roots * target).astype(np.float32)[:, None]
+    both = tiny.gradients(selector._inputs(x, roots), given)["hidden.weight"]
+    singles = [tiny.gradients(selector._inputs(x[i : i + 1], np.ones(1)), target[i : i + 1, None].astype(np.float32))
+               for i in range(2)]  # fmt: skip
+    expected = (3.0 * singles[0]["hidden.weight"] + 0.5 * singles[1]["hidden.weight"]) / 2
+    np.testing.assert_allclose(both, expected, rtol=1e-4, atol=1e-7)
