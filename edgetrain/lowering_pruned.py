@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from edgetrain import lowering_winograd as winograd
 from edgetrain.choice import Sizes, choose
 from edgetrain.graph import Node
 from edgetrain.kernels.codes import SAMPLES
@@ -35,7 +37,11 @@ class PrunedLowering(ProductLowering):
         )  # fmt: skip
 
     def pruned_input_grad(self, node: Node, g: Product) -> None:
-        """One gather-multiply per phase of the stride, over terms that are listed at run time."""
+        """As the dense gradient: Winograd, or one gather-multiply per phase over terms that are listed at run time."""
+        kept = replace(g, channels_out=node.input(2).size)
+        if self._winograd(kept, node.input(1), g.size):
+            winograd.input_grad(self, node, kept, self.address(node.input(2)))
+            return
         grad, out = self.layout(node.x), self.layout(node.y)
         weight = self.dense_weight(node.input(1), g)
         for phase in g.phases():
@@ -71,7 +77,7 @@ class PrunedLowering(ProductLowering):
         return terms, sources, count
 
     def pruned_weight_grad(self, node: Node, g: Product) -> None:
-        """Zeros for the channels that are not kept, and a gather-correlate over the others."""
+        """Zeros for the channels that are not kept; for the others as the dense gradient."""
         x, grad, kept = self.layout(node.x), self.layout(node.input(1)), node.input(2)
         sources = g.forward_sources()
         self.emit(
@@ -80,6 +86,10 @@ class PrunedLowering(ProductLowering):
         )  # fmt: skip
         pixels = g.forward_pixels(x, grad)
         tile = choose(Sizes("correlate", SAMPLES, self.lanes, kept.size, len(pixels), len(sources))).tile
+        few = replace(g, channels_out=kept.size)
+        if self._winograd(few, node.get("like"), g.out):
+            winograd.weight_grad(self, node, few, self.address(kept))
+            return
         pixels, terms = g.forward_pixels(x, grad), list(zip(g.forward_terms(x), sources, strict=True))
         count = len(self.merge_blocks(pixels, x, grad)[0])
         with self.chosen(Sizes("correlate", SAMPLES, self.lanes, kept.size, count, len(terms), 1)) as tile:

@@ -58,16 +58,20 @@ def forward(low: LoweringCore, node: Node, g: Product) -> None:
     _emit(low, node.x, start, node.y, taps, node.input(1), low.address(bias) if bias is not None else None)
 
 
-def input_grad(low: LoweringCore, node: Node, g: Product) -> None:
-    """Emit the gradient of a convolution's input: the convolution of the output gradient with flipped kernels."""
+def input_grad(low: LoweringCore, node: Node, g: Product, listed: Ref | None = None) -> None:
+    """Emit the gradient of a convolution's input: the convolution of the output gradient with flipped kernels.
+
+    ``listed``: where the numbers (float32) of the output channels that count are; ``g`` has so many.
+    """
     grad = low.layout(node.x)
     start = (g.pads[0] - 2) * grad.row + (g.pads[1] - 2) * grad.pixel
     taps = _Filter(g.outputs, g.inputs, g.weight_out, g.weight_in, 8 * g.weight_tap, -g.weight_tap)
-    _emit(low, node.x, start, node.y, taps, node.input(1), None)
+    _emit(low, node.x, start, node.y, taps, node.input(1), None, listed)
 
 
 def _emit(
-    low: LoweringCore, x: Value, start: int, y: Value, f: _Filter, weight: Value, bias: Ref | None
+    low: LoweringCore, x: Value, start: int, y: Value, f: _Filter, weight: Value, bias: Ref | None,
+    listed: Ref | None = None,
 ) -> None:  # fmt: skip
     source, out, size = low.layout(x), low.layout(y), 4 * low.lanes
     rows, columns = out.rows // _TILE, out.columns // _TILE
@@ -78,13 +82,13 @@ def _emit(
     v, m = _apart(f.inputs * chunk * size), _apart(tiles * channels * chunk * size)
     packed, scratch = low.workspace(_POSITIONS * packed_position), low.workspace(slots * _POSITIONS * (v + m))
     low.emit(
-        "winograd_weights", (channels,), tiles, weight=low.address(weight), packed=packed, inputs=f.inputs,
-        outputs=f.outputs, weight_in=f.weight_in, weight_out=f.weight_out, tap=f.tap, tap_step=f.tap_step,
-        packed_position=packed_position,
+        "winograd_weights", (channels,), tiles, weight=low.address(weight), packed=packed, listed=listed or 0,
+        inputs=f.inputs, outputs=f.outputs, weight_in=f.weight_in, weight_out=f.weight_out, tap=f.tap,
+        tap_step=f.tap_step, packed_position=packed_position,
     )  # fmt: skip
     low.emit(
         "winograd", (low.lanes, channels, width), slots, x=low.address(x) + start, y=low.address(y), packed=packed,
-        bias=bias or low.zeros(f.outputs), scratch=scratch, scratch_bytes=_POSITIONS * (v + m), slots=slots,
+        bias=bias or low.zeros(f.outputs), listed=listed or 0, scratch=scratch, scratch_bytes=_POSITIONS * (v + m), slots=slots,
         blocks=low.blocks, tile_rows=rows, tile_columns=columns, inputs=f.inputs, outputs=f.outputs, chunk=chunk,
         x_block=source.block, x_channel=source.channel, x_row=source.row, y_block=out.block, y_channel=out.channel,
         y_row=out.row, packed_position=packed_position, v_position=v, m_position=m,
@@ -101,8 +105,8 @@ class _Part:
     rows: int
 
 
-def weight_grad(low: LoweringCore, node: Node, g: Product) -> None:
-    """Emit the gradient of a convolution's weights, part by part of the batch."""
+def weight_grad(low: LoweringCore, node: Node, g: Product, listed: Ref | None = None) -> None:
+    """Emit the gradient of a convolution's weights, part by part of the batch; ``listed`` as for ``input_grad``."""
     x, grad, size = low.layout(node.x), low.layout(node.input(1)), 4 * low.lanes
     rows, columns = g.out[0] // _TILE, g.out[1] // _TILE
     parts = _parts(low.blocks, rows, _POSITIONS * columns * size * (g.inputs + g.outputs))
@@ -114,13 +118,15 @@ def weight_grad(low: LoweringCore, node: Node, g: Product) -> None:
     sums = low.workspace(len(parts) * _POSITIONS * position)
     start = -g.pads[0] * x.row - g.pads[1] * x.pixel
     for number, part in enumerate(parts):
-        _spread(low, "winograd_data", low.address(node.x) + start, x, part, columns, v, channel, v_position)
-        _spread(low, "winograd_gradient", low.address(node.input(1)), grad, part, columns, z, channel, z_position)
+        _spread(low, "winograd_data", low.address(node.x) + start, x, part, columns, v, channel, v_position,
+                g.inputs, None)  # fmt: skip
+        _spread(low, "winograd_gradient", low.address(node.input(1)), grad, part, columns, z, channel, z_position,
+                g.outputs, listed)  # fmt: skip
         _correlate(low, g, v, z, sums + number * _POSITIONS * position, part.blocks * part.rows * columns,
                    (channel, v_position, z_position))  # fmt: skip
     low.emit(
-        "winograd_weight_gradient", (), g.outputs, sums=sums, grad_weight=low.address(node.y), parts=len(parts),
-        inputs=g.inputs, sums_part=_POSITIONS * position, sums_position=position, weight_out=g.weight_out,
+        "winograd_weight_gradient", (), g.outputs, sums=sums, grad_weight=low.address(node.y),
+        listed=listed or 0, parts=len(parts), inputs=g.inputs, sums_part=_POSITIONS * position, sums_position=position, weight_out=g.weight_out,
         weight_in=g.weight_in, weight_tap=g.weight_tap,
     )  # fmt: skip
 
@@ -136,11 +142,11 @@ def _parts(blocks: int, rows: int, row_bytes: int) -> list[_Part]:
 
 def _spread(
     low: LoweringCore, kernel: str, x: Ref, layout: Layout, part: _Part, columns: int, v: Ref, channel: int,
-    position: int,
+    position: int, channels: int, listed: Ref | None,
 ) -> None:  # fmt: skip
     """Emit the transforms of a part's tiles."""
     low.emit(
-        kernel, (low.lanes,), part.blocks * layout.channels, v=v, channels=layout.channels, tile_rows=part.rows,
+        kernel, (low.lanes,), part.blocks * channels, v=v, listed=listed or 0, channels=channels, tile_rows=part.rows,
         x=x + part.block * layout.block + _TILE * part.row * layout.row, tile_columns=columns, x_block=layout.block,
         x_channel=layout.channel, x_row=layout.row, v_block=part.rows * columns * 4 * low.lanes, v_channel=channel,
         v_position=position,

@@ -7,6 +7,10 @@ Largest errors, relative to the largest output: 5e-6 to 1e-5, ten times those of
 
 from __future__ import annotations
 
+from typing import Any
+
+from numba import njit
+
 from edgetrain.kernels.registry import Body, kernel
 from edgetrain.kernels.simd import arguments, load_f32
 from edgetrain.kernels.winograd_tiles import (
@@ -21,23 +25,30 @@ from edgetrain.kernels.winograd_tiles import (
 _COLUMNS = 4  # input channels whose weight gradients are made together
 
 
+@njit
+def _channel(listed: Any, i: Any) -> Any:
+    """Return the number of channel ``i`` of a list (float32), or ``i`` itself when there is no list (address 0)."""
+    return i if listed == 0 else int(load_f32(listed + 4 * i))
+
+
 @kernel(
-    "weight", "packed", "inputs", "outputs", "weight_in", "weight_out", "tap", "tap_step", "packed_position",
+    "weight", "packed", "listed", "inputs", "outputs", "weight_in", "weight_out", "tap", "tap_step", "packed_position",
 )  # fmt: skip
 def winograd_weights(channels: int) -> Body:
     """Write ``G g G^T`` of all kernels to ``[position][tile of outputs][input][channels]``.
 
     Job: a tile of output channels. ``tap``, ``tap_step``: byte offset of a kernel's first number and bytes to the next,
-    backwards for an input gradient.
+    backwards for an input gradient. ``listed``: numbers of the input channels, or 0 for all.
     """
 
     def body(args: int, first: int, last: int) -> None:
-        (weight, packed, inputs, outputs, weight_in, weight_out, tap, tap_step, position) = arguments(args, 9)
+        (weight, packed, listed, inputs, outputs, weight_in, weight_out, tap, tap_step,
+         position) = arguments(args, 10)  # fmt: skip
         for job in range(first, last):
             source, target = weight + job * channels * weight_out, packed + 4 * job * channels * inputs
             for c in range(inputs):
                 transform_weights(
-                    source + c * weight_in, weight_out, outputs - job * channels, tap, tap_step,
+                    source + _channel(listed, c) * weight_in, weight_out, outputs - job * channels, tap, tap_step,
                     target + 4 * c * channels, position, channels,
                 )  # fmt: skip
 
@@ -45,8 +56,8 @@ def winograd_weights(channels: int) -> Body:
 
 
 @kernel(
-    "x", "y", "packed", "bias", "scratch", "scratch_bytes", "slots", "blocks", "tile_rows", "tile_columns", "inputs",
-    "outputs", "chunk", "x_block", "x_channel", "x_row", "y_block", "y_channel", "y_row", "packed_position",
+    "x", "y", "packed", "bias", "listed", "scratch", "scratch_bytes", "slots", "blocks", "tile_rows", "tile_columns",
+    "inputs", "outputs", "chunk", "x_block", "x_channel", "x_row", "y_block", "y_channel", "y_row", "packed_position",
     "v_position", "m_position",
 )  # fmt: skip
 def winograd(lanes: int, channels: int, width: int) -> Body:
@@ -55,13 +66,14 @@ def winograd(lanes: int, channels: int, width: int) -> Body:
     Job: a slot of ``scratch``, with an equal share of all (block, chunk of ``chunk`` tiles). A chunk's numbers stay in
     the second-level cache. Positions must not lie a multiple of 4 KiB apart: writing 36 lines of one cache
     set made the kernel take 1.2 to 1.6 times as long (``lowering_winograd._apart``).
+    ``listed``: numbers of the input channels, or 0 for all.
     """
     size = 4 * lanes
 
     def body(args: int, first: int, last: int) -> None:
-        (x, y, packed, bias, scratch, scratch_bytes, slots, blocks, tile_rows, tile_columns, inputs, outputs, chunk,
-         x_block, x_channel, x_row, y_block, y_channel, y_row, packed_position, v_position,
-         m_position) = arguments(args, 22)  # fmt: skip
+        (x, y, packed, bias, listed, scratch, scratch_bytes, slots, blocks, tile_rows, tile_columns, inputs, outputs,
+         chunk, x_block, x_channel, x_row, y_block, y_channel, y_row, packed_position, v_position,
+         m_position) = arguments(args, 23)  # fmt: skip
         chunks = tile_rows * tile_columns // chunk
         total, step = blocks * chunks, chunk * size
         for job in range(first, last):
@@ -70,7 +82,7 @@ def winograd(lanes: int, channels: int, width: int) -> Body:
             for part in range(total * job // slots, total * (job + 1) // slots):
                 block, start = part // chunks, part % chunks * chunk
                 for c in range(inputs):
-                    source = x + block * x_block + c * x_channel
+                    source = x + block * x_block + _channel(listed, c) * x_channel
                     for t in range(chunk):
                         row, column = (start + t) // tile_columns, (start + t) % tile_columns
                         transform_data(
@@ -96,8 +108,8 @@ def winograd(lanes: int, channels: int, width: int) -> Body:
     return body
 
 
-_SPREAD = ("x", "v", "channels", "tile_rows", "tile_columns", "x_block", "x_channel", "x_row", "v_block", "v_channel",
-           "v_position")  # fmt: skip
+_SPREAD = ("x", "v", "listed", "channels", "tile_rows", "tile_columns", "x_block", "x_channel", "x_row", "v_block",
+           "v_channel", "v_position")  # fmt: skip
 
 
 @kernel(*_SPREAD)
@@ -106,11 +118,12 @@ def winograd_data(lanes: int) -> Body:
     size = 4 * lanes
 
     def body(args: int, first: int, last: int) -> None:
-        (x, v, channels, tile_rows, tile_columns, x_block, x_channel, x_row, v_block, v_channel,
-         v_position) = arguments(args, 11)  # fmt: skip
+        (x, v, listed, channels, tile_rows, tile_columns, x_block, x_channel, x_row, v_block, v_channel,
+         v_position) = arguments(args, 12)  # fmt: skip
         for job in range(first, last):
             block, c = job // channels, job % channels
-            source, target = x + block * x_block + c * x_channel, v + block * v_block + c * v_channel
+            source = x + block * x_block + _channel(listed, c) * x_channel
+            target = v + block * v_block + c * v_channel
             for row in range(tile_rows):
                 for column in range(tile_columns):
                     transform_data(
@@ -127,11 +140,12 @@ def winograd_gradient(lanes: int) -> Body:
     size = 4 * lanes
 
     def body(args: int, first: int, last: int) -> None:
-        (x, v, channels, tile_rows, tile_columns, x_block, x_channel, x_row, v_block, v_channel,
-         v_position) = arguments(args, 11)  # fmt: skip
+        (x, v, listed, channels, tile_rows, tile_columns, x_block, x_channel, x_row, v_block, v_channel,
+         v_position) = arguments(args, 12)  # fmt: skip
         for job in range(first, last):
             block, c = job // channels, job % channels
-            source, target = x + block * x_block + c * x_channel, v + block * v_block + c * v_channel
+            source = x + block * x_block + _channel(listed, c) * x_channel
+            target = v + block * v_block + c * v_channel
             for row in range(tile_rows):
                 for column in range(tile_columns):
                     transform_gradient(
@@ -143,21 +157,23 @@ def winograd_gradient(lanes: int) -> Body:
 
 
 @kernel(
-    "sums", "grad_weight", "parts", "inputs", "sums_part", "sums_position", "weight_out", "weight_in", "weight_tap",
+    "sums", "grad_weight", "listed", "parts", "inputs", "sums_part", "sums_position", "weight_out", "weight_in",
+    "weight_tap",
 )  # fmt: skip
 def winograd_weight_gradient() -> Body:
     """Write ``G^T q G``, q the sum of ``parts`` arrays ``[position][output][input]``. Job: an output channel.
 
-    ``inputs`` is a multiple of 4.
+    ``inputs`` is a multiple of 4. ``listed``: numbers of the output channels, or 0 for all.
     """
 
     def body(args: int, first: int, last: int) -> None:
-        (sums, grad_weight, parts, inputs, part, position, weight_out, weight_in, weight_tap) = arguments(args, 9)
+        (sums, grad_weight, listed, parts, inputs, part, position, weight_out, weight_in,
+         weight_tap) = arguments(args, 10)  # fmt: skip
         for o in range(first, last):
             for c in range(0, inputs, _COLUMNS):
                 transform_weight_gradient(
                     sums + 4 * (o * inputs + c), position, parts, part,
-                    grad_weight + o * weight_out + c * weight_in, weight_in, weight_tap, _COLUMNS,
+                    grad_weight + _channel(listed, o) * weight_out + c * weight_in, weight_in, weight_tap, _COLUMNS,
                 )  # fmt: skip
 
     return body
