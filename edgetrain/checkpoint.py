@@ -47,7 +47,8 @@ def save_checkpoint(learner: Learner, path: str | os.PathLike[str]) -> None:
         CheckpointError: the file cannot be written.
     """
     tensors, meta = learner.state()
-    arrays = learner.graph.arrays | learner.parameters()
+    sparse = learner.topology.indices  # their weights are in the state only: a dense copy would say nothing new
+    arrays = {name: array for name, array in learner.parameters().items() if name not in sparse}
     tensors = {f"state/{name}": np.ascontiguousarray(array) for name, array in tensors.items()}
     tensors |= {f"graph/{name}": array for name, array in arrays.items()}
     tensors, aliases = _without_duplicates(tensors)
@@ -75,6 +76,7 @@ def load_checkpoint(path: str | os.PathLike[str]) -> Learner:
     try:
         arrays = {name[6:]: array for name, array in tensors.items() if name.startswith("graph/")}
         state = {name[6:]: array for name, array in tensors.items() if name.startswith("state/")}
+        arrays |= _placeholders(table["graph"], arrays)
         learner = Learner(graph_from_dict(table["graph"], arrays), **_arguments(table["settings"]))
         learner.restore(state, table["state"])
         learner.position = replace(learner.position, **table["position"])
@@ -82,6 +84,12 @@ def load_checkpoint(path: str | os.PathLike[str]) -> Learner:
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: the content does not fit together ({error!r}); {_REMEDY}") from error
     return learner
+
+
+def _placeholders(graph: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> Tensors:
+    """Return zeros in the place of sparse weights, which the state brings."""
+    shapes = {step["parameter"]: step["shape"] for step in graph["steps"] if "parameter" in step}
+    return {name: np.broadcast_to(np.float32(0), shape) for name, shape in shapes.items() if name not in arrays}
 
 
 def read_checkpoint(path: str | os.PathLike[str]) -> tuple[Tensors, dict[str, Any]]:
@@ -223,6 +231,7 @@ def _settings(learner: Learner) -> dict[str, Any]:
         "optimizer": learner.optimizer.to_dict(),
         "loss": learner.loss,
         "label_smoothing": learner.label_smoothing,
+        "sparsity": describe_policy("sparsity", learner.sparsity),
         "instance_filter": describe_policy("filter", learner.instance_filter),
         "error_pruning": describe_policy("error_pruning", learner.error_pruning),
     }
@@ -241,6 +250,7 @@ def _arguments(settings: Mapping[str, Any]) -> dict[str, Any]:
     return dict(settings) | {
         "profile": chosen,
         "optimizer": Optimizer.from_dict(settings["optimizer"]),
+        "sparsity": parse_policy("sparsity", settings.get("sparsity", NONE)),
         "instance_filter": parse_policy("filter", settings.get("instance_filter", NONE)),
         "error_pruning": parse_policy("error_pruning", settings.get("error_pruning", NONE)),
     }

@@ -30,11 +30,13 @@ from edgetrain.fitting import Data, History, fit_loop
 from edgetrain.forking import ForkLock
 from edgetrain.graph import Graph, Normalization
 from edgetrain.losses import log_softmax, sample_losses
+from edgetrain.lowering_products import whole_gradient
 from edgetrain.optim import SGD, Optimizer
 from edgetrain.parameters import Parameters
 from edgetrain.plan import KernelKey, Plan
 from edgetrain.plans import MemoryPlan, Objective, Plans
 from edgetrain.pruning import ErrorPruning
+from edgetrain.sparsity import SparsityPolicy, Topology
 from edgetrain.stream import InstanceStream
 from edgetrain.units import parse_bytes
 
@@ -67,6 +69,7 @@ class Learner:
         optimizer: ``SGD``, ``Adam`` or ``AdamW``; plain SGD with momentum 0.9 by default.
         loss: ``"cross_entropy"`` (integer labels) or ``"mse"`` (targets of the output's shape).
         label_smoothing: share of the uniform distribution in the targets (cross-entropy).
+        sparsity: which weights exist: ``SWAT``, ``RigL``, ``SET`` or ``StaticSparse``; all of them by default.
         instance_filter: which instances ``fit`` and ``observe`` train on: ``EarlyInstanceFilter``,
             ``SelectiveBackprop`` or ``RandomFilter``; all of them by default. ``partial_fit`` never filters.
         error_pruning: which part of the error maps the backward pass uses: ``ErrorMapPruning`` or
@@ -89,7 +92,8 @@ class Learner:
         self, graph: Graph, profile: str | os.PathLike[str] | DeviceProfile = "host", *, batch_size: int | None = None,
         seed: int = 0, threads: int | None = None, memory_budget: int | str | None = None,
         optimizer: Optimizer | None = None, loss: str = "cross_entropy", label_smoothing: float = 0.0,
-        instance_filter: InstanceFilter | None = None, error_pruning: ErrorPruning | None = None,
+        sparsity: SparsityPolicy | None = None, instance_filter: InstanceFilter | None = None,
+        error_pruning: ErrorPruning | None = None,
     ) -> None:  # fmt: skip
         self.profile = profile if isinstance(profile, DeviceProfile) else load_profile(profile)
         self.graph = graph.copy()
@@ -105,16 +109,18 @@ class Learner:
         self.memory_budget = self.profile.memory_budget_mib * 2**20 if budget is None else budget
         self._optimizer = _checked(optimizer or SGD(lr=0.05, momentum=0.9))
         self.position, self.history, self.step_count = Position(), History(), 0
-        self._parameters = Parameters(self.graph, self._optimizer)
+        self.topology = Topology(self.graph, sparsity, self._optimizer, self.seed)
+        self._parameters = Parameters(self.graph, self._optimizer, self.topology.indices)
+        self.topology.attach(self._parameters)
         # The graph's arrays are the trained ones, not a second copy.
-        self.graph.arrays = {name: self._parameters.view(name) for name in self._parameters.names()}
+        self.graph.arrays = {name: self._parameters.shared(name) for name in self._parameters.names()}
         objective = Objective(self.loss, self.label_smoothing)
         self._lock = ForkLock()
         self._scaled_for: Normalization | None = None
         self._parameters.scale_input(None)
         self.plans = Plans(
             self.graph, self._parameters, self._optimizer, objective, self.batch_size, self.memory_budget,
-            self._allowed(threads), error_pruning,
+            self._allowed(threads), error_pruning, self.topology.wants_gradients,
         )  # fmt: skip
         self.error_pruning = error_pruning
         self.instance_filter = instance_filter
@@ -131,6 +137,11 @@ class Learner:
     def threads(self, threads: int | None) -> None:
         with self._lock:
             self.plans.use_threads(self._allowed(threads))
+
+    @property
+    def sparsity(self) -> SparsityPolicy | None:
+        """The policy that decides which weights exist."""
+        return self.topology.policy
 
     def _allowed(self, threads: int | None) -> int:
         """Return a number of threads that was asked for, or the profile's.
@@ -174,11 +185,10 @@ class Learner:
         """
         start = time.perf_counter()
         with self._lock:
-            executor, sources, count = self._prepare(x, y)
-            self._optimizer.fill(self._settings, self.step_count)
+            executor, sources, count = self._begin_step(x, y)
             if not executor.run(sources):
                 self._explain_broken_step(executor)
-            self.step_count += 1
+            self._end_step(executor)
             loss, correct = (float(v) for v in self._parameters.buffers["result"][:2])
             done, saved = self.plans.macs(count)
         seconds, dense = time.perf_counter() - start, done + sum(saved.values())
@@ -221,16 +231,18 @@ class Learner:
             DataError, NumericalError, MemoryBudgetError: as ``partial_fit``.
         """
         with self._lock:
-            executor, sources, _ = self._prepare(x, y)
-            self._optimizer.fill(self._settings, self.step_count)
+            executor, sources, _ = self._begin_step(x, y)
             seconds = executor.time_rows(sources)
             if seconds is None:
                 self._explain_broken_step(executor)
-            self.step_count += 1
+            self._end_step(executor)
             return seconds
 
     def gradients(self, x: Inputs, y: ArrayLike) -> Arrays:
         """Return the gradients of the mean loss by parameter name, in training mode; nothing changes.
+
+        Weights that do not exist have the gradient 0 where nothing is stored for them (``RigL``, ``SET``,
+        ``StaticSparse``).
 
         Args:
             x, y: as for ``partial_fit``.
@@ -238,8 +250,7 @@ class Learner:
         with self._lock:
             executor, sources, _ = self._prepare(x, y)
             executor.run(sources, until="backward")
-            names = [name for name in self.graph.arrays if name in self.graph.trainable]
-            return {name: self._parameters.view(name, "gradients").copy() for name in names}
+            return {name: self._parameters.dense(name, "gradients") for name in self._trained()}
 
     def fit(self, data: Data, epochs: int = 5, **options: Any) -> History:
         """Train for a number of epochs; see ``edgetrain.fitting.fit_loop`` for all options.
@@ -297,14 +308,18 @@ class Learner:
     # --- parameters and state ---
 
     def parameters(self) -> Arrays:
-        """Return copies of all arrays (running averages included) by ONNX initializer name, in ONNX layout."""
+        """Return copies of all arrays (running averages included) by ONNX initializer name, in ONNX layout.
+
+        They are those of the network that predicts: weights that do not exist are 0.
+        """
         with self._lock:  # never the middle of a step of another thread
-            return {name: self._parameters.view(name).copy() for name in self._parameters.names()}
+            return {name: self._parameters.dense(name) for name in self._parameters.names()}
 
     def load_parameters(self, source: str | os.PathLike[str] | Mapping[str, ArrayLike]) -> MatchReport:
         """Take initial values from arrays by name, or from an ONNX file; return what matched.
 
-        Names and shapes are tried first, then order and shape (``onnx_io.match_parameters``).
+        Names and shapes are tried first, then order and shape (``onnx_io.match_parameters``). In sparse layers the
+        largest of the given weights exist from now on.
 
         Raises:
             ModelError: nothing matches, or a shape is wrong.
@@ -314,19 +329,24 @@ class Learner:
         given = source if isinstance(source, Mapping) else Path(source)
         arrays, report = match_parameters(self.graph, given)  # type: ignore[arg-type]
         with self._lock:
+            self.topology.adopt(arrays)
             self._parameters.load(arrays)
         return report
 
     def state(self) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
         """Return (tensors, plain data): everything that training changes, for ``restore``."""
         with self._lock:
-            tensors: dict[str, NDArray[Any]] = {f"weights/{n}": a for n, a in self.parameters().items()}
+            stored = self._parameters.stored
+            tensors: dict[str, NDArray[Any]] = {f"weights/{n}": stored(n).copy() for n in self._parameters.names()}
             if self.step_count:
                 for moment in self._optimizer.moments:
-                    tensors |= {f"{moment}/{n}": self._parameters.view(n, moment).copy() for n in self._trained()}
+                    tensors |= {f"{moment}/{n}": stored(n, moment).copy() for n in self._trained()}
+            patterns, topology = self.topology.state()
+            tensors |= patterns
             streamed, meta = self.stream.state()
             tensors |= {f"stream/{name}": array for name, array in streamed.items()}
-            return tensors, {"step_count": self.step_count} | ({"stream": meta} if meta else {})
+            plain = {"step_count": self.step_count, "topology": topology}
+            return tensors, plain | ({"stream": meta} if meta else {})
 
     def restore(self, tensors: Mapping[str, NDArray[Any]], meta: Mapping[str, Any]) -> None:
         """Take the state that ``state`` returned.
@@ -337,10 +357,12 @@ class Learner:
         parameters = self._parameters
         streamed = {key[7:]: array for key, array in tensors.items() if key.startswith("stream/")}
         tensors = {key: array for key, array in tensors.items() if not key.startswith("stream/")}
-        wanted = {f"weights/{name}": parameters.shape(name) for name in parameters.names()}
+        with self._lock:
+            tensors = self.topology.restore(tensors, meta.get("topology"))
+        wanted = {f"weights/{name}": parameters.stored(name).shape for name in parameters.names()}
         if meta["step_count"]:
             moments = [(m, n) for m in self._optimizer.moments for n in self._trained()]
-            wanted |= {f"{moment}/{name}": parameters.shape(name) for moment, name in moments}
+            wanted |= {f"{moment}/{name}": parameters.stored(name).shape for moment, name in moments}
         given = {key: np.shape(array) for key, array in tensors.items()}
         if given != wanted:
             odd = sorted(key for key in wanted.keys() | given.keys() if wanted.get(key) != given.get(key))
@@ -352,7 +374,7 @@ class Learner:
             parameters.forget()
             for key, array in tensors.items():
                 buffer, name = key.split("/", 1)
-                parameters.view(name, buffer)[...] = array
+                parameters.stored(name, buffer)[...] = array
             self.step_count = int(meta["step_count"])
             if "stream" in meta:
                 self.stream.restore(streamed, meta["stream"])
@@ -382,7 +404,7 @@ class Learner:
     def memory_plan(self, batch_size: int | None = None) -> MemoryPlan:
         """Return the bytes that training steps of ``batch_size`` samples need."""
         with self._lock:
-            return self.plans.memory(self.plans.plan(True, batch_size or self.batch_size))
+            return self.plans.memory(self.plans.largest(batch_size or self.batch_size))
 
     def training_plan(self, batch_size: int | None = None) -> Plan:
         """Return the plan of a training step: its rows, layouts and offsets, to look at."""
@@ -399,12 +421,25 @@ class Learner:
 
     # --- inside a step ---
 
-    def _prepare(self, x: Inputs, y: ArrayLike) -> tuple[Executor, Arrays, int]:
+    def _begin_step(self, x: Inputs, y: ArrayLike) -> tuple[Executor, Arrays, int]:
+        """Prepare an optimizer step: the batch, the topology, the optimizer's numbers."""
+        prepared = self._prepare(x, y, self.topology.wants_gradients_at(self.step_count))
+        self.topology.begin_step(self.step_count)
+        self._optimizer.fill(self._settings, self.step_count)
+        return prepared
+
+    def _end_step(self, executor: Executor) -> None:
+        """Count a step that was taken; the topology may change after it."""
+        shapes = {layer.weight: layer.shape for layer in self.topology.layers}
+        self.topology.end_step(self.step_count, lambda name: executor.kept(whole_gradient(name), shapes[name]))
+        self.step_count += 1
+
+    def _prepare(self, x: Inputs, y: ArrayLike, whole_gradients: bool = False) -> tuple[Executor, Arrays, int]:
         """Check a batch and put its labels, mask and counters where kernels read them."""
         arrays = self._inputs(x)
         count = _length(arrays)
         targets = self._targets(y, count)  # before a plan is made for a bad batch
-        executor = self.plans.executor(True, count)
+        executor = self.plans.executor(True, count, whole_gradients)
         if self.loss == "mse":
             arrays[TARGET] = targets
         else:

@@ -92,6 +92,12 @@ class Parameters:
         view = self.view(name, buffer)
         return view[: self.sparse[name].count] if self._is_compact(name) else view
 
+    def shared(self, name: str) -> NDArray[np.float32]:
+        """Return an array for a graph to hold: the stored one, or a placeholder of the right shape without memory."""
+        if self._is_compact(name):
+            return np.broadcast_to(np.float32(0), self._shapes[name])
+        return self.view(name)
+
     def dense(self, name: str, buffer: str = "weights") -> NDArray[np.float32]:
         """Return a copy of an array in its ONNX shape, as the network uses it: 0 for weights that do not exist.
 

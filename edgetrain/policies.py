@@ -21,7 +21,12 @@ _POLICIES: dict[str, dict[str, str]] = {
         "selective": "edgetrain.filters:SelectiveBackprop",
         "random": "edgetrain.filters:RandomFilter",
     },
-    "sparsity": {},
+    "sparsity": {
+        "swat": "edgetrain.sparsity:SWAT",
+        "rigl": "edgetrain.sparsity:RigL",
+        "set": "edgetrain.sparsity:SET",
+        "static": "edgetrain.sparsity:StaticSparse",
+    },
     "error_pruning": {
         "channels": "edgetrain.pruning:ErrorMapPruning",
     },

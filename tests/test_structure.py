@@ -41,7 +41,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
      "policies"),
     ("autodiff", "memory", "catalog", "bench_torch", "bench_jax", "fitting", "filters"),
     ("plan", "parameters", "checkpoint", "reference", "stream"),
-    ("lowering_core", "executor", "runs"),
+    ("lowering_core", "executor", "runs", "sparsity"),
     ("lowering_winograd", "lowering_sparse"),
     ("lowering_products",),
     ("lowering_pruned", "pruning"),

@@ -1,0 +1,127 @@
+"""Dynamic sparse training: weights are dropped and grown while the number of weights stays the same.
+
+Sources: Evci, Gale, Menick, Castro, Elsen, "Rigging the Lottery: Making All Tickets Winners", ICML 2020, section 3
+(RigL, and the shared schedule); Mocanu et al., "Scalable training of artificial neural networks with adaptive sparse
+connectivity inspired by network science", Nature Communications 9, 2018 (SET).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+import numpy as np
+
+from edgetrain.errors import UsageError
+from edgetrain.sparsity.policy import CompactPolicy, Floats, Gradients, Mask, largest
+
+if TYPE_CHECKING:
+    from edgetrain.sparsity.topology import Topology
+
+# RigL's experiments on ImageNet train for 32,000 steps; it serves where nobody says how long training is.
+DEFAULT_TOTAL_STEPS = 32_000
+
+
+@dataclass(frozen=True)
+class DynamicPolicy(CompactPolicy):
+    """Drop and grow on RigL's schedule.
+
+    Every ``refresh`` steps, until the share ``until`` of training is done, each layer drops the smallest weights in
+    absolute value and grows as many; the share of weights that changes falls as ``fraction / 2 * (1 + cos(pi * t /
+    T_end))``. A new weight is 0 and so are its moments; one that is dropped and grown at once keeps both.
+
+    Unlike the reference code, which leaves out the optimizer's step when the topology changes, every step is taken.
+
+    Attributes:
+        refresh: steps between changes.
+        fraction: share of weights that the first change replaces.
+        until: share of training after which the topology stays.
+        total_steps: length of training for ``partial_fit`` and ``observe``, where ``fit`` does not tell it; 32,000 if
+            ``None``.
+    """
+
+    refresh: int = 100
+    fraction: float = 0.3
+    until: float = 0.75
+    total_steps: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check_count("refresh")
+        for key in ("fraction", "until"):
+            if not 0 <= getattr(self, key) <= 1:
+                raise UsageError(f"{self.name}: {key}={getattr(self, key)!r}, expected a share from 0 to 1")
+        if self.total_steps is not None:
+            self._check_count("total_steps")
+
+    def replaced(self, step: int, total_steps: int | None) -> float:
+        """Return the share of weights that the change after step ``step`` (from 0) replaces; 0 when there is none."""
+        end = self.until * (self.total_steps or total_steps or DEFAULT_TOTAL_STEPS)
+        done = step + 1
+        if done % self.refresh or done >= end:
+            return 0.0
+        return self.fraction / 2 * (1 + math.cos(math.pi * done / end))
+
+    def after_step(self, topology: Topology, step: int, gradients: Gradients) -> None:
+        """Drop and grow in every layer."""
+        share = self.replaced(step, topology.total_steps)
+        if share == 0:
+            return
+        for number, layer in enumerate(topology.layers):
+            mask, weights = topology.mask(layer), np.abs(topology.dense(layer))
+            total = int(mask.sum())
+            kept = largest(np.where(mask, weights, -1), total - int(share * total))
+            scores = self.grow_scores(
+                layer.weight, gradients, np.random.default_rng([topology.seed, step, number]), mask
+            )
+            grown = largest(np.where(kept, -1, scores), total - int(kept.sum()))
+            topology.set(layer, kept | grown)
+
+    def grow_scores(self, weight: str, gradients: Gradients, rng: np.random.Generator, mask: Mask) -> Floats:
+        """Return a score of at least 0 for every weight; of those not kept the highest grow."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class RigL(DynamicPolicy):
+    """RigL: grow where the gradient is largest.
+
+    The gradients of weights that do not exist are computed at changes only, into memory that activations have left.
+
+    Example:
+        >>> policy = RigL(weights=0.9)
+        >>> policy.replaced(98, 10_000), round(policy.replaced(99, 10_000), 4), policy.replaced(7499, 10_000)
+        (0.0, 0.2999, 0.0)
+    """
+
+    name: ClassVar[str] = "rigl"
+
+    @property
+    def wants_gradients(self) -> bool:
+        """Some steps need the gradients of weights that do not exist."""
+        return True
+
+    def wants_gradients_at(self, step: int, total_steps: int | None) -> bool:
+        """Those after which the topology changes."""
+        return self.replaced(step, total_steps) > 0
+
+    def grow_scores(self, weight: str, gradients: Gradients, rng: np.random.Generator, mask: Mask) -> Floats:
+        """Return the gradients' absolute values."""
+        return np.abs(gradients(weight))
+
+
+@dataclass(frozen=True)
+class SET(DynamicPolicy):
+    """Sparse evolutionary training: grow at random, on RigL's schedule.
+
+    Example:
+        >>> SET(weights=0.9, refresh=1500).refresh
+        1500
+    """
+
+    name: ClassVar[str] = "set"
+
+    def grow_scores(self, weight: str, gradients: Gradients, rng: np.random.Generator, mask: Mask) -> Floats:
+        """Return random numbers, a function of seed, step and layer."""
+        return rng.random(mask.shape, np.float32)

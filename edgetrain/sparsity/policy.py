@@ -1,0 +1,169 @@
+"""What every sparsity policy decides, and what they share."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgetrain.errors import UsageError
+from edgetrain.graph import Graph
+from edgetrain.optim import Optimizer
+from edgetrain.sparsity.layers import DISTRIBUTIONS, SparseLayer, entries, sparse_layers
+
+if TYPE_CHECKING:
+    from edgetrain.sparsity.topology import Topology
+
+Floats = NDArray[np.float32]
+Mask = NDArray[np.bool_]
+# Returns the gradient of all of a sparse layer's weights by the weights' name, in ONNX shape.
+Gradients = Callable[[str], Floats]
+
+
+@dataclass(frozen=True)
+class SparsityPolicy:
+    """Decides which weights exist. Sparsity is a share of zeros.
+
+    Attributes:
+        weights: share of zeros among the weights of all sparse layers.
+
+    Raises:
+        UsageError: a value out of range.
+    """
+
+    weights: float = 0.9
+
+    name: ClassVar[str]
+    # Whether weights, gradients and moments are stored for the weights that exist only.
+    compact: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        self._check_share("weights")
+
+    def layers(self, graph: Graph) -> list[SparseLayer]:
+        """Return the layers that this policy makes sparse."""
+        return sparse_layers(graph)
+
+    def densities(self, layers: Sequence[SparseLayer]) -> dict[str, float]:
+        """Return the share of weights that every layer keeps, by weight."""
+        raise NotImplementedError
+
+    def capacity(self, layer: SparseLayer, density: float) -> int:
+        """Return the most weights that a layer will ever have."""
+        return entries(layer.size, density)
+
+    def initial(
+        self, layer: SparseLayer, array: Floats, density: float, rng: np.random.Generator
+    ) -> tuple[Mask, float]:
+        """Return which weights exist before the first step, and the factor that they are multiplied with."""
+        raise NotImplementedError
+
+    def adopted(self, layer: SparseLayer, array: Floats, density: float) -> Mask:
+        """Return which weights exist when a layer is given new values: the largest."""
+        return largest(np.abs(array), entries(layer.size, density))
+
+    def check(self, optimizer: Optimizer) -> None:
+        """Refuse an optimizer that the policy cannot work with.
+
+        Raises:
+            UsageError: it lacks what the policy reads.
+        """
+
+    # --- during training; steps count from 0 ---
+
+    @property
+    def wants_gradients(self) -> bool:
+        """Whether some steps need the gradients of weights that do not exist."""
+        return False
+
+    def wants_gradients_at(self, step: int, total_steps: int | None) -> bool:
+        """Whether ``after_step`` of this step needs them."""
+        return False
+
+    def before_step(self, topology: Topology, step: int) -> None:
+        """Change the topology before a step."""
+
+    def after_step(self, topology: Topology, step: int, gradients: Gradients) -> None:
+        """Change the topology after a step."""
+
+    # --- checks ---
+
+    def _check_share(self, key: str) -> None:
+        value = getattr(self, key)
+        if not (isinstance(value, int | float) and 0 <= value < 1):
+            raise UsageError(f"{self.name}: {key}={value!r}, expected a share of zeros from 0 to below 1")
+
+    def _check_one_of(self, key: str, choices: Sequence[str]) -> None:
+        if getattr(self, key) not in choices:
+            raise UsageError(f"{self.name}: {key}={getattr(self, key)!r}, expected one of {', '.join(choices)}")
+
+    def _check_count(self, key: str) -> None:
+        value = getattr(self, key)
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise UsageError(f"{self.name}: {key}={value!r}, expected a whole number of at least 1")
+
+
+@dataclass(frozen=True)
+class CompactPolicy(SparsityPolicy):
+    """What policies share whose weights, gradients and moments exist for non-zeros only.
+
+    Attributes:
+        distribution: of densities over layers: ``"erk"`` (Erdos-Renyi-kernel) or ``"uniform"``.
+        initial_pattern: ``"random"`` (weights are then scaled by ``1 / sqrt(density)``, as fewer add up), or
+            ``"magnitude"`` for trained weights: the largest stay as they are. A layer that already has as many zeros as
+            asked for keeps its pattern in both.
+        dense_first: whether the first layer stays dense; ``None``: with uniform densities, as in RigL's experiments.
+        dense_last: whether the last layer stays dense.
+    """
+
+    distribution: str = "erk"
+    initial_pattern: str = "random"
+    dense_first: bool | None = None
+    dense_last: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check_one_of("distribution", tuple(DISTRIBUTIONS))
+        self._check_one_of("initial_pattern", ("random", "magnitude"))
+
+    def layers(self, graph: Graph) -> list[SparseLayer]:
+        """Return the layers that become sparse."""
+        dense_first = self.distribution == "uniform" if self.dense_first is None else self.dense_first
+        return sparse_layers(graph, dense_first, self.dense_last)
+
+    def densities(self, layers: Sequence[SparseLayer]) -> dict[str, float]:
+        """Return the densities of the distribution."""
+        return DISTRIBUTIONS[self.distribution](layers, 1 - self.weights) if layers else {}
+
+    def initial(
+        self, layer: SparseLayer, array: Floats, density: float, rng: np.random.Generator
+    ) -> tuple[Mask, float]:
+        """Return a random pattern, or the given one where there is one."""
+        count = entries(layer.size, density)
+        if self.initial_pattern == "magnitude" or 0 < np.count_nonzero(array) <= count:
+            return largest(np.abs(array), count), 1.0
+        mask = np.zeros(layer.size, bool)
+        mask[rng.choice(layer.size, count, replace=False, shuffle=False)] = True
+        return mask.reshape(layer.shape), 1 / math.sqrt(density)
+
+
+def largest(scores: Floats, count: int) -> Mask:
+    """Return where the ``count`` largest scores stand; of equal ones the first.
+
+    Example:
+        >>> largest(np.array([1.0, 3.0, 1.0, 2.0], np.float32), 3).tolist()
+        [True, True, False, True]
+    """
+    if count <= 0:
+        return np.zeros(scores.shape, bool)
+    flat = scores.reshape(-1)
+    # A partition instead of a sort: 0.5 ms instead of 4 ms for 48,000 weights (fc1 of LeNet-5).
+    threshold = np.partition(flat, flat.size - count)[flat.size - count]
+    mask: Mask = flat > threshold
+    ties = np.flatnonzero(flat == threshold)
+    mask[ties[: count - np.count_nonzero(mask)]] = True
+    return mask.reshape(scores.shape)

@@ -1,0 +1,154 @@
+"""SWAT: sparse weights and sparse saved activations over a dense master copy.
+
+Source: Raihan and Aamodt, "Sparse Weight Activation Training", NeurIPS 2020, algorithm 1 and section 3, and its
+reference code (AamirRaihan/SWAT) for constants and the rules about first and last layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+import numpy as np
+
+from edgetrain.errors import UsageError
+from edgetrain.graph import Graph
+from edgetrain.optim import Optimizer
+from edgetrain.sparsity.layers import SparseLayer, entries, erdos_renyi_kernel, sparse_layers, uniform
+from edgetrain.sparsity.policy import Floats, Mask, SparsityPolicy, largest
+
+if TYPE_CHECKING:
+    from edgetrain.sparsity.topology import Topology
+
+VARIANTS = ("unstructured", "erk", "momentum", "structured")
+# SWAT-M leaves no layer denser than this (reference code).
+_DENSEST = 0.99
+
+
+@dataclass(frozen=True)
+class SWAT(SparsityPolicy):
+    """Forward pass and error propagation with the largest weights, weight gradients from the largest activations.
+
+    All weights keep their master copy, receive the dense gradient and are updated; so which of them are the largest
+    may change, and does so every ``refresh`` steps. The forward pass sees all activations; only the copy that is kept
+    for the weight gradient is thinned. The network that predicts, and is exported, has the sparse weights.
+
+    Attributes:
+        weights, activations: shares of zeros.
+        variant: ``"unstructured"``: the same density in all layers but the first, which is dense; ``"erk"``: densities
+            by Erdos-Renyi-kernel; ``"momentum"``: by the mean momentum of every layer's weights, anew at each refresh;
+            ``"structured"``: whole kernels (output channel, input channel) by their L1 norm, uniform densities;
+            fully connected layers stay unstructured.
+        refresh: steps between choices of the weights. (The reference code applies a threshold of 10 to 1000 steps ago
+            to the present weights; here the pattern itself is kept in between, so the density is exact at every step.)
+        dense_first: whether the first layer stays dense; ``None``: in the unstructured and structured variants.
+        dense_last: whether the last layer stays dense.
+
+    Raises:
+        UsageError: a value out of range.
+
+    Example:
+        >>> SWAT(weights=0.8, activations=0.8, variant="erk").refresh
+        100
+    """
+
+    activations: float = 0.9
+    variant: str = "unstructured"
+    refresh: int = 100
+    dense_first: bool | None = None
+    dense_last: bool = False
+
+    name: ClassVar[str] = "swat"
+    compact: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check_share("activations")
+        self._check_one_of("variant", VARIANTS)
+        self._check_count("refresh")
+
+    def check(self, optimizer: Optimizer) -> None:
+        """Refuse an optimizer without momentum for the momentum variant.
+
+        Raises:
+            UsageError: it keeps no moments.
+        """
+        if self.variant == "momentum" and not optimizer.moments:
+            raise UsageError("swat: variant 'momentum' needs an optimizer with momentum; give momentum=0.9")
+
+    def layers(self, graph: Graph) -> list[SparseLayer]:
+        """Return the layers that become sparse."""
+        by_rule = self.variant in ("unstructured", "structured")
+        return sparse_layers(graph, by_rule if self.dense_first is None else self.dense_first, self.dense_last)
+
+    def densities(self, layers: Sequence[SparseLayer]) -> dict[str, float]:
+        """Return the densities of the weights before the first step."""
+        return self._spread(layers, 1 - self.weights)
+
+    def activation_densities(self, layers: Sequence[SparseLayer]) -> dict[str, float]:
+        """Return the densities of the saved activations, by weight; layers are weighted as for the weights."""
+        return self._spread(layers, 1 - self.activations)
+
+    def _spread(self, layers: Sequence[SparseLayer], density: float) -> dict[str, float]:
+        return erdos_renyi_kernel(layers, density) if self.variant == "erk" else uniform(layers, density)
+
+    def capacity(self, layer: SparseLayer, density: float) -> int:
+        """Return the most weights that a layer will have: the momentum variant moves them between layers."""
+        if self.variant == "momentum":
+            return layer.size
+        return int(np.count_nonzero(self._mask(layer, np.zeros(layer.shape, np.float32), density)))
+
+    def initial(
+        self, layer: SparseLayer, array: Floats, density: float, rng: np.random.Generator
+    ) -> tuple[Mask, float]:
+        """Return the pattern of the largest weights."""
+        return self._mask(layer, array, density), 1.0
+
+    def adopted(self, layer: SparseLayer, array: Floats, density: float) -> Mask:
+        """Return the pattern of the largest weights."""
+        return self._mask(layer, array, density)
+
+    def before_step(self, topology: Topology, step: int) -> None:
+        """Choose the largest weights of every layer anew, every ``refresh`` steps."""
+        if step % self.refresh:
+            return
+        if self.variant == "momentum" and step:
+            topology.densities |= momentum_densities(topology, 1 - self.weights)
+        for layer in topology.layers:
+            topology.set(layer, self._mask(layer, topology.master(layer), topology.densities[layer.weight]))
+
+    def _mask(self, layer: SparseLayer, array: Floats, density: float) -> Mask:
+        if self.variant != "structured" or layer.taps == 1:
+            return largest(np.abs(array), entries(layer.size, density))
+        norms = np.abs(array).reshape(*layer.shape[:2], layer.taps).sum(2)
+        kernels = largest(norms, entries(norms.size, density))
+        return np.broadcast_to(kernels.reshape(*kernels.shape, *[1] * (len(layer.shape) - 2)), layer.shape)
+
+
+def momentum_densities(topology: Topology, density: float) -> dict[str, float]:
+    """Return densities by which layers share all weights in proportion to their mean momentum over existing weights.
+
+    No layer gets more than 0.99 of its weights; what is left over goes to the others, each as much as it can take.
+    Source: the reference code of SWAT-M, after Dettmers and Zettlemoyer, "Sparse Networks from Scratch", 2019.
+    """
+    sizes = {layer.weight: layer.size for layer in topology.layers}
+    means = {layer.weight: topology.mean_momentum(layer) for layer in topology.layers}
+    total = sum(means.values()) or 1.0
+    wanted = density * sum(sizes.values())
+    most = {name: _DENSEST * size for name, size in sizes.items()}
+    counts = {name: min(most[name], means[name] / total * wanted) for name in sizes}
+    rest = wanted - sum(counts.values())
+    while rest > 1e-6 * wanted:
+        room = [name for name in sizes if counts[name] < most[name]]
+        for name in room:
+            counts[name] = min(most[name], counts[name] + rest / len(room))
+        rest = wanted - sum(counts.values())
+        if not room:
+            break
+    return {name: counts[name] / sizes[name] for name in sizes}
+
+
+def shares_of(densities: Mapping[str, float], layers: Sequence[SparseLayer]) -> float:
+    """Return the density of all layers together."""
+    return sum(densities[layer.weight] * layer.size for layer in layers) / sum(layer.size for layer in layers)

@@ -1,0 +1,177 @@
+"""The sparse layers of one learner: their indices and stored values, with a policy at work on them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from edgetrain.errors import CheckpointError, UsageError
+from edgetrain.graph import Graph
+from edgetrain.optim import Optimizer
+from edgetrain.parameters import Parameters
+from edgetrain.sparse_index import SparseIndex
+from edgetrain.sparsity.layers import SparseLayer
+from edgetrain.sparsity.policy import Floats, Gradients, Mask, SparsityPolicy
+
+_PREFIX = "topology/"
+
+
+class Topology:
+    """Which weights of a network exist; without a policy all of them do.
+
+    Making it chooses the initial pattern and changes the graph's arrays to it. Layers that a policy wants dense are not
+    among ``layers``.
+
+    Args:
+        graph: the network; the arrays of compact layers are changed.
+        policy: what decides, or ``None``.
+        optimizer: refused if the policy cannot work with it.
+        seed: of random patterns.
+
+    Attributes:
+        layers: the sparse layers in execution order.
+        indices: their indices by weight.
+        densities: the share of weights that every sparse layer keeps, by weight.
+        total_steps: length of training, ``None`` when nobody told.
+        version: number of changes of any layer.
+        changes, seconds: after or before how many steps the topology changed, and the time that choosing took.
+
+    Raises:
+        UsageError: the policy cannot work with the optimizer.
+    """
+
+    def __init__(self, graph: Graph, policy: SparsityPolicy | None, optimizer: Optimizer, seed: int) -> None:
+        self.policy, self.seed = policy, seed
+        self.total_steps: int | None = None
+        self.layers: list[SparseLayer] = []
+        self.indices: dict[str, SparseIndex] = {}
+        self.densities: dict[str, float] = {}
+        self.version, self.changes, self.seconds = 0, 0, 0.0
+        if policy is not None:
+            policy.check(optimizer)
+            self._choose(graph, policy)
+
+    def _choose(self, graph: Graph, policy: SparsityPolicy) -> None:
+        candidates = policy.layers(graph)
+        densities = policy.densities(candidates)
+        for number, layer in enumerate(candidates):
+            density, array = densities[layer.weight], graph.arrays[layer.weight]
+            mask, scale = policy.initial(layer, array, density, np.random.default_rng([self.seed, number]))
+            capacity = policy.capacity(layer, density)
+            if mask.all() and capacity == layer.size and policy.compact:
+                continue  # dense: the kernels and the storage of any dense layer
+            index = SparseIndex(
+                layer.shape, capacity, inputs_first=layer.inputs_first, groups=layer.groups, compact=policy.compact
+            )
+            index.set(mask)
+            if policy.compact:
+                graph.arrays[layer.weight] = np.where(mask, array * np.float32(scale), np.float32(0))
+            self.layers.append(layer)
+            self.indices[layer.weight], self.densities[layer.weight] = index, density
+
+    def attach(self, parameters: Parameters) -> None:
+        """Say where the values are stored."""
+        self._parameters = parameters
+
+    # --- what policies read and write ---
+
+    def mask(self, layer: SparseLayer) -> Mask:
+        """Return which weights exist, bool in ONNX shape."""
+        return self.indices[layer.weight].mask()
+
+    def dense(self, layer: SparseLayer) -> Floats:
+        """Return a copy of the weights in ONNX shape, 0 where none exists."""
+        return self._parameters.dense(layer.weight)
+
+    def master(self, layer: SparseLayer) -> Floats:
+        """Return the master copy of the weights in ONNX shape, as a view; only where the policy is not compact."""
+        return self._parameters.view(layer.weight)
+
+    def mean_momentum(self, layer: SparseLayer) -> float:
+        """Return the mean absolute first moment over the weights that exist."""
+        moment = self._parameters.view(layer.weight, self._parameters.moments[0])
+        return float(np.abs(moment[self.mask(layer)]).mean())
+
+    def set(self, layer: SparseLayer, mask: Mask) -> None:
+        """Take another topology; a new weight has its master copy's value or, if there is none, is 0 as its moments."""
+        index = self.indices[layer.weight]
+        buffers = ("weights", *self._parameters.moments) if index.compact else ()
+        kept = {name: index.dense(self._parameters.view(layer.weight, name)) for name in buffers}
+        index.set(mask)
+        self.version += 1
+        for name, array in kept.items():
+            self._parameters.put(layer.weight, array, name)
+
+    # --- what the learner calls ---
+
+    @property
+    def wants_gradients(self) -> bool:
+        """Whether some steps must keep the gradients of weights that do not exist."""
+        return self.policy is not None and bool(self.layers) and self.policy.wants_gradients
+
+    def wants_gradients_at(self, step: int) -> bool:
+        """Whether step ``step`` (from 0) must."""
+        return self.policy is not None and bool(self.layers) and self.policy.wants_gradients_at(step, self.total_steps)
+
+    def begin_step(self, step: int) -> None:
+        """Change the topology before step ``step``."""
+        if self.policy is not None and self.layers:
+            with self._measured():
+                self.policy.before_step(self, step)
+
+    def end_step(self, step: int, gradients: Gradients) -> None:
+        """Change the topology after step ``step``."""
+        if self.policy is not None and self.layers:
+            with self._measured():
+                self.policy.after_step(self, step, gradients)
+
+    def adopt(self, arrays: Mapping[str, ArrayLike]) -> None:
+        """Choose the patterns of layers whose weights are about to be replaced."""
+        for layer in self.layers:
+            if self.policy is not None and layer.weight in arrays:
+                array = np.asarray(arrays[layer.weight], np.float32)
+                self.indices[layer.weight].set(self.policy.adopted(layer, array, self.densities[layer.weight]))
+
+    # --- state ---
+
+    def state(self) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
+        """Return (tensors, plain data) for ``restore``."""
+        tensors: dict[str, NDArray[Any]] = {}
+        for name, index in self.indices.items():
+            tensors[f"{_PREFIX}{name}/starts"] = index.starts.copy()
+            tensors[f"{_PREFIX}{name}/columns"] = index.columns[: index.count].copy()
+        return tensors, {"total_steps": self.total_steps, "densities": dict(self.densities)}
+
+    def restore(self, tensors: Mapping[str, NDArray[Any]], meta: Mapping[str, Any] | None) -> dict[str, NDArray[Any]]:
+        """Take the state that ``state`` returned (``None`` for none); return the tensors that belong to others.
+
+        Raises:
+            CheckpointError: it belongs to another network or policy.
+        """
+        rest = {key: array for key, array in tensors.items() if not key.startswith(_PREFIX)}
+        wanted = {f"{_PREFIX}{name}/{part}" for name in self.indices for part in ("starts", "columns")}
+        if wanted | rest.keys() != tensors.keys():
+            raise CheckpointError("the state belongs to another sparsity policy: its sparse layers are different ones")
+        try:
+            for name, index in self.indices.items():
+                index.restore(*(tensors[f"{_PREFIX}{name}/{part}"] for part in ("starts", "columns")))
+        except UsageError as error:
+            raise CheckpointError(f"the state belongs to another sparsity policy: {error}") from error
+        self.version += 1
+        if meta is not None:
+            self.total_steps, self.densities = meta["total_steps"], dict(meta["densities"])
+        return rest
+
+    @contextmanager
+    def _measured(self) -> Iterator[None]:
+        """Count what happens inside as one change, if the topology changes."""
+        start, version = time.perf_counter(), self.version
+        yield
+        if self.version != version:
+            self.changes += 1
+            self.seconds += time.perf_counter() - start
