@@ -49,8 +49,8 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("lowering_channels",),
     ("plans",),
     ("learner",),
-    ("verify", "bench", "bench_ops"),
-    ("bench_contenders",),
+    ("verify", "bench", "bench_ops", "bench_tiles"),
+    ("bench_contenders", "kernel_table"),
     ("cli",),
     ("__main__",),
 )

@@ -201,11 +201,22 @@ def report(run: RunFolder, json: Json = False) -> None:
 
 
 @app.command()
-def doctor(json: Json = False) -> None:
-    """Look at this machine and say what to improve."""
+def doctor(
+    kernels: Annotated[bool, typer.Option("--kernels", help="Print kernel and tile of every product.")] = False,
+    calibrate: Annotated[bool, typer.Option("--calibrate", help="Measure which tiles are best here.")] = False,
+    model: Annotated[list[str], typer.Option(help="For these models only. [default: all built-in ones]")] = [],  # noqa: B006
+    batch_size: BatchSize = None,
+    profile: Profile = None,
+    quiet: Quiet = False,
+    json: Json = False,
+) -> None:
+    """Look at this machine and say what to improve.
+
+    With --kernels or --calibrate: the kernels of training steps.
+    """
     from edgetrain.cli.machine import doctor_command
 
-    doctor_command(as_json=json)
+    doctor_command(model, batch_size, profile, kernels=kernels, calibrate=calibrate, quiet=quiet, as_json=json)
 
 
 @app.command()

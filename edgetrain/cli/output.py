@@ -12,7 +12,10 @@ The keys of the JSON documents are part of the interface; later versions may add
 - bench: cases [of bench.result_of], start_up {model: {contender: {warm_seconds, cold_seconds}}}, geometric_mean_ratio,
   notes; with --per-op: per_op [of bench.time_ops], notes
 - report: run, status, config, environment, epochs [columns of metrics.csv], best, seconds, files {name: bytes}
-- doctor: edgetrain, host, cache {folder, writable, kernels}, disk_free_mib, healthy, advice
+- doctor: edgetrain, host, cache {folder, writable, kernels}, calibration {file, state, products, replaced},
+  disk_free_mib, healthy, advice; with --kernels: profile, batch_size, calibration, models {name: [of
+  kernel_table.KernelUse.to_dict]}; with --calibrate: profile, batch_size, models, products, replaced [{product, rule,
+  tile, gain}], seconds, file, busy
 - warmup: profile, kernels, compiled, seconds, cache {folder, writable, kernels}
 - profiles list: profiles [{name, description}]; profiles show: the profile; version: version
 
