@@ -226,7 +226,8 @@ def _begin(learner: Learner, dataset: Dataset, epochs: int, normalize: bool) -> 
     if last_epoch < learner.position.epoch or (last_epoch == learner.position.epoch and learner.position.batch):
         done = learner.position.epoch - history.first_epoch
         raise UsageError(f"epochs is {epochs}, but {done} are done already; ask for more, or load an older checkpoint")
-    _set_schedule(learner, history, _step_count(learner, len(dataset), last_epoch))
+    learner.topology.total_steps = _step_count(learner, len(dataset), last_epoch)
+    _set_schedule(learner, history, learner.topology.total_steps)
     if normalize and learner.step_count == 0 and learner.graph.normalization is None:
         learner.graph.normalization = Normalization(*dataset.statistics())
     if not learner.graph.class_names:

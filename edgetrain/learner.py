@@ -190,7 +190,7 @@ class Learner:
                 self._explain_broken_step(executor)
             self._end_step(executor)
             loss, correct = (float(v) for v in self._parameters.buffers["result"][:2])
-            done, saved = self.plans.macs(count)
+            done, saved = self.plans.macs(count, executor.plan)
         seconds, dense = time.perf_counter() - start, done + sum(saved.values())
         return StepResult(loss, int(correct), count, count, dense, done, seconds, instances_kept=count, **saved)
 

@@ -32,6 +32,8 @@ _MOST_RUNS = 8  # of a tile: each keeps an address in a register
 _LATENCY = 8  # multiply-accumulates that must be under way to hide one's latency
 # Vectors of partial sums that a weight gradient may have, in bytes: a part of the second-level cache.
 _SUMS = 1 << 19
+# Kernels whose multiply-accumulates are those of the weights that exist.
+SKIPS_WEIGHTS = ("multiply_csr", "correlate_csr")
 # Densest weights whose products run on lists of non-zeros.
 DENSEST = 0.3
 

@@ -20,6 +20,7 @@ from edgetrain.graph import Graph, Node, Value
 from edgetrain.kernels.registry import argument_names
 from edgetrain.memory import Lifetime, place
 from edgetrain.ops import NO_BORDER, Border, get_op
+from edgetrain.sparse_index import SparseIndex
 
 KernelKey = tuple[str, tuple[int, ...]]
 # Stages of a step, in the order in which they run.
@@ -140,6 +141,7 @@ class Plan:
         offsets: place of every other buffer in the arena.
         sizes, lifetimes: bytes of every buffer in the arena; first and last node that needs it.
         arena_bytes: size of the arena.
+        sparse_products: of the products that skip weights: dense multiply-accumulates per sample, and index.
     """
 
     graph: Graph
@@ -154,6 +156,7 @@ class Plan:
     sizes: dict[str, int] = field(default_factory=dict)
     lifetimes: dict[str, tuple[int, int]] = field(default_factory=dict)
     arena_bytes: int = 0
+    sparse_products: list[tuple[int, SparseIndex]] = field(default_factory=list)
 
     def buffer(self, value: str) -> str:
         """Return the buffer of a value; the prefix keeps users' names apart from the fixed buffers'."""

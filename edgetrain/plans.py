@@ -19,12 +19,14 @@ from edgetrain.graph import Graph
 from edgetrain.kernels.codes import UPDATE_JOB
 from edgetrain.lowering import Lowering
 from edgetrain.lowering_channels import ChannelLowering, fits
+from edgetrain.lowering_sparse import SKIPS_WEIGHTS
 from edgetrain.memory import Lifetime, place
 from edgetrain.ops import get_op
 from edgetrain.optim import Optimizer
 from edgetrain.parameters import Parameters
 from edgetrain.plan import KernelKey, Plan, Ref
 from edgetrain.pruning import ErrorPruning
+from edgetrain.sparse_index import SparseIndex
 
 # Plans kept for other batch sizes: full and last batch, training and prediction, and some for a stream.
 _KEPT_PLANS = 8
@@ -122,13 +124,14 @@ class Plans:
         _ = self.training
         return self._macs["done"]
 
-    def macs(self, count: int) -> tuple[int, dict[str, int]]:
-        """Return the multiply-accumulates that the latest step of ``count`` samples executed, and those saved.
+    def macs(self, count: int, plan: Plan) -> tuple[int, dict[str, int]]:
+        """Return the multiply-accumulates that a plan's latest step of ``count`` samples executed, and those saved.
 
         The latter by method, with the names of the fields of ``StepResult``.
         """
-        done = count * self.step_macs
-        return done, {"saved_error_maps": count * self._macs["dense"] - done}
+        weights = sum(macs * (index.size - index.count) // index.size for macs, index in plan.sparse_products)
+        saved = {"saved_error_maps": self._macs["dense"] - self.step_macs, "saved_weights": weights}
+        return count * (self.step_macs - weights), {method: count * macs for method, macs in saved.items()}
 
     def executor(self, training: bool, count: int, whole_gradients: bool = False) -> Executor:
         """Return the executor of a training step or a prediction of ``count`` samples.
@@ -173,7 +176,18 @@ class Plans:
         low.run(train.forward_count if train else len(graph.nodes))
         if train:
             self._lower_update(low)
-        return low.finish()
+        plan = low.finish()
+        plan.sparse_products = self._sparse_products(plan)
+        return plan
+
+    def _sparse_products(self, plan: Plan) -> list[tuple[int, SparseIndex]]:
+        """Return dense multiply-accumulates per sample and index of the products that skip weights in this plan."""
+        nodes = {row.node for row in plan.rows if row.kernel[0] in SKIPS_WEIGHTS}
+        found = []
+        for node in (plan.graph.nodes[position] for position in sorted(nodes)):
+            weight = node.get("like") if node.op_type == "ProductWeightGrad" else node.input(1)
+            found.append((get_op(node.op_type).macs(node), self.parameters.sparse[weight.name]))
+        return found
 
     def kernels(self) -> list[KernelKey]:
         """Return the kernels that training steps and predictions of up to a batch need."""
