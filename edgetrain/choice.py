@@ -6,7 +6,8 @@ best of 4x4, 4x6, 6x4, 8x2, 2x8, 8x3 (docs/performance.md); AVX2 has 16, where 1
 rules get wrong on a machine, ``edgetrain doctor --calibrate`` finds out (``calibrate``) and keeps (``calibration``).
 
 No tile changes a bit of any result: every accumulator adds the same numbers in the same order, whatever its
-neighbours are (a test compares all candidates).
+neighbours are (a test compares all candidates). What would change results, direct products or Winograd's, dense
+weights or lists of non-zeros, goes by rules alone: results depend on the machine's instruction set, not on a clock.
 """
 
 from __future__ import annotations

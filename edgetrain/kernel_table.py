@@ -10,20 +10,16 @@ from edgetrain.bench_ops import describe_sizes
 from edgetrain.choice import planning_for
 from edgetrain.devices import DeviceProfile
 from edgetrain.graph import Graph
-from edgetrain.kernels.codes import CHANNELS, DEPTHWISE, SAMPLES
 from edgetrain.learner import Learner
 from edgetrain.ops import get_op
 from edgetrain.ops.conv import ProductGrad, ProductOp
 from edgetrain.plan import Plan, Row
 
 _PRODUCTS = {"ProductInputGrad": "input gradient", "ProductWeightGrad": "weight gradient"}
-_LANES = {SAMPLES: "samples", CHANNELS: "channels", DEPTHWISE: "channels, depthwise"}
-_PREPARING = (
-    "pack_weights",
-    "pack_input",
-    "pack_channels",
-    "fill_border",
-)  # rows of a product's node that multiply nothing
+# Kernels that multiply, compiled for (lanes, rows and columns of the tile, ...); others of a product's node prepare
+# operands or collect sums.
+_MULTIPLYING = ("multiply", "correlate", "correlate_listed", "winograd")
+_LISTED = ("multiply_csr", "correlate_csr")  # compiled for lanes and the cut of the maps, no tile of channels
 
 
 @dataclass(frozen=True)
@@ -34,22 +30,22 @@ class KernelUse:
         nodes: names of the products.
         product: ``forward``, ``input gradient`` or ``weight gradient``.
         sizes: the layer's sizes in words.
+        method: ``direct``, ``winograd``, or ``csr`` (lists of non-zeros); by rules alone, since it changes results.
         kernel: its name.
-        lanes, lanes_hold: numbers in a vector, and what they are; of a kernel that tells.
-        tile: (channels, pixels) of a multiply, (channels, terms) of a correlate; ``None`` where there is no choice.
-        compiled_for: the kernel's compile-time sizes.
+        lanes, lanes_hold: numbers in a vector, and what they are.
+        tile: (channels, pixels) of a multiply, (channels, terms) of a correlate, (channels, 4x4 tiles) of winograd.
         jobs: parts that threads share.
-        reason: ``rule`` or ``calibration``.
+        reason: of the tile, ``rule`` or ``calibration``.
     """
 
     nodes: tuple[str, ...]
     product: str
     sizes: str
+    method: str
     kernel: str
-    lanes: int | None
-    lanes_hold: str | None
+    lanes: int
+    lanes_hold: str
     tile: tuple[int, int] | None
-    compiled_for: tuple[int, ...]
     jobs: int
     reason: str
 
@@ -82,14 +78,20 @@ def merged(uses: Iterable[KernelUse]) -> list[KernelUse]:
 
 def _multiplies(plan: Plan, row: Row) -> bool:
     product = isinstance(get_op(plan.graph.nodes[row.node].op_type), (ProductOp, ProductGrad))
-    return product and row.stage in ("forward", "backward") and row.kernel[0] not in _PREPARING
+    return product and row.kernel[0] in _MULTIPLYING + _LISTED
 
 
 def _use(plan: Plan, row: Row) -> KernelUse:
-    node, (name, compiled_for), choice = plan.graph.nodes[row.node], row.kernel, row.choice
+    node, (name, (lanes, *sizes)) = plan.graph.nodes[row.node], row.kernel
     return KernelUse(
-        nodes=(node.name,), product=_PRODUCTS.get(node.op_type, "forward"), sizes=describe_sizes(node), kernel=name,
-        lanes=choice.sizes.lanes if choice else None, lanes_hold=_LANES[choice.sizes.kind] if choice else None,
-        tile=choice.tile if choice else None, compiled_for=compiled_for, jobs=row.jobs,
-        reason=choice.reason if choice else "rule",
+        nodes=(node.name,), product=_PRODUCTS.get(node.op_type, "forward"), sizes=describe_sizes(node),
+        method=_method(plan, row), kernel=name, lanes=lanes, lanes_hold="channels" if plan.by_channel else "samples",
+        tile=(sizes[0], sizes[1]) if name in _MULTIPLYING else None, jobs=row.jobs,
+        reason=row.choice.reason if row.choice else "rule",
     )  # fmt: skip
+
+
+def _method(plan: Plan, row: Row) -> str:
+    names = [other.kernel[0] for other in plan.rows if other.node == row.node]
+    found = [method for method in ("winograd", "csr") if any(method in name for name in names)]
+    return found[0] if found else "direct"

@@ -40,12 +40,13 @@ def describe_calibration() -> dict[str, Any]:
 
 
 def _table_text(uses: Sequence[KernelUse]) -> str:
-    rows = [("sizes", "product", "layers", "kernel", "lanes", "tile", "jobs", "why")]
-    for use in uses:
-        lanes = "" if use.lanes is None else f"{use.lanes} {use.lanes_hold}"
-        tile = "x".join(map(str, use.tile or use.compiled_for))
-        rows.append((use.sizes, use.product, str(len(use.nodes)), use.kernel, lanes, tile, str(use.jobs), use.reason))
-    return table(rows)
+    head = ("sizes", "product", "layers", "method", "kernel", "lanes", "tile", "jobs", "why")
+    rows = [
+        (use.sizes, use.product, str(len(use.nodes)), use.method, use.kernel, f"{use.lanes} {use.lanes_hold}",
+         "x".join(map(str, use.tile or ())), str(use.jobs), use.reason)
+        for use in uses
+    ]  # fmt: skip
+    return table([head, *rows])
 
 
 def calibrate_command(
