@@ -3,7 +3,7 @@
 LeNet-5 and ResNet-8 are pretrained for 3 epochs on 30,000 upright images of Fashion-MNIST and exported to ONNX. The
 stream has 60,000 instances: the other 30,000 images twice, in random order; a tenth of them in the new condition,
 "rotated" by 90 degrees or "dark" (a fifth of the brightness, noise of standard deviation 0.05). Everything else is
-one call of ``observe`` per 64 instances, batches of 32, SGD with momentum 0.9, weight decay 5e-4 and a constant rate.
+one call of ``observe`` per 128 instances, batches of 32, SGD with momentum 0.9, weight decay 5e-4 and a constant rate.
 
 Usage:
     python benchmarks/adaptation.py --model lenet5 --seeds 3            accuracy and operations; stored after each run
@@ -31,7 +31,7 @@ from edgetrain.policies import parse_policy
 RESULTS = Path(__file__).parent / "results"
 DOCUMENT = Path(__file__).parent.parent / "docs" / "streams.md"
 FULL = Path("/usr/share/datasets/fashion-mnist")
-INSTANCES, BLOCK, BATCH, NEW_SHARE = 60_000, 64, 32, 0.1
+INSTANCES, BLOCK, BATCH, NEW_SHARE = 60_000, 128, 32, 0.1
 VARIANTS = ("rotated", "dark")
 LEARNING_RATES = {"lenet5": 0.01, "resnet8": 0.01}
 # Name -> policies as text. "random" is added per run, at the operations of the filter's run.

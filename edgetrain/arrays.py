@@ -121,6 +121,10 @@ def aligned(count: int, dtype: Any = np.float32) -> NDArray[Any]:
     return raw[start : start + count * size].view(dtype)
 
 
+class Checked(dict[str, Any]):
+    """Inputs by name that have passed ``batch_of``: checking them again took a tenth of a stream's time."""
+
+
 def batch_of(x: Any, shape: tuple[int, ...], what: str = "x") -> NDArray[np.float32]:
     """Check a batch of samples and return it as dense float32 ``(N, *shape)``; the input is not modified.
 

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from edgetrain.accounting import StepResult
-from edgetrain.arrays import batch_of, labels_of
+from edgetrain.arrays import Checked, batch_of, labels_of
 from edgetrain.autodiff import TARGET
 from edgetrain.checkpoint import load_checkpoint, save_checkpoint
 from edgetrain.devices import DeviceProfile, load_profile
@@ -472,6 +472,8 @@ class Learner:
         return executor.value(self.graph.values[self.graph.outputs[0]], count)
 
     def _inputs(self, x: Inputs) -> Arrays:
+        if isinstance(x, Checked):
+            return dict(x)
         names = self.graph.inputs
         given = x if isinstance(x, Mapping) else {names[0]: x}
         if set(given) != set(names):

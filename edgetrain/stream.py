@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgetrain.accounting import StepResult
+from edgetrain.arrays import Checked
 from edgetrain.filters import Choice, InstanceFilter, Judge, Lesson, Selector
 from edgetrain.history import Totals
 from edgetrain.losses import sample_losses
@@ -152,16 +153,19 @@ class InstanceStream:
 
     def _predicted(self, x: Images, y: NDArray[Any]) -> tuple[Floats, NDArray[np.bool_]]:
         """Predict, and return the losses and which predictions were right."""
-        logits = self._learner.logits(x)
+        logits = self._learner.logits(self._checked(x))
         hits = np.zeros(len(y), bool) if self._learner.loss == "mse" else logits.argmax(1) == y
         self._faded = self._faded * _FADING ** len(y) + (float(hits.sum()), len(y))
         return _losses_of(self._learner, logits, y), hits
+
+    def _checked(self, x: Images) -> Checked:
+        return Checked({self._learner.graph.inputs[0]: x})
 
     def _ready(self, instance_filter: InstanceFilter) -> Selector:
         """Make the selector when it is first needed: its network takes memory."""
         if self._selector is None:
             learner = self._learner
-            judge = Judge(lambda x, y: _losses_of(learner, learner.logits(x), y), learner.graph.macs())
+            judge = Judge(lambda x, y: _losses_of(learner, learner.logits(self._checked(x)), y), learner.graph.macs())
             self._selector = instance_filter.selector(learner, judge)
         return self._selector
 
@@ -186,8 +190,8 @@ class InstanceStream:
         return x, y
 
     def _train(self, x: Images, y: NDArray[Any]) -> tuple[StepResult, Lesson]:
-        step = self._learner.partial_fit(x, y)
-        lesson = self._selector.learn(x, _step_losses(self._learner, len(y))) if self._selector else Lesson()
+        step = self._learner.partial_fit(self._checked(x), y)
+        lesson = self._selector.learn(x, y, _step_losses(self._learner, len(y))) if self._selector else Lesson()
         return step, lesson
 
 

@@ -132,8 +132,8 @@ class Selector(ABC):
     def decide(self, x: Images, y: Labels, losses: Floats | None) -> Choice:
         """Decide about samples after the start; arguments as for ``choose``."""
 
-    def learn(self, x: Images, losses: Floats) -> Lesson:
-        """Learn from samples that were trained on, with their losses float64 ``(N,)`` before the step."""
+    def learn(self, x: Images, y: Labels, losses: Floats) -> Lesson:
+        """Learn from samples (x, y) that were trained on, with their losses float64 ``(N,)`` before the step."""
         return Lesson()
 
     @property

@@ -22,6 +22,7 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
+from edgetrain.arrays import Checked
 from edgetrain.errors import UsageError
 from edgetrain.filters.base import Choice, Floats, Images, InstanceFilter, Judge, Labels, Lesson, Selector, State
 from edgetrain.graph import Graph, Shape
@@ -31,9 +32,9 @@ from edgetrain.optim import SGD
 _LARGEST_SHARE = 0.05
 # Sides of the pooled image and widths of the hidden layer, tried in this order until the filter is small enough.
 _SIZES = ((8, 16), (8, 8), (4, 16), (4, 8), (4, 4), (2, 4), (2, 2), (1, 2), (1, 1))
-# Rejected instances wait for their forward pass until they fill a vector of the widest processors.
-_WAITING = 16
-_WAITING_TENSORS = ("waiting_x", "waiting_y", "waiting_weight", "waiting_loss")
+# Samples that a training step of the filter waits for: with 32, its steps took a third more time per stream.
+_LESSON = 64
+_QUEUE = ("x", "y", "weight", "loss")
 # How fast the threshold of the loss follows: a step of the main network moves it by 10 % at most.
 _THRESHOLD_GAIN = 0.1
 # The smallest score, and a floor under the entropy: nothing becomes impossible.
@@ -125,13 +126,13 @@ class _Early(Selector):
         # A learner like the main one (the class comes with it, for this file cannot import it). One thread: its work
         # is less than waking another takes.
         self._learner = learner.__class__(
-            graph, learner.profile, batch_size=64, seed=learner.seed, threads=1, memory_budget=learner.memory_budget,
+            graph, learner.profile, batch_size=128, seed=learner.seed, threads=1, memory_budget=learner.memory_budget,
             optimizer=SGD(lr=settings.lr, momentum=0.9, clip_norm=1.0), loss="mse",
         )  # fmt: skip
         self._macs = graph.macs()
         self._threshold, self._entropy = math.nan, 0.5
-        # Rejected instances that wait to be learned from: sample, label, weight, loss (NaN: not judged yet).
-        self._waiting: list[tuple[Images, Any, float, float]] = []
+        # What waits to be learned from: samples, labels, weights, losses (NaN: rejected and not judged yet).
+        self._queue: list[tuple[NDArray[Any], ...]] = []
 
     def decide(self, x: Images, y: Labels, losses: Floats | None) -> Choice:
         """Predict, keep by chance, and put some of the rejected aside for labels."""
@@ -143,16 +144,16 @@ class _Early(Selector):
             self._put_aside((x, y, known), scores, ~keep)
         return Choice(keep, len(y) * self._macs)
 
-    def learn(self, x: Images, losses: Floats) -> Lesson:
-        """Take one training step on samples of the main network's batch and on those put aside."""
-        weights, uncertain = np.ones(len(x)), 0
-        if len(self._waiting) >= _WAITING:
-            rejected, labels, inverse, known = (np.array(column) for column in zip(*self._waiting, strict=True))
-            self._waiting, unknown = [], np.isnan(known)
-            if uncertain := int(unknown.sum()):
-                known[unknown] = self._judge.losses(rejected[unknown], labels[unknown])
-            x, losses = np.concatenate([x, rejected]), np.concatenate([losses, known])
-            weights = np.concatenate([weights, inverse])
+    def learn(self, x: Images, y: Labels, losses: Floats) -> Lesson:
+        """Add samples that were trained on to those put aside, and take one training step when they are enough."""
+        self._queue.append((x, y, np.ones(len(x)), losses))
+        if sum(len(block[0]) for block in self._queue) < _LESSON:
+            return Lesson()
+        x, y, weights, losses = (np.concatenate(column) for column in zip(*self._queue, strict=True))
+        self._queue, unknown = [], np.isnan(losses)
+        uncertain = int(unknown.sum())
+        if uncertain:
+            losses[unknown] = self._judge.losses(x[unknown], y[unknown])
         self._follow(losses, weights)
         if self.settings.labels == "soft":
             target = losses / (losses + self._threshold)
@@ -172,9 +173,9 @@ class _Early(Selector):
         tensors, meta = super().state()
         own, own_meta = self._learner.state()
         tensors |= {f"network/{name}": array for name, array in own.items()}
-        if self._waiting:
-            columns = zip(*self._waiting, strict=True)
-            tensors |= {name: np.array(column) for name, column in zip(_WAITING_TENSORS, columns, strict=True)}
+        if self._queue:
+            columns = zip(_QUEUE, zip(*self._queue, strict=True), strict=True)
+            tensors |= {f"queue/{name}": np.concatenate(column) for name, column in columns}
         threshold = None if math.isnan(self._threshold) else self._threshold
         return tensors, meta | {"network": own_meta, "threshold": threshold, "entropy": self._entropy}
 
@@ -185,12 +186,12 @@ class _Early(Selector):
         self._learner.restore(network, meta["network"])
         self._threshold = math.nan if meta["threshold"] is None else float(meta["threshold"])
         self._entropy = float(meta["entropy"])
-        columns = [tensors[name] for name in _WAITING_TENSORS if name in tensors]
-        self._waiting = [(x.copy(), y, float(w), float(z)) for x, y, w, z in zip(*columns, strict=True)]
+        queued = tuple(np.array(tensors[f"queue/{name}"]) for name in _QUEUE if f"queue/{name}" in tensors)
+        self._queue = [queued] if queued else []
 
-    def _inputs(self, x: Images, root_weights: NDArray[Any]) -> dict[str, NDArray[np.float32]]:
+    def _inputs(self, x: Images, root_weights: NDArray[Any]) -> Checked:
         self._learner.graph.normalization = self._main.normalization  # ``fit`` may have set it by now
-        return {"input": x, "root_weight": root_weights.astype(np.float32)[:, None]}
+        return Checked(input=x, root_weight=root_weights.astype(np.float32)[:, None])
 
     def _scores(self, x: Images) -> Floats:
         scores: Floats = self._learner.logits(self._inputs(x, np.ones(len(x))))[:, 0].astype(np.float64)
@@ -210,9 +211,9 @@ class _Early(Selector):
         probabilities = np.minimum(1.0, self.settings.uncertain * entropy / self._entropy)
         drawn = self.rng.random(len(chosen)) < probabilities
         places = np.flatnonzero(rejected)[drawn]
-        x, y, losses = samples
-        for i, p in zip(places, probabilities[drawn], strict=True):
-            self._waiting.append((x[i].copy(), y[i], float(1 / p), float(losses[i])))
+        if len(places):
+            x, y, losses = samples
+            self._queue.append((x[places], y[places], 1 / probabilities[drawn], losses[places]))
 
     def _follow(self, losses: Floats, weights: Floats) -> None:
         """Move the threshold so that the wanted share of all instances, kept or not, has a higher loss."""
