@@ -168,7 +168,7 @@ class Plans:
         keep = {train.logits, train.losses, train.correct} if train else set(graph.outputs)
         lowering = ChannelLowering if self.by_channel else Lowering
         low = lowering(graph, graph.nodes, self.lanes, self._blocks(count), self.parameters, keep,
-                       self.parameters.sparse, whole_gradients)  # fmt: skip
+                       sparse=self.parameters.sparse, whole_gradients=whole_gradients)  # fmt: skip
         low.plan.fixed["sync"], low.threads = self.team.sync, self.team.threads
         for name in graph.inputs:
             scale, shift = self._input_scaling(name, low)

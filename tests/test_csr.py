@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import functools
-
 import numpy as np
 import pytest
 
-import edgetrain.plans
 from edgetrain import reference
 from edgetrain.learner import Learner
-from edgetrain.lowering import Lowering
 from edgetrain.ops import get_op
 from edgetrain.ops.conv import ProductOp
 from edgetrain.sparse_index import SparseIndex
@@ -48,8 +44,8 @@ class Sparse:
     def __init__(self, case: Case, monkeypatch: pytest.MonkeyPatch, lanes: int = 4, threads: int = 1) -> None:
         self.case, self.indexes = case, products(case)
         monkeypatch.setattr("edgetrain.lowering_sparse.DENSEST", 1.0)
-        monkeypatch.setattr(edgetrain.plans, "Lowering", functools.partial(Lowering, sparse=self.indexes))
         self.learner: Learner = learner(case.graph(), lanes, threads, loss=case.loss)
+        self.learner._parameters.sparse.update(self.indexes)
         self.dense = case.graph()
 
     def thin_out(self, seed: int, density: float) -> None:
@@ -66,7 +62,7 @@ class Sparse:
         index, original = self.indexes[name], self.case.graph().arrays[name]
         index.set(mask)
         self.dense.arrays[name] = np.where(mask, original, 0).astype(np.float32)
-        flat = self.learner._parameters.view(name).reshape(-1)
+        flat = self.learner._parameters.view(name)
         flat[:] = np.nan  # what is behind the entries is never read
         flat[: index.count] = index.values_of(original)
 
@@ -74,9 +70,8 @@ class Sparse:
         """Return all gradients, those of sparse weights with zeros in place."""
         found = self.learner.gradients(x, y)
         for name, index in self.indexes.items():
-            flat = found[name].reshape(-1)
+            flat = self.learner._parameters.view(name, "gradients")
             assert not flat[index.count :].any(), "gradients behind the last entry"
-            found[name] = index.dense(flat)
         return found
 
     def check(self, count: int) -> None:

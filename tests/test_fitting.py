@@ -49,6 +49,7 @@ class FakeLearner:
         )
         self.batch_size, self.seed, self.optimizer = batch_size, seed, optimizer or FakeOptimizer()
         self.position, self.history, self.step_count = FakePosition(), History(), 0
+        self.topology = SimpleNamespace(total_steps=None)
         self.instance_filter, self.stream = None, SimpleNamespace(flush=lambda: None)
         self.weights = np.zeros((3, 4))
         self.batches = []
