@@ -1,0 +1,277 @@
+"""Accuracy of sparse training on the full Fashion-MNIST, against dense training for fewer steps.
+
+Usage:
+    python benchmarks/sparse_accuracy.py run lenet5 [--only dense-20 rigl-90] [--seeds 3] [--limit 600]
+    python benchmarks/sparse_accuracy.py run resnet8 --seeds 2
+    python benchmarks/sparse_accuracy.py time lenet5        seconds per step of every setting, on a quiet machine
+    python benchmarks/sparse_accuracy.py document           docs/sparse_accuracy.md from what is stored
+
+Every training is one file in benchmarks/results/sparse_accuracy/; what is there is not done again, so the work can
+be interrupted and continued anywhere. ``--limit``: start no training after so many seconds.
+
+The judge is dense training for fewer steps with a schedule fitted to that length: its accuracy over the number of
+epochs, interpolated in log(epochs), is compared at the same operations and at the same seconds. Seconds are counted as
+steps times the median time of a step, measured side by side (``time``), as a shared machine would make those of a
+training meaningless; changes of topology are in it.
+"""
+
+import argparse
+import json
+import math
+import statistics
+import time
+from pathlib import Path
+
+import numpy as np
+
+import edgetrain as et
+from edgetrain.data import Dataset, batches, load_dataset
+from edgetrain.policies import describe_policy, parse_policy
+
+RESULTS = Path(__file__).parent / "results" / "sparse_accuracy"
+DOCUMENT = Path(__file__).parent.parent / "docs" / "sparse_accuracy.md"
+DATA = "/usr/share/datasets/fashion-mnist"
+BATCH = 32
+
+# Peak learning rates are those that dense training was tuned with (../shared trials: 0.05 and 0.1 at batch 64),
+# scaled to the batch; no method has a rate of its own.
+MODELS = {
+    "lenet5": {"epochs": 20, "lr": 0.025, "dense": (1, 2, 3, 4, 5, 7, 10, 14, 20), "seeds": 3},
+    "resnet8": {"epochs": 8, "lr": 0.05, "dense": (1, 2, 3, 4, 6, 8), "seeds": 2},
+}
+SPARSE = {
+    "swat-u-80": "swat:weights=0.8,activations=0.8",
+    "swat-u-90": "swat:weights=0.9,activations=0.9",
+    "swat-erk-80": "swat:weights=0.8,activations=0.8,variant=erk",
+    "swat-erk-90": "swat:weights=0.9,activations=0.9,variant=erk",
+    "swat-m-80": "swat:weights=0.8,activations=0.8,variant=momentum",
+    "swat-m-90": "swat:weights=0.9,activations=0.9,variant=momentum",
+    "swat-structured-50": "swat:weights=0.5,activations=0.5,variant=structured",
+    "swat-structured-70": "swat:weights=0.7,activations=0.7,variant=structured",
+    "rigl-90": "rigl:weights=0.9",
+    "set-90": "set:weights=0.9",
+    "static-90": "static:weights=0.9",
+}
+
+
+INTRODUCTION = """Full Fashion-MNIST (60,000 training, 10,000 test images), batch size 32, SGD with Nesterov momentum
+0.9, weight decay 5e-4 (not on biases and normalisation), warm-up 10 % then cosine, no augmentation; accuracy after the
+last epoch. Operations are the multiply-accumulates executed in the forward pass and for both gradients, relative to
+dense training for as many epochs. Seconds are steps times the median time of a step. "Better than dense": in points,
+against dense training for fewer steps with a schedule fitted to that length, interpolated in log(epochs)."""
+
+
+COLUMNS = ("setting", "seeds", "epochs", "accuracy", "sd", "density", "operations", "ms per step", "seconds",
+           "better than dense with as many operations", "better than dense in the same time")  # fmt: skip
+
+
+def settings_of(model: str) -> dict[str, tuple[int, str]]:
+    """Return (epochs, policy) of every setting by name."""
+    plan = MODELS[model]
+    dense = {f"dense-{epochs}": (epochs, "none") for epochs in reversed(plan["dense"])}
+    return dense | {name: (plan["epochs"], policy) for name, policy in SPARSE.items()}
+
+
+def make_learner(model: str, training: Dataset, epochs: int, policy: str, seed: int, threads: int) -> et.Learner:
+    """Return a learner with the recipe that all settings share."""
+    build = et.models.lenet5 if model == "lenet5" else lambda *a, **k: et.models.resnet(*a, depth=8, **k)
+    schedule = et.Schedule("cosine", warmup=0.1, final=0.002)
+    optimizer = et.SGD(lr=MODELS[model]["lr"], momentum=0.9, nesterov=True, weight_decay=5e-4,
+                       decay_bias_and_norm=False, schedule=schedule)  # fmt: skip
+    return et.Learner(build(training.input_shape, training.num_classes, seed=seed), batch_size=BATCH, seed=seed,
+                      threads=threads, optimizer=optimizer, sparsity=parse_policy("sparsity", policy))  # fmt: skip
+
+
+def train(model: str, name: str, seed: int, threads: int, data: tuple[Dataset, Dataset]) -> dict:
+    """Train once and return what is stored."""
+    epochs, policy = settings_of(model)[name]
+    learner = make_learner(model, data[0], epochs, policy, seed, threads)
+    history = learner.fit(data[0], epochs=epochs, validation=data[1])
+    total = {key: sum(history.column(key)) for key in ("macs_dense", "macs_done", "saved_weights", "saved_activations")}
+    densities = {layer.weight: learner.topology.indices[layer.weight].density for layer in learner.topology.layers}
+    arrays = [array for array in learner.parameters().values() if array.ndim > 1]
+    density = sum(np.count_nonzero(array) for array in arrays) / sum(array.size for array in arrays)
+    return {
+        "model": model, "setting": name, "seed": seed, "epochs": epochs, "batch_size": BATCH,
+        "policy": describe_policy("sparsity", learner.sparsity), "steps": learner.step_count,
+        "accuracies": history.column("validation_accuracy"), "densities": densities, "density": density, **total,
+        "topology_changes": learner.topology.changes, "topology_seconds": learner.topology.seconds,
+        "seconds": sum(history.column("seconds")),
+    }  # fmt: skip
+
+
+def run(model: str, only: list[str] | None, seeds: int, threads: int, limit: float) -> None:
+    """Do what is missing."""
+    data = tuple(load_dataset(DATA, split=split) for split in ("train", "test"))
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    start = time.monotonic()
+    for seed in range(seeds):
+        for name in only or settings_of(model):
+            path = RESULTS / f"{model}-{name}-{seed}.json"
+            if path.exists():
+                continue
+            if time.monotonic() - start > limit:
+                return
+            result = train(model, name, seed, threads, data)
+            path.write_text(json.dumps(result, indent=1) + "\n")
+            print(f"{path.stem}: {100 * result['accuracies'][-1]:.2f} % in {result['seconds']:.0f} s", flush=True)
+
+
+def measure(model: str, threads: int, rounds: int = 5, steps: int = 100) -> None:
+    """Store the seconds of a step of every setting: the median over rounds in which all take turns."""
+    training = load_dataset(DATA, split="train")
+    names = ["dense-1", *SPARSE]
+    learners = {name: make_learner(model, training, 1, settings_of(model)[name][1], 0, threads) for name in names}
+    for learner in learners.values():
+        learner.optimizer = learner.optimizer.with_total_steps(10**6)
+        learner.topology.total_steps = 10**6
+    work = list(zip(range(steps), batches(training, BATCH, seed=0, epoch=0), strict=False))
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for _ in range(rounds):
+        for name, learner in learners.items():
+            start = time.perf_counter()
+            for _, (x, y) in work:  # one change of topology is among a hundred steps
+                learner.partial_fit(x, y)
+            seconds[name].append((time.perf_counter() - start) / steps)
+    table = {name: statistics.median(values[1:]) for name, values in seconds.items()}
+    path = RESULTS / f"seconds-{model}.json"
+    path.write_text(json.dumps({"threads": threads, "batch_size": BATCH, "seconds_per_step": table}, indent=1) + "\n")
+    for name, value in table.items():
+        print(f"{name:20s} {1e3 * value:7.3f} ms   dense / it = {table['dense-1'] / value:.2f}")
+
+
+# --- the document ---
+
+
+def stored(model: str) -> dict[str, list[dict]]:
+    """Return the results of a model by setting, in the order of the settings."""
+    found: dict[str, list[dict]] = {}
+    for name in settings_of(model):
+        paths = sorted(RESULTS.glob(f"{model}-{name}-[0-9].json"))
+        if paths:
+            found[name] = [json.loads(path.read_text()) for path in paths]
+    return found
+
+
+def mean_accuracy(results: list[dict]) -> float:
+    """Return the mean of the last accuracies in percent."""
+    return 100 * statistics.mean(result["accuracies"][-1] for result in results)
+
+
+class Judge:
+    """Dense training for fewer steps."""
+
+    def __init__(self, found: dict[str, list[dict]]) -> None:
+        points = {r[0]["epochs"]: mean_accuracy(r) for name, r in found.items() if name.startswith("dense-")}
+        self.epochs = sorted(points)
+        self.accuracies = [points[epochs] for epochs in self.epochs]
+
+    def at(self, epochs: float) -> float | None:
+        """Return dense accuracy for a number of epochs, ``None`` outside what was measured."""
+        if not self.epochs or not self.epochs[0] <= epochs <= self.epochs[-1]:
+            return None
+        return float(np.interp(math.log(epochs), np.log(self.epochs), self.accuracies))
+
+
+def write_document() -> None:
+    """Generate the document and its plot from all stored results."""
+    lines = ["# Accuracy of sparse training", "", "Generated by `benchmarks/sparse_accuracy.py document`; do not edit.",
+             "", *INTRODUCTION.splitlines(), ""]  # fmt: skip
+    for model, plan in MODELS.items():
+        lines += _model_lines(model, plan)
+    DOCUMENT.write_text("\n".join(lines))
+
+
+def _model_lines(model: str, plan: dict) -> list[str]:
+    found = stored(model)
+    if not found:
+        return [f"## {model}", "", "Nothing was run yet.", ""]
+    judge = Judge(found)
+    path = RESULTS / f"seconds-{model}.json"
+    timing = json.loads(path.read_text()) if path.exists() else {"seconds_per_step": {}, "threads": None}
+    lines = [f"## {model}", ""]
+    if timing["threads"]:
+        lines += [
+            f"Time of a step: {timing['threads']} threads, medians of rounds in which all settings took turns.",
+            "",
+        ]
+    lines += [f"| {' | '.join(COLUMNS)} |", "|" + "---|" * len(COLUMNS)]
+    rows = {name: _row(name, results, judge, timing["seconds_per_step"]) for name, results in found.items()}
+    lines += [row["text"] for row in rows.values()]
+    missing = [f"{name} ({plan['seeds'] - len(found.get(name, []))} seeds)" for name in settings_of(model)
+               if len(found.get(name, [])) < plan["seeds"]]  # fmt: skip
+    lines += ["", f"Not run: {', '.join(missing)}." if missing else "All settings were run.", ""]
+    if _plot(model, rows):
+        lines += [f"![accuracy over operations and seconds](sparse_accuracy_{model}.svg)", ""]
+    return lines
+
+
+def _row(name: str, results: list[dict], judge: Judge, seconds_per_step: dict[str, float]) -> dict:
+    epochs, steps = results[0]["epochs"], results[0]["steps"]
+    accuracy, spread = mean_accuracy(results), 0.0
+    if len(results) > 1:
+        spread = 100 * statistics.stdev(r["accuracies"][-1] for r in results)
+    operations = statistics.mean(r["macs_done"] / r["macs_dense"] for r in results)
+    dense_step = seconds_per_step.get("dense-1")
+    step = dense_step if name.startswith("dense-") else seconds_per_step.get(name)
+    by_operations = judge.at(operations * epochs)
+    by_time = judge.at(epochs * step / dense_step) if step and dense_step else None
+    density = statistics.mean(r["density"] for r in results)
+    cells = [name, len(results), epochs, f"{accuracy:.2f}", f"{spread:.2f}", f"{density:.3f}", f"{operations:.3f}",
+             *("-" if step is None else text for text in (f"{1e3 * (step or 0):.2f}", f"{steps * (step or 0):.0f}")),
+             *("-" if name.startswith("dense-") or j is None else f"{accuracy - j:+.2f}"
+               for j in (by_operations, by_time))]  # fmt: skip
+    return {"text": f"| {' | '.join(map(str, cells))} |", "accuracy": accuracy, "operations": operations * epochs,
+            "seconds": None if step is None else steps * step}  # fmt: skip
+
+
+def _plot(model: str, rows: dict[str, dict]) -> bool:
+    """Draw accuracy over operations and over seconds; False without matplotlib."""
+    try:
+        import matplotlib
+    except ImportError:
+        return False
+    matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = "edgetrain"
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 2, figsize=(12, 5))
+    for axis, key in zip(axes, ("operations", "seconds"), strict=True):
+        dense = sorted(
+            (r[key], r["accuracy"]) for n, r in rows.items() if n.startswith("dense-") and r[key] is not None
+        )
+        if dense:
+            axis.plot(*zip(*dense, strict=True), "k.-", label="dense, schedule fitted to its length")
+        for name, row in rows.items():
+            if not name.startswith("dense-") and row[key] is not None:
+                axis.plot(row[key], row["accuracy"], "o")
+                axis.annotate(name, (row[key], row["accuracy"]), textcoords="offset points", xytext=(4, 4), fontsize=7)
+        axis.set(xscale="log", xlabel={"operations": "operations (dense epochs)", "seconds": "seconds"}[key],
+                 ylabel="test accuracy in %", title=model)  # fmt: skip
+        axis.grid(alpha=0.3)
+    axes[0].legend()
+    figure.tight_layout()
+    figure.savefig(DOCUMENT.with_name(f"sparse_accuracy_{model}.svg"), metadata={"Date": None})
+    return True
+
+
+def main() -> None:
+    """Run, measure or write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("run", "time", "document"))
+    parser.add_argument("model", nargs="?", choices=tuple(MODELS), default="lenet5")
+    parser.add_argument("--only", nargs="*")
+    parser.add_argument("--seeds", type=int)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--limit", type=float, default=math.inf)
+    arguments = parser.parse_args()
+    if arguments.what == "run":
+        seeds = arguments.seeds or MODELS[arguments.model]["seeds"]
+        run(arguments.model, arguments.only, seeds, arguments.threads, arguments.limit)
+    elif arguments.what == "time":
+        measure(arguments.model, arguments.threads)
+    write_document()
+
+
+if __name__ == "__main__":
+    main()
