@@ -394,10 +394,13 @@ class Learner:
         return load_checkpoint(path)
 
     def export_onnx(self, path: str | os.PathLike[str]) -> None:
-        """Write the network with its present parameters, input normalisation included."""
+        """Write the network with its present parameters, input normalisation included.
+
+        Weights that do not exist are zeros; the file's metadata tell the policy and the density of every sparse layer.
+        """
         from edgetrain.onnx_io import save_onnx
 
-        save_onnx(self.graph, path, arrays=self.parameters())
+        save_onnx(self.graph, path, arrays=self.parameters(), metadata=self.topology.describe())
 
     # --- plans ---
 

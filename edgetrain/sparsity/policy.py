@@ -145,7 +145,8 @@ class CompactPolicy(SparsityPolicy):
         """Return a random pattern, or the given one where there is one."""
         count = entries(layer.size, density)
         if self.initial_pattern == "magnitude" or 0 < np.count_nonzero(array) <= count:
-            return largest(np.abs(array), count), 1.0
+            fillers = rng.random(layer.shape, np.float32)  # zeros that may become weights, when there are too many
+            return largest(np.where(array == 0, fillers - 2, np.abs(array)), count), 1.0
         mask = np.zeros(layer.size, bool)
         mask[rng.choice(layer.size, count, replace=False, shuffle=False)] = True
         return mask.reshape(layer.shape), 1 / math.sqrt(density)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -14,11 +15,14 @@ from edgetrain.errors import CheckpointError, UsageError
 from edgetrain.graph import Graph
 from edgetrain.optim import Optimizer
 from edgetrain.parameters import Parameters
+from edgetrain.policies import describe_policy
 from edgetrain.sparse_index import SparseIndex
 from edgetrain.sparsity.layers import SparseLayer
 from edgetrain.sparsity.policy import Floats, Gradients, Mask, SparsityPolicy
 
 _PREFIX = "topology/"
+# Keys of the metadata of exported files.
+SPARSITY, DENSITIES = "edgetrain.sparsity", "edgetrain.densities"
 
 
 class Topology:
@@ -63,7 +67,7 @@ class Topology:
             density, array = densities[layer.weight], graph.arrays[layer.weight]
             mask, scale = policy.initial(layer, array, density, np.random.default_rng([self.seed, number]))
             capacity = policy.capacity(layer, density)
-            if mask.all() and capacity == layer.size and policy.compact:
+            if mask.all() and (policy.compact or density >= 1):
                 continue  # dense: the kernels and the storage of any dense layer
             index = SparseIndex(
                 layer.shape, capacity, inputs_first=layer.inputs_first, groups=layer.groups, compact=policy.compact
@@ -136,6 +140,13 @@ class Topology:
             if self.policy is not None and layer.weight in arrays:
                 array = np.asarray(arrays[layer.weight], np.float32)
                 self.indices[layer.weight].set(self.policy.adopted(layer, array, self.densities[layer.weight]))
+
+    def describe(self) -> dict[str, str]:
+        """Return what an exported file says about its zeros: policy, and density of every sparse layer as JSON."""
+        if self.policy is None:
+            return {}
+        densities = {name: index.density for name, index in self.indices.items()}
+        return {SPARSITY: describe_policy("sparsity", self.policy), DENSITIES: json.dumps(densities)}
 
     # --- state ---
 
