@@ -2,21 +2,28 @@
 
 Usage:
     python benchmarks/performance.py                                 everything that is still missing
+    python benchmarks/performance.py --threads 2                     the half with two threads, start-up included
+    python benchmarks/performance.py --threads 1                     the half with one thread, 1 to 2 threads included
     python benchmarks/performance.py --only resnet20 --batches 32    some cells
+    python benchmarks/performance.py --parts decayed commands        some parts
     python benchmarks/performance.py --again                         measure those cells anew
     python benchmarks/performance.py --document                      the document from the stored results alone
 
 Every result is stored in benchmarks/results/performance.json as soon as it is known, so an interrupted run goes on
 where it stopped. Cells during which something else kept the machine busy are marked and measured again by the next run.
+Each half takes less than ten minutes on the machine of docs/performance.md.
 """
 
 import argparse
 import datetime
 import json
 import os
+import subprocess
 import sys
+import tempfile
 import time
 from collections import defaultdict
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from statistics import median
@@ -26,12 +33,22 @@ sys.path.insert(0, str(Path(__file__).parent))
 from performance_document import KERNEL_KINDS, KERNEL_SIZES, document
 
 from edgetrain import bench
+from edgetrain.bench_load import Watch
 from edgetrain.hostinfo import host_facts
 
 RESULTS = Path(__file__).parent / "results" / "performance.json"
 DOCUMENT = Path(__file__).parent.parent / "docs" / "performance.md"
 _MACHINE = ("architecture", "cpu", "cores", "simd", "ram_mib")
-_START_BATCH, _KERNEL_CASE = 32, bench.Case("resnet20", 32, 1)
+_START_BATCH, _KERNEL_CASE, _SCALING = 32, bench.Case("resnet20", 32, 1), ("resnet20", 32)
+_DECAYED = (bench.Case("lenet5", 32, 2), bench.Case("resnet20", 8, 2))
+# What is measured when --threads has this number: the kernels have one thread, processes start as users start them.
+_PARTS = {1: ("cases", "kernels", "scaling"), 2: ("cases", "start_up", "decayed", "commands")}
+# Commands whose time a user notices; warmup with a kernel cache of its own, empty.
+_COMMANDS = {
+    "python": ("-c", ""), "import": ("-c", "import edgetrain"), "help": ("-m", "edgetrain", "--help"),
+    "warmup": ("-m", "edgetrain", "warmup", "--quiet", "--json"),
+}  # fmt: skip
+_COMMAND_REPEATS = 7
 
 
 def main() -> None:
@@ -41,9 +58,16 @@ def main() -> None:
     if not arguments.document:
         contenders = bench.available((*bench.DEFAULT_CONTENDERS, *arguments.peers))
         stored["machine"], stored["versions"] = machine(), versions()
-        measure_cases(stored, arguments, contenders)
-        measure_start_up(stored, arguments, contenders)
-        measure_kernels(stored, arguments)
+        measures = {
+            "cases": lambda: measure_cases(stored, arguments, contenders),
+            "start_up": lambda: measure_start_up(stored, arguments, contenders),
+            "kernels": lambda: measure_kernels(stored, arguments),
+            "scaling": lambda: measure_scaling(stored, arguments),
+            "decayed": lambda: measure_decayed(stored, arguments),
+            "commands": lambda: measure_commands(stored, arguments),
+        }
+        for part in arguments.parts or parts_of(arguments.threads):
+            measures[part]()
     DOCUMENT.write_text(document(stored), encoding="utf-8")
     print(f"written: {DOCUMENT}")
 
@@ -53,6 +77,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", default=bench.MODELS, choices=bench.MODELS, metavar="MODEL")
     parser.add_argument("--batches", nargs="+", type=int, default=bench.BATCH_SIZES)
     parser.add_argument("--threads", nargs="+", type=int, default=bench.THREADS)
+    parser.add_argument("--parts", nargs="+", choices=sorted({part for parts in _PARTS.values() for part in parts}))
     parser.add_argument("--peers", nargs="+", default=(), choices=["jax"], help="contenders besides PyTorch")
     parser.add_argument("--turns", type=int, default=bench.TURNS)
     parser.add_argument("--again", action="store_true", help="measure cells that have a result too")
@@ -62,8 +87,13 @@ def _arguments() -> argparse.Namespace:
 
 def load() -> dict:
     """Return the stored results."""
-    empty = {"machine": {}, "versions": {}, "cases": {}, "start_up": {}, "kernels": {}}
+    empty = {"machine": {}, "versions": {}, **{part: {} for part in parts_of(bench.THREADS)}}
     return {**empty, **json.loads(RESULTS.read_text())} if RESULTS.exists() else empty
+
+
+def parts_of(threads: Sequence[int]) -> list[str]:
+    """Return what is measured for these numbers of threads, in order."""
+    return list(dict.fromkeys(part for number in threads for part in _PARTS.get(number, ("cases",))))
 
 
 def store(stored: dict, part: str, key: str, result: dict, shown: str) -> None:
@@ -119,6 +149,48 @@ def measure_kernels(stored: dict, arguments: argparse.Namespace) -> None:
     if "resnet20" in arguments.only and _needed(stored["kernels"].get("resnet20"), arguments):
         result = bench.time_ops(_KERNEL_CASE, arguments.turns)
         store(stored, "kernels", "resnet20", kernel_shares(result), "convolutions of ResNet-20")
+
+
+def measure_scaling(stored: dict, arguments: argparse.Namespace) -> None:
+    """Time a step with one and with two threads in one run."""
+    model, batch_size = _SCALING
+    key = f"{model}/{batch_size}"
+    if model in arguments.only and _needed(stored["scaling"].get(key), arguments):
+        result = bench.scaling(model, batch_size, arguments.turns)
+        store(stored, "scaling", key, result, f"gain {result['gain']:.2f}, sgemm {result['sgemm_gain']:.2f}")
+
+
+def measure_decayed(stored: dict, arguments: argparse.Namespace) -> None:
+    """Time steps on weights that are subnormal numbers."""
+    for case in _DECAYED:
+        key = f"{case.model}/{case.batch_size}/{case.threads}"
+        if case.model in arguments.only and _needed(stored["decayed"].get(key), arguments):
+            result = bench.decayed(case, arguments.turns)
+            store(stored, "decayed", key, result, f"ratio {result['ratio']:.2f}")
+
+
+def measure_commands(stored: dict, arguments: argparse.Namespace) -> None:
+    """Time commands from the start of the process to its end."""
+    for name, words in _COMMANDS.items():
+        if _needed(stored["commands"].get(name), arguments):
+            repeats, watch = (1 if name == "warmup" else _COMMAND_REPEATS), Watch()
+            runs = [run_command(words) for _ in range(repeats)]
+            load = watch.load()
+            result = {"seconds": median(seconds for seconds, _ in runs), "busy": bool(load and load.busy)}
+            if name == "warmup":
+                result["kernels"] = json.loads(runs[0][1])["compiled"]
+            store(stored, "commands", name, result, f"{result['seconds']:.2f} s")
+
+
+def run_command(words: Sequence[str]) -> tuple[float, str]:
+    """Run Python with these arguments and an empty kernel cache; return the seconds and what it printed."""
+    with tempfile.TemporaryDirectory() as folder:
+        start = time.perf_counter()
+        done = subprocess.run(
+            [sys.executable, *words], capture_output=True, text=True, check=True,
+            env={**os.environ, "NUMBA_CACHE_DIR": folder},
+        )  # fmt: skip
+        return time.perf_counter() - start, done.stdout
 
 
 def kernel_shares(result: dict) -> dict:

@@ -23,6 +23,8 @@ is of PyTorch's smaller one. GFLOP/s count two per multiply-accumulate of a plai
 # Model, batch size, least ratio with 2 threads.
 CELL_BARS = (("resnet20", 32, 2.2), ("resnet20", 1, 2.5), ("lenet5", 8, 6.0), ("lenet5", 32, 4.0))
 
+_MEASURED = ("cases", "start_up", "kernels", "scaling", "decayed", "commands")
+
 Cases = dict[str, dict]
 Row = Sequence[str]
 Bar = tuple[str, str, str, bool | None]
@@ -33,8 +35,8 @@ def document(stored: dict) -> str:
     cases = stored["cases"]
     parts = [HEAD, _machine(stored), _warnings(stored), _bars(stored)]
     parts += [_ratios(cases, threads) for threads in THREADS]
-    parts += [_steps(cases), _memory(cases), _start_up(stored["start_up"]), _scaling(cases)]
-    parts.append(_kernels(stored["kernels"]))
+    parts += [_steps(cases), _memory(cases), _start_up(stored["start_up"]), _commands(stored["commands"])]
+    parts += [_scaling(cases, stored["scaling"]), _decayed(stored["decayed"]), _kernels(stored["kernels"])]
     return "\n".join(part for part in parts if part)
 
 
@@ -48,7 +50,7 @@ def _machine(stored: dict) -> str:
     if not stored["machine"]:
         return ""
     facts, names = stored["machine"], ", ".join(f"{name} {number}" for name, number in stored["versions"].items())
-    dates = sorted({entry["date"] for part in ("cases", "start_up", "kernels") for entry in stored[part].values()})
+    dates = sorted({entry["date"] for part in _MEASURED for entry in stored[part].values()})
     libraries = sorted({case["sgemm"]["library"] for case in stored["cases"].values() if case["sgemm"]})
     span = " to ".join(dict.fromkeys([dates[0], dates[-1]])) if dates else "never"
     return (
@@ -59,7 +61,8 @@ def _machine(stored: dict) -> str:
 
 
 def _warnings(stored: dict) -> str:
-    busy = [key for part in ("cases", "kernels") for key, entry in stored[part].items() if entry.get("busy")]
+    busy = [key if part == "cases" else f"{part} {key}"
+            for part in _MEASURED for key, entry in stored[part].items() if entry.get("busy")]  # fmt: skip
     missing = [key for key in _keys() if key not in stored["cases"]]
     lines = []
     if busy:
@@ -84,7 +87,7 @@ def bars(stored: dict) -> list[Bar]:
     cases = {key: case for key, case in stored["cases"].items() if not case["busy"]}
     two = _ratios_of(cases, _keys((2,)))
     large = _ratios_of(cases, [key for key in _keys((2,)) if int(key.split("/")[1]) >= 8])
-    gain = _gain(cases, "resnet20", 32)
+    gain = _trusted(stored["scaling"].get("resnet20/32"), "gain")
     found = [
         _ratio_bar("ratio, geometric mean", 3.0, two, geometric_mean),
         _ratio_bar("ratio, lowest cell", 1.2, two, min),
@@ -93,7 +96,13 @@ def bars(stored: dict) -> list[Bar]:
           for model, batch, bar in CELL_BARS),
         ("1 to 2 threads, resnet20, batch 32", "at least 1.6", _shown(gain, "{:.2f}"), _at_least(gain, 1.6)),
     ]  # fmt: skip
-    return [*found, _memory_bar(stored["cases"]), *_start_bars(stored["start_up"]), *_kernel_bars(stored["kernels"])]
+    found += [_memory_bar(stored["cases"]), *_start_bars(stored["start_up"]), *_command_bars(stored["commands"])]
+    return [*found, _decayed_bar(stored["decayed"]), *_kernel_bars(stored["kernels"])]
+
+
+def _trusted(entry: dict | None, key: str) -> float | None:
+    """Return a number that was measured on an idle machine."""
+    return None if entry is None or entry["busy"] else entry[key]
 
 
 def _ratios_of(cases: Cases, keys: Iterable[str]) -> list[float | None]:
@@ -125,6 +134,23 @@ def _start_bars(start_up: dict) -> list[Bar]:
          _at_most(warm, limit)),
         ("first step of lenet5, cold", "under 20 s", _shown(cold, "{:.1f} s"), _at_most(cold, 20.0)),
     ]  # fmt: skip
+
+
+def _command_bars(commands: dict) -> list[Bar]:
+    limits = {"help": ("edgetrain --help", 0.3), "import": ("import edgetrain", 0.2),
+              "warmup": ("edgetrain warmup, all kernels", 60.0)}  # fmt: skip
+    seconds = {name: _trusted(commands.get(name), "seconds") for name in limits}
+    return [
+        (what, f"under {limit:g} s", _shown(seconds[name], "{:.2f} s"), _at_most(seconds[name], limit))
+        for name, (what, limit) in limits.items()
+    ]
+
+
+def _decayed_bar(decayed: dict) -> Bar:
+    ratios = [_trusted(entry, "ratio") for entry in decayed.values()]
+    highest = max(ratios) if ratios and None not in ratios else None
+    what = "time on decayed weights over that on usual ones, highest"
+    return what, "at most 1.1", _shown(highest, "{:.2f}"), _at_most(highest, 1.1)
 
 
 def _kernel_bars(kernels: dict) -> list[Bar]:
@@ -217,15 +243,47 @@ def _start_up(start_up: dict) -> str:
     return f"## Start\n\n{text}\n" + table(head, rows) if rows else ""
 
 
-def _scaling(cases: Cases) -> str:
+def _commands(commands: dict) -> str:
+    names = {"python": "the Python interpreter alone", "import": "python -c 'import edgetrain'",
+             "help": "edgetrain --help", "warmup": "edgetrain warmup, with an empty kernel cache"}  # fmt: skip
+    rows = [(words, f"{commands[name]['seconds']:.2f}") for name, words in names.items() if name in commands]
+    text = "From the start of the process to its end, medians"
+    if "warmup" in commands:
+        text += f"; warmup compiles {commands['warmup']['kernels']} kernels once for all"
+    return f"## Commands\n\n{text}.\n\n" + table(("command", "s"), rows) if rows else ""
+
+
+def _decayed(decayed: dict) -> str:
+    rows = [
+        (e["model"], str(e["batch_size"]), str(e["threads"]), *(f"{1e3 * seconds:.3f}" for seconds in e["seconds"]),
+         f"{e['ratio']:.2f}")
+        for e in decayed.values()
+    ]  # fmt: skip
+    head = ("model", "batch", "threads", "ms/step, usual weights", "ms/step, weights of 1e-40", "ratio")
+    text = (
+        "Weights that have decayed to subnormal numbers, side by side with usual ones, put back before every step. "
+        "Compiled threads take subnormal numbers as zero; without that Intel processors take 40 times as long, AMD's "
+        "Zen 4 hardly longer (tests/test_subnormals.py checks every thread on any machine).\n"
+    )
+    return f"## Decayed weights\n\n{text}\n" + table(head, rows) if rows else ""
+
+
+def _scaling(cases: Cases, scaling: dict) -> str:
     rows = []
     for model in MODELS:
         gains = [_gain(cases, model, batch) for batch in BATCH_SIZES]
         if any(gains):
             rows.append((model, *(_shown(gain, "{:.2f}") for gain in gains)))
     head = ("", *(f"batch {b}" for b in BATCH_SIZES))
-    text = "edgetrain's time with 1 thread over that with 2.\n"
-    return f"## From 1 to 2 threads\n\n{text}\n" + table(head, rows) if rows else ""
+    text = "edgetrain's time with 1 thread over that with 2, "
+    together = [
+        f"In one run, taking turns: {entry['model']} at batch {entry['batch_size']} gains {entry['gain']:.2f} "
+        f"({1e3 * entry['seconds'][0]:.1f} to {1e3 * entry['seconds'][1]:.1f} ms), the machine's sgemm "
+        f"{entry['sgemm_gain']:.2f}.\n"
+        for entry in scaling.values()
+    ]
+    parts = [*together, *([f"{text}measured in different runs:\n\n" + table(head, rows)] if rows else [])]
+    return "## From 1 to 2 threads\n\n" + "\n".join(parts) if parts else ""
 
 
 def _gain(cases: Cases, model: str, batch: int) -> float | None:

@@ -23,7 +23,8 @@ from edgetrain.errors import UnsupportedError, UsageError
 
 __all__ = [
     "BATCH_SIZES", "CONTENDERS", "DEFAULT_CONTENDERS", "MODELS", "THREADS", "Case", "Comparison", "Timing", "available",
-    "compare", "geometric_mean", "is_torch", "measure", "ratio", "result_of", "start_up", "time_ops",
+    "compare", "decayed", "geometric_mean", "is_torch", "measure", "ratio", "result_of", "scaling", "start_up",
+    "time_ops",
 ]  # fmt: skip
 
 # The models' own input shapes: 1x28x28, 3x32x32, 3x96x96, 1x49x10, 6x128.
@@ -85,10 +86,15 @@ def compare(
         UsageError: a contender is unknown or not installed.
         UnsupportedError: edgetrain lacks what the model needs.
     """
+    return _race([(name, case) for name in contenders], turns, turn_seconds)
+
+
+def _race(entries: Sequence[tuple[str, Case]], turns: int, turn_seconds: float) -> Comparison:
+    """Time contenders that each have a case of their own, taking turns."""
     result, watch = Comparison(), Watch()
     with ExitStack() as stack:
         processes = []
-        for name in contenders:
+        for name, case in entries:
             try:
                 processes.append(stack.enter_context(ContenderProcess(name, case)))
             except UnsupportedError as error:
@@ -153,7 +159,6 @@ def result_of(case: Case, comparison: Comparison) -> dict[str, Any]:
     torch = [timing for timing in timings if is_torch(timing.contender)]
     rate = _gflops(sgemm.facts["macs"], sgemm.median) if sgemm else None
     macs = own.facts["macs"] if own else None
-    load = comparison.load
     return {
         "model": case.model, "batch_size": case.batch_size, "threads": case.threads,
         "ratio": ratio(timings), "best_torch": min(torch, key=lambda t: t.median).contender if torch else None,
@@ -161,8 +166,7 @@ def result_of(case: Case, comparison: Comparison) -> dict[str, Any]:
         "sgemm": {"gflops": rate, "library": sgemm.facts["library"]} if sgemm else None,
         "planned_bytes": own.facts["planned_bytes"] if own else None,
         "contenders": {t.contender: _numbers(t, case.batch_size, macs, rate) for t in timings},
-        "left_out": comparison.left_out,
-        "load": asdict(load) if load else None, "busy": bool(load and load.busy),
+        "left_out": comparison.left_out, **_load_of(comparison),
     }  # fmt: skip
 
 
@@ -239,6 +243,51 @@ def _first_step(contender: str, case: Case, environment: Mapping[str, str]) -> f
         return process.timing.first_step_seconds
 
 
+def scaling(model: str, batch_size: int, turns: int = TURNS, turn_seconds: float = 0.1) -> dict[str, Any]:
+    """Compare edgetrain's step with 1 and with 2 threads, and the machine's sgemm likewise, in one run.
+
+    Args:
+        model, batch_size: what to time.
+        turns, turn_seconds: as for ``compare``.
+
+    Returns:
+        ``gain`` and ``sgemm_gain`` (time with 1 thread over that with 2), ``seconds`` of the two steps, ``load``,
+        ``busy``.
+
+    Raises:
+        BenchmarkError, UnsupportedError: as ``compare``.
+    """
+    cases = [Case(model, batch_size, threads) for threads in (1, 2)]
+    comparison = _race([(name, case) for name in ("edgetrain", "sgemm") for case in cases], turns, turn_seconds)
+    one, two, sgemm_one, sgemm_two = (timing.median for timing in comparison.timings)
+    return {"model": model, "batch_size": batch_size, "gain": one / two, "sgemm_gain": sgemm_one / sgemm_two,
+            "seconds": [one, two], **_load_of(comparison)}  # fmt: skip
+
+
+def decayed(case: Case, turns: int = TURNS, turn_seconds: float = 0.1) -> dict[str, Any]:
+    """Compare a step on the usual weights with one on weights that have decayed to subnormal numbers (1e-40).
+
+    Args:
+        case, turns, turn_seconds: as for ``compare``.
+
+    Returns:
+        ``ratio`` (decayed over usual), ``seconds`` of both, ``load``, ``busy``; in both steps the weights are put
+        back first, since an update writes zeros in the place of subnormal numbers.
+
+    Raises:
+        BenchmarkError, UnsupportedError: as ``compare``.
+    """
+    comparison = compare(case, ["edgetrain-restored", "edgetrain-decayed"], turns, turn_seconds)
+    usual, faint = (timing.median for timing in comparison.timings)
+    return {"model": case.model, "batch_size": case.batch_size, "threads": case.threads, "ratio": faint / usual,
+            "seconds": [usual, faint], **_load_of(comparison)}  # fmt: skip
+
+
+def _load_of(comparison: Comparison) -> dict[str, Any]:
+    load = comparison.load
+    return {"load": asdict(load) if load else None, "busy": bool(load and load.busy)}
+
+
 def time_ops(case: Case, turns: int = TURNS, turn_seconds: float = 0.1) -> dict[str, Any]:
     """Time every node of edgetrain's training step, and the machine's sgemm rate in the same run.
 
@@ -255,10 +304,9 @@ def time_ops(case: Case, turns: int = TURNS, turn_seconds: float = 0.1) -> dict[
     """
     comparison = compare(case, ["edgetrain-rows", "sgemm"], turns, turn_seconds)
     rows, sgemm = comparison.timings
-    rate, load = _gflops(sgemm.facts["macs"], sgemm.median), comparison.load
+    rate = _gflops(sgemm.facts["macs"], sgemm.median)
     ops = [{**op, "sgemm_share": op["gflops"] and op["gflops"] / rate} for op in rows.facts["ops"]]
     return {
         "model": case.model, "batch_size": case.batch_size, "threads": case.threads,
-        "sgemm": {"gflops": rate, "library": sgemm.facts["library"]},
-        "load": asdict(load) if load else None, "busy": bool(load and load.busy), **rows.facts, "ops": ops,
+        "sgemm": {"gflops": rate, "library": sgemm.facts["library"]}, **_load_of(comparison), **rows.facts, "ops": ops,
     }  # fmt: skip

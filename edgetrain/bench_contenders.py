@@ -23,6 +23,7 @@ from edgetrain.errors import EdgetrainError, UsageError
 from edgetrain.graph import Graph
 
 _SGEMM_SIZE = 512
+_DECAYED = 1e-40  # subnormal in float32
 
 
 class Step(Protocol):
@@ -72,6 +73,16 @@ def _rows(graph: Graph, case: Case, x: Any, y: Any) -> Step:
     return RowsStep(graph, case, x, y)
 
 
+def _restored(graph: Graph, case: Case, x: Any, y: Any, decayed: float | None = None) -> Step:
+    from edgetrain.bench_ops import RestoredStep
+
+    return RestoredStep(graph, case, x, y, decayed)
+
+
+def _decayed(graph: Graph, case: Case, x: Any, y: Any) -> Step:
+    return _restored(graph, case, x, y, _DECAYED)
+
+
 def _torch(graph: Graph, case: Case, x: Any, y: Any, channels_last: bool = False) -> Step:
     from edgetrain.bench_torch import TorchStep, import_torch
 
@@ -91,8 +102,8 @@ def _jax(graph: Graph, case: Case, x: Any, y: Any) -> Step:
 
 Maker = Callable[[Graph, Case, Any, Any], Step]
 _MAKERS: dict[str, Maker] = {
-    "edgetrain": _own, "edgetrain-rows": _rows, "torch": _torch, "torch-channels-last": _torch_channels_last,
-    "jax": _jax,
+    "edgetrain": _own, "edgetrain-rows": _rows, "edgetrain-restored": _restored, "edgetrain-decayed": _decayed,
+    "torch": _torch, "torch-channels-last": _torch_channels_last, "jax": _jax,
 }  # fmt: skip
 
 

@@ -84,6 +84,27 @@ class OwnStep:
         return {"macs": self().macs_done, "planned_bytes": self.learner.memory_plan().parts}
 
 
+class RestoredStep(OwnStep):
+    """A contender whose every step starts from the same weights: those of the model, or decayed ones.
+
+    Args:
+        decayed: what all weights of products are instead, such as a subnormal number.
+    """
+
+    def __init__(self, graph: Graph, case: Case, x: Any, y: Any, decayed: float | None = None) -> None:
+        super().__init__(graph, case, x, y)
+        arrays = {name: array for name, array in self.learner.graph.arrays.items() if array.ndim > 1}
+        self._start = {
+            name: array.copy() if decayed is None else np.full_like(array, decayed) for name, array in arrays.items()
+        }
+
+    def __call__(self) -> Any:
+        """Put the weights back and take one step."""
+        for name, array in self._start.items():
+            self.learner.graph.arrays[name][...] = array  # the trained arrays themselves; load_parameters takes longer
+        return super().__call__()
+
+
 class RowsStep(OwnStep):
     """A contender whose steps are timed row by row and as a whole, in turn."""
 

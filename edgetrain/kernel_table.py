@@ -63,7 +63,8 @@ def kernel_table(graph: Graph, profile: DeviceProfile, batch_size: int) -> list[
         batch_size: samples of the step.
     """
     with planning_for(profile):
-        learner = Learner(graph, profile, batch_size=batch_size, threads=1, memory_budget=0)
+        threads = min(64, profile.threads)  # more are refused, and Winograd kernels have a job per thread
+        learner = Learner(graph, profile, batch_size=batch_size, threads=threads, memory_budget=0)
         plan = learner.plans.plan(True, batch_size)
     return merged(_use(plan, row) for row in plan.rows if _multiplies(plan, row))
 

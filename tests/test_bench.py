@@ -16,7 +16,7 @@ import pytest
 import edgetrain as et
 from edgetrain import bench, bench_process
 from edgetrain.bench_load import Load, Watch
-from edgetrain.bench_ops import RowsStep, timings
+from edgetrain.bench_ops import RestoredStep, RowsStep, timings
 from edgetrain.errors import BenchmarkError, EdgetrainError, NumericalError, UnsupportedError, UsageError
 from edgetrain.learner import Learner
 from tests.cli_support import run
@@ -319,8 +319,15 @@ def sample(performance) -> dict:
     ops = [{"shape": f"{size} -> {size}, 3x3", "op_type": kind, "gflops": 90.0}
            for size in performance.KERNEL_SIZES for kind in performance.KERNEL_KINDS]  # fmt: skip
     kernels = performance.kernel_shares({"ops": ops, "sgemm": {"gflops": 100.0, "library": "a BLAS"}, "busy": False})
+    idle = {"busy": False, "date": "2026-01-03"}
+    scaling = {"model": "resnet20", "batch_size": 32, "gain": 1.9, "sgemm_gain": 2.0, "seconds": [0.19, 0.1], **idle}
+    decayed = {"model": "lenet5", "batch_size": 32, "threads": 2, "ratio": 1.01, "seconds": [0.1, 0.101], **idle}
+    seconds = {"python": 0.01, "import": 0.1, "help": 0.2, "warmup": 50.0}
+    commands = {name: {"seconds": number, "kernels": 100, **idle} for name, number in seconds.items()}
     return {"machine": performance.machine(), "versions": {"edgetrain": "0"}, "cases": cases,
-            "start_up": {"lenet5": entry}, "kernels": {"resnet20": {**kernels, "date": "2026-01-03"}}}  # fmt: skip
+            "start_up": {"lenet5": entry}, "kernels": {"resnet20": {**kernels, "date": "2026-01-03"}},
+            "scaling": {"resnet20/32": scaling}, "decayed": {"lenet5/32/2": decayed},
+            "commands": commands}  # fmt: skip
 
 
 def bars(performance, stored: dict) -> dict[str, bool | None]:
@@ -337,6 +344,10 @@ def test_document_from_stored_results(performance):
     assert "| lenet5 | 1 | 1 | 1.0 | 30.0 | 100.0 | 30% |" in text
     assert "| 16@32x32 | forward | 90.0 | 90% | 1 |" in text
     assert "| lenet5 | 32 | 2 | edgetrain | 1.00 | 9.0 |" in text
+    assert "| edgetrain warmup, with an empty kernel cache | 50.00 |" in text
+    assert "warmup compiles 100 kernels" in text
+    assert "resnet20 at batch 32 gains 1.90 (190.0 to 100.0 ms), the machine's sgemm 2.00." in text
+    assert "| lenet5 | 32 | 2 | 100.000 | 101.000 | 1.01 |" in text
     assert "Measured: 2026-01-02 to 2026-01-03" in text
     assert "Not measured yet" not in text
     met = bars(performance, stored)
@@ -348,14 +359,21 @@ def test_document_claims_nothing_that_was_not_measured(performance):
     stored = sample(performance)
     del stored["cases"]["resnet20/128/2"]
     stored["cases"]["cnn1d/1/2"]["busy"] = stored["kernels"]["resnet20"]["busy"] = True
+    stored["scaling"]["resnet20/32"]["busy"] = stored["commands"]["help"]["busy"] = True
+    stored["decayed"]["lenet5/32/2"]["busy"] = True
     text, met = performance.document(stored), bars(performance, stored)
     assert "Not measured yet (model/batch/threads): resnet20/128/2." in text
-    assert "**Not to be trusted**, something else used the machine: cnn1d/1/2, resnet20." in text
+    assert (
+        "**Not to be trusted**, something else used the machine: cnn1d/1/2, kernels resnet20, scaling resnet20/32, "
+        in text
+    )
     assert "4.00 (18 of 20 cells)" in text
     unknown = {what for what, is_met in met.items() if is_met is None}
-    assert {"ratio, geometric mean", "ratio, lowest cell", "memory, highest share of PyTorch's"} < unknown
+    assert {"ratio, geometric mean", "ratio, lowest cell", "memory, highest share of PyTorch's",
+            "1 to 2 threads, resnet20, batch 32", "edgetrain --help",
+            "time on decayed weights over that on usual ones, highest"} < unknown  # fmt: skip
     assert sum("convolutions" in what for what in unknown) == 3
-    empty = {"machine": {}, "versions": {}, "cases": {}, "start_up": {}, "kernels": {}}
+    empty = {part: {} for part in stored}
     assert not any(bars(performance, empty).values())
     assert "## Bars" in performance.document(empty)
 
@@ -372,7 +390,8 @@ def test_a_run_stores_every_result_and_goes_on(performance, monkeypatch, tmp_pat
     monkeypatch.setattr(performance.bench, "measure", measure)
     start = {"edgetrain": {"warm_seconds": 1.0, "cold_seconds": 1.23456789}}
     monkeypatch.setattr(performance.bench, "start_up", lambda case, contenders: start)
-    monkeypatch.setattr(sys, "argv", ["performance.py", "--only", "cnn1d", "--batches", "1", "8", "--threads", "1"])
+    monkeypatch.setattr(sys, "argv", ["performance.py", "--only", "cnn1d", "--batches", "1", "8", "--threads", "1",
+                                      "--parts", "cases", "start_up"])  # fmt: skip
     performance.main()
     assert measured == ["cnn1d, batch 1, 1 thread", "cnn1d, batch 8, 1 thread"]
     performance.main()
@@ -386,6 +405,72 @@ def test_a_run_stores_every_result_and_goes_on(performance, monkeypatch, tmp_pat
     performance.main()
     assert (tmp_path / "performance.md").read_text() == before
     assert len(measured) == 3
+
+
+def test_halves_and_parts(performance, monkeypatch, tmp_path):
+    assert performance.parts_of([1]) == ["cases", "kernels", "scaling"]
+    assert performance.parts_of([2]) == ["cases", "start_up", "decayed", "commands"]
+    assert sorted(performance.parts_of([1, 2])) == sorted({*performance.parts_of([1]), *performance.parts_of([2])})
+    monkeypatch.setattr(performance, "RESULTS", tmp_path / "performance.json")
+    monkeypatch.setattr(performance, "DOCUMENT", tmp_path / "performance.md")
+    ran: list[str] = []
+
+    def command(words):
+        ran.append(words[-1])
+        return 0.1 * len(ran), '{"compiled": 7}'
+
+    monkeypatch.setattr(performance, "run_command", command)
+    monkeypatch.setattr(performance, "_COMMAND_REPEATS", 3)
+    monkeypatch.setattr(sys, "argv", ["performance.py", "--parts", "commands"])
+    performance.main()
+    stored = json.loads(performance.RESULTS.read_text())
+    assert stored["cases"] == {}
+    assert stored["commands"]["import"]["seconds"] == pytest.approx(0.5)
+    assert stored["commands"]["warmup"]["kernels"] == 7
+    assert "| edgetrain --help |" in performance.DOCUMENT.read_text()
+
+
+def test_commands_run_with_an_empty_kernel_cache(performance, monkeypatch):
+    monkeypatch.setenv("NUMBA_CACHE_DIR", "/of/somebody/else")
+    seconds, text = performance.run_command(("-c", "import os; print(os.listdir(os.environ['NUMBA_CACHE_DIR']))"))
+    assert text == "[]\n"
+    assert seconds > 0
+
+
+def test_scaling_compares_one_thread_with_two(fakes):
+    found = bench.scaling("cnn1d", 2, turns=2, turn_seconds=0.0)
+    assert found["gain"] == pytest.approx(1.0)
+    assert found["sgemm_gain"] == pytest.approx(1.0)
+    assert found["seconds"] == [pytest.approx(1e-3, rel=0.3)] * 2
+    assert {"model", "batch_size", "busy", "load"} < set(found)
+
+
+def test_decayed_compares_two_sides_of_one_step(fakes):
+    found = bench.decayed(CASE, turns=2, turn_seconds=0.0)
+    assert found["ratio"] == pytest.approx(1.0)
+    assert len(found["seconds"]) == 2
+
+
+@pytest.mark.parametrize("decayed", [None, 1e-40], ids=["usual", "decayed"])
+def test_every_restored_step_starts_from_the_same_weights(tiny, monkeypatch, decayed):
+    rng = np.random.default_rng(0)
+    x, y = rng.standard_normal((2, *tiny.input_shape)).astype(np.float32), np.zeros(2, np.int64)
+    step = RestoredStep(tiny, CASE, x, y, decayed)
+    real, before = step.learner.partial_fit, []
+
+    def watched(*batch):
+        before.append(step.learner.parameters())
+        return real(*batch)
+
+    monkeypatch.setattr(step.learner, "partial_fit", watched)
+    for _ in range(2):
+        step()
+    for name, array in tiny.arrays.items():
+        if array.ndim > 1:
+            wanted = array if decayed is None else np.full_like(array, decayed)
+            assert (before[0][name] == wanted).all()
+            assert (before[1][name] == wanted).all()
+    assert any((array != before[0][name]).any() for name, array in before[1].items()), "it does train"
 
 
 # ---- command ---------------------------------------------------------------------------------------------------------
