@@ -39,6 +39,7 @@ class TrainingGraph:
         losses, correct: names of the per-sample loss and of the per-sample 1 for a right answer.
         logits: name of the network's output.
         gradients: name of the gradient of every trainable array.
+        records: how many layers remember something from step to step, see ``kernels.codes.RECORD``.
     """
 
     graph: Graph
@@ -47,6 +48,7 @@ class TrainingGraph:
     correct: str
     logits: str
     gradients: dict[str, str] = field(default_factory=dict)
+    records: int = 0
 
 
 class Tape:

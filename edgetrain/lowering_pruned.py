@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import math
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from edgetrain import lowering_winograd as winograd
+from edgetrain.arrays import ALIGNMENT, Layout
 from edgetrain.choice import Sizes, choose
 from edgetrain.graph import Node
-from edgetrain.kernels.codes import SAMPLES
+from edgetrain.kernels.codes import RECORD, SAMPLES, TALLY_BYTES, THRESHOLD
 from edgetrain.lowering_products import ProductLowering
 from edgetrain.ops.pruning import IMPORTANCE
 from edgetrain.plan import Ref
 
 if TYPE_CHECKING:
     from edgetrain.ops.conv import Phase, Product
+
+_COUNTERS = 1 << 14  # bytes of the counters of a digit when a threshold is selected
+_LISTED_TERMS = 16  # accumulators of a product over lists: each term one
+_PARTS = 4  # parts of a channel's terms that different threads may take
 
 
 class PrunedLowering(ProductLowering):
@@ -107,3 +113,109 @@ class PrunedLowering(ProductLowering):
             grad_bias=self.address(node.y), kept=self.address(kept), kept_count=kept.size, blocks=self.blocks,
             rows=grad.rows, columns=grad.columns, grad_block=grad.block, grad_channel=grad.channel, grad_row=grad.row,
         )  # fmt: skip
+
+    # --- saved activations ---
+
+    def compress_activation(self, node: Node, g: Product) -> None:
+        """Emit norms, the choice of a threshold, and the lists of the vectors that reach it."""
+        x, pixels, lists = self.layout(node.x), g.size[0] * g.size[1], self._lists(node, g)
+        self.plan.sizes[self.plan.buffer(node.y.name)] = lists.nbytes
+        record = Ref("records", 4 * RECORD * int(node.get("record")))
+        norms, counts, starts = (self.workspace(size * x.planes) for size in (4 * pixels, 8, 8))
+        threshold = self.kept(f"threshold:{node.y.name}", ALIGNMENT)
+        self.emit(
+            "vector_norms", (self.lanes,), x.planes, x=self.address(node.x), norms=norms, counts=counts, record=record,
+            mask=Ref("mask"), channels=x.channels, rows=x.rows, columns=x.columns, x_block=x.block,
+            x_channel=x.channel, x_row=x.row,
+        )  # fmt: skip
+        self.emit(
+            "choose_threshold", (), 1, norms=norms, counts=counts, starts=starts, counters=self.workspace(_COUNTERS),
+            record=record, threshold=threshold, tally=Ref("tally", TALLY_BYTES * int(node.get("record"))),
+            state=Ref("state"), planes=x.planes, pixels=pixels, capacity=lists.capacity,
+            refresh=int(node.get("refresh")),
+        )  # fmt: skip
+        tables = [_places(phase, self.layout(node.get("grad_out")), x) for phase in lists.phases]
+        ends = [sum(len(table) for table in tables[:i]) for i in range(len(tables) + 1)]
+        base = self.address(node.y)
+        self.emit(
+            "list_vectors", (self.lanes,), x.planes, x=self.address(node.x), norms=norms, starts=starts,
+            threshold=threshold, segments=base, pairs=base + lists.pairs, values=base + lists.values,
+            pixels=self.table([number for table in tables for place in table for number in place]),
+            phase_starts=self.table(ends), phases=len(tables), channels=x.channels, planes=x.planes, x_block=x.block,
+            x_channel=x.channel, pixel_count=pixels,
+        )  # fmt: skip
+        with self.stage("update"):
+            self.emit("expand", (1,), 1, x=threshold, y=record + 4 * THRESHOLD, rows=1, columns=1, x_channel=0,
+                      x_row=0, x_pixel=4)  # fmt: skip
+
+    def compressed_weight_grad(self, node: Node, g: Product) -> None:
+        """Emit one correlation over lists per phase of the stride: a phase meets kernel positions of its own."""
+        grad, base, lists = self.layout(node.input(1)), self.address(node.x), self._lists(node, g)
+        if sum(len(phase.taps) for phase in lists.phases) < len(g.taps):  # positions that meet only padding
+            self.emit("fill", (1,), 1, y=self.address(node.y), channels=1, rows=1, vectors=node.y.size, f_value=0.0,
+                      y_block=0, y_channel=0, y_row=0)  # fmt: skip
+        for number, phase in enumerate(lists.phases):
+            terms = list(zip(phase.terms(grad), phase.sources(), strict=True))
+            width = min(_LISTED_TERMS, len(terms))
+            chunk = -(-len(terms) // (width * _PARTS)) * width
+            chunks = -(-len(terms) // chunk)
+            self.emit(
+                "correlate_lists", (self.lanes, width), g.channels_in * chunks, other=self.address(node.input(1)),
+                values=base + lists.values, target=self.address(node.y), segments=base + number * lists.phase_bytes,
+                pairs=base + lists.pairs, terms=self.table(terms + [terms[-1]] * (-len(terms) % width)),
+                term_count=len(terms), term_chunk=chunk, term_chunks=chunks, blocks=self.blocks,
+                channels=g.channels_in, other_block=grad.block, value_block=0, value_channel=0,
+                target_channel=g.weight_in,
+            )  # fmt: skip
+
+    def _lists(self, node: Node, g: Product) -> _Lists:
+        planes, phases = self.blocks * g.channels_in, [phase for phase in g.phases() if phase.taps]
+        vectors = planes * g.size[0] * g.size[1]
+        capacity = min(vectors, max(1, math.ceil(float(node.get("capacity")) * vectors)))
+        return _Lists(phases, planes, capacity, 4 * self.lanes)
+
+
+@dataclass(frozen=True)
+class _Lists:
+    """Where the parts of a compressed activation lie: segments, pairs of offsets, vectors.
+
+    Attributes:
+        phases: of the stride that meet a kernel position; each has its own segments.
+        planes: segments of a phase.
+        capacity: vectors there is room for.
+        vector_bytes: of one vector.
+    """
+
+    phases: list[Phase]
+    planes: int
+    capacity: int
+    vector_bytes: int
+
+    @property
+    def phase_bytes(self) -> int:
+        """Bytes of the segments of a phase."""
+        return 16 * self.planes
+
+    @property
+    def pairs(self) -> int:
+        """Byte offset of the pairs."""
+        return len(self.phases) * self.phase_bytes
+
+    @property
+    def values(self) -> int:
+        """Byte offset of the vectors."""
+        return -(-(self.pairs + 16 * self.capacity) // ALIGNMENT) * ALIGNMENT
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all parts."""
+        return self.values + self.vector_bytes * self.capacity
+
+
+def _places(phase: Phase, grad: Layout, x: Layout) -> list[tuple[int, int, int]]:
+    """Return (number of the pixel, offset in the output gradient, offset in x) of every pixel of a phase."""
+    g, (row, column) = phase.product, phase.first
+    numbers = [
+        h * g.size[1] + w for h in range(row, g.size[0], g.strides[0]) for w in range(column, g.size[1], g.strides[1])
+    ]
+    return [(number, *pair) for number, pair in zip(numbers, phase.pixels(grad, x), strict=True)]

@@ -7,13 +7,14 @@ that are not trained. So an optimizer step is one pass over two ranges. Of an ar
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from edgetrain.arrays import ALIGNMENT, aligned
-from edgetrain.graph import Graph, Normalization
+from edgetrain.graph import Graph, Node, Normalization
+from edgetrain.kernels.codes import DENSITY, RECORD, TALLY_BYTES
 from edgetrain.optim import SETTINGS, Optimizer
 from edgetrain.sparse_index import SparseIndex
 
@@ -67,6 +68,14 @@ class Parameters:
         for buffer in ("gradients", *self.moments):
             if buffer not in self.buffers:
                 self.buffers[buffer] = aligned(self.trained + _LINE)
+
+    def start_records(self, nodes: Sequence[Node], count: int) -> None:
+        """Make the records of layers that prune, with the initial density of their nodes, and what they count."""
+        records, tally = aligned(RECORD * max(1, count)), aligned(TALLY_BYTES // 8 * max(1, count), np.int64)
+        for node in nodes:
+            if node.get("record") is not None:
+                records[RECORD * node.get("record") + DENSITY] = node.get("density")
+        self.buffers["records"], self.buffers["tally"] = records, tally
 
     def forget(self) -> None:
         """Set the optimizer's moments to zero, as they are before the first step."""

@@ -112,6 +112,7 @@ class Plans:
         self._macs["dense"] = _macs(made)
         if self._error_pruning is not None:
             self._error_pruning.rewrite(made)
+        self.parameters.start_records(made.graph.nodes, made.records)
         self._macs["done"] = _macs(made)
         return made
 

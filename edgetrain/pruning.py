@@ -6,7 +6,9 @@ of a product's output; both backward products read it.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 from edgetrain.autodiff import TrainingGraph
 from edgetrain.errors import UsageError
@@ -113,3 +115,61 @@ def error_maps(train: TrainingGraph) -> list[ErrorMap]:
 def _pruned(node: Node, kept: Value) -> Node:
     attributes = {"like": node.get("like")} if node.op_type == "SumTo" else node.attributes
     return replace(node, op_type=_PRUNED[node.op_type], inputs=(*node.inputs, kept), attributes=attributes)
+
+
+# --- saved activations ---
+
+# Room for vectors beyond the wanted density: thresholds hold for many steps while activations move.
+_SLACK = 1.25
+
+
+def compress_activations(
+    train: TrainingGraph, densities: Mapping[str, float], refresh: int = 100, capacity: float | None = None
+) -> dict[str, int]:
+    """Let convolutions compute their weight gradient from the largest vectors of their input alone (SWAT).
+
+    A vector is one pixel of the samples that lie in the lanes together; it is kept or dropped as a whole. What is kept
+    for the backward pass is the list, not the input, unless something else reads that.
+
+    Args:
+        train: is changed: every ``ProductWeightGrad`` of a listed weight becomes a ``CompressActivation`` behind the
+            node that makes x, and a ``CompressedWeightGrad``.
+        densities: share of the vectors to keep, above 0 and at most 1, by the name of a convolution's weights.
+            Convolutions with groups and fully connected layers stay as they are.
+        refresh: steps after which thresholds are found anew.
+        capacity: largest share there is memory for; 1.25 times the density by default. Give the largest density that
+            will be set later.
+
+    Returns:
+        The number of every pruned weight's record. ``Parameters.buffers["records"]`` is float32 ``(records * RECORD,)``;
+        its number ``DENSITY`` (``kernels.codes``) of a record is the share to keep and may be changed between steps;
+        ``Parameters.buffers["tally"]`` is int64 ``(records * 2,)``: vectors kept in the latest step, and all vectors.
+    """
+    graph, records = train.graph, {}
+    for error_map in error_maps(train):
+        weight = error_map.conv.input(1)
+        for node in [n for n in graph.nodes if n.op_type == "ProductWeightGrad" and error_map.read_by(n)]:
+            if weight.name in densities:
+                density = densities[weight.name]
+                room = min(1.0, _SLACK * density if capacity is None else capacity)
+                attributes = {
+                    **node.attributes, "density": density, "capacity": room, "refresh": refresh,
+                    "record": train.records, "grad_out": error_map.value,
+                }  # fmt: skip
+                _compress(train, node, attributes)
+                records[weight.name] = train.records
+                train.records += 1
+    return records
+
+
+def _compress(train: TrainingGraph, node: Node, attributes: Mapping[str, Any]) -> None:
+    """Replace a weight gradient by one from lists, which are made right behind the node that makes x."""
+    graph, lists = train.graph, Value(f"{node.y.name}.lists", (1,), batched=False)
+    graph.add_value(lists)
+    made = next((i for i, n in enumerate(graph.nodes) if node.x in n.outputs), -1)
+    place = graph.nodes.index(node)
+    graph.nodes[place] = replace(
+        node, op_type="CompressedWeightGrad", inputs=(lists, node.input(1)), attributes={**attributes, "source": node.x}
+    )
+    graph.nodes.insert(made + 1, Node("CompressActivation", lists.name, (node.x,), (lists,), attributes))
+    train.forward_count += made + 1 < train.forward_count

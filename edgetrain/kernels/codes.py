@@ -17,3 +17,8 @@ ARRIVED, STATUS, SYNC_BYTES = 0, 64, 128
 UPDATE_JOB = 4096  # floats per job of the kernels that go over all parameters
 
 STAMP_BYTES = 16  # what the kernel "stamp" writes: seconds and nanoseconds, int64
+
+# What a layer that prunes remembers from step to step, a record of float32: share to keep, threshold (0: none yet), and
+# the latest mean sizes of its gradients with their number.
+DENSITY, THRESHOLD, MEANS, MEAN_COUNT, RECORD = 0, 1, 2, 7, 16
+TALLY_BYTES = 16  # what a layer counted in a step: int64 kept, and all

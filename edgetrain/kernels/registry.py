@@ -30,8 +30,7 @@ on_compile: list[Callable[[str, int, int], None]] = []
 
 _MODULES = (
     "channels", "clock", "csr", "dense", "elementwise", "layout", "loss", "normalization", "pooling", "pruned", "random",
-    "update", "winograd",
-    "sparse_storage",
+    "sparse_storage", "update", "vector_lists", "winograd",
 )  # fmt: skip
 _FACTORIES: dict[str, tuple[Factory, tuple[str, ...]]] = {}
 _ADDRESSES: dict[tuple[str, tuple[int, ...]], int] = {}

@@ -6,11 +6,18 @@ Error maps, by channels (``edgetrain.pruning.ErrorMapPruning``):
 - ``PrunedInputGrad``, ``PrunedWeightGrad``, ``PrunedBiasGrad``: the gradients of a product from the kept channels
   alone. Each is its dense operator with one more input, the list.
 
+Saved activations (``edgetrain.pruning.compress_activations`` inserts them, for SWAT):
+
+- ``CompressActivation``: x -> the vectors of lanes of x with the largest norm, as lists (``kernels/vector_lists.py``). It
+  stands right behind whatever makes x, so the dense x is given up when its last other reader is done;
+- ``CompressedWeightGrad``: (lists, grad_out) -> gradient of all weights.
+
 Only products of one group: a depthwise convolution has nothing to share out between channels.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -19,7 +26,7 @@ import numpy as np
 from edgetrain.errors import GraphError
 from edgetrain.graph import Node, Shape, Value
 from edgetrain.kernels.codes import BY_CHANCE, BY_ERROR, BY_ERROR_AND_WEIGHTS
-from edgetrain.ops.conv import ProductGrad, ProductInputGrad, ProductWeightGrad
+from edgetrain.ops.conv import Product, ProductGrad, ProductInputGrad, ProductWeightGrad
 from edgetrain.ops.geometry import channels_of
 from edgetrain.ops.registry import NO_BORDER, Array, Border, Op, describe, register
 
@@ -159,3 +166,62 @@ class PrunedBiasGrad(Op):
     def lower(self, node: Node, low: Lowering) -> None:
         """See ``lowering_pruned``."""
         low.pruned_bias_grad(node)
+
+
+@register
+class CompressActivation(Op):
+    """x -> lists of its vectors of lanes with the largest L2 norm, for ``CompressedWeightGrad``.
+
+    A threshold is found every ``refresh`` steps, and in between whenever more vectors than there is room for reach it; in
+    all other steps the old one holds, so the density drifts a little (Raihan and Aamodt 2020, whose code keeps
+    thresholds likewise). Vectors of zeros are never kept.
+
+    Attributes: ``density``: share of the vectors to keep, the initial one: kernels read it from the layer's record;
+    ``capacity``: largest share there is room for; ``refresh`` in steps; ``record``: number of the record; ``like``: the
+    weights; ``grad_out``: the value that the product will be computed with; ``forward`` and the attributes of the product.
+    """
+
+    name = "CompressActivation"
+    training_only = True
+    attributes = (*ProductGrad.attributes, "density", "capacity", "refresh", "record", "grad_out")
+
+    def product(self, node: Node) -> Product:
+        """Return the sizes of the product that reads x."""
+        return ProductWeightGrad().geometry(node, node.x, node.get("like"))
+
+    def infer(self, node: Node) -> Sequence[tuple[Shape, bool]]:
+        """An opaque array, whose size depends on the number of samples."""
+        return [((1,), False)]
+
+    def reference(self, node: Node, *inputs: Array) -> tuple[Array, ...]:
+        """x with zeros where it is not kept, the whole batch being one vector."""
+        (x,) = inputs
+        norms = (x**2).sum(0)
+        count = max(1, math.ceil(float(node.get("density")) * norms.size))
+        limit = max(np.sort(norms, axis=None)[-count], np.finfo(np.float32).tiny)
+        return (np.where(norms >= limit, x, 0),)
+
+    def lower(self, node: Node, low: Lowering) -> None:
+        """See ``lowering_pruned``."""
+        low.compress_activation(node, self.product(node))
+
+
+@register
+class CompressedWeightGrad(ProductWeightGrad):
+    """Gradient of a product's weights from pruned activations: (lists, grad_out) -> grad_w; ``source`` is x."""
+
+    name = "CompressedWeightGrad"
+    takes_parameters = True
+    attributes = (*CompressActivation.attributes, "source")
+
+    def product(self, node: Node) -> Product:
+        """Return the sizes of the forward node."""
+        return self.geometry(node, node.get("source"), node.get("like"))
+
+    def borders(self, node: Node) -> Sequence[Border]:
+        """Zeros around the output gradient: an input pixel at the edge meets windows that do not exist."""
+        return [NO_BORDER, self.product(node).grad_border]
+
+    def lower(self, node: Node, low: Lowering) -> None:
+        """See ``lowering_pruned``."""
+        low.compressed_weight_grad(node, self.product(node))

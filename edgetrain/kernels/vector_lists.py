@@ -1,0 +1,211 @@
+"""Lists of vectors: the operand of a product that is mostly zero, and products that walk its list.
+
+A *segment* lists vectors of one channel of one block: pairs of int64 byte offsets, (in the other operand, in the
+memory of the vectors themselves). ``segments`` holds int64 pairs (first pair, number of pairs). With one channel and
+many terms a tile of the gather-correlate loads a listed vector once and multiplies straight from memory.
+
+A *record* is what a layer remembers from step to step, float32 ``RECORD`` long: see ``codes``.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from numba import njit
+
+from edgetrain.kernels.codes import DENSITY, SAMPLES, THRESHOLD
+from edgetrain.kernels.registry import Body, kernel
+from edgetrain.kernels.simd import (
+    arguments,
+    fma,
+    load,
+    load_f32,
+    load_i32,
+    load_i64,
+    store,
+    store_f32,
+    store_i64,
+    sum_lanes,
+    broadcast,
+)
+from edgetrain.kernels.tiles import correlate_tile
+
+_DIGIT = 2048  # values of a digit of the radix selection: 11 bits
+
+
+@kernel(
+    "x", "norms", "counts", "record", "mask", "channels", "rows", "columns", "x_block", "x_channel", "x_row",
+)  # fmt: skip
+def vector_norms(lanes: int) -> Body:
+    """Write the sum of squares of every vector, lanes without a sample left out. Job: (block, channel).
+
+    ``counts``: int64, vectors of the job that reach the record's threshold.
+    """
+    step = 4 * lanes
+
+    def body(args: int, first: int, last: int) -> None:
+        (x, norms, counts, record, mask, channels, rows, columns, x_block, x_channel, x_row) = arguments(args, 11)
+        threshold = load_f32(record + 4 * THRESHOLD)
+        for job in range(first, last):
+            block, channel = job // channels, job % channels
+            alive = load(mask + block * step, lanes)
+            target, count = norms + 4 * job * rows * columns, 0
+            for row in range(rows):
+                source = x + block * x_block + channel * x_channel + row * x_row
+                for i in range(columns):
+                    value = load(source + i * step, lanes) * alive
+                    norm = sum_lanes(fma(value, value, broadcast(0.0, lanes)))
+                    store_f32(target, norm)
+                    target += 4
+                    count += norm >= threshold
+            store_i64(counts + 8 * job, count)
+
+    return body
+
+
+@njit
+def _kth_largest(norms: Any, total: Any, wanted: Any, counters: Any) -> Any:
+    """Return the bits of the ``wanted``-th largest of ``total`` float32 that are not negative.
+
+    Radix selection by digits of 11, 11 and 10 bits: three passes, whatever the numbers.
+    """
+    prefix, left = 0, wanted
+    for digit in range(3):
+        shift = (21, 10, 0)[digit]
+        above = (63, 21, 10)[digit]
+        for i in range(_DIGIT):
+            store_i64(counters + 8 * i, 0)
+        for i in range(total):
+            bits = int(load_i32(norms + 4 * i))
+            if bits >> above == prefix:
+                place = counters + 8 * ((bits >> shift) & (2047 if digit < 2 else 1023))
+                store_i64(place, load_i64(place) + 1)
+        value = 2047 if digit < 2 else 1023
+        while value > 0 and load_i64(counters + 8 * value) < left:
+            left -= load_i64(counters + 8 * value)
+            value -= 1
+        prefix = (prefix << (11 if digit < 2 else 10)) + value
+    return prefix
+
+
+@njit
+def _float_of(bits: Any, scratch: Any) -> Any:
+    """Return the float32 with these bits."""
+    store_i64(scratch, bits)
+    return load_f32(scratch)
+
+
+@njit
+def _count(norms: Any, threshold: Any, counts: Any, planes: Any, pixels: Any) -> Any:
+    """Write how many norms of every plane reach the threshold; return the sum."""
+    total = 0
+    for plane in range(planes):
+        count = 0
+        for i in range(pixels):
+            count += load_f32(norms + 4 * (plane * pixels + i)) >= threshold
+        store_i64(counts + 8 * plane, count)
+        total += count
+    return total
+
+
+@kernel(
+    "norms", "counts", "starts", "counters", "record", "threshold", "tally", "state", "planes", "pixels", "capacity",
+    "refresh",
+)  # fmt: skip
+def choose_threshold() -> Body:
+    """Write the threshold of this step, where every plane's vectors go, and how many are kept. One job.
+
+    Every ``refresh`` steps, and whenever more than ``capacity`` vectors reach the old one, the threshold becomes the
+    norm of the last of the ``density`` (of the record) largest. Vectors of zeros are never kept. If so many norms are
+    equal that the capacity does not hold them, none of these is kept. ``tally``: int64 kept, and all vectors.
+    """
+
+    def body(args: int, first: int, last: int) -> None:
+        (norms, counts, starts, counters, record, threshold, tally, state, planes, pixels, capacity,
+         refresh) = arguments(args, 12)  # fmt: skip
+        total, limit, all_norms = 0, load_f32(record + 4 * THRESHOLD), planes * pixels
+        for plane in range(planes):
+            total += load_i64(counts + 8 * plane)
+        if limit <= 0.0 or total > capacity or load_i64(state + 8) % refresh == 0:
+            wanted = min(capacity, max(1, int(math.ceil(load_f32(record + 4 * DENSITY) * all_norms))))
+            bits = max(1, _kth_largest(norms, all_norms, wanted, counters))
+            limit = _float_of(bits, counters)
+            total = _count(norms, limit, counts, planes, pixels)
+            if total > capacity:
+                limit = _float_of(bits + 1, counters)
+                total = _count(norms, limit, counts, planes, pixels)
+        store_f32(threshold, limit)
+        store_i64(tally, total)
+        store_i64(tally + 8, all_norms)
+        start = 0
+        for plane in range(planes):
+            store_i64(starts + 8 * plane, start)
+            start += load_i64(counts + 8 * plane)
+
+    return body
+
+
+@kernel(
+    "x", "norms", "starts", "threshold", "segments", "pairs", "values", "pixels", "phase_starts", "phases", "channels",
+    "planes", "x_block", "x_channel", "pixel_count",
+)  # fmt: skip
+def list_vectors(lanes: int) -> Body:
+    """Copy the vectors whose norm reaches the threshold, and list them. Job: (block, channel).
+
+    ``pixels``: table of int64 triples (pixel, offset in the other operand, offset in ``x``), phase after phase from
+    ``phase_starts`` on. Segments are ``[phase][block][channel]``.
+    """
+    size = 4 * lanes
+
+    def body(args: int, first: int, last: int) -> None:
+        (x, norms, starts, threshold, segments, pairs, values, pixels, phase_starts, phases, channels, planes, x_block,
+         x_channel, pixel_count) = arguments(args, 15)  # fmt: skip
+        limit = load_f32(threshold)
+        for job in range(first, last):
+            source = x + job // channels * x_block + job % channels * x_channel
+            own, at = norms + 4 * job * pixel_count, load_i64(starts + 8 * job)
+            for phase in range(phases):
+                start = at
+                for i in range(load_i64(phase_starts + 8 * phase), load_i64(phase_starts + 8 * phase + 8)):
+                    if load_f32(own + 4 * load_i64(pixels + 24 * i)) >= limit:
+                        store_i64(pairs + 16 * at, load_i64(pixels + 24 * i + 8))
+                        store_i64(pairs + 16 * at + 8, at * size)
+                        store(values + at * size, load(source + load_i64(pixels + 24 * i + 16), lanes))
+                        at += 1
+                store_i64(segments + 16 * (phase * planes + job), start)
+                store_i64(segments + 16 * (phase * planes + job) + 8, at - start)
+
+    return body
+
+
+@kernel(
+    "other", "values", "target", "segments", "pairs", "terms", "term_count", "term_chunk", "term_chunks", "blocks",
+    "channels", "other_block", "value_block", "value_channel", "target_channel",
+)  # fmt: skip
+def correlate_lists(lanes: int, width: int) -> Body:
+    """Write ``target[c][k] = sum over the listed vectors of channel c of vector * other[its place + term k]``.
+
+    Job: (channel, chunk of terms). ``terms``: int64 pairs (offset in ``other``, offset in ``target``), whole multiples
+    of ``width``. ``value_block``, ``value_channel``: where a segment's offsets count from, 0 for copies.
+    """
+
+    def body(args: int, first: int, last: int) -> None:
+        (other, values, target, segments, pairs, terms, term_count, term_chunk, term_chunks, blocks, channels,
+         other_block, value_block, value_channel, target_channel) = arguments(args, 15)  # fmt: skip
+        for job in range(first, last):
+            channel, chunk = job // term_chunks, job % term_chunks
+            last_term = min(term_count, (chunk + 1) * term_chunk)
+            for block in range(blocks):
+                segment = segments + 16 * (block * channels + channel)
+                start, count = load_i64(segment), load_i64(segment + 8)
+                if block > 0 and count == 0:
+                    continue
+                for k in range(chunk * term_chunk, last_term, width):
+                    correlate_tile(
+                        other + block * other_block, values + block * value_block + channel * value_channel,
+                        target + channel * target_channel, pairs + 16 * start, terms + 16 * k, count, 0, 0, 1,
+                        last_term - k, block, 1, width, lanes, SAMPLES,
+                    )  # fmt: skip
+
+    return body
