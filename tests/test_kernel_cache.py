@@ -89,7 +89,7 @@ def test_training_with_a_filled_cache_imports_no_numba_and_gives_the_same(filled
 
 def test_the_cache_holds_nothing_else(filled):
     folder, first = filled
-    names = {*(f"{name}.kernel" for name in first["compiled"]), "run_program.kernel", "arguments.json"}
+    names = {*(f"{name}.kernel" for name in first["compiled"]), "lead.kernel", "follow.kernel", "arguments.json"}
     assert {path.name for path in files(folder)} == names
     assert {path.parent for path in files(folder)} == {folder / f"edgetrain-{cache.fingerprint()}"}
 
@@ -255,7 +255,7 @@ def built_in() -> list[tuple[str, tuple[int, ...]]]:
 
 
 def test_objects_need_nothing_but_the_c_library(built_in):
-    labels = ["run_program", *("x".join([name, *map(str, sizes)]) for name, sizes in built_in)]
+    labels = ["lead", "follow", *("x".join([name, *map(str, sizes)]) for name, sizes in built_in)]
     needs = set().union(*(undefined(cache.read(cache.file_name(label))) for label in labels))
     assert "sched_yield" in needs
     assert needs <= LIBRARY_FUNCTIONS
@@ -324,3 +324,20 @@ def test_warmup_covers_models_of_other_depths(built_in, name, optimizer):
 def test_a_learner_knows_its_kernels():
     learner = et.Learner(et.models.lenet5(), batch_size=32)
     assert set(learner.training_plan().kernels) <= set(learner.kernels())
+
+
+def test_warmup_shows_its_progress_and_takes_a_profile(monkeypatch, tmp_path, capsys):
+    from tests.cli_support import run
+
+    wanted = [("unary", (4, RELU)), ("unary", (4, SIGMOID))]
+    monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(registry, "_ADDRESSES", {})
+    profiles: list[str] = []
+    monkeypatch.setattr(warming, "needed_kernels", lambda profile: profiles.append(profile.name) or wanted)
+    code, text, _ = run(capsys, "warmup", "--profile", "raspberrypi4")
+    assert (code, profiles) == (0, ["raspberrypi4"])
+    assert "compiling kernels (once) 1/2: unaryx4x0" in text
+    assert "2 kernels compiled, 0 were there" in text
+    assert f"kept in {tmp_path}" in text
+    code, text, _ = run(capsys, "warmup", "--quiet")
+    assert "compiling" not in text
