@@ -126,16 +126,19 @@ def _table(grid: Grid, rows: list[Pair], runs: int, starts: list[int]) -> list[P
     return [(a + s * x_step, b + s * y_step) for group in groups for s in starts for a, b in group]
 
 
+def suits_lists(index: SparseIndex) -> bool:
+    """Whether products with these weights run on lists of non-zeros; plans are made anew when the answer changes."""
+    density = index.capacity / index.size if index.compact else index.density
+    return density <= DENSEST
+
+
 class SparseLowering(LoweringCore):
     """Lowers products with sparse weights; ``g`` is the product's ``ops.conv.Product``."""
 
     def runs_sparse(self, weight: Value) -> bool:
         """Whether a weight's products run on its list of non-zeros; else they are dense."""
         index = self.sparse.get(weight.name)
-        if index is None or self.kind != SAMPLES:
-            return False
-        density = index.capacity / index.size if index.compact else index.density
-        return density <= DENSEST
+        return index is not None and self.kind == SAMPLES and suits_lists(index)
 
     def sparse_forward(self, node: Node, g: Product) -> None:
         """Emit ``y = weights * x + bias``."""

@@ -19,7 +19,7 @@ from edgetrain.graph import Graph
 from edgetrain.kernels.codes import UPDATE_JOB
 from edgetrain.lowering import Lowering
 from edgetrain.lowering_channels import ChannelLowering, fits
-from edgetrain.lowering_sparse import SKIPS_WEIGHTS
+from edgetrain.lowering_sparse import SKIPS_WEIGHTS, suits_lists
 from edgetrain.memory import Lifetime, place
 from edgetrain.ops import get_op
 from edgetrain.optim import Optimizer
@@ -80,7 +80,7 @@ class Plans:
         self.graph, self.parameters, self._optimizer, self._objective = graph, parameters, optimizer, objective
         self._batch_size, self._budget, self._error_pruning = batch_size, budget, error_pruning
         self.arena, self.team, self._whole_gradients = Arena(), Team(threads), whole_gradients
-        self._executors: dict[tuple[bool, int, bool], Executor] = {}
+        self._executors: dict[tuple[bool, int, bool, tuple[bool, ...]], Executor] = {}
         self._macs: dict[str, int] = {}  # of one sample's step: before and after every policy has rewritten the graph
 
     def use_threads(self, threads: int) -> None:
@@ -140,7 +140,7 @@ class Plans:
         Raises:
             MemoryBudgetError: the plan does not fit into the budget.
         """
-        key = (training, self._blocks(count), whole_gradients)
+        key = (training, self._blocks(count), whole_gradients, self._listed())
         executor = self._executors.pop(key, None)
         if executor is None:
             plan = self.plan(training, count, whole_gradients)
@@ -151,6 +151,10 @@ class Plans:
                 del self._executors[next(iter(self._executors))]
         self._executors[key] = executor  # the one used last stands last
         return executor
+
+    def _listed(self) -> tuple[bool, ...]:
+        """Return which weights run on lists of non-zeros now, of those whose number of non-zeros may change."""
+        return tuple(suits_lists(index) for index in self.parameters.sparse.values() if not index.compact)
 
     def largest(self, count: int) -> Plan:
         """Return the plan of the training step of ``count`` samples that needs most memory."""

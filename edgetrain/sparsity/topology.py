@@ -15,7 +15,7 @@ from edgetrain.errors import CheckpointError, UsageError
 from edgetrain.graph import Graph
 from edgetrain.optim import Optimizer
 from edgetrain.parameters import Parameters
-from edgetrain.policies import describe_policy
+from edgetrain.policies import NONE, describe_policy
 from edgetrain.sparse_index import SparseIndex
 from edgetrain.sparsity.layers import SparseLayer
 from edgetrain.sparsity.policy import Floats, Gradients, Mask, SparsityPolicy
@@ -146,7 +146,10 @@ class Topology:
         if self.policy is None:
             return {}
         densities = {name: index.density for name, index in self.indices.items()}
-        return {SPARSITY: describe_policy("sparsity", self.policy), DENSITIES: json.dumps(densities)}
+        return {SPARSITY: self._described(), DENSITIES: json.dumps(densities)}
+
+    def _described(self) -> str:
+        return describe_policy("sparsity", self.policy)
 
     # --- state ---
 
@@ -156,7 +159,8 @@ class Topology:
         for name, index in self.indices.items():
             tensors[f"{_PREFIX}{name}/starts"] = index.starts.copy()
             tensors[f"{_PREFIX}{name}/columns"] = index.columns[: index.count].copy()
-        return tensors, {"total_steps": self.total_steps, "densities": dict(self.densities)}
+        plain = {"total_steps": self.total_steps, "densities": dict(self.densities), "policy": self._described()}
+        return tensors, plain
 
     def restore(self, tensors: Mapping[str, NDArray[Any]], meta: Mapping[str, Any] | None) -> dict[str, NDArray[Any]]:
         """Take the state that ``state`` returned (``None`` for none); return the tensors that belong to others.
@@ -166,13 +170,16 @@ class Topology:
         """
         rest = {key: array for key, array in tensors.items() if not key.startswith(_PREFIX)}
         wanted = {f"{_PREFIX}{name}/{part}" for name in self.indices for part in ("starts", "columns")}
-        if wanted | rest.keys() != tensors.keys():
-            raise CheckpointError("the state belongs to another sparsity policy: its sparse layers are different ones")
+        policy = NONE if meta is None else meta["policy"]
+        if policy != self._described() or wanted | rest.keys() != tensors.keys():
+            raise CheckpointError(
+                f"the state belongs to another sparsity policy: '{policy}', this learner has '{self._described()}'"
+            )
         try:
             for name, index in self.indices.items():
                 index.restore(*(tensors[f"{_PREFIX}{name}/{part}"] for part in ("starts", "columns")))
         except UsageError as error:
-            raise CheckpointError(f"the state belongs to another sparsity policy: {error}") from error
+            raise CheckpointError(f"the state belongs to another network: {error}") from error
         self.version += 1
         if meta is not None:
             self.total_steps, self.densities = meta["total_steps"], dict(meta["densities"])

@@ -1,0 +1,539 @@
+"""Sparse training: what every policy must do, what each decides, and the arithmetic of the sparse network."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+
+import numpy as np
+import onnx
+import pytest
+
+import edgetrain as et
+from edgetrain import reference
+from edgetrain.checkpoint import read_checkpoint
+from edgetrain.devices import load_profile
+from edgetrain.errors import CheckpointError, UsageError
+from edgetrain.graph import Graph
+from edgetrain.policies import describe_policy, parse_policy, policy_names
+from edgetrain.sparsity import SparseLayer, SparsityPolicy, sparse_layers
+from edgetrain.sparsity.layers import entries, erdos_renyi_kernel, uniform
+from edgetrain.sparsity.policy import largest
+from edgetrain.sparsity.swat import momentum_densities
+from edgetrain.torch_network import TorchNetwork
+
+PROFILE = load_profile("generic-x86_64")
+SHAPE, CLASSES = (2, 8, 8), 4
+
+
+def network(seed: int = 0) -> Graph:
+    """Strided, grouped, depthwise and plain convolutions with normalisation, and dense layers of both orientations."""
+    rng = np.random.default_rng(seed)
+    graph = Graph("sparse", input_shape=SHAPE)
+
+    def weight(name: str, *shape: int) -> str:
+        return graph.parameter(name, rng.normal(0, 0.3, shape))
+
+    x = graph.add("Conv", ["input", weight("a.weight", 8, 2, 3, 3)], pads=[1] * 4)
+    norm = [graph.parameter(f"n.{part}", np.full(8, value), trainable)
+            for part, value, trainable in (("scale", 1, True), ("bias", 0, True), ("mean", 0, False),
+                                           ("var", 1, False))]  # fmt: skip
+    x = graph.add("Relu", [graph.add("BatchNormalization", [x, *norm])])
+    x = graph.add("Conv", [x, weight("b.weight", 12, 8, 3, 3), graph.parameter("b.bias", rng.normal(size=12))],
+                  pads=[1] * 4, strides=[2, 2])  # fmt: skip
+    x = graph.add("Relu", [x])
+    x = graph.add("Conv", [x, weight("depthwise.weight", 12, 1, 3, 3)], pads=[1] * 4, group=12)
+    x = graph.add("Conv", [x, weight("grouped.weight", 8, 6, 3, 3)], group=2)
+    x = graph.add("Flatten", [graph.add("Relu", [x])])
+    x = graph.add("Relu", [graph.add("MatMul", [x, weight("c.weight", 32, 16)])])
+    dense = [weight("d.weight", CLASSES, 16), graph.parameter("d.bias", np.zeros(CLASSES))]
+    graph.set_outputs([graph.add("Gemm", [x, *dense], transB=1)])
+    return graph
+
+
+def batch(count: int = 9, seed: int = 1) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    return rng.normal(size=(count, *SHAPE)).astype(np.float32), rng.integers(0, CLASSES, count)
+
+
+def learner(policy: SparsityPolicy | None, threads: int = 1, **settings) -> et.Learner:
+    optimizer = settings.pop("optimizer", et.SGD(lr=0.05, momentum=0.9, weight_decay=1e-3))
+    graph = settings.pop("graph", None) or network()
+    return et.Learner(graph, PROFILE, batch_size=8, threads=threads, optimizer=optimizer, sparsity=policy, **settings)
+
+
+def train(made: et.Learner, steps: int, start: int = 0) -> list[float]:
+    return [made.partial_fit(*batch(8, seed)).loss for seed in range(start, start + steps)]
+
+
+def patterns(made: et.Learner) -> dict[str, np.ndarray]:
+    return {name: index.mask() for name, index in made.topology.indices.items()}
+
+
+POLICIES = {
+    "static": et.StaticSparse(weights=0.8),
+    "static-uniform": et.StaticSparse(weights=0.9, distribution="uniform"),
+    "rigl": et.RigL(weights=0.8, refresh=3, total_steps=40),
+    "rigl-uniform": et.RigL(weights=0.9, distribution="uniform", refresh=2, total_steps=40),
+    "set": et.SET(weights=0.8, refresh=3, total_steps=40),
+    "set-dense-ends": et.SET(weights=0.9, refresh=3, total_steps=40, dense_first=True, dense_last=True),
+    "swat-unstructured": et.SWAT(weights=0.8, activations=0.0, refresh=3),
+    "swat-erk": et.SWAT(weights=0.8, activations=0.0, variant="erk", refresh=3),
+    "swat-momentum": et.SWAT(weights=0.8, activations=0.0, variant="momentum", refresh=3),
+    "swat-structured": et.SWAT(weights=0.8, activations=0.0, variant="structured", refresh=3),
+}
+EVERY = pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES.keys())
+COMPACT = {name: policy for name, policy in POLICIES.items() if policy.compact}
+EVERY_COMPACT = pytest.mark.parametrize("policy", COMPACT.values(), ids=COMPACT.keys())
+
+
+# ---- what every policy must do ---------------------------------------------------------------------------------------
+
+
+def test_every_policy_is_in_the_contract_suite():
+    assert {policy.name for policy in POLICIES.values()} == set(policy_names("sparsity"))
+
+
+@EVERY
+def test_density_is_exact_at_every_step(policy):
+    made = learner(policy)
+    for step in range(12):
+        train(made, 1, step)
+        for layer in made.topology.layers:
+            index = made.topology.indices[layer.weight]
+            if policy.name == "swat" and policy.variant == "structured" and layer.taps > 1:
+                kernels = layer.size // layer.taps
+                assert index.count == entries(kernels, made.topology.densities[layer.weight]) * layer.taps
+            else:
+                assert index.count == entries(layer.size, made.topology.densities[layer.weight])
+            array = made.parameters()[layer.weight]
+            assert not array[~index.mask()].any()
+
+
+@EVERY
+def test_the_depthwise_layer_stays_dense(policy):
+    assert "depthwise.weight" not in learner(policy).topology.indices
+
+
+@EVERY
+def test_gradients_are_those_of_the_network_with_zeros(policy):
+    made, (x, y) = learner(policy), batch()
+    train(made, 4)
+    wanted = TorchNetwork(replace_arrays(network(), made.parameters())).gradients(x, y)
+    got = made.gradients(x, y)
+    for name, mask in patterns(made).items():
+        if policy.compact:
+            wanted[name] = np.where(mask, wanted[name], 0)
+    assert got.keys() == wanted.keys()
+    for name in wanted:
+        assert np.abs(got[name] - wanted[name]).max() <= 1e-4 * np.abs(wanted[name]).max(), name
+
+
+@EVERY
+def test_predictions_are_those_of_the_network_with_zeros(policy):
+    made, (x, _) = learner(policy), batch()
+    train(made, 4)
+    wanted = reference.evaluate(replace_arrays(network(), made.parameters()), x)
+    np.testing.assert_allclose(made.logits(x), wanted, atol=1e-4 * np.abs(wanted).max())
+
+
+def replace_arrays(graph: Graph, arrays: dict[str, np.ndarray]) -> Graph:
+    graph.arrays = dict(arrays)
+    return graph
+
+
+@EVERY
+def test_gradients_change_nothing(policy):
+    made = learner(policy)
+    before, found = made.parameters(), patterns(made)
+    made.gradients(*batch())
+    assert_equal(made.parameters(), before)
+    assert_equal(patterns(made), found)
+
+
+def assert_equal(got, wanted):
+    assert got.keys() == wanted.keys()
+    for name in wanted:
+        np.testing.assert_array_equal(got[name], wanted[name], err_msg=name)
+
+
+@EVERY
+def test_results_depend_on_the_seed_and_not_on_threads(policy):
+    one, two, other = learner(policy), learner(policy, threads=2), learner(policy, seed=1)
+    losses = train(one, 8)
+    assert train(two, 8) == losses
+    assert_equal(two.parameters(), one.parameters())
+    if policy.compact:  # SWAT draws nothing
+        assert train(other, 8) != losses
+
+
+@EVERY
+def test_a_checkpoint_goes_on_exactly(policy, tmp_path):
+    made = learner(policy)
+    train(made, 5)
+    made.save(tmp_path / "c.safetensors")
+    loaded = et.Learner.load(tmp_path / "c.safetensors")
+    assert loaded.sparsity == policy
+    assert_equal(patterns(loaded), patterns(made))
+    assert_equal(loaded.parameters(), made.parameters())
+    assert train(loaded, 7, 5) == train(made, 7, 5)
+    assert_equal(loaded.parameters(), made.parameters())
+
+
+@EVERY_COMPACT
+def test_a_checkpoint_holds_no_dense_weights(policy, tmp_path):
+    made = learner(policy)
+    train(made, 1)
+    made.save(tmp_path / "sparse")
+    tensors, _ = read_checkpoint(tmp_path / "sparse")
+    for name, index in made.topology.indices.items():
+        sizes = {key: array.size for key, array in tensors.items() if key.endswith(f"/{name}")}
+        assert set(sizes) == {f"state/weights/{name}", f"state/velocity/{name}"}
+        assert set(sizes.values()) == {index.count}
+
+
+@EVERY
+def test_a_state_of_another_policy_is_refused(policy, tmp_path):
+    made = learner(policy)
+    train(made, 1)
+    with pytest.raises(CheckpointError, match="another"):
+        learner(None).restore(*made.state())
+    with pytest.raises(CheckpointError, match="another"):
+        learner(replace(policy, weights=0.5)).restore(*made.state())
+
+
+@EVERY
+def test_an_exported_file_has_zeros_and_tells_densities(policy, tmp_path):
+    made, (x, _) = learner(policy), batch()
+    train(made, 4)
+    made.export_onnx(tmp_path / "m.onnx")
+    told = {prop.key: prop.value for prop in onnx.load(tmp_path / "m.onnx").metadata_props}
+    assert parse_policy("sparsity", told["edgetrain.sparsity"]) == policy
+    graph = et.load_onnx(tmp_path / "m.onnx")
+    for name, density in json.loads(told["edgetrain.densities"]).items():
+        assert np.count_nonzero(graph.arrays[name]) <= round(density * graph.arrays[name].size)
+        assert not graph.arrays[name][~made.topology.indices[name].mask()].any()
+    np.testing.assert_array_equal(learner(None, graph=graph).logits(x).argmax(1), made.predict(x))
+
+
+@EVERY
+def test_an_exported_file_goes_on_sparse(policy, tmp_path):
+    made = learner(policy)
+    train(made, 4)
+    made.export_onnx(tmp_path / "m.onnx")
+    again = learner(policy, graph=et.load_onnx(tmp_path / "m.onnx"))
+    for name, array in made.parameters().items():
+        if policy.name != "swat" or policy.variant != "momentum":  # whose densities begin uniform again
+            np.testing.assert_array_equal(again.parameters()[name], array)
+    train(again, 3)
+
+
+@EVERY
+def test_loaded_parameters_bring_their_pattern(policy):
+    made = learner(policy)
+    given = network(seed=5).arrays
+    made.load_parameters(given)
+    for name, mask in patterns(made).items():
+        np.testing.assert_array_equal(made.parameters()[name], np.where(mask, given[name], 0))
+        kept, dropped = np.abs(given[name][mask]), np.abs(given[name][~mask])
+        if policy.name != "swat" or policy.variant != "structured":
+            assert kept.min() >= dropped.max()
+
+
+@EVERY
+def test_the_text_of_a_policy_gives_it_back(policy):
+    assert parse_policy("sparsity", describe_policy("sparsity", policy)) == policy
+
+
+@EVERY
+def test_operations_are_counted(policy):
+    made = learner(policy)
+    step = made.partial_fit(*batch(8))
+    assert step.macs_dense == learner(None).partial_fit(*batch(8)).macs_dense
+    assert step.macs_dense - step.macs_done == step.saved_weights > 0
+
+
+@EVERY
+def test_other_optimizers(policy):
+    made = learner(policy, optimizer=et.AdamW(lr=0.01))
+    train(made, 6)
+    for name, mask in patterns(made).items():
+        assert not made.parameters()[name][~mask].any()
+
+
+@EVERY
+def test_any_number_of_samples(policy):
+    made = learner(policy)
+    for count in (1, 8, 21):
+        made.partial_fit(*batch(count))
+        assert made.logits(batch(count)[0]).shape == (count, CLASSES)
+
+
+# ---- density 1 -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("policy", [
+    et.StaticSparse(weights=0.0), et.RigL(weights=0.0, refresh=2, total_steps=20), et.SET(weights=0.0),
+    *(et.SWAT(weights=0.0, activations=0.0, variant=v) for v in ("unstructured", "erk", "momentum", "structured")),
+], ids=lambda policy: f"{policy.name}-{getattr(policy, 'variant', '')}")  # fmt: skip
+def test_without_zeros_training_is_dense_training_bit_for_bit(policy):
+    sparse, dense = learner(policy), learner(None)
+    assert train(sparse, 6) == train(dense, 6)
+    assert_equal(sparse.parameters(), dense.parameters())
+    assert sparse.memory_plan() == dense.memory_plan()
+
+
+# ---- memory ----------------------------------------------------------------------------------------------------------
+
+
+@EVERY_COMPACT
+def test_only_weights_that_exist_are_stored(policy):
+    made = learner(policy)
+    train(made, 3)
+    for name, index in made.topology.indices.items():
+        for buffer in ("weights", "gradients", "velocity"):
+            assert made._parameters.view(name, buffer).shape == (index.count,)
+        assert made.graph.arrays[name].strides == (0,) * len(index.shape), "the graph holds a dense copy"
+        assert made.graph.arrays[name].shape == index.shape
+
+
+def test_the_memory_plan_shows_what_is_stored():
+    graph = et.models.resnet((1, 12, 12), depth=8)
+    policies = {"dense": None, "static": et.StaticSparse(0.9), "rigl": et.RigL(0.9), "swat": et.SWAT(0.9)}
+    plans = {
+        name: et.Learner(graph, PROFILE, batch_size=8, threads=1, sparsity=policy).memory_plan().parts
+        for name, policy in policies.items()
+    }
+    for part in ("weights", "gradients", "optimizer"):
+        assert plans["static"][part] == plans["rigl"][part] < 0.12 * plans["dense"][part]
+        assert plans["swat"][part] == plans["dense"][part]
+    assert plans["static"]["sparse index"] > 0
+    assert "sparse index" not in plans["dense"]
+    assert plans["rigl"]["activations"] >= plans["static"]["activations"]
+
+
+def test_the_budget_covers_steps_that_change_the_topology():
+    graph = et.models.lenet5()
+    usual = et.Learner(graph, PROFILE, batch_size=1, threads=1, sparsity=et.StaticSparse(0.9)).memory_plan(1).peak_bytes
+    whole = et.Learner(graph, PROFILE, batch_size=1, threads=1, sparsity=et.RigL(0.9)).memory_plan(1).peak_bytes
+    assert usual < whole
+    tight = et.Learner(
+        graph, PROFILE, batch_size=1, threads=1, sparsity=et.RigL(0.9), memory_budget=(usual + whole) // 2
+    )
+    with pytest.raises(et.errors.MemoryBudgetError):
+        tight.partial_fit(np.zeros((1, 1, 28, 28)), [0])
+
+
+# ---- densities -------------------------------------------------------------------------------------------------------
+
+GRAPHS = {"lenet5": et.models.lenet5, "resnet8": lambda: et.models.resnet(depth=8), "resnet20": et.models.resnet}
+
+
+@pytest.mark.parametrize("sparsity", [0.5, 0.8, 0.9, 0.99, 0.9999])
+@pytest.mark.parametrize("graph", GRAPHS.values(), ids=GRAPHS.keys())
+def test_erdos_renyi_kernel_densities_sum_to_the_target(graph, sparsity):
+    layers = sparse_layers(graph())
+    densities = erdos_renyi_kernel(layers, 1 - sparsity)
+    total = sum(layer.size for layer in layers)
+    assert sum(densities[layer.weight] * layer.size for layer in layers) == pytest.approx((1 - sparsity) * total)
+    assert all(0 < density <= 1 for density in densities.values())
+    raw = {layer.weight: sum(layer.shape) / layer.size for layer in layers}
+    factors = [densities[name] / raw[name] for name in raw if densities[name] < 1]
+    assert max(factors) == pytest.approx(min(factors))
+    assert all(raw[name] * factors[0] >= 1 for name in raw if densities[name] == 1)
+
+
+def test_a_layer_that_would_be_denser_than_dense_is_dense():
+    layers = [SparseLayer(n, n, s, False, 1, 0) for n, s in (("small", (2, 1, 3, 3)), ("large", (64, 64, 3, 3)))]
+    densities = erdos_renyi_kernel(layers, 0.5)
+    assert densities["small"] == 1
+    assert densities["large"] == pytest.approx((0.5 * (18 + 36864) - 18) / 36864)
+
+
+def test_uniform_densities():
+    layers = sparse_layers(et.models.lenet5())
+    assert set(uniform(layers, 0.1).values()) == {0.1}
+
+
+RULES = {
+    "rigl": (et.RigL(), {"a", "b", "grouped", "c", "d"}),
+    "rigl-uniform": (et.RigL(distribution="uniform"), {"b", "grouped", "c", "d"}),
+    "rigl-ends": (et.RigL(dense_first=True, dense_last=True), {"b", "grouped", "c"}),
+    "swat-u": (et.SWAT(), {"b", "grouped", "c", "d"}),
+    "swat-erk": (et.SWAT(variant="erk"), {"a", "b", "grouped", "c", "d"}),
+    "swat-m": (et.SWAT(variant="momentum"), {"a", "b", "grouped", "c", "d"}),
+    "swat-structured": (et.SWAT(variant="structured"), {"b", "grouped", "c", "d"}),
+    "swat-last": (et.SWAT(dense_last=True), {"b", "grouped", "c"}),
+}
+
+
+@pytest.mark.parametrize(("policy", "wanted"), RULES.values(), ids=RULES.keys())
+def test_first_and_last_layers(policy, wanted):
+    assert {layer.weight.removesuffix(".weight") for layer in policy.layers(network())} == wanted
+
+
+def test_weights_that_two_layers_share_stay_dense():
+    graph = Graph("shared", input_shape=(4,))
+    weight = graph.parameter("w", np.ones((4, 4)))
+    x = graph.add("MatMul", [graph.add("MatMul", ["input", weight]), weight])
+    graph.set_outputs([x])
+    assert sparse_layers(graph) == []
+
+
+# ---- initial patterns ------------------------------------------------------------------------------------------------
+
+
+def test_random_patterns_are_scaled_and_trained_ones_are_not():
+    original = network().arrays
+    random = learner(et.StaticSparse(0.8))
+    trained = learner(et.StaticSparse(0.8, initial_pattern="magnitude"))
+    for name, mask in patterns(random).items():
+        scale = 1 / math.sqrt(random.topology.densities[name])
+        np.testing.assert_allclose(random.parameters()[name], np.where(mask, original[name] * scale, 0), rtol=1e-6)
+    for name, mask in patterns(trained).items():
+        np.testing.assert_array_equal(trained.parameters()[name], np.where(mask, original[name], 0))
+        np.testing.assert_array_equal(mask, largest(np.abs(original[name]), int(mask.sum())))
+
+
+def test_the_largest_are_chosen_and_of_equal_ones_the_first():
+    scores = np.array([[1.0, 3.0, 1.0], [2.0, 1.0, 0.0]], np.float32)
+    assert largest(scores, 3).tolist() == [[True, True, False], [True, False, False]]
+    assert largest(scores, 0).sum() == 0
+    assert largest(scores, 6).all()
+
+
+# ---- RigL and SET ----------------------------------------------------------------------------------------------------
+
+
+def test_rigl_drops_the_smallest_and_grows_where_the_gradient_is_largest():
+    policy = et.RigL(weights=0.8, refresh=3, total_steps=40)
+    made = learner(policy)
+    train(made, 2)
+    before, old = made.parameters(), patterns(made)
+    _, gradients = reference.gradients(replace_arrays(network(), before), *batch(8, 2))
+    train(made, 1, 2)
+    after, new = made.parameters(), patterns(made)
+    share = policy.fraction / 2 * (1 + math.cos(math.pi * 3 / 30))
+    for name in old:
+        count = int(old[name].sum())
+        moved = int(share * count)
+        grown, dropped = new[name] & ~old[name], old[name] & ~new[name]
+        assert new[name].sum() == count
+        assert 0 < grown.sum() == dropped.sum() <= moved
+        assert not after[name][grown].any(), "new weights are 0"
+        assert not made._parameters.dense(name, "velocity")[grown].any(), "and so is their momentum"
+        scores = np.abs(gradients[name])
+        assert scores[grown].min() >= scores[~old[name] & ~new[name]].max(initial=0) * (1 - 1e-4)
+        assert (old[name] & new[name]).sum() >= count - moved, "the largest stay"
+
+
+@pytest.mark.parametrize("policy", [et.RigL(refresh=10), et.SET(refresh=10)], ids=["rigl", "set"])
+def test_the_schedule_of_changes(policy):
+    shares = [policy.replaced(step, 1000) for step in range(1000)]
+    changing = [step for step, share in enumerate(shares) if share]
+    assert changing == list(range(9, 749, 10))
+    assert shares[9] == pytest.approx(0.3 * (1 + math.cos(math.pi * 10 / 750)) / 2)
+    assert policy.replaced(9, None) == pytest.approx(0.3, abs=1e-4), "32,000 steps when nobody tells"
+
+
+def test_fit_tells_how_long_training_is():
+    made = learner(et.RigL(0.8, refresh=2))
+    x, y = batch(40)
+    made.fit((x, y), epochs=4, normalize=False)
+    assert made.topology.total_steps == 20
+    assert made.topology.changes == 7  # after steps 2, 4, ... 14, before 75 % of 20
+
+
+def test_set_needs_no_gradients_of_weights_that_do_not_exist():
+    made = learner(et.SET(0.8, refresh=2, total_steps=40))
+    train(made, 4)
+    assert made.topology.changes == 2
+    assert not made.topology.wants_gradients
+    assert not any(name.startswith("whole") for name in made.training_plan().offsets)
+
+
+def test_static_patterns_stay():
+    made = learner(et.StaticSparse(0.8))
+    before = patterns(made)
+    train(made, 10)
+    assert_equal(patterns(made), before)
+    assert made.topology.changes == 0
+
+
+# ---- SWAT ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("variant", ["unstructured", "erk"])
+def test_swat_keeps_the_largest_weights_of_a_dense_master(variant):
+    made = learner(et.SWAT(weights=0.8, activations=0.0, variant=variant, refresh=4))
+    seen = []
+    for step in range(9):
+        masters = {name: made._parameters.view(name).copy() for name in made.topology.indices}
+        train(made, 1, step)
+        seen.append(patterns(made))
+        if step % 4 == 0:
+            for name, mask in seen[-1].items():
+                np.testing.assert_array_equal(mask, largest(np.abs(masters[name]), int(mask.sum())))
+        else:
+            assert_equal(seen[-1], seen[-2])
+    assert any((seen[8][name] != seen[0][name]).any() for name in seen[0])
+
+
+def test_swat_moves_weights_that_do_not_exist():
+    made = learner(et.SWAT(weights=0.8, activations=0.0), optimizer=et.SGD(lr=0.1))
+    name = "b.weight"
+    before = made._parameters.view(name).copy()
+    grads = made.gradients(*batch(8))[name]
+    made.partial_fit(*batch(8))
+    outside = ~made.topology.indices[name].mask()
+    assert np.count_nonzero(grads[outside])
+    np.testing.assert_allclose(made._parameters.view(name)[outside], (before - 0.1 * grads)[outside], atol=1e-6)
+
+
+def test_structured_swat_keeps_whole_kernels():
+    made = learner(et.SWAT(weights=0.6, activations=0.0, variant="structured"))
+    array = network().arrays["b.weight"]
+    mask = made.topology.indices["b.weight"].mask().reshape(12, 8, 9)
+    assert (mask.all(2) == mask.any(2)).all()
+    norms = np.abs(array).reshape(12, 8, 9).sum(2)
+    np.testing.assert_array_equal(mask.all(2), largest(norms, entries(96, 0.4)))
+
+
+def test_momentum_shares_out_all_weights():
+    made = learner(et.SWAT(weights=0.8, activations=0.0, variant="momentum", refresh=2))
+    train(made, 5)
+    densities, layers = momentum_densities(made.topology, 0.2), made.topology.layers
+    total = sum(layer.size for layer in layers)
+    assert sum(densities[layer.weight] * layer.size for layer in layers) == pytest.approx(0.2 * total)
+    assert max(densities.values()) <= 0.99
+    means = {layer.weight: made.topology.mean_momentum(layer) for layer in layers}
+    counts = {layer.weight: densities[layer.weight] * layer.size for layer in layers}
+    free = [name for name in counts if densities[name] < 0.99]
+    assert sorted(free, key=counts.get) == sorted(free, key=means.get)
+
+
+def test_the_momentum_variant_needs_momentum():
+    with pytest.raises(UsageError, match="needs an optimizer with momentum"):
+        learner(et.SWAT(variant="momentum"), optimizer=et.SGD(lr=0.1))
+
+
+# ---- what is refused -------------------------------------------------------------------------------------------------
+
+WRONG = {
+    "weights-1": (lambda: et.RigL(weights=1.0), "rigl: weights=1.0, expected a share of zeros"),
+    "weights-negative": (lambda: et.SWAT(weights=-0.1), "swat: weights=-0.1, expected"),
+    "activations": (lambda: et.SWAT(activations=2), "swat: activations=2, expected"),
+    "variant": (lambda: et.SWAT(variant="x"), "variant='x', expected one of unstructured, erk, momentum, structured"),
+    "distribution": (lambda: et.SET(distribution="x"), "distribution='x', expected one of uniform, erk"),
+    "pattern": (lambda: et.StaticSparse(initial_pattern="x"), "expected one of random, magnitude"),
+    "refresh": (lambda: et.RigL(refresh=0), "refresh=0, expected a whole number of at least 1"),
+    "fraction": (lambda: et.RigL(fraction=1.5), "fraction=1.5, expected a share from 0 to 1"),
+    "total": (lambda: et.SET(total_steps=0), "total_steps=0, expected a whole number"),
+}
+
+
+@pytest.mark.parametrize(("make", "message"), WRONG.values(), ids=WRONG.keys())
+def test_values_out_of_range(make, message):
+    with pytest.raises(UsageError, match=message):
+        make()
