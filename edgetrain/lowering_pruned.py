@@ -121,7 +121,8 @@ class PrunedLowering(ProductLowering):
         x, pixels, lists = self.layout(node.x), g.size[0] * g.size[1], self._lists(node, g)
         self.plan.sizes[self.plan.buffer(node.y.name)] = lists.nbytes
         record = Ref("records", 4 * RECORD * int(node.get("record")))
-        norms, counts, starts = (self.workspace(size * x.planes) for size in (4 * pixels, 8, 8))
+        norms, counts = self.workspace(4 * pixels * x.planes), self.workspace(8 * x.planes)
+        starts, grad = self.workspace(8 * x.channels), self.layout(node.get("grad_out"))
         threshold = self.kept(f"threshold:{node.y.name}", ALIGNMENT)
         self.emit(
             "vector_norms", (self.lanes,), x.planes, x=self.address(node.x), norms=norms, counts=counts, record=record,
@@ -131,18 +132,18 @@ class PrunedLowering(ProductLowering):
         self.emit(
             "choose_threshold", (), 1, norms=norms, counts=counts, starts=starts, counters=self.workspace(_COUNTERS),
             record=record, threshold=threshold, tally=Ref("tally", TALLY_BYTES * int(node.get("record"))),
-            state=Ref("state"), planes=x.planes, pixels=pixels, capacity=lists.capacity,
+            state=Ref("state"), blocks=self.blocks, channels=x.channels, pixels=pixels, capacity=lists.capacity,
             refresh=int(node.get("refresh")),
         )  # fmt: skip
-        tables = [_places(phase, self.layout(node.get("grad_out")), x) for phase in lists.phases]
+        tables = [_places(phase, grad, x) for phase in lists.phases]
         ends = [sum(len(table) for table in tables[:i]) for i in range(len(tables) + 1)]
         base = self.address(node.y)
         self.emit(
-            "list_vectors", (self.lanes,), x.planes, x=self.address(node.x), norms=norms, starts=starts,
+            "list_vectors", (self.lanes,), x.channels, x=self.address(node.x), norms=norms, starts=starts,
             threshold=threshold, segments=base, pairs=base + lists.pairs, values=base + lists.values,
             pixels=self.table([number for table in tables for place in table for number in place]),
-            phase_starts=self.table(ends), phases=len(tables), channels=x.channels, planes=x.planes, x_block=x.block,
-            x_channel=x.channel, pixel_count=pixels,
+            phase_starts=self.table(ends), phases=len(tables), blocks=self.blocks, channels=x.channels,
+            x_block=x.block, x_channel=x.channel, other_block=grad.block, pixel_count=pixels,
         )  # fmt: skip
         with self.stage("update"):
             self.emit("expand", (1,), 1, x=threshold, y=record + 4 * THRESHOLD, rows=1, columns=1, x_channel=0,
@@ -163,16 +164,14 @@ class PrunedLowering(ProductLowering):
                 "correlate_lists", (self.lanes, width), g.channels_in * chunks, other=self.address(node.input(1)),
                 values=base + lists.values, target=self.address(node.y), segments=base + number * lists.phase_bytes,
                 pairs=base + lists.pairs, terms=self.table(terms + [terms[-1]] * (-len(terms) % width)),
-                term_count=len(terms), term_chunk=chunk, term_chunks=chunks, blocks=self.blocks,
-                channels=g.channels_in, other_block=grad.block, value_block=0, value_channel=0,
+                term_count=len(terms), term_chunk=chunk, term_chunks=chunks, value_channel=0,
                 target_channel=g.weight_in,
             )  # fmt: skip
 
     def _lists(self, node: Node, g: Product) -> _Lists:
-        planes, phases = self.blocks * g.channels_in, [phase for phase in g.phases() if phase.taps]
-        vectors = planes * g.size[0] * g.size[1]
+        vectors = self.blocks * g.channels_in * g.size[0] * g.size[1]
         capacity = min(vectors, max(1, math.ceil(float(node.get("capacity")) * vectors)))
-        return _Lists(phases, planes, capacity, 4 * self.lanes)
+        return _Lists([phase for phase in g.phases() if phase.taps], g.channels_in, capacity, 4 * self.lanes)
 
 
 @dataclass(frozen=True)
@@ -181,20 +180,20 @@ class _Lists:
 
     Attributes:
         phases: of the stride that meet a kernel position; each has its own segments.
-        planes: segments of a phase.
+        channels: each is a segment of a phase.
         capacity: vectors there is room for.
         vector_bytes: of one vector.
     """
 
     phases: list[Phase]
-    planes: int
+    channels: int
     capacity: int
     vector_bytes: int
 
     @property
     def phase_bytes(self) -> int:
         """Bytes of the segments of a phase."""
-        return 16 * self.planes
+        return 16 * self.channels
 
     @property
     def pairs(self) -> int:

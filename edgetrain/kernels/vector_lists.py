@@ -1,6 +1,6 @@
 """Lists of vectors: the operand of a product that is mostly zero, and products that walk its list.
 
-A *segment* lists vectors of one channel of one block: pairs of int64 byte offsets, (in the other operand, in the
+A *segment* lists vectors of one channel, of all blocks: pairs of int64 byte offsets, (in the other operand, in the
 memory of the vectors themselves). ``segments`` holds int64 pairs (first pair, number of pairs). With one channel and
 many terms a tile of the gather-correlate loads a listed vector once and multiplies straight from memory.
 
@@ -110,11 +110,11 @@ def _count(norms: Any, threshold: Any, counts: Any, planes: Any, pixels: Any) ->
 
 
 @kernel(
-    "norms", "counts", "starts", "counters", "record", "threshold", "tally", "state", "planes", "pixels", "capacity",
-    "refresh",
+    "norms", "counts", "starts", "counters", "record", "threshold", "tally", "state", "blocks", "channels", "pixels",
+    "capacity", "refresh",
 )  # fmt: skip
 def choose_threshold() -> Body:
-    """Write the threshold of this step, where every plane's vectors go, and how many are kept. One job.
+    """Write the threshold of this step, where every channel's vectors go, and how many are kept. One job.
 
     Every ``refresh`` steps, and whenever more than ``capacity`` vectors reach the old one, the threshold becomes the
     norm of the last of the ``density`` (of the record) largest. Vectors of zeros are never kept. If so many norms are
@@ -122,8 +122,9 @@ def choose_threshold() -> Body:
     """
 
     def body(args: int, first: int, last: int) -> None:
-        (norms, counts, starts, counters, record, threshold, tally, state, planes, pixels, capacity,
-         refresh) = arguments(args, 12)  # fmt: skip
+        (norms, counts, starts, counters, record, threshold, tally, state, blocks, channels, pixels, capacity,
+         refresh) = arguments(args, 13)  # fmt: skip
+        planes = blocks * channels
         total, limit, all_norms = 0, load_f32(record + 4 * THRESHOLD), planes * pixels
         for plane in range(planes):
             total += load_i64(counts + 8 * plane)
@@ -139,73 +140,71 @@ def choose_threshold() -> Body:
         store_i64(tally, total)
         store_i64(tally + 8, all_norms)
         start = 0
-        for plane in range(planes):
-            store_i64(starts + 8 * plane, start)
-            start += load_i64(counts + 8 * plane)
+        for channel in range(channels):
+            store_i64(starts + 8 * channel, start)
+            for block in range(blocks):
+                start += load_i64(counts + 8 * (block * channels + channel))
 
     return body
 
 
 @kernel(
-    "x", "norms", "starts", "threshold", "segments", "pairs", "values", "pixels", "phase_starts", "phases", "channels",
-    "planes", "x_block", "x_channel", "pixel_count",
+    "x", "norms", "starts", "threshold", "segments", "pairs", "values", "pixels", "phase_starts", "phases", "blocks",
+    "channels", "x_block", "x_channel", "other_block", "pixel_count",
 )  # fmt: skip
 def list_vectors(lanes: int) -> Body:
-    """Copy the vectors whose norm reaches the threshold, and list them. Job: (block, channel).
+    """Copy the vectors whose norm reaches the threshold, and list them. Job: channel.
 
     ``pixels``: table of int64 triples (pixel, offset in the other operand, offset in ``x``), phase after phase from
-    ``phase_starts`` on. Segments are ``[phase][block][channel]``.
+    ``phase_starts`` on. Segments are ``[phase][channel]``.
     """
     size = 4 * lanes
 
     def body(args: int, first: int, last: int) -> None:
-        (x, norms, starts, threshold, segments, pairs, values, pixels, phase_starts, phases, channels, planes, x_block,
-         x_channel, pixel_count) = arguments(args, 15)  # fmt: skip
+        (x, norms, starts, threshold, segments, pairs, values, pixels, phase_starts, phases, blocks, channels, x_block,
+         x_channel, other_block, pixel_count) = arguments(args, 16)  # fmt: skip
         limit = load_f32(threshold)
-        for job in range(first, last):
-            source = x + job // channels * x_block + job % channels * x_channel
-            own, at = norms + 4 * job * pixel_count, load_i64(starts + 8 * job)
+        for channel in range(first, last):
+            at = load_i64(starts + 8 * channel)
             for phase in range(phases):
-                start = at
-                for i in range(load_i64(phase_starts + 8 * phase), load_i64(phase_starts + 8 * phase + 8)):
-                    if load_f32(own + 4 * load_i64(pixels + 24 * i)) >= limit:
-                        store_i64(pairs + 16 * at, load_i64(pixels + 24 * i + 8))
-                        store_i64(pairs + 16 * at + 8, at * size)
-                        store(values + at * size, load(source + load_i64(pixels + 24 * i + 16), lanes))
-                        at += 1
-                store_i64(segments + 16 * (phase * planes + job), start)
-                store_i64(segments + 16 * (phase * planes + job) + 8, at - start)
+                segment = segments + 16 * (phase * channels + channel)
+                store_i64(segment, at)
+                for block in range(blocks):
+                    source = x + block * x_block + channel * x_channel
+                    own = norms + 4 * (block * channels + channel) * pixel_count
+                    for i in range(load_i64(phase_starts + 8 * phase), load_i64(phase_starts + 8 * phase + 8)):
+                        if load_f32(own + 4 * load_i64(pixels + 24 * i)) >= limit:
+                            store_i64(pairs + 16 * at, load_i64(pixels + 24 * i + 8) + block * other_block)
+                            store_i64(pairs + 16 * at + 8, at * size)
+                            store(values + at * size, load(source + load_i64(pixels + 24 * i + 16), lanes))
+                            at += 1
+                store_i64(segment + 8, at - load_i64(segment))
 
     return body
 
 
 @kernel(
-    "other", "values", "target", "segments", "pairs", "terms", "term_count", "term_chunk", "term_chunks", "blocks",
-    "channels", "other_block", "value_block", "value_channel", "target_channel",
+    "other", "values", "target", "segments", "pairs", "terms", "term_count", "term_chunk", "term_chunks",
+    "value_channel", "target_channel",
 )  # fmt: skip
 def correlate_lists(lanes: int, width: int) -> Body:
     """Write ``target[c][k] = sum over the listed vectors of channel c of vector * other[its place + term k]``.
 
     Job: (channel, chunk of terms). ``terms``: int64 pairs (offset in ``other``, offset in ``target``), whole multiples
-    of ``width``. ``value_block``, ``value_channel``: where a segment's offsets count from, 0 for copies.
+    of ``width``. ``value_channel``: bytes between the places from which channels' offsets count, 0 for copies.
     """
 
     def body(args: int, first: int, last: int) -> None:
-        (other, values, target, segments, pairs, terms, term_count, term_chunk, term_chunks, blocks, channels,
-         other_block, value_block, value_channel, target_channel) = arguments(args, 15)  # fmt: skip
+        (other, values, target, segments, pairs, terms, term_count, term_chunk, term_chunks, value_channel,
+         target_channel) = arguments(args, 11)  # fmt: skip
         for job in range(first, last):
             channel, chunk = job // term_chunks, job % term_chunks
+            start, count = load_i64(segments + 16 * channel), load_i64(segments + 16 * channel + 8)
             last_term = min(term_count, (chunk + 1) * term_chunk)
-            for block in range(blocks):
-                segment = segments + 16 * (block * channels + channel)
-                start, count = load_i64(segment), load_i64(segment + 8)
-                if block > 0 and count == 0:
-                    continue
-                for k in range(chunk * term_chunk, last_term, width):
-                    correlate_tile(
-                        other + block * other_block, values + block * value_block + channel * value_channel,
-                        target + channel * target_channel, pairs + 16 * start, terms + 16 * k, count, 0, 0, 1,
-                        last_term - k, block, 1, width, lanes, SAMPLES,
-                    )  # fmt: skip
+            for k in range(chunk * term_chunk, last_term, width):
+                correlate_tile(
+                    other, values + channel * value_channel, target + channel * target_channel, pairs + 16 * start,
+                    terms + 16 * k, count, 0, 0, 1, last_term - k, 0, 1, width, lanes, SAMPLES,
+                )  # fmt: skip
 
     return body
