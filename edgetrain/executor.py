@@ -14,57 +14,57 @@ from numpy.typing import NDArray
 
 from edgetrain.arrays import aligned
 from edgetrain.graph import Value
-from edgetrain.kernels.codes import ARRIVED, ROW_BYTES, STAMP_BYTES, SYNC_BYTES
+from edgetrain.kernels.codes import ARRIVED, ROW_BYTES, STAMP_BYTES, SYNC_BYTES, TICKET
 from edgetrain.kernels.registry import compile_kernels, interpreter
 from edgetrain.plan import STAGES, KernelKey, Plan
 
 _STAMP: KernelKey = ("stamp", ())
 
 
-def run_program(program: int, rows: int, thread: int, threads: int, sync: int, arrived: int) -> int:
-    """Take part in a run; see ``kernels.program.run_program``."""
-    return interpreter()(program, rows, thread, threads, sync, arrived)
+def _lead(program: int, rows: int, threads: int, sync: NDArray[np.int64]) -> bool:
+    """Run a program as its first thread, see ``kernels.program.lead``; return whether no guard stopped it."""
+    lead, _ = interpreter()
+    return lead(program, rows, threads, sync.ctypes.data, int(sync[ARRIVED // 8])) == 0
 
 
 class _Order:
-    """What the waiting threads are to run next; shared with them instead of the team, so that a team can be freed."""
+    """What the waiting threads need; shared with them instead of the team, so that a team can be freed."""
 
     def __init__(self, sync: NDArray[np.int64]) -> None:
         self.sync = sync  # held here because a thread may still look at it when the team is gone
-        self.work: tuple[int, int, int, int, int] | None = None  # program, rows, threads, sync, arrived; None: stop
+        self.dismissed = False
+        self.wanted = 0  # ticket of the latest run, or of the one that is about to begin
         self.starts: list[threading.Lock] = []
 
     def wake(self) -> None:
-        """Let all threads look at ``work``; harmless when one has done so already."""
+        """Let all threads look for a run; harmless when one is awake already, or when no run follows."""
         for start in self.starts:
             if start.locked():
                 start.release()
 
     def dismiss(self) -> None:
         """End all threads."""
-        self.work = None
+        self.dismissed = True
         self.wake()
 
 
-def _serve(order: _Order, start: threading.Lock, number: int) -> None:
-    """Wait for work, take part in it, and wait again."""
-    latest = -1
+def _serve(order: _Order, start: threading.Lock, number: int, ticket: int) -> None:
+    """Take part in all runs; sleep when none follows soon."""
+    _, follow = interpreter()
     while True:
         start.acquire()
-        work = order.work
-        if work is None:
+        if order.dismissed:
             return
-        program, rows, threads, sync, arrived = work
-        if arrived != latest:  # else woken twice for the same run
-            latest = arrived
-            run_program(program, rows, number, threads, sync, arrived)
+        ticket = follow(order.sync.ctypes.data, number, ticket)
+        while ticket < order.wanted and not order.dismissed:  # woken for a run that has not begun yet
+            ticket = follow(order.sync.ctypes.data, number, ticket)
 
 
 class Team:
     """Threads that run programs together.
 
-    The calling thread is number 0; the others are started on first use and sleep
-    between programs. Not Numba's thread pool: that one aborts the process when it is
+    The calling thread is number 0; the others are started on first use and sleep between programs, unless one follows
+    within 100 us. Not Numba's thread pool: that one aborts the process when it is
     entered twice. After a fork the child starts threads of its own.
     """
 
@@ -82,31 +82,27 @@ class Team:
     def run(self, program: int, rows: int) -> bool:
         """Run ``rows`` rows of the program at address ``program``; return whether no guard stopped it."""
         with self._lock:
-            arrived = int(self._sync[ARRIVED // 8])
-            work = (program, rows, self.threads, self._sync.ctypes.data, arrived)
             if self.threads == 1 or rows == 0:
-                return bool(run_program(program, rows, 0, *work[2:]) == 0)
+                return _lead(program, rows, 1, self._sync)
             self._start()
-            self._order.work = work
+            self._order.wanted = int(self._sync[TICKET // 8]) + 1
             try:
                 self._order.wake()
-                return bool(run_program(program, rows, 0, *work[2:]) == 0)
-            except BaseException:
-                # An interrupt between two lines: some threads may be on their way and would wait for ever.
-                self._order.wake()
-                if self._sync[ARRIVED // 8] < arrived + self.threads:  # thread 0 has not taken part
-                    run_program(program, rows, 0, *work[2:])
-                raise
+                # An interrupt strikes before or after this call, so either all threads take part or none does.
+                return _lead(program, rows, self.threads, self._sync)
+            finally:
+                self._order.wanted = int(self._sync[TICKET // 8])
 
     def _start(self) -> None:
         if self._pid == os.getpid():
             return
-        order = _Order(self._sync)
+        order, ticket = _Order(self._sync), int(self._sync[TICKET // 8])
         for number in range(1, self.threads):
             start = threading.Lock()
             start.acquire()
             order.starts.append(start)
-            threading.Thread(target=_serve, args=(order, start, number), daemon=True, name="edgetrain").start()
+            thread = threading.Thread(target=_serve, args=(order, start, number, ticket), daemon=True, name="edgetrain")
+            thread.start()
         weakref.finalize(self, order.dismiss)
         self._order, self._pid = order, os.getpid()
 
@@ -190,8 +186,7 @@ class Executor:
         self._bind()
         rows = self.plan.rows[: self._rows_until["backward"]]
         for number, row in enumerate(rows):
-            sync = self._team.sync
-            run_program(self._program.ctypes.data + ROW_BYTES * number, 1, 0, 1, sync.ctypes.data, 0)
+            _lead(self._program.ctypes.data + ROW_BYTES * number, 1, 1, self._team.sync)
             if number + 1 == len(rows) or rows[number + 1].node != row.node:
                 yield row.node
 

@@ -386,3 +386,16 @@ def test_the_cache_works_when_the_package_is_read_only(tmp_path):
     home = {"HOME": str(tmp_path / "home"), "XDG_CACHE_HOME": str(tmp_path / "home"), "PYTHONDONTWRITEBYTECODE": "1"}
     assert len(compiled(root, **home)) == 2
     assert compiled(root, **home) == []
+
+
+def test_a_leader_that_is_late_finds_its_team(monkeypatch):
+    # Woken threads must wait for a run however long it takes to begin: the leader may lose its core in between.
+    late = trained(learner(threads=3), (BATCH,))
+    order, wake = late.plans.team._order, late.plans.team._order.wake
+
+    def slowly() -> None:
+        wake()
+        time.sleep(0.1)  # a hundred times longer than a thread looks for work
+
+    monkeypatch.setattr(order, "wake", slowly)
+    assert in_threads(lambda: late.partial_fit(*batch(late, seed=1))) == []

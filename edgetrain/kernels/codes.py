@@ -12,7 +12,7 @@ ABSENT = -(2**31)  # in place of a byte offset: this column of a sparse weight t
 
 # A program: bytes of a row; sync words, one cache line each so that spinning threads do not disturb their neighbours.
 ROW_BYTES = 32
-ARRIVED, STATUS, SYNC_BYTES = 0, 64, 128
+ARRIVED, STATUS, TICKET, ORDER, SYNC_BYTES = 0, 64, 128, 192, 256
 
 UPDATE_JOB = 4096  # floats per job of the kernels that go over all parameters
 

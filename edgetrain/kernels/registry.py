@@ -81,13 +81,16 @@ def compile_kernels(wanted: list[tuple[str, tuple[int, ...]]]) -> dict[tuple[str
 
 
 @functools.cache
-def interpreter() -> Callable[[int, int, int, int, int, int], int]:
-    """Return ``program.run_program`` compiled; other Python threads run while it does."""
-    key = ("run_program", ())
-    with _LOCK:
-        if key not in _ADDRESSES:
-            _ADDRESSES[key] = _interpreter_address()
-    return ctypes.CFUNCTYPE(ctypes.c_int64, *[ctypes.c_int64] * 6)(_ADDRESSES[key])
+def interpreter() -> tuple[Callable[[int, int, int, int, int], int], Callable[[int, int, int], int]]:
+    """Return ``program.lead`` and ``program.follow`` compiled; other Python threads run while they do."""
+    functions = []
+    for name, parameters in (("lead", 5), ("follow", 3)):
+        key = (name, ())
+        with _LOCK:
+            if key not in _ADDRESSES:
+                _ADDRESSES[key] = _interpreter_address(name, parameters)
+        functions.append(ctypes.CFUNCTYPE(ctypes.c_int64, *[ctypes.c_int64] * parameters)(_ADDRESSES[key]))
+    return functions[0], functions[1]
 
 
 def _kernel_address(key: tuple[str, tuple[int, ...]], number: int, total: int) -> int:
@@ -105,16 +108,16 @@ def _kernel_address(key: tuple[str, tuple[int, ...]], number: int, total: int) -
     return cache.load(symbol, content)
 
 
-def _interpreter_address() -> int:
-    name, symbol = cache.file_name("run_program"), "edgetrain_run_program"
+def _interpreter_address(function: str, parameters: int) -> int:
+    name, symbol = cache.file_name(function), f"edgetrain_{function}"
     content = cache.read(name)
     if content is None:
         from numba import types
 
+        from edgetrain.kernels import program
         from edgetrain.kernels.compiler import compile_object
-        from edgetrain.kernels.program import run_program
 
-        content = compile_object(run_program, symbol, 6, types.int64)
+        content = compile_object(getattr(program, function), symbol, parameters, types.int64)
         cache.write(name, content)
     return cache.load(symbol, content)
 
