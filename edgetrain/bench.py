@@ -243,12 +243,13 @@ def _first_step(contender: str, case: Case, environment: Mapping[str, str]) -> f
         return process.timing.first_step_seconds
 
 
-def scaling(model: str, batch_size: int, turns: int = TURNS, turn_seconds: float = 0.1) -> dict[str, Any]:
+def scaling(model: str, batch_size: int, turns: int = TURNS, turn_seconds: float = 0.5) -> dict[str, Any]:
     """Compare edgetrain's step with 1 and with 2 threads, and the machine's sgemm likewise, in one run.
 
     Args:
         model, batch_size: what to time.
-        turns, turn_seconds: as for ``compare``.
+        turns, turn_seconds: as for ``compare``; longer turns, for it is the rate of a long run that threads raise, and
+            the first steps after the others' turns wait for memory (two steps a turn: 1.43, ten: see the document).
 
     Returns:
         ``gain`` and ``sgemm_gain`` (time with 1 thread over that with 2), ``seconds`` of the two steps, ``load``,

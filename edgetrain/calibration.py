@@ -13,6 +13,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from edgetrain.kernels import cache
 
@@ -71,6 +72,11 @@ def state() -> str:
     except _DAMAGE:
         return "damaged"
     return "found"
+
+
+def describe() -> dict[str, Any]:
+    """Return ``file``, its ``state``, how many ``products`` it knows and how many of their tiles it ``replaced``."""
+    return {"file": str(path()), "state": state(), "products": len(findings()), "replaced": len(stored_tiles())}
 
 
 def keep(measured: Mapping[str, Finding]) -> Path:

@@ -257,8 +257,9 @@ def candidates(sizes: Sizes) -> list[Tile]:
     """Return the tiles worth trying for a product: the rule's first, then others that fit registers and sizes.
 
     Example:
-        >>> candidates(Sizes("correlate", SAMPLES, 16, channels=1, pixels=64, terms=9))[1:]
-        [(1, 5)]
+        >>> sizes = Sizes("multiply", SAMPLES, 16, channels=32, pixels=256, terms=144)
+        >>> candidates(sizes)[0] == rule(sizes), (5, 3) in candidates(sizes)
+        (True, False)
     """
     usual, unit = rule(sizes), 1 if sizes.kind == SAMPLES else sizes.lanes
     wide = sizes.kind != DEPTHWISE and sizes.channels > 1

@@ -101,7 +101,7 @@ def test_doctor(capsys):
     code, out, _ = run(capsys, "doctor", "--json")
     result = json.loads(out)
     assert code == 0
-    assert set(result) == {"edgetrain", "host", "cache", "disk_free_mib", "healthy", "advice"}
+    assert set(result) == {"edgetrain", "host", "cache", "calibration", "disk_free_mib", "healthy", "advice"}
     assert set(result["cache"]) == {"folder", "writable", "kernels"}
     code, out, _ = run(capsys, "doctor")
     assert code == 0
@@ -180,7 +180,7 @@ def test_debug_shows_the_exception(place):
 def test_other_exceptions_are_one_message_too(capsys, monkeypatch, error, code, text):
     from edgetrain.cli import machine
 
-    def fail(**_):
+    def fail(*_, **__):
         raise error
 
     monkeypatch.setattr(machine, "doctor_command", fail)

@@ -23,7 +23,7 @@ def kernels_command(models: Sequence[str], batch_size: int | None, profile_name:
     profile = load_profile(profile_name or "host")
     size = profile.batch_size if batch_size is None else batch_size
     tables = {name: kernel_table(build_model(name), profile, size) for name in models or MODELS}
-    state = describe_calibration()
+    state = calibration.describe()
     result = {
         "profile": profile.name, "batch_size": size, "calibration": state,
         "models": {name: [use.to_dict() for use in uses] for name, uses in tables.items()},
@@ -31,12 +31,6 @@ def kernels_command(models: Sequence[str], batch_size: int | None, profile_name:
     head = f"profile {profile.name}, batch size {size}; calibration: {state['state']}"
     parts = [f"{name}\n{_table_text(uses)}" for name, uses in tables.items()]
     emit(result, "\n\n".join([head, *parts]), as_json)
-
-
-def describe_calibration() -> dict[str, Any]:
-    """Return where the calibration is, its state, how many products it knows and how many tiles it replaces."""
-    return {"file": str(calibration.path()), "state": calibration.state(), "products": len(calibration.findings()),
-            "replaced": len(calibration.stored_tiles())}  # fmt: skip
 
 
 def _table_text(uses: Sequence[KernelUse]) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import edgetrain
-from edgetrain.cli.kernels import calibrate_command, describe_calibration, kernels_command
+from edgetrain import calibration
 from edgetrain.cli.output import emit
 from edgetrain.devices import host_facts, list_profiles, load_profile
 from edgetrain.errors import UsageError
@@ -47,18 +47,22 @@ def doctor_command(
         raise UsageError("--kernels and --calibrate are given, expected one of them; calibrate first, then look")
     if not kernels and not calibrate and (models or profile or batch_size is not None):
         raise UsageError("--model, --batch-size and --profile say which kernels: add --kernels or --calibrate")
+    if not kernels and not calibrate:
+        _examine(as_json)
+        return
+    # Here, not above: a doctor who needs the whole engine could not say that something of it is missing.
+    from edgetrain.cli.kernels import calibrate_command, kernels_command
+
     if calibrate:
         calibrate_command(models, batch_size, profile, quiet=quiet, as_json=as_json)
-    elif kernels:
-        kernels_command(models, batch_size, profile, as_json=as_json)
     else:
-        _examine(as_json)
+        kernels_command(models, batch_size, profile, as_json=as_json)
 
 
 def _examine(as_json: bool) -> None:
     """Print what was found and what to do about it."""
     facts, cache, disk = host_facts(), describe(), _free_mib(Path.cwd())
-    known = describe_calibration()
+    known = calibration.describe()
     advice = _advice(facts, cache, disk, known)
     result = {
         "edgetrain": edgetrain.__version__,
@@ -79,7 +83,7 @@ def _free_mib(folder: Path) -> int | None:
         return None
 
 
-def _advice(facts: dict[str, Any], cache: dict[str, Any], disk: int | None, calibration: dict[str, Any]) -> list[str]:
+def _advice(facts: dict[str, Any], cache: dict[str, Any], disk: int | None, known: dict[str, Any]) -> list[str]:
     """Return one sentence for everything that would spoil a run."""
     temperature, ram = facts["temperature_c"], facts["ram_available_mib"]
     missing = [name for name in ("numpy", "numba", "onnx") if facts["packages"].get(name) is None]
@@ -93,15 +97,15 @@ def _advice(facts: dict[str, Any], cache: dict[str, Any], disk: int | None, cali
                                                             "a fan, or use fewer --threads"),
         (bool(facts["throttled"]), f"the board slows down: {', '.join(facts['throttled'] or ())}; check power supply "
                                    "and cooling"),
-        (calibration["state"] == "damaged", f"{calibration['file']} is damaged and not used; make it again with "
-                                            "edgetrain doctor --calibrate"),
+        (known["state"] == "damaged", f"{known['file']} is damaged and not used; make it again with edgetrain doctor "
+                                      "--calibrate"),
         (facts["governor"] == "powersave", "the clock governor is 'powersave'; choose 'ondemand' or 'performance'"),
     ]  # fmt: skip
     return [sentence for wrong, sentence in checks if wrong]
 
 
 def _doctor_text(result: dict[str, Any]) -> str:
-    facts, cache, calibration = result["host"], result["cache"], result["calibration"]
+    facts, cache, known = result["host"], result["cache"], result["calibration"]
     packages = ", ".join(f"{name} {found or 'missing'}" for name, found in facts["packages"].items())
     throttled = {None: "not known here", (): "no"}.get(
         None if facts["throttled"] is None else tuple(facts["throttled"]), "yes"
@@ -118,7 +122,7 @@ def _doctor_text(result: dict[str, Any]) -> str:
         ("kernel cache", f"{cache['folder']}, {cache['kernels']} kernels, "
                          f"{'writable' if cache['writable'] else 'NOT writable'}"),
         ("calibration", {"none": "none", "damaged": "DAMAGED"}.get(
-            calibration["state"], f"{calibration['replaced']} of {calibration['products']} tiles replaced")),
+            known["state"], f"{known['replaced']} of {known['products']} tiles replaced")),
         ("disk", f"{result['disk_free_mib']} MiB free"),
     ]  # fmt: skip
     lines = [f"{name:<13} {value}" for name, value in rows]
