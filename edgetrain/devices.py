@@ -42,7 +42,10 @@ _PEAK_ORIGIN = "derived: cores x clock x lanes x 2 flops x FMA per cycle"
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """How to train on this device unless the user says otherwise; ``lr`` is the peak of the schedule."""
+    """How to train on this device unless the user says otherwise; ``lr`` is the peak of the schedule.
+
+    ``filter``, ``sparsity`` and ``error_pruning`` say what to skip, as ``policies.parse_policy`` reads it.
+    """
 
     optimizer: Annotated[str, OneOf(("sgd", "adam", "adamw"))]
     lr: Annotated[float, Within(1e-8, 10)]
@@ -56,6 +59,9 @@ class Recipe:
     label_smoothing: Annotated[float, Within(0, 0.9)]
     augmentation: str
     clip_norm: Annotated[float, Within(1e-6, 1e6)] | None = None
+    filter: str = "none"
+    sparsity: str = "none"
+    error_pruning: str = "none"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,6 +157,7 @@ class DeviceProfile:
             "recipe": f"{r.optimizer}, peak lr {r.lr:g}, "
             f"momentum {r.momentum:g}{' (Nesterov)' * r.nesterov}, weight decay {r.weight_decay:g}, "
             f"{r.schedule} after {r.warmup_fraction:.0%} warm-up, {r.epochs} epochs",
+            "skips": f"instance filter {r.filter}, sparsity {r.sparsity}, error pruning {r.error_pruning}",
         }
         return "\n".join(
             [f"{self.name}: {self.description}", *(f"  {key:<9} {text}" for key, text in rows.items())]

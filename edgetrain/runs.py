@@ -112,6 +112,16 @@ class Run:
         rows = [list(METRICS), *map(_cells, records)]
         write_file(self.metrics_file, "".join(map(_row, rows)).encode())
 
+    def keep_metrics(self, last: int) -> None:
+        """Drop the rows after number ``last``: on resuming a stream, those that the checkpoint does not know."""
+        lines = (
+            self.metrics_file.read_text(encoding="utf-8").splitlines(keepends=True)
+            if self.metrics_file.exists()
+            else []
+        )
+        rows = [line for line in lines[1:] if line.endswith("\n") and int(line.partition(",")[0]) <= last]
+        write_file(self.metrics_file, "".join([",".join(METRICS) + "\n", *rows]).encode())
+
     def read_metrics(self) -> list[dict[str, float | None]]:
         """Return the rows as numbers, ``None`` for an empty cell; a row that was cut off is skipped."""
         try:

@@ -85,10 +85,10 @@ def test_signal_saves_and_resumes_to_the_same_result(inside, capsys, tmp_path, n
 
 def test_second_interrupt_aborts_at_once():
     from edgetrain.cli.progress import Display
-    from edgetrain.cli.training import _StopOnSignal
+    from edgetrain.cli.signals import StopOnSignal
 
     before = signal.getsignal(signal.SIGINT)
-    with _StopOnSignal(Display(io.StringIO())) as stop:
+    with StopOnSignal(Display(io.StringIO())) as stop:
         assert not stop.requested()
         signal.raise_signal(signal.SIGINT)
         assert stop.requested()

@@ -68,6 +68,14 @@ def fit(
     threads: Threads = None,
     memory_budget: MemoryBudget = None,
     initial_weights: Annotated[Text, typer.Option(help="An .onnx file to start from.")] = None,
+    recipe: Annotated[Text, typer.Option(help="edge or dense: what to skip. [default: the profile's]")] = None,
+    filter_: Annotated[Text, typer.Option("--filter", help="Instance filter, such as eif:rate=0.3; or none.")] = None,
+    sparsity: Annotated[Text, typer.Option(help="Weight sparsity, such as swat:weights=0.9; or none.")] = None,
+    error_pruning: Annotated[Text, typer.Option(help="Error pruning, such as channels:keep=0.7; or none.")] = None,
+    baseline: Annotated[bool, typer.Option(help="Train densely as well afterwards, and compare.")] = False,
+    stream: Annotated[Flag, typer.Option(help="Learn from the data once, in order; --data - reads stdin.")] = None,
+    predict_first: Annotated[Flag, typer.Option(help="In a stream: predict every instance before learning.")] = None,
+    window: Annotated[Whole, typer.Option(help="In a stream: instances per row of metrics. [default: 1000]")] = None,
     save_every: Annotated[Number, typer.Option(help="Minutes between checkpoints inside an epoch.")] = None,
     config: Annotated[File, typer.Option(help="A config.toml of another run to start from.")] = None,
     set_: Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="Any key of config.toml.")] = [],  # noqa: B006
@@ -78,7 +86,7 @@ def fit(
     """Train a model; by default lenet5 on embedded images."""
     from edgetrain.cli.training import fit_command
 
-    fit_command(context.params)
+    fit_command(context.params | {"filter": filter_})
 
 
 @app.command()

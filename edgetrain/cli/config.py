@@ -9,14 +9,16 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
 from edgetrain.data import Augmentation
 from edgetrain.data.embedded import EMBEDDED_NAMES
+from edgetrain.data.streaming import STANDARD_INPUT
 from edgetrain.devices import DeviceProfile, load_profile
 from edgetrain.errors import UsageError
+from edgetrain.policies import NONE, parse_policy
 from edgetrain.runs import read_toml
 from edgetrain.schema import OneOf, Within, build
 from edgetrain.units import parse_bytes
@@ -72,6 +74,29 @@ class TrainingSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
+class MethodSettings:
+    """What to skip, as texts of ``edgetrain.policies``."""
+
+    filter: str = NONE
+    sparsity: str = NONE
+    error_pruning: str = NONE
+
+
+@dataclass(frozen=True, kw_only=True)
+class StreamSettings:
+    """Whether the data are a stream, seen once and in order.
+
+    ``predict``: predict every instance before learning from it; ``window``: instances per row of metrics.csv;
+    ``block``: instances that the filter looks at together, by default as many as leave one training batch.
+    """
+
+    enabled: bool = False
+    predict: bool = False
+    window: Annotated[int, Within(1, 1 << 40)] = 1000
+    block: Annotated[int, Within(1, 1 << 20)] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Config:
     """Everything that decides the result of a run."""
 
@@ -79,6 +104,8 @@ class Config:
     data: DataSettings
     device: DeviceSettings
     training: TrainingSettings
+    methods: MethodSettings = MethodSettings()
+    stream: StreamSettings = StreamSettings()
 
     def to_dict(self) -> Table:
         """Return nested dicts, as in ``config.toml``: what is not set is left out."""
@@ -89,6 +116,13 @@ class Config:
 # A recipe's learning rate is for its own optimizer; these are for a run that asks for another one.
 _USUAL_LR = {"sgd": 0.05, "adam": 0.001, "adamw": 0.001}
 
+METHODS = ("filter", "sparsity", "error_pruning")
+# What --recipe names; "edge" gives way to the profile's own recipe if that skips anything.
+RECIPES = {
+    "edge": {"filter": "selective:rate=0.5", "sparsity": NONE, "error_pruning": NONE},
+    "dense": dict.fromkeys(METHODS, NONE),
+}
+
 # Flag of `edgetrain fit` -> key of config.toml.
 FLAG_KEYS = {
     "model": "model.name", "initial_weights": "model.initial_weights", "data": "data.source",
@@ -98,6 +132,8 @@ FLAG_KEYS = {
     "momentum": "training.momentum", "nesterov": "training.nesterov", "weight_decay": "training.weight_decay",
     "clip_norm": "training.clip_norm", "schedule": "training.schedule", "warmup": "training.warmup_fraction",
     "label_smoothing": "training.label_smoothing", "save_every": "training.save_every_minutes",
+    "filter": "methods.filter", "sparsity": "methods.sparsity", "error_pruning": "methods.error_pruning",
+    "stream": "stream.enabled", "predict_first": "stream.predict", "window": "stream.window",
 }  # fmt: skip
 
 
@@ -120,11 +156,15 @@ def from_flags(flags: Mapping[str, Any]) -> tuple[Config, DeviceProfile]:
             _put(given, key, _absolute(key, flags[flag]))
     if flags.get("memory_budget") is not None:
         _put(given, "device.memory_budget_mib", parse_bytes(flags["memory_budget"]) / (1 << 20))
-    return effective(given)
+    return effective(given, flags.get("recipe"))
 
 
-def effective(given: Mapping[str, Any]) -> tuple[Config, DeviceProfile]:
+def effective(given: Mapping[str, Any], recipe: str | None = None) -> tuple[Config, DeviceProfile]:
     """Fill what is not given from the device profile, and check all of it.
+
+    Args:
+        given: settings by section.
+        recipe: "edge" or "dense": what to skip where ``given`` does not say; ``None``: what the profile says.
 
     Raises:
         UsageError, ProfileError: a key or a value is wrong.
@@ -135,8 +175,14 @@ def effective(given: Mapping[str, Any]) -> tuple[Config, DeviceProfile]:
     merged = _merge(_from_profile(profile, str(name)), given)
     if merged["training"]["optimizer"] != profile.recipe.optimizer and "lr" not in given.get("training", {}):
         merged["training"]["lr"] = _USUAL_LR.get(merged["training"]["optimizer"], profile.recipe.lr)
+    merged["methods"] = _methods(profile, recipe) | merged["methods"]
+    if merged["stream"].get("enabled"):
+        _adapt_to_stream(merged["training"], given.get("training", {}))
     config = build(Config, merged, Path("settings"))
-    Augmentation.parse(config.data.augment)  # an error now, not when the run folder exists
+    # Errors now, not when the run folder exists.
+    Augmentation.parse(config.data.augment)
+    for kind, text in asdict(config.methods).items():
+        parse_policy(kind, text)
     return config, profile
 
 
@@ -146,18 +192,43 @@ def from_run(table: Mapping[str, Any], path: Path) -> Config:
     Raises:
         ProfileError: the file was changed into something else.
     """
-    sections = {key: table.get(key, {}) for key in ("model", "data", "device", "training")}
+    sections = {key: table.get(key, {}) for key in ("model", "data", "device", "training", "methods", "stream")}
     return build(Config, sections | dict(table), path)
+
+
+def dense(config: Config) -> Config:
+    """Return the same settings with nothing skipped."""
+    return replace(config, methods=MethodSettings())
 
 
 def _from_profile(profile: DeviceProfile, name: str) -> Table:
     recipe = asdict(profile.recipe)
     augment = recipe.pop("augmentation")
-    training = {key: value for key, value in recipe.items() if value is not None}
+    training = {key: value for key, value in recipe.items() if value is not None and key not in METHODS}
     threads = min(profile.threads, _usable_cores())
     limits = {"batch_size": profile.batch_size, "memory_budget_mib": float(profile.memory_budget_mib)}
     device = {"profile": name, "threads": threads, **limits}
-    return {"model": {}, "data": {"augment": augment}, "device": device, "training": training}
+    sections = {"model": {}, "data": {"augment": augment}, "device": device, "training": training}
+    return sections | {"methods": {}, "stream": {}}
+
+
+def _methods(profile: DeviceProfile, recipe: str | None) -> Table:
+    """Return what to skip by the recipe of that name, or by the profile's."""
+    own = {key: getattr(profile.recipe, key) for key in METHODS}
+    if recipe is None or (recipe == "edge" and any(text != NONE for text in own.values())):
+        return own
+    if recipe not in RECIPES:
+        raise UsageError(f"--recipe '{recipe}', expected one of {', '.join(RECIPES)}")
+    return dict(RECIPES[recipe])
+
+
+def _adapt_to_stream(training: Table, given: Mapping[str, Any]) -> None:
+    """A stream has no known end, so no decay that would end it: a constant rate, a fifth of the recipe's peak.
+
+    At the recipe's rate itself accuracy suffers, for it never comes down (docs/streams.md).
+    """
+    changes = {"epochs": 1, "schedule": "constant", "warmup_fraction": 0.0, "lr": training["lr"] / 5}
+    training |= {key: value for key, value in changes.items() if key not in given}
 
 
 def _usable_cores() -> int:
@@ -169,7 +240,7 @@ def _absolute(key: str, value: Any) -> Any:
     is_path = (
         key == "model.initial_weights"
         or (key == "model.name" and value.lower().endswith(".onnx"))
-        or (key == "data.source" and value not in EMBEDDED_NAMES)
+        or (key == "data.source" and value not in EMBEDDED_NAMES and value != STANDARD_INPUT)
         or (key == "device.profile" and value.endswith(".toml"))
     )
     return str(Path(value).resolve()) if is_path else value

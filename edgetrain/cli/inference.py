@@ -108,5 +108,3 @@ def _one_image(path: Path, graph: Graph) -> NDArray[np.uint8]:
 
 def _name(graph: Graph, label: int) -> str:
     return graph.class_names[label] if label < len(graph.class_names) else str(label)
-
-

@@ -11,6 +11,7 @@ from edgetrain.cli.output import parse_sizes
 from edgetrain.data import Dataset, available_splits, load_dataset
 from edgetrain.data.folder import class_folders
 from edgetrain.errors import DataError, UsageError
+from edgetrain.policies import parse_policy
 from edgetrain.runs import Run, open_run
 
 if TYPE_CHECKING:
@@ -93,7 +94,9 @@ def make_learner(config: Config, graph: Graph, profile: DeviceProfile) -> Learne
     return Learner(
         graph, profile=profile, batch_size=device.batch_size, seed=config.training.seed, threads=device.threads,
         memory_budget=round(device.memory_budget_mib * (1 << 20)), optimizer=make_optimizer(config),
-        label_smoothing=config.training.label_smoothing,
+        label_smoothing=config.training.label_smoothing, instance_filter=parse_policy("filter", config.methods.filter),
+        sparsity=parse_policy("sparsity", config.methods.sparsity),
+        error_pruning=parse_policy("error_pruning", config.methods.error_pruning),
     )  # fmt: skip
 
 

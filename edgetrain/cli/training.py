@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -11,15 +10,18 @@ from typing import TYPE_CHECKING, Any
 
 import edgetrain
 from edgetrain.checkpoint import load_checkpoint, save_checkpoint
-from edgetrain.cli.config import Config, from_flags, from_run
+from edgetrain.cli.config import Config, MethodSettings, dense, from_flags, from_run
 from edgetrain.cli.output import count, duration, emit
 from edgetrain.cli.progress import CompileNotice, Display, choose_display, resident_mib
+from edgetrain.cli.savings import savings_of, savings_text, time_dense
+from edgetrain.cli.signals import StopOnSignal
 from edgetrain.cli.sources import check_classes, describe_data, load_splits, make_graph, make_learner
+from edgetrain.cli.streaming import baseline_run, fit_stream, resume_stream
 from edgetrain.data import Dataset, batch_count
 from edgetrain.devices import DeviceProfile, host_facts
 from edgetrain.errors import DataError, InterruptedRunError, NumericalError, UsageError
 from edgetrain.fitting import StepEvent, block_size, check_fits, fit_loop
-from edgetrain.history import EpochRecord
+from edgetrain.history import COUNTED, EpochRecord
 from edgetrain.runs import Run, create_run, open_run
 
 if TYPE_CHECKING:
@@ -30,6 +32,10 @@ def fit_command(flags: Mapping[str, Any]) -> None:
     """Train in a new run folder; ``flags`` are the parameters of the command."""
     config, profile = from_flags(flags)
     display = choose_display(flags["quiet"], flags["json"], config.device.memory_budget_mib)
+    if config.stream.enabled:
+        with _Closing(display):
+            fit_stream(flags, config, profile, display)
+        return
     with _Closing(display):
         training, validation, held_out = load_splits(config)
         graph = make_graph(config, training)
@@ -51,7 +57,23 @@ def fit_command(flags: Mapping[str, Any]) -> None:
         _introduce(display, run, learner, config, profile)
         session = _Session(run, learner, config, display, training, validation, held_out)
         session.train()
-        session.finish(flags["json"])
+        session.finish(flags["json"], _baseline(session, profile) if flags["baseline"] else None)
+
+
+def _baseline(session: _Session, profile: DeviceProfile) -> dict[str, Any]:
+    """Train the same run densely in a folder inside the run folder; return its time and accuracy."""
+    config = dense(session.config)
+    learner = make_learner(config, make_graph(config, session.training), profile)
+    if config.model.initial_weights is not None:
+        learner.load_parameters(config.model.initial_weights)
+    run = baseline_run(session.run, config)
+    session.display.say(f"{run.path}: the same run, dense")
+    twin = _Session(run, learner, config, session.display, session.training, session.validation, session.held_out)
+    twin.train()
+    return {
+        "seconds": sum(learner.history.column("seconds")), "accuracy": learner.history.epochs[-1].validation_accuracy,
+        "how": "measured, the same run without the methods", "run": str(run.path),
+    }  # fmt: skip
 
 
 def resume_command(path: Path, *, epochs: int | None, threads: int | None, quiet: bool, as_json: bool) -> None:
@@ -60,6 +82,10 @@ def resume_command(path: Path, *, epochs: int | None, threads: int | None, quiet
     before = from_run(run.read_config(), run.config_file)
     config = _changed(before, epochs, threads)
     display = choose_display(quiet, as_json, config.device.memory_budget_mib)
+    if config.stream.enabled:
+        with _Closing(display):
+            resume_stream(run, config, display, as_json)
+        return
     with _Closing(display):
         with CompileNotice(display.compiling):
             learner = load_checkpoint(run.last)
@@ -103,7 +129,7 @@ class _Session:
             InterruptedRunError: a signal asked to stop; the state is saved.
         """
         self.display.begin(self.config.training.epochs, self.held_out)
-        with _StopOnSignal(self.display) as stop, CompileNotice(self.display.compiling):
+        with StopOnSignal(self.display) as stop, CompileNotice(self.display.compiling):
             try:
                 history = fit_loop(
                     self.learner, self.training, self.config.training.epochs, validation=self.validation,
@@ -117,16 +143,17 @@ class _Session:
             if not history.finished:
                 self._interrupt()
 
-    def finish(self, as_json: bool) -> None:
-        """Write the ONNX file and print the last line."""
+    def finish(self, as_json: bool, baseline: Mapping[str, Any] | None = None) -> None:
+        """Write the ONNX file and print the last lines; ``baseline``: time and accuracy of the same run, dense."""
         save_checkpoint(self.learner, self.run.last)
         if not self.run.best.exists():
             save_checkpoint(self.learner, self.run.best)
         self.learner.export_onnx(self.run.model)
-        result = self._result()
+        result = self._result(baseline)
         self.run.log("finished", accuracy=result["accuracy"], loss=result["loss"])
         self.display.close()
-        emit(result, _last_line(result, self.held_out), as_json)
+        lines = [savings_text(result["savings"])] if "savings" in result else []
+        emit(result, "\n".join([*lines, _last_line(result, self.held_out)]), as_json)
 
     def _on_step(self, event: StepEvent) -> None:
         self.display.step(event)
@@ -153,11 +180,16 @@ class _Session:
             f"stopped {where}; the state is saved in {self.run.last}, go on with: edgetrain resume {self.run.path}"
         )
 
-    def _result(self) -> dict[str, Any]:
+    def _result(self, baseline: Mapping[str, Any] | None) -> dict[str, Any]:
         history = self.learner.history
         last, best = history.epochs[-1], history.best() or history.epochs[-1]
         seconds = sum(history.column("seconds"))
-        return {
+        savings = {}
+        if baseline is not None or self.config.methods != MethodSettings():
+            counts = {name: sum(history.column(name)) for name in COUNTED}
+            dense_run = baseline or time_dense(self.learner, counts["instances_seen"])
+            savings = {"savings": savings_of(counts, seconds, dense_run)}
+        return savings | {
             "run": str(self.run.path),
             "model": self.config.model.name,
             "data": self.config.data.source,
@@ -173,38 +205,6 @@ class _Session:
             "memory_mib": resident_mib(),
             "files": {"model": str(self.run.model), "last": str(self.run.last), "best": str(self.run.best)},
         }
-
-
-class _StopOnSignal:
-    """While open, SIGINT and SIGTERM ask for a stop after the present step; a second SIGINT aborts at once."""
-
-    def __init__(self, display: Display) -> None:
-        self._display = display
-        self._asked = self._told = False
-        self._before: dict[int, Any] = {}
-
-    def requested(self) -> bool:
-        """Tell whether a signal came."""
-        # Said here, between steps: a signal handler that writes may break into another write.
-        if self._asked and not self._told:
-            self._told = True
-            self._display.say("stopping; press Ctrl-C to stop at once, without saving")
-        return self._asked
-
-    def __enter__(self) -> _StopOnSignal:
-        """Take over both signals."""
-        self._before = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        """Give the signals back."""
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _ask(self, number: int, frame: object) -> None:
-        if self._asked and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self._asked = True
 
 
 class _Closing:
@@ -285,5 +285,3 @@ def _last_line(result: dict[str, Any], held_out: str) -> str:
         f"in {duration(result['seconds'])} ({result['images_per_second']:,.0f} images/s on this machine); "
         f"model: {result['files']['model']}, run: {result['run']}"
     )
-
-

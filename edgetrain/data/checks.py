@@ -58,9 +58,7 @@ def entries(folder: Path) -> list[Path]:
     try:
         return sorted(folder.iterdir())
     except OSError as error:
-        raise DataError(
-            f"{folder}: cannot be listed ({error.strerror}), expected a readable folder"
-        ) from error
+        raise DataError(f"{folder}: cannot be listed ({error.strerror}), expected a readable folder") from error
 
 
 def missing_split(path: Path, split: str, present: tuple[str, ...]) -> DataError:

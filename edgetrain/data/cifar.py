@@ -64,9 +64,7 @@ def load_cifar(path: str | Path, train: bool = True) -> Dataset:
 def cifar_splits(folder: Path) -> tuple[str, ...]:
     """Return the splits that a folder holds as CIFAR files."""
     return tuple(
-        split
-        for split in ("train", "test")
-        if any(_files(folder, version, split) for version in (_CIFAR10, _CIFAR100))
+        split for split in ("train", "test") if any(_files(folder, version, split) for version in (_CIFAR10, _CIFAR100))
     )
 
 
@@ -74,9 +72,7 @@ def _files(folder: Path, version: _Version, split: str) -> list[Path]:
     return sorted(file for file in folder.glob(version.patterns[split]) if file.is_file())
 
 
-def _load(
-    files: list[Path], version: _Version, folder: Path, name: str, *, allow_missing_classes: bool
-) -> Dataset:
+def _load(files: list[Path], version: _Version, folder: Path, name: str, *, allow_missing_classes: bool) -> Dataset:
     names = _class_names(folder / version.names_file, version)
     parts = [_records(file, version, len(names)) for file in files]
     images = np.concatenate([records[:, version.label_bytes :] for records in parts]).reshape(-1, *_SHAPE)
@@ -95,9 +91,7 @@ def _records(file: Path, version: _Version, num_classes: int) -> NDArray[np.uint
     records = _mapped(file).reshape(-1, record)
     labels = records[:, version.label_bytes - 1]
     if labels.max() >= num_classes:
-        raise DataError(
-            f"{file}: label {labels.max()}, expected 0 to {num_classes - 1}; damaged or other format"
-        )
+        raise DataError(f"{file}: label {labels.max()}, expected 0 to {num_classes - 1}; damaged or other format")
     return records
 
 

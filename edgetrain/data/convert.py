@@ -91,9 +91,7 @@ def _to_stored_dtype(array: NDArray[Any]) -> Images:
         with np.errstate(over="ignore"):  # an overflow becomes inf, and Dataset names the image that holds it
             return array.astype(np.float32, copy=False)
     if array.dtype.kind not in "iu":
-        raise DataError(
-            f"images have dtype {array.dtype}, expected uint8 or float32; use x.astype(np.float32)"
-        )
+        raise DataError(f"images have dtype {array.dtype}, expected uint8 or float32; use x.astype(np.float32)")
     if array.dtype != np.uint8 and array.size:
         low, high = int(array.min()), int(array.max())
         if low < 0 or high > 255:

@@ -197,24 +197,18 @@ class Dataset:
         return average
 
     def _part(self, chosen: NDArray[np.intp], allow_missing_classes: bool) -> Dataset:
-        return Dataset(
-            self.images[chosen], self.labels[chosen], self.class_names, self.name, allow_missing_classes
-        )
+        return Dataset(self.images[chosen], self.labels[chosen], self.class_names, self.name, allow_missing_classes)
 
     def _checked(self, indices: ArrayLike) -> NDArray[np.intp]:
         array = np.asarray(indices)
         if array.size == 0:
             return np.zeros(0, np.intp)
         if array.ndim != 1 or array.dtype.kind not in "iu":
-            raise UsageError(
-                f"indices have dtype {array.dtype} and shape {array.shape}, expected integers (n,)"
-            )
+            raise UsageError(f"indices have dtype {array.dtype} and shape {array.shape}, expected integers (n,)")
         low, high = int(array.min()), int(array.max())
         if low < 0 or high >= len(self):
             wrong = low if low < 0 else high
-            raise UsageError(
-                f"index {wrong} is out of range, data set {self.name!r} has 0 to {len(self) - 1}"
-            )
+            raise UsageError(f"index {wrong} is out of range, data set {self.name!r} has 0 to {len(self) - 1}")
         return array.astype(np.intp, copy=False)
 
 
@@ -240,9 +234,7 @@ def _check_images(images: Images) -> None:
         found = getattr(images, "dtype", type(images).__name__)
         raise DataError(f"images are {found}, expected a uint8 or float32 array; see Dataset.from_arrays")
     if images.ndim not in (3, 4) or 0 in images.shape:
-        raise DataError(
-            f"images have shape {images.shape}, expected (N, C, H, W) or (N, C, W), every size at least 1"
-        )
+        raise DataError(f"images have shape {images.shape}, expected (N, C, H, W) or (N, C, W), every size at least 1")
     if images.dtype == np.float32:
         _check_finite(images)
 

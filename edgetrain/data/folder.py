@@ -15,9 +15,7 @@ from edgetrain.data.checks import entries, whole_number
 from edgetrain.data.dataset import Dataset
 from edgetrain.errors import DataError, UsageError
 
-IMAGE_SUFFIXES = frozenset(
-    (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".pbm", ".pgm", ".ppm", ".webp", ".tif", ".tiff")
-)
+IMAGE_SUFFIXES = frozenset((".png", ".jpg", ".jpeg", ".bmp", ".gif", ".pbm", ".pgm", ".ppm", ".webp", ".tif", ".tiff"))
 _GREY_MODES = frozenset(("1", "L", "LA", "La"))
 _COLOUR_MODES = frozenset(("P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "HSV", "LAB"))
 
@@ -101,6 +99,23 @@ def common_channels(path: Path) -> int:
     return 1 if all(_header(file, pillow).grey for file in files) else 3
 
 
+def read_image(file: Path, size: tuple[int, int] | None, channels: int | None) -> NDArray[np.uint8]:
+    """Return one image as uint8 ``(channels, H, W)``, resized to ``size`` (H, W) if that is not its own.
+
+    Args:
+        file: the image.
+        size: (H, W) in pixels; ``None``: its own.
+        channels: 1 or 3; ``None``: 1 if it is grey.
+
+    Raises:
+        DataError: the image is damaged.
+        UsageError: Pillow is not installed.
+    """
+    pillow = _pillow()
+    header = _header(file, pillow)
+    return _decoded(file, pillow, size or header.size, channels or (1 if header.grey else 3))
+
+
 def _pillow() -> ModuleType:
     try:
         import PIL.Image  # here: Pillow is an extra that only this reader needs
@@ -130,9 +145,7 @@ def _expected_folders(path: Path, class_names: Sequence[str] | None) -> dict[str
         raise DataError(f"{path}: no sub-folder, expected one sub-folder of images per class")
     for name, folder in folders.items():
         if class_names is not None and name not in class_names:
-            raise DataError(
-                f"{folder}: class {name!r} is not in the training split; found there: {class_names}"
-            )
+            raise DataError(f"{folder}: class {name!r} is not in the training split; found there: {class_names}")
         if not image_files(folder):
             suffixes = " ".join(sorted(IMAGE_SUFFIXES))
             raise DataError(f"{folder}: no image, expected files in {suffixes}; fill or remove the folder")

@@ -88,9 +88,7 @@ def load_idx_folder(folder: Path, split: str) -> Dataset:
     names = None
     if split != "train" and "train" in pairs:
         names = class_names_for(read_idx_labels(pairs["train"][1]))
-    return load_idx(
-        *pairs[split], class_names=names, name=folder.name, allow_missing_classes=split != "train"
-    )
+    return load_idx(*pairs[split], class_names=names, name=folder.name, allow_missing_classes=split != "train")
 
 
 def _find(folder: Path, stem: str, dimensions: int) -> Path | None:
@@ -111,9 +109,7 @@ def _read(path: Path, kind: str) -> NDArray[np.uint8]:
     header = 4 + 4 * dimensions
     size = header + int(np.prod(shape, dtype=object))
     if len(content) != size:
-        raise DataError(
-            f"{path}: {len(content)} bytes, expected {size} for shape {shape}; damaged, copy it again"
-        )
+        raise DataError(f"{path}: {len(content)} bytes, expected {size} for shape {shape}; damaged, copy it again")
     return np.frombuffer(content, np.uint8, offset=header).reshape(shape)
 
 

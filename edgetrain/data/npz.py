@@ -17,7 +17,7 @@ from edgetrain.data.convert import class_names_for, images_from, labels_from
 from edgetrain.data.dataset import Dataset
 from edgetrain.errors import DataError
 
-_DAMAGED = (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError)
+DAMAGED = (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError)
 _KEYS_BY_SPLIT = {"train": (("x", "y"), ("x_train", "y_train")), "test": (("x_test", "y_test"),)}
 
 
@@ -42,17 +42,17 @@ def load_npz(path: str | Path, split: str = "train") -> Dataset:
         (1, 8, 8)
     """
     path = Path(path)
-    keys = _split_keys(path)
+    keys = split_keys(path)
     if split not in keys:
         raise missing_split(path, split, tuple(keys))
     x_key, y_key = keys[split]
     label_keys = {label_key for _, label_key in keys.values()}
-    with _opened(path) as file:
+    with opened(path) as file:
         arrays = read_npz(path, file, {x_key, "class_names"} | label_keys)
     with naming(path):
         images = images_from(arrays[x_key])
         labels = {key: labels_from(arrays[key]) for key in label_keys}
-        names = _class_names(arrays.get("class_names"), np.concatenate(list(labels.values())))
+        names = stored_class_names(arrays.get("class_names"), np.concatenate(list(labels.values())))
         return Dataset(images, labels[y_key], names, path.stem, allow_missing_classes=split == "test")
 
 
@@ -62,7 +62,7 @@ def npz_splits(path: Path) -> tuple[str, ...]:
     Raises:
         DataError: the file is missing, damaged, or holds no split at all.
     """
-    return tuple(_split_keys(path))
+    return tuple(split_keys(path))
 
 
 def read_npz(path: Path, file: BinaryIO, wanted: set[str]) -> dict[str, NDArray[Any]]:
@@ -88,7 +88,7 @@ def _archive(path: Path, file: BinaryIO) -> Iterator[np.lib.npyio.NpzFile]:
             raise ValueError("a single array, as numpy.save writes it")
         with archive:
             yield archive
-    except _DAMAGED as error:
+    except DAMAGED as error:
         raise DataError(
             f"{path}: cannot be read ({error}), expected a whole .npz file without pickled objects;"
             " write it again with numpy.savez"
@@ -96,7 +96,12 @@ def _archive(path: Path, file: BinaryIO) -> Iterator[np.lib.npyio.NpzFile]:
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[BinaryIO]:
+def opened(path: Path) -> Iterator[BinaryIO]:
+    """Open a file for reading.
+
+    Raises:
+        DataError: it is missing or cannot be read.
+    """
     # Opened here: numpy.load, given a path, leaves the file open when the archive is damaged.
     try:
         file = path.open("rb")
@@ -108,8 +113,13 @@ def _opened(path: Path) -> Iterator[BinaryIO]:
         yield file
 
 
-def _split_keys(path: Path) -> dict[str, tuple[str, str]]:
-    with _opened(path) as file, _archive(path, file) as archive:
+def split_keys(path: Path) -> dict[str, tuple[str, str]]:
+    """Return the names of the images' and the labels' array by split.
+
+    Raises:
+        DataError: the file is missing, damaged, or holds no split at all.
+    """
+    with opened(path) as file, _archive(path, file) as archive:
         present = set(archive.files)
     found = {}
     for split, choices in _KEYS_BY_SPLIT.items():
@@ -121,7 +131,12 @@ def _split_keys(path: Path) -> dict[str, tuple[str, str]]:
     return found
 
 
-def _class_names(stored: NDArray[Any] | None, labels: NDArray[np.int64]) -> tuple[str, ...]:
+def stored_class_names(stored: NDArray[Any] | None, labels: NDArray[np.int64]) -> tuple[str, ...]:
+    """Return the class names of a file, or numbers up to the largest label.
+
+    Raises:
+        DataError: the stored names are not one string per class.
+    """
     if stored is None:
         return class_names_for(labels)
     if stored.ndim != 1 or stored.dtype.kind != "U":

@@ -81,6 +81,15 @@ def available_splits(source: str | Path) -> tuple[str, ...]:
     return EMBEDDED_SPLITS if source in EMBEDDED_NAMES else _recognised(Path(source))[1]
 
 
+def is_image_folder(path: Path) -> bool:
+    """Return whether a source is a folder of image files, by class and perhaps by split.
+
+    Raises:
+        DataError: the source is missing or of no known format.
+    """
+    return _recognised(path)[0].has_image_options
+
+
 def _recognised(path: Path) -> tuple[_Format, tuple[str, ...]]:
     for candidate in _FORMATS:
         splits = candidate.splits(path)

@@ -1,0 +1,85 @@
+"""What the methods of a run saved: instances, operations and time against dense training, as a table."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from edgetrain.accounting import METHODS
+from edgetrain.cli.output import duration, table
+
+if TYPE_CHECKING:
+    from edgetrain.learner import Learner
+
+_NAMES = {"filter": "the instance filter", "error_maps": "error pruning", "weights": "sparse weights",
+          "activations": "sparse activations"}  # fmt: skip
+# Dense steps that are timed when no baseline was trained, after as many to warm up.
+_TIMED_STEPS = 10
+
+
+def savings_of(counts: Mapping[str, int], seconds: float, dense: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the account of a run.
+
+    Args:
+        counts: sums of the run, as ``history.Totals.counts`` names them.
+        seconds: training time of the run.
+        dense: ``seconds`` that dense training takes, ``how`` that is known, and perhaps its ``accuracy``.
+    """
+    shares = {f"saved_{name}": counts[f"saved_{name}"] / max(counts["macs_dense"], 1) for name in METHODS}
+    done = counts["macs_done"] / max(counts["macs_dense"], 1)
+    return {
+        **counts, "share_done": done, "shares": shares, "seconds": seconds, "dense": dict(dense),
+        "time_saved": 1 - seconds / dense["seconds"] if dense["seconds"] else 0.0,
+    }  # fmt: skip
+
+
+def savings_text(account: Mapping[str, Any]) -> str:
+    """Return the account as a table and a line about time."""
+    seen, dense = max(account["instances_seen"], 1), account["dense"]
+    rows = [("instances seen", f"{account['instances_seen']:,}", "100.0 %")]
+    for name in ("kept", "uncertain"):
+        number = account[f"instances_{name}"]
+        rows.append((f"instances {name}", f"{number:,}", _percent(number / seen)))
+    rows += [("operations of dense training", _macs(account["macs_dense"]), "100.0 %"),
+             ("operations done", _macs(account["macs_done"]), _percent(account["share_done"]))]  # fmt: skip
+    for name in METHODS:
+        number = account[f"saved_{name}"]
+        if number:
+            rows.append((f"  saved by {_NAMES[name]}", _macs(number), _percent(account["shares"][f"saved_{name}"])))
+    accuracy = f", accuracy {dense['accuracy']:.4f}" if dense.get("accuracy") is not None else ""
+    line = (
+        f"training took {duration(account['seconds'])}, dense training {duration(dense['seconds'])}{accuracy} "
+        f"({dense['how']}): {100 * account['time_saved']:.1f} % of the time saved"
+    )
+    return f"{table(rows)}\n{line}"
+
+
+def time_dense(learner: Learner, instances: int) -> dict[str, Any]:
+    """Estimate how long dense training on so many instances takes on this machine, from a few steps."""
+    from edgetrain.learner import Learner
+
+    twin = Learner(
+        learner.graph, learner.profile, batch_size=learner.batch_size, threads=learner.threads,
+        optimizer=learner.optimizer, loss=learner.loss, label_smoothing=learner.label_smoothing, memory_budget="1024GiB",
+    )  # fmt: skip
+    rng = np.random.default_rng(0)
+    x = rng.random((learner.batch_size, *learner.graph.input_shape), np.float32)
+    y = rng.integers(0, learner.graph.output_shape[0], learner.batch_size)
+    start = 0.0
+    for step in range(2 * _TIMED_STEPS):
+        if step == _TIMED_STEPS:
+            start = time.perf_counter()
+        twin.partial_fit(x, y)
+    seconds = (time.perf_counter() - start) / _TIMED_STEPS / learner.batch_size * instances
+    return {"seconds": seconds, "how": f"estimated from {_TIMED_STEPS} dense steps"}
+
+
+def _macs(count: int) -> str:
+    return f"{count / 1e9:,.3f} GMAC"
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f} %"

@@ -1,0 +1,40 @@
+"""Stopping in order: a signal asks, the loop ends between two steps."""
+
+from __future__ import annotations
+
+import signal
+from typing import Any
+
+from edgetrain.cli.progress import Display
+
+
+class StopOnSignal:
+    """While open, SIGINT and SIGTERM ask for a stop after the present step; a second SIGINT aborts at once."""
+
+    def __init__(self, display: Display) -> None:
+        self._display = display
+        self._asked = self._told = False
+        self._before: dict[int, Any] = {}
+
+    def requested(self) -> bool:
+        """Tell whether a signal came."""
+        # Said here, between steps: a signal handler that writes may break into another write.
+        if self._asked and not self._told:
+            self._told = True
+            self._display.say("stopping; press Ctrl-C to stop at once, without saving")
+        return self._asked
+
+    def __enter__(self) -> StopOnSignal:
+        """Take over both signals."""
+        self._before = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Give the signals back."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _ask(self, number: int, frame: object) -> None:
+        if self._asked and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self._asked = True

@@ -1,0 +1,312 @@
+"""``fit --stream`` and resuming it: a run folder, and instances in order, once."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from edgetrain._version import __version__
+from edgetrain.checkpoint import load_checkpoint, save_checkpoint
+from edgetrain.cli.config import Config, dense
+from edgetrain.cli.output import duration, emit
+from edgetrain.cli.progress import CompileNotice, Display, resident_mib
+from edgetrain.cli.savings import savings_of, savings_text, time_dense
+from edgetrain.cli.signals import StopOnSignal
+from edgetrain.cli.sources import make_learner
+from edgetrain.data import Dataset, available_splits, load_dataset
+from edgetrain.data.streaming import STANDARD_INPUT, InstanceSource, open_stream
+from edgetrain.devices import DeviceProfile, host_facts
+from edgetrain.errors import DataError, InterruptedRunError, NumericalError, UsageError
+from edgetrain.fitting import block_size, evaluate_dataset
+from edgetrain.graph import Normalization
+from edgetrain.history import EpochRecord, Totals
+from edgetrain.runs import Run, create_run
+
+if TYPE_CHECKING:
+    from edgetrain.graph import Graph
+    from edgetrain.learner import Learner
+
+
+def fit_stream(flags: Mapping[str, Any], config: Config, profile: DeviceProfile, display: Display) -> None:
+    """Learn from a stream in a new run folder."""
+    if flags["baseline"] and config.data.source == STANDARD_INPUT:
+        raise UsageError("--baseline needs the data twice, standard input comes once; use a file or a folder")
+    graph = stream_graph(config)
+    source = stream_source(config, graph)
+    learner = _new_learner(config, graph, source, profile, display)
+    run = create_run(flags["out"], "fit")
+    save_checkpoint(learner, run.last)
+    environment = {"edgetrain": __version__, "host": host_facts(), "data": {"name": source.name, "count": source.count}}
+    run.write_environment(environment)
+    _begin(run, config)
+    display.say(
+        f"{run.path}: {config.model.name} ({graph.parameter_count:,} parameters) learns from the stream {source.name}, "
+        f"micro-batches of {learner.batch_size}, instance filter {config.methods.filter}"
+    )
+    session = StreamSession(run, learner, config, display, source)
+    session.train()
+    session.finish(flags["json"], _baseline(session, profile) if flags["baseline"] else None)
+
+
+def resume_stream(run: Run, config: Config, display: Display, as_json: bool) -> None:
+    """Go on in a run folder: a file or a folder where the stream was left, standard input with what comes now."""
+    with CompileNotice(display.compiling):
+        learner = load_checkpoint(run.last)
+        learner.threads = config.device.threads
+        learner.training_plan()
+    done = learner.stream.position // config.stream.window
+    run.keep_metrics(done)
+    source = stream_source(config, learner.graph)
+    if source.count is not None and learner.stream.position >= source.count:
+        raise UsageError(f"{run.path}: all {source.count:,} instances of the stream are done, nothing is left")
+    run.log("resumed", instances=learner.stream.position)
+    display.say(f"resuming {run.path} after {learner.stream.position:,} instances")
+    session = StreamSession(run, learner, config, display, source)
+    session.train()
+    session.finish(as_json)
+
+
+def baseline_run(run: Run, config: Config) -> Run:
+    """Make the folder of the dense twin of a run, inside the run's folder."""
+    twin = Run(run.path / "baseline")
+    twin.path.mkdir()
+    _begin(twin, config)
+    return twin
+
+
+def _begin(run: Run, config: Config) -> None:
+    # The configuration comes last: a folder that has one can be resumed, even if the power fails right now.
+    run.write_metrics(())
+    run.write_config(config.to_dict())
+    run.log("started", edgetrain=__version__)
+
+
+def _new_learner(
+    config: Config, graph: Graph, source: InstanceSource, profile: DeviceProfile, display: Display
+) -> Learner:
+    if source.class_names and not graph.class_names and len(source.class_names) == graph.output_shape[0]:
+        graph.class_names = source.class_names
+    with CompileNotice(display.compiling):
+        learner = make_learner(config, graph, profile)
+        learner.training_plan()
+    if config.model.initial_weights is not None:
+        display.say(str(learner.load_parameters(config.model.initial_weights)))
+    return learner
+
+
+def _baseline(session: StreamSession, profile: DeviceProfile) -> dict[str, Any]:
+    """Learn from the same stream densely; return time and accuracy."""
+    config = dense(session.config)
+    graph = stream_graph(config)
+    learner = _new_learner(config, graph, session.source, profile, session.display)
+    twin = StreamSession(baseline_run(session.run, config), learner, config, session.display, session.source)
+    session.display.say(f"{twin.run.path}: the same stream, dense")
+    twin.train()
+    seconds = sum(total.seconds for total in learner.stream.totals.values())
+    return {"seconds": seconds, "accuracy": twin.test_metrics().get("accuracy"), "run": str(twin.run.path),
+            "how": "measured, the same stream without the methods"}  # fmt: skip
+
+
+def stream_source(config: Config, graph: Graph) -> InstanceSource:
+    """Return the instances of a run, after a look at whether they fit the network.
+
+    Raises:
+        DataError: they do not, or the source is bad.
+    """
+    source = open_stream(config.data.source, graph.input_shape, graph.output_shape[0], graph.class_names)
+    expected = graph.input_shape if len(graph.input_shape) == 3 else (graph.input_shape[0], 1, *graph.input_shape[1:])
+    if source.input_shape not in (None, expected):
+        raise DataError(
+            f"stream '{source.name}' has instances of shape {source.input_shape}, but the network '{graph.name}' "
+            f"expects {expected}"
+        )
+    if len(source.class_names) > graph.output_shape[0]:
+        raise DataError(
+            f"stream '{source.name}' has {len(source.class_names)} classes, but the network '{graph.name}' has "
+            f"{graph.output_shape[0]} outputs"
+        )
+    return source
+
+
+def stream_graph(config: Config) -> Graph:
+    """Build the network: for the shape and the classes that the source tells, or in its own shape.
+
+    Raises:
+        UsageError, ModelError, DataError: unknown or unsuitable model, or a bad source.
+    """
+    from edgetrain.catalog import build_model
+
+    name = config.model.name
+    if name.lower().endswith(".onnx") or config.data.source == STANDARD_INPUT:
+        return build_model(name, seed=config.training.seed)
+    shape = build_model(name).input_shape
+    source = open_stream(config.data.source, shape, 2)
+    told = source.input_shape or shape
+    fitted = (told[0], told[2]) if len(told) == 3 and told[1] == 1 and len(shape) == 2 else told
+    return build_model(name, fitted, len(source.class_names), config.training.seed)
+
+
+@dataclass
+class StreamSession:
+    """One process' part of a streaming run."""
+
+    run: Run
+    learner: Learner
+    config: Config
+    display: Display
+    source: InstanceSource
+    _saved_at: float = field(default_factory=time.monotonic)
+    _rate: float = 0.0
+
+    def train(self) -> None:
+        """Learn until the stream ends.
+
+        Raises:
+            InterruptedRunError: a signal asked to stop; the state is saved.
+        """
+        learner, settings = self.learner, self.config.stream
+        size = settings.block or block_size(learner)
+        with StopOnSignal(self.display) as stop, CompileNotice(self.display.compiling):
+            start = time.perf_counter()
+            try:
+                for x, y in self.source.blocks(size, learner.stream.position, stop.requested):
+                    self._normalize(x)
+                    result = learner.observe(x, y, predict=settings.predict)
+                    now = time.perf_counter()
+                    judged = len(y) if settings.predict else result.instances_trained
+                    learner.history.running.add(result, now - start, judged)
+                    start = now
+                    self._after(len(y))
+                    if stop.requested():
+                        break
+            except NumericalError as error:
+                self._save()
+                self.run.log("failed", error=str(error))
+                raise NumericalError(f"{error}; the state before it is saved in {self.run.last}") from error
+            if stop.requested():
+                self._interrupt()
+            self._end()
+
+    def test_metrics(self) -> dict[str, float]:
+        """Return loss and accuracy on the test data of the source; empty when it has none."""
+        test = self._test_data()
+        return {} if test is None else evaluate_dataset(self.learner, test)
+
+    def result(self, baseline: Mapping[str, Any] | None) -> dict[str, Any]:
+        """Return what the run gave; ``baseline``: time and accuracy of the same stream, dense."""
+        learner, stream, metrics = self.learner, self.learner.stream, self.test_metrics()
+        total = stream.totals["predict" if self.config.stream.predict else "train"]
+        account = savings_of(total.counts(), total.seconds, baseline or time_dense(learner, total.instances_seen))
+        return {
+            "run": str(self.run.path), "model": self.config.model.name, "data": self.config.data.source,
+            "profile": self.config.device.profile, "instances": stream.position,
+            "mode": "predict and train" if self.config.stream.predict else "train only",
+            "running_accuracy": stream.accuracy, "recent_accuracy": stream.recent_accuracy,
+            "loss": metrics.get("loss"), "accuracy": metrics.get("accuracy"), "seconds": total.seconds,
+            "images_per_second": total.images_per_second, "memory_mib": resident_mib(), "savings": account,
+            "filter": stream.facts,
+            "files": {"model": str(self.run.model), "last": str(self.run.last), "best": str(self.run.best)},
+        }  # fmt: skip
+
+    def finish(self, as_json: bool, baseline: Mapping[str, Any] | None = None) -> None:
+        """Write the ONNX file and print the last lines."""
+        save_checkpoint(self.learner, self.run.last)
+        save_checkpoint(self.learner, self.run.best)
+        self.learner.export_onnx(self.run.model)
+        result = self.result(baseline)
+        self.run.log("finished", instances=result["instances"], accuracy=result["accuracy"])
+        self.display.close()
+        emit(result, f"{savings_text(result['savings'])}\n{_last_line(result)}", as_json)
+
+    def _normalize(self, x: Any) -> None:
+        """Give a network without input normalisation that of the first block; a stream cannot be looked at twice."""
+        learner = self.learner
+        if not self.config.data.normalize or learner.graph.normalization is not None or learner.stream.position:
+            return
+        axes = (0, *range(2, x.ndim))
+        std = np.maximum(x.std(axes, dtype=np.float64), 1e-6)
+        learner.graph.normalization = Normalization(x.mean(axes, dtype=np.float64).astype(np.float32),
+                                                    std.astype(np.float32))  # fmt: skip
+
+    def _after(self, count: int) -> None:
+        position, window = self.learner.stream.position, self.config.stream.window
+        if position // window > (position - count) // window:
+            self._row(position // window)
+        if time.monotonic() - self._saved_at > 60 * self.config.training.save_every_minutes:
+            self._save()
+
+    def _row(self, number: int) -> None:
+        """Write a row about the instances since the last one."""
+        learner, total = self.learner, self.learner.history.running
+        learner.history.running = Totals()
+        record = EpochRecord(
+            epoch=number, steps=learner.step_count, loss=total.mean_loss,
+            accuracy=total.accuracy, validation_loss=None, validation_accuracy=None,
+            lr=float(learner.optimizer.lr_at(max(learner.step_count - 1, 0))), seconds=total.seconds,
+            images_per_second=total.images_per_second, **total.counts(),
+        )  # fmt: skip
+        # The row comes first: one that its checkpoint does not know is taken back on resuming.
+        self.run.add_metrics(record)
+        self._save()
+        self.display.say(stream_line(learner.stream.position, self.source.count, record, self.config.stream.predict))
+
+    def _end(self) -> None:
+        rest = self.learner.stream.flush()
+        if rest is not None:
+            self.learner.history.running.add(rest, rest.seconds)
+            mode = "predict" if self.config.stream.predict else "train"
+            self.learner.stream.totals[mode].add(rest, rest.seconds, 0 if self.config.stream.predict else None)
+        if self.learner.history.running.instances_seen:
+            self._row(self.learner.stream.position // self.config.stream.window + 1)
+
+    def _save(self) -> None:
+        save_checkpoint(self.learner, self.run.last)
+        self._saved_at = time.monotonic()
+
+    def _interrupt(self) -> None:
+        self._save()
+        position = self.learner.stream.position
+        self.run.log("interrupted", instances=position)
+        raise InterruptedRunError(
+            f"stopped after {position:,} instances; the state is saved in {self.run.last}, go on with: "
+            f"edgetrain resume {self.run.path}"
+        )
+
+    def _test_data(self) -> Dataset | None:
+        source = self.config.data.source
+        if source == STANDARD_INPUT or "test" not in available_splits(source):
+            return None
+        return load_dataset(source, split="test", **self._image_options())
+
+    def _image_options(self) -> dict[str, Any]:
+        from edgetrain.data.readers import is_image_folder
+
+        shape, path = self.learner.graph.input_shape, Path(self.config.data.source)
+        if not path.is_dir() or not is_image_folder(path):
+            return {}
+        return {"image_size": shape[1:], "channels": shape[0]}
+
+
+def stream_line(position: int, count: int | None, record: EpochRecord, predict: bool) -> str:
+    """Return a line about a window of the stream."""
+    where = f"{position:,}" if count is None else f"{position:,}/{count:,}"
+    what = "accuracy before learning" if predict else "accuracy of those trained on"
+    kept = f"kept {record.instances_kept / max(record.instances_seen, 1):.0%}"
+    done = f"computed {record.macs_done / max(record.macs_dense, 1):.0%}"
+    return "  ".join([where, f"loss {record.loss:.4f}", f"{what} {record.accuracy:.4f}", kept, done,
+                      f"{record.images_per_second:,.0f} images/s"])  # fmt: skip
+
+
+def _last_line(result: dict[str, Any]) -> str:
+    parts = [f"{result['instances']:,} instances in {duration(result['seconds'])}, {result['mode']}"]
+    if result["mode"] == "predict and train":
+        running, recent = result["running_accuracy"], result["recent_accuracy"]
+        parts.append(f"accuracy before learning {running:.4f}, of late {recent:.4f}")
+    if result["accuracy"] is not None:
+        parts.append(f"test accuracy {result['accuracy']:.4f}")
+    return "; ".join([*parts, f"model: {result['files']['model']}, run: {result['run']}"])

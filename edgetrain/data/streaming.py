@@ -1,0 +1,280 @@
+"""Labelled instances in order, once, block by block: memory does not grow with the length of the stream.
+
+A source is a ``.npz`` file (read piece by piece, compressed or not), a folder of images (in the order of the file
+names, whatever the class), standard input, or any other data set of ``load_dataset`` (held in memory).
+
+Standard input is JSON lines, one instance per line, with its label ``y`` (a number, or the name of a class) and one of
+
+- ``"pixels"``: whole numbers 0 to 255, scaled to [0, 1] as images are,
+- ``"x"``: numbers that are taken as they are,
+- ``"image"``: the path of an image file,
+
+flat or nested in the order channel, row, column: ``{"pixels": [0, 17, 255], "y": 3}``. Empty lines are passed over.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import select
+import zipfile
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgetrain.data.convert import images_from, labels_from
+from edgetrain.data.dataset import Dataset
+from edgetrain.data.folder import class_folders, image_files, read_image
+from edgetrain.data.npz import DAMAGED, opened, read_npz, split_keys, stored_class_names
+from edgetrain.data.readers import available_splits, is_image_folder, load_dataset
+from edgetrain.errors import DataError
+
+STANDARD_INPUT = "-"
+Block = tuple[NDArray[np.float32], NDArray[np.int64]]
+Shape = tuple[int, ...]
+
+# Waiting for standard input is interrupted so often to ask whether to stop, seconds.
+_PATIENCE = 0.2
+_CHUNK = 1 << 16
+
+
+class InstanceSource(ABC):
+    """Instances in order.
+
+    Attributes:
+        name: for messages.
+        input_shape: (C, H, W) of an instance, height 1 for signals; ``None`` when only the stream itself tells.
+        class_names: empty when unknown.
+        count: number of instances; ``None`` when unknown.
+    """
+
+    def __init__(self, name: str, input_shape: Shape | None, class_names: tuple[str, ...], count: int | None) -> None:
+        self.name, self.input_shape, self.class_names, self.count = name, input_shape, class_names, count
+
+    @abstractmethod
+    def blocks(self, size: int, start: int, should_stop: Callable[[], bool]) -> Iterator[Block]:
+        """Yield (x, y) of ``size`` instances, fewer at the end, from instance ``start`` on.
+
+        Args:
+            size: at least 1.
+            start: instances to pass over first; a live source cannot go back and begins where it is.
+            should_stop: asked while waiting for instances; true ends the stream early.
+
+        Raises:
+            DataError: the source is damaged, or an instance or a label is bad.
+        """
+
+
+def open_stream(
+    source: str, graph_shape: Shape, graph_classes: int, class_names: tuple[str, ...] = ()
+) -> InstanceSource:
+    """Return the instances of a source.
+
+    Args:
+        source: "-" for standard input, or what ``load_dataset`` takes.
+        graph_shape: of the network's input; images in folders are resized to it.
+        graph_classes: number of the network's outputs.
+        class_names: of the network, for names as labels on standard input.
+
+    Raises:
+        DataError: the source is missing or of no known format.
+    """
+    path = Path(source)
+    if source == STANDARD_INPUT:
+        return _JsonLines(0, graph_shape, graph_classes, class_names)
+    if path.suffix == ".npz" and "train" in (split_keys(path) if path.is_file() else ()):
+        return _Npz(path)
+    if path.is_dir() and available_splits(source) and is_image_folder(path):
+        return _Folder(path / "train" if _has_classes(path / "train") else path, graph_shape)
+    return _Whole(load_dataset(source))
+
+
+def _has_classes(folder: Path) -> bool:
+    return folder.is_dir() and bool(class_folders(folder))
+
+
+class _Whole(InstanceSource):
+    """A data set in memory."""
+
+    def __init__(self, dataset: Dataset) -> None:
+        super().__init__(dataset.name, dataset.input_shape, dataset.class_names, len(dataset))
+        self._dataset = dataset
+
+    def blocks(self, size: int, start: int, should_stop: Callable[[], bool]) -> Iterator[Block]:
+        """Take from the data set."""
+        for first in range(start, len(self._dataset), size):
+            yield self._dataset.take(np.arange(first, min(first + size, len(self._dataset))))
+
+
+class _Npz(InstanceSource):
+    """A .npz file, read from its members piece by piece."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._keys = path, split_keys(path)["train"]
+        with opened(path) as file:
+            names = read_npz(path, file, {"class_names"}).get("class_names")
+        with _members(path, self._keys) as (images, labels):
+            if labels.shape != images.shape[:1]:
+                raise DataError(f"{path}: {len(images)} images but labels of shape {labels.shape}, expected one each")
+            largest = max(int(labels_from(part).max(initial=0)) for part in labels.pieces(_CHUNK))
+            sample = images_from(np.zeros((1, *images.shape[1:]), images.dtype))
+            count = len(images)
+        channels, *space = sample.shape[1:]
+        shape = (channels, *space) if len(space) == 2 else (channels, 1, *space)
+        super().__init__(path.stem, shape, stored_class_names(names, np.array([largest])), count)
+
+    def blocks(self, size: int, start: int, should_stop: Callable[[], bool]) -> Iterator[Block]:
+        """Read images and labels side by side."""
+        with _members(self._path, self._keys) as (images, labels):
+            for x, y in zip(images.pieces(size, start), labels.pieces(size, start), strict=True):
+                yield _checked(images_from(x), labels_from(y), self.class_names, self.name)
+
+
+class _Member:
+    """An array inside an archive, open for reading from its beginning to its end."""
+
+    def __init__(self, path: Path, file: IO[bytes]) -> None:
+        self._path, self._file = path, file
+        version = np.lib.format.read_magic(file)
+        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        self.shape, by_column, self.dtype = read(file)
+        if by_column or self.dtype.hasobject or not self.shape:
+            raise ValueError("an array of Python objects, in Fortran order, or of one number")
+
+    def __len__(self) -> int:
+        return int(self.shape[0])
+
+    def pieces(self, size: int, start: int = 0) -> Iterator[NDArray[Any]]:
+        """Yield ``size`` rows at a time, from row ``start`` on."""
+        row = self.dtype.itemsize * math.prod(self.shape[1:])
+        for first in range(0, start * row, _CHUNK):
+            self._read(min(_CHUNK, start * row - first))
+        for first in range(start, len(self), size):
+            rows = min(size, len(self) - first)
+            yield np.frombuffer(self._read(rows * row), self.dtype).reshape(rows, *self.shape[1:])
+
+    def _read(self, nbytes: int) -> bytes:
+        content = self._file.read(nbytes)
+        if len(content) < nbytes:
+            raise DataError(f"{self._path}: ends too early, expected an array of shape {self.shape}; write it again")
+        return content
+
+
+@contextmanager
+def _members(path: Path, keys: tuple[str, str]) -> Iterator[tuple[_Member, _Member]]:
+    try:
+        with zipfile.ZipFile(path) as archive, archive.open(f"{keys[0]}.npy") as x, archive.open(f"{keys[1]}.npy") as y:
+            yield _Member(path, x), _Member(path, y)
+    except DAMAGED as error:
+        raise DataError(f"{path}: cannot be read ({error}); write it again with numpy.savez") from error
+
+
+class _Folder(InstanceSource):
+    """Class folders, their images in the order of the file names, as a camera numbers them."""
+
+    def __init__(self, folder: Path, graph_shape: Shape) -> None:
+        folders = class_folders(folder)
+        self._files = sorted(
+            ((file, label) for label, place in enumerate(folders.values()) for file in image_files(place)),
+            key=lambda pair: (pair[0].name, pair[1]),
+        )
+        if not self._files:
+            raise DataError(f"{folder}: no image in its sub-folders, expected one sub-folder of images per class")
+        self._size = (graph_shape[1], graph_shape[2]) if len(graph_shape) == 3 else None
+        self._channels = graph_shape[0] if graph_shape[0] in (1, 3) else None
+        shape = read_image(self._files[0][0], self._size, self._channels).shape
+        super().__init__(folder.name, shape, tuple(folders), len(self._files))
+
+    def blocks(self, size: int, start: int, should_stop: Callable[[], bool]) -> Iterator[Block]:
+        """Decode as many images as a block has."""
+        for first in range(start, len(self._files), size):
+            part = self._files[first : first + size]
+            images = np.stack([read_image(file, self._size, self._channels) for file, _ in part])
+            yield _checked(images, np.array([label for _, label in part]), self.class_names, self.name)
+
+
+class _JsonLines(InstanceSource):
+    """Lines of standard input."""
+
+    def __init__(self, descriptor: int, graph_shape: Shape, graph_classes: int, class_names: tuple[str, ...]) -> None:
+        names = class_names or tuple(map(str, range(graph_classes)))
+        super().__init__("standard input", None, names, None)
+        self._descriptor, self._shape = descriptor, graph_shape
+        self._label_of = {name: label for label, name in enumerate(names)}
+
+    def blocks(self, size: int, start: int, should_stop: Callable[[], bool]) -> Iterator[Block]:
+        """Parse lines until the input ends."""
+        images: list[NDArray[Any]] = []
+        labels: list[int] = []
+        for number, line in enumerate(self._lines(should_stop), 1):
+            if line.strip():
+                x, y = self._parse(line, f"{self.name}, line {number}")
+                images.append(x)
+                labels.append(y)
+            if len(labels) == size:
+                yield np.stack(images), np.array(labels)
+                images, labels = [], []
+        if labels and not should_stop():
+            yield np.stack(images), np.array(labels)
+
+    def _lines(self, should_stop: Callable[[], bool]) -> Iterator[bytes]:
+        rest = b""
+        while not should_stop():
+            # A read that waits would not notice a signal: Python takes it up again.
+            if not select.select([self._descriptor], [], [], _PATIENCE)[0]:
+                continue
+            content = os.read(self._descriptor, _CHUNK)
+            if not content:
+                if rest:
+                    yield rest
+                return
+            *whole, rest = (rest + content).split(b"\n")
+            yield from whole
+
+    def _parse(self, line: bytes, where: str) -> tuple[NDArray[np.float32], int]:
+        try:
+            table = json.loads(line)
+        except ValueError as error:
+            raise DataError(f"{where}: not JSON ({error}), expected such as {_EXAMPLE}") from None
+        kinds = {"pixels", "x", "image"} & set(table) if isinstance(table, dict) else set()
+        if len(kinds) != 1 or "y" not in table or len(table) != 2:
+            raise DataError(f"{where}: expected 'y' and one of 'pixels', 'x', 'image', such as {_EXAMPLE}")
+        (kind,) = kinds
+        return self._image(kind, table[kind], where), self._label(table["y"], where)
+
+    def _label(self, y: Any, where: str) -> int:
+        label = self._label_of.get(y) if isinstance(y, str) else y
+        if isinstance(label, bool) or not isinstance(label, int) or not 0 <= label < len(self.class_names):
+            known = ", ".join(self.class_names[:20])
+            raise DataError(f"{where}: y is {y!r}, expected 0 to {len(self.class_names) - 1} or one of {known}")
+        return label
+
+    def _image(self, kind: str, content: Any, where: str) -> NDArray[np.float32]:
+        try:
+            if kind == "image":
+                array = read_image(Path(content), (self._shape[-2], self._shape[-1]), self._shape[0])
+            else:
+                array = np.asarray(content, np.float64)
+        except (TypeError, ValueError) as error:
+            raise DataError(f"{where}: '{kind}' is not an array of numbers ({error})") from None
+        if array.size != math.prod(self._shape):
+            raise DataError(f"{where}: '{kind}' has {array.size} numbers, the network expects {self._shape}")
+        if kind != "x" and (array.min() < 0 or array.max() > 255 or (array != array.round()).any()):
+            raise DataError(f"{where}: 'pixels' are not whole numbers from 0 to 255; use 'x' for other numbers")
+        scaled = array / 255 if kind != "x" else array
+        return scaled.reshape(self._shape).astype(np.float32)
+
+
+_EXAMPLE = '{"pixels": [0, 17, 255], "y": 3}'
+
+
+def _checked(images: Any, labels: NDArray[Any], names: tuple[str, ...], name: str) -> Block:
+    """Return a block as float32 images and int64 labels after the checks of a data set."""
+    block = Dataset(images, labels.astype(np.int64), names, name, allow_missing_classes=True)
+    return block.take(np.arange(len(block)))
