@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
+from edgetrain import lowering_winograd as winograd
 from edgetrain.arrays import ALIGNMENT, Layout
 from edgetrain.choice import Sizes
 from edgetrain.graph import Node, Value
@@ -45,14 +46,18 @@ class ProductLowering(SparseLowering):
 
     def product(self, node: Node, g: Product) -> None:
         """Emit ``y = weights * x + bias`` of a Conv, Gemm or MatMul."""
-        if self.runs_sparse(node.input(1)):
+        if self._winograd(g, node.input(1), g.out):
+            winograd.forward(self, node, g)
+        elif self.runs_sparse(node.input(1)):
             self.sparse_forward(node, g)
         else:
             self._direct_forward(node, g)
 
     def product_input_grad(self, node: Node, g: Product) -> None:
         """Emit the gradient of a product's input, from (grad_out, weights)."""
-        if self.runs_sparse(node.input(1)):
+        if self._winograd(g, node.input(1), g.size):
+            winograd.input_grad(self, node, g)
+        elif self.runs_sparse(node.input(1)):
             self.sparse_input_grad(node, g)
         else:
             self._direct_input_grad(node, g)
@@ -61,6 +66,9 @@ class ProductLowering(SparseLowering):
         """Emit the gradient of a product's weights, from (x, grad_out)."""
         weight = node.get("like")
         index = self.sparse.get(weight.name)
+        if self._winograd(g, weight, g.out):
+            winograd.weight_grad(self, node, g)
+            return
         if index is None or not index.compact:
             self._direct_weight_grad(node, g, self.address(node.y))
             return
@@ -72,6 +80,10 @@ class ProductLowering(SparseLowering):
         self._direct_weight_grad(node, g, whole)
         self.emit("gather_sparse", (), index.rows, values=self.address(node.y), dense=whole, **self.index(weight),
                   dense_row=g.weight_out, dense_column=g.weight_tap if len(g.taps) > 1 else g.weight_in)  # fmt: skip
+
+    def _winograd(self, g: Product, weight: Value, size: Pair) -> bool:
+        """Whether a product with dense weights over output maps of ``size`` needs fewer multiplications so."""
+        return weight.name not in self.sparse and winograd.suits(self, g, size)
 
     # --- direct kernels ---
 
