@@ -120,7 +120,7 @@ class Learner:
         self._parameters.scale_input(None)
         self.plans = Plans(
             self.graph, self._parameters, self._optimizer, objective, self.batch_size, self.memory_budget,
-            self._allowed(threads), error_pruning, self.topology.wants_gradients,
+            self._allowed(threads), error_pruning, self.topology.wants_gradients, self.topology.rewrite,
         )  # fmt: skip
         self.error_pruning = error_pruning
         self.instance_filter = instance_filter
@@ -249,7 +249,9 @@ class Learner:
         """
         with self._lock:
             executor, sources, _ = self._prepare(x, y)
+            records = self._parameters.buffers["records"].copy()
             executor.run(sources, until="backward")
+            self._parameters.buffers["records"][:] = records
             return {name: self._parameters.dense(name, "gradients") for name in self._trained()}
 
     def fit(self, data: Data, epochs: int = 5, **options: Any) -> History:
@@ -341,6 +343,7 @@ class Learner:
             if self.step_count:
                 for moment in self._optimizer.moments:
                     tensors |= {f"{moment}/{n}": stored(n, moment).copy() for n in self._trained()}
+                tensors["records"] = self._parameters.buffers["records"].copy()
             patterns, topology = self.topology.state()
             tensors |= patterns
             streamed, meta = self.stream.state()
@@ -357,6 +360,7 @@ class Learner:
         parameters = self._parameters
         streamed = {key[7:]: array for key, array in tensors.items() if key.startswith("stream/")}
         tensors = {key: array for key, array in tensors.items() if not key.startswith("stream/")}
+        records = tensors.pop("records", None)
         with self._lock:
             tensors = self.topology.restore(tensors, meta.get("topology"))
         wanted = {f"weights/{name}": parameters.stored(name).shape for name in parameters.names()}
@@ -372,6 +376,10 @@ class Learner:
             if meta["step_count"]:
                 _ = self.plans.training  # makes the buffers of the moments
             parameters.forget()
+            if records is not None:
+                if records.shape != parameters.buffers["records"].shape:
+                    raise CheckpointError("the state belongs to other pruned layers: its records have another size")
+                parameters.buffers["records"][:] = records
             for key, array in tensors.items():
                 buffer, name = key.split("/", 1)
                 parameters.stored(name, buffer)[...] = array

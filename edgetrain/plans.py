@@ -7,6 +7,7 @@ A plan is a training step or a prediction lowered to a table of kernel calls: ``
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -30,6 +31,8 @@ from edgetrain.sparse_index import SparseIndex
 
 # Plans kept for other batch sizes: full and last batch, training and prediction, and some for a stream.
 _KEPT_PLANS = 8
+# Products that skip the zeros of an error map.
+_LISTED = ("ListedInputGrad", "ListedWeightGrad")
 # Lanes hold channels when this many batches would fit into one vector of samples.
 _SMALL_BATCH = 4
 
@@ -70,16 +73,19 @@ class Plans:
         budget: bytes that a training step may need; 0 for no limit.
         threads: of the team that runs the plans.
         whole_gradients: whether some training steps keep the gradients of weights that do not exist.
+        rewrite: changes the training graph that autodiff made.
         error_pruning: rewrites the training graph so that error maps are thinned out.
     """
 
     def __init__(
         self, graph: Graph, parameters: Parameters, optimizer: Optimizer, objective: Objective, batch_size: int,
         budget: int, threads: int, error_pruning: ErrorPruning | None = None, whole_gradients: bool = False,
+        rewrite: Callable[[TrainingGraph], None] = lambda train: None,
     ) -> None:  # fmt: skip
         self.graph, self.parameters, self._optimizer, self._objective = graph, parameters, optimizer, objective
         self._batch_size, self._budget, self._error_pruning = batch_size, budget, error_pruning
         self.arena, self.team, self._whole_gradients = Arena(), Team(threads), whole_gradients
+        self._rewrite = rewrite
         self._executors: dict[tuple[bool, int, bool, tuple[bool, ...]], Executor] = {}
         self._macs: dict[str, int] = {}  # of one sample's step: before and after every policy has rewritten the graph
 
@@ -110,6 +116,7 @@ class Plans:
         made = training_graph(self.graph, self._objective.loss, self._objective.label_smoothing)
         self.parameters.start_training(made.gradients, self._optimizer)
         self._macs["dense"] = _macs(made)
+        self._rewrite(made)
         if self._error_pruning is not None:
             self._error_pruning.rewrite(made)
         self.parameters.start_records(made.graph.nodes, made.records)
@@ -130,9 +137,25 @@ class Plans:
 
         The latter by method, with the names of the fields of ``StepResult``.
         """
-        weights = sum(macs * (index.size - index.count) // index.size for macs, index in plan.sparse_products)
-        saved = {"saved_error_maps": self._macs["dense"] - self.step_macs, "saved_weights": weights}
-        return count * (self.step_macs - weights), {method: count * macs for method, macs in saved.items()}
+        saved = {
+            "saved_error_maps": self._macs["dense"] - self.step_macs + self._skipped(*_LISTED),
+            "saved_weights": sum(macs * (i.size - i.count) // i.size for macs, i in plan.sparse_products),
+            "saved_activations": self._skipped("CompressedWeightGrad"),
+        }
+        done = self._macs["dense"] - sum(saved.values())
+        return count * done, {method: count * macs for method, macs in saved.items()}
+
+    def _skipped(self, *op_types: str) -> int:
+        """Return the multiply-accumulates of a sample that products of these kinds skipped in the latest step."""
+        tally = self.parameters.buffers["tally"].reshape(-1, 2)
+        counts = [(macs, *map(int, tally[record])) for op_type, macs, record in self._counted if op_type in op_types]
+        return sum(macs - macs * kept // max(1, total) for macs, kept, total in counts)
+
+    @functools.cached_property
+    def _counted(self) -> list[tuple[str, int, int]]:
+        """Operator, dense multiply-accumulates per sample and record of products that count what they skip."""
+        nodes = [node for node in self.training.graph.nodes if node.op_type in ("CompressedWeightGrad", *_LISTED)]
+        return [(node.op_type, get_op(node.op_type).macs(node), int(node.get("record"))) for node in nodes]
 
     def executor(self, training: bool, count: int, whole_gradients: bool = False) -> Executor:
         """Return the executor of a training step or a prediction of ``count`` samples.

@@ -16,6 +16,7 @@ from edgetrain.optim import Optimizer
 from edgetrain.sparsity.layers import DISTRIBUTIONS, SparseLayer, entries, sparse_layers
 
 if TYPE_CHECKING:
+    from edgetrain.autodiff import TrainingGraph
     from edgetrain.sparsity.topology import Topology
 
 Floats = NDArray[np.float32]
@@ -72,6 +73,10 @@ class SparsityPolicy:
         Raises:
             UsageError: it lacks what the policy reads.
         """
+
+    def rewrite(self, train: TrainingGraph, layers: Sequence[SparseLayer]) -> dict[str, int]:
+        """Change the training graph of a network with these layers; return the records that this made, by weight."""
+        return {}
 
     # --- during training; steps count from 0 ---
 

@@ -15,10 +15,12 @@ import numpy as np
 from edgetrain.errors import UsageError
 from edgetrain.graph import Graph
 from edgetrain.optim import Optimizer
+from edgetrain.pruning import compress_activations
 from edgetrain.sparsity.layers import SparseLayer, entries, erdos_renyi_kernel, sparse_layers, uniform
 from edgetrain.sparsity.policy import Floats, Mask, SparsityPolicy, largest
 
 if TYPE_CHECKING:
+    from edgetrain.autodiff import TrainingGraph
     from edgetrain.sparsity.topology import Topology
 
 VARIANTS = ("unstructured", "erk", "momentum", "structured")
@@ -109,12 +111,18 @@ class SWAT(SparsityPolicy):
         """Return the pattern of the largest weights."""
         return self._mask(layer, array, density)
 
+    def rewrite(self, train: TrainingGraph, layers: Sequence[SparseLayer]) -> dict[str, int]:
+        """Let weight gradients read pruned activations."""
+        densities = {n: d for n, d in self.activation_densities(layers).items() if d < 1}
+        return compress_activations(train, densities, self.refresh, 1.0 if self.variant == "momentum" else None)
+
     def before_step(self, topology: Topology, step: int) -> None:
         """Choose the largest weights of every layer anew, every ``refresh`` steps."""
         if step % self.refresh:
             return
         if self.variant == "momentum" and step:
             topology.densities |= momentum_densities(topology, 1 - self.weights)
+            topology.prune_activations(momentum_densities(topology, 1 - self.activations))
         for layer in topology.layers:
             topology.set(layer, self._mask(layer, topology.master(layer), topology.densities[layer.weight]))
 

@@ -11,8 +11,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from edgetrain.autodiff import TrainingGraph
 from edgetrain.errors import CheckpointError, UsageError
 from edgetrain.graph import Graph
+from edgetrain.kernels.codes import DENSITY, RECORD
 from edgetrain.optim import Optimizer
 from edgetrain.parameters import Parameters
 from edgetrain.policies import NONE, describe_policy
@@ -38,7 +40,9 @@ class Topology:
         seed: of random patterns.
 
     Attributes:
-        layers: the sparse layers in execution order.
+        candidates: the layers that the policy is about, in execution order.
+        layers: those with sparse weights; the others have density 1.
+        records: of layers whose saved activations are pruned: number of their record, by weight.
         indices: their indices by weight.
         densities: the share of weights that every sparse layer keeps, by weight.
         total_steps: length of training, ``None`` when nobody told.
@@ -52,7 +56,9 @@ class Topology:
     def __init__(self, graph: Graph, policy: SparsityPolicy | None, optimizer: Optimizer, seed: int) -> None:
         self.policy, self.seed = policy, seed
         self.total_steps: int | None = None
+        self.candidates: list[SparseLayer] = []
         self.layers: list[SparseLayer] = []
+        self.records: dict[str, int] = {}
         self.indices: dict[str, SparseIndex] = {}
         self.densities: dict[str, float] = {}
         self.version, self.changes, self.seconds = 0, 0, 0.0
@@ -61,9 +67,9 @@ class Topology:
             self._choose(graph, policy)
 
     def _choose(self, graph: Graph, policy: SparsityPolicy) -> None:
-        candidates = policy.layers(graph)
-        densities = policy.densities(candidates)
-        for number, layer in enumerate(candidates):
+        self.candidates = policy.layers(graph)
+        densities = policy.densities(self.candidates)
+        for number, layer in enumerate(self.candidates):
             density, array = densities[layer.weight], graph.arrays[layer.weight]
             mask, scale = policy.initial(layer, array, density, np.random.default_rng([self.seed, number]))
             capacity = policy.capacity(layer, density)
@@ -77,6 +83,11 @@ class Topology:
                 graph.arrays[layer.weight] = np.where(mask, array * np.float32(scale), np.float32(0))
             self.layers.append(layer)
             self.indices[layer.weight], self.densities[layer.weight] = index, density
+
+    def rewrite(self, train: TrainingGraph) -> None:
+        """Let the policy change the training graph that autodiff made."""
+        if self.policy is not None:
+            self.records = self.policy.rewrite(train, self.candidates)
 
     def attach(self, parameters: Parameters) -> None:
         """Say where the values are stored."""
@@ -100,6 +111,17 @@ class Topology:
         """Return the mean absolute first moment over the weights that exist."""
         moment = self._parameters.view(layer.weight, self._parameters.moments[0])
         return float(np.abs(moment[self.mask(layer)]).mean())
+
+    def tally(self, record: int) -> tuple[int, int]:
+        """Return how many saved activations a layer kept in the latest step, and how many there were."""
+        kept, total = self._parameters.buffers["tally"].reshape(-1, 2)[record]
+        return int(kept), int(total)
+
+    def prune_activations(self, densities: Mapping[str, float]) -> None:
+        """Set the share of saved activations that layers keep from now on, by weight."""
+        records = self._parameters.buffers["records"].reshape(-1, RECORD)
+        for name, number in self.records.items():
+            records[number, DENSITY] = densities[name]
 
     def set(self, layer: SparseLayer, mask: Mask) -> None:
         """Take another topology; a new weight has its master copy's value or, if there is none, is 0 as its moments."""
