@@ -34,6 +34,7 @@ _PUBLIC = {
     "SelectiveBackprop": "edgetrain.filters",
     "RandomFilter": "edgetrain.filters",
     "ErrorMapPruning": "edgetrain.pruning",
+    "GradientPruning": "edgetrain.pruning",
     "Dataset": "edgetrain.data",
     "Augmentation": "edgetrain.data",
     "load_dataset": "edgetrain.data",

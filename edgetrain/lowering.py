@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 from edgetrain.arrays import Layout, map_sizes
 from edgetrain.graph import Node, Value
+from edgetrain.lowering_listed import ListedLowering
 from edgetrain.lowering_products import Pair
-from edgetrain.lowering_pruned import PrunedLowering
 from edgetrain.ops import get_op
 from edgetrain.plan import Ref
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 Place = tuple[int, int, int]
 
 
-class Lowering(PrunedLowering):
+class Lowering(ListedLowering):
     """Collects the rows of one plan. Operators see addresses (``Ref``) and layouts, never memory."""
 
     def run(self, forward_count: int) -> None:

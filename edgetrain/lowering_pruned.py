@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from edgetrain import lowering_winograd as winograd
 from edgetrain.arrays import ALIGNMENT, Layout
-from edgetrain.choice import Sizes, choose
+from edgetrain.choice import Sizes
 from edgetrain.graph import Node
 from edgetrain.kernels.codes import RECORD, SAMPLES, TALLY_BYTES, THRESHOLD
 from edgetrain.lowering_products import ProductLowering
@@ -90,8 +90,6 @@ class PrunedLowering(ProductLowering):
             "zero_unlisted", (), g.channels_out, target=self.address(node.y), kept=self.address(kept),
             kept_count=kept.size, weight_channel=g.weight_out, sources=self.table(sources), source_count=len(sources),
         )  # fmt: skip
-        pixels = g.forward_pixels(x, grad)
-        tile = choose(Sizes("correlate", SAMPLES, self.lanes, kept.size, len(pixels), len(sources))).tile
         few = replace(g, channels_out=kept.size)
         if self._winograd(few, node.get("like"), g.out):
             winograd.weight_grad(self, node, few, self.address(kept))

@@ -73,7 +73,7 @@ class Parameters:
         """Make the records of layers that prune, with the initial density of their nodes, and what they count."""
         records, tally = aligned(RECORD * max(1, count)), aligned(TALLY_BYTES // 8 * max(1, count), np.int64)
         for node in nodes:
-            if node.get("record") is not None:
+            if node.get("record") is not None and node.get("density") is not None:
                 records[RECORD * node.get("record") + DENSITY] = node.get("density")
         self.buffers["records"], self.buffers["tally"] = records, tally
 

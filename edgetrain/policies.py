@@ -29,6 +29,7 @@ _POLICIES: dict[str, dict[str, str]] = {
     },
     "error_pruning": {
         "channels": "edgetrain.pruning:ErrorMapPruning",
+        "gradients": "edgetrain.pruning:GradientPruning",
     },
 }
 

@@ -6,8 +6,10 @@ of a product's output; both backward products read it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from statistics import NormalDist
 from typing import Any
 
 from edgetrain.autodiff import TrainingGraph
@@ -58,7 +60,8 @@ class ErrorMapPruning(ErrorPruning):
         if not (isinstance(self.keep, int | float) and 0 < self.keep <= 1):
             raise UsageError(f"ErrorMapPruning: keep={self.keep!r}, expected a number above 0 and at most 1")
         if self.importance not in IMPORTANCE:
-            raise UsageError(f"ErrorMapPruning: importance={self.importance!r}, expected one of {', '.join(IMPORTANCE)}")
+            known = ", ".join(IMPORTANCE)
+            raise UsageError(f"ErrorMapPruning: importance={self.importance!r}, expected one of {known}")
 
     def rewrite(self, train: TrainingGraph) -> None:
         """Choose channels before the first gradient that reads an error map."""
@@ -79,6 +82,107 @@ class ErrorMapPruning(ErrorPruning):
         for i in readers:
             graph.nodes[i] = _pruned(graph.nodes[i], kept)
         graph.nodes.insert(readers[0], choice)
+
+
+@dataclass(frozen=True)
+class GradientPruning(ErrorPruning):
+    """Set small gradients to zero by chance, so that their expectation stays (Ye et al. 2020, arXiv 1908.00173).
+
+    What is below a threshold t becomes 0, or t with probability size / t. The threshold is predicted from the mean
+    sizes of the latest five steps; the first five steps are not pruned. Where a batch normalisation follows a
+    convolution, the convolution's output gradient is pruned; where none does, the gradient that an activation or a
+    pool behind the convolution gets (the input gradient of the next layer), so that their zeros add to the pruned
+    ones. The gradient of the loss itself is never pruned.
+
+    Attributes:
+        rate: ``group="element"``: the paper's p, the share of normally distributed gradients below the threshold, of
+            which some are promoted to it: with 0.9 a share of 0.46 stays. ``group="lanes"``: the threshold is the mean
+            norm divided by 1 - rate, so that a share of at most 1 - rate stays.
+        group: ``"element"``: every number for itself, as published; no kernel can skip anything. ``"lanes"``: vectors
+            of one pixel of the samples that are computed together, by their L2 norm; kernels skip those that are zero.
+
+    Raises:
+        UsageError: a value out of range.
+
+    Example:
+        >>> GradientPruning(rate=0.75, group="lanes").rate
+        0.75
+    """
+
+    rate: float = 0.9
+    group: str = "element"
+
+    def __post_init__(self) -> None:
+        if not (isinstance(self.rate, int | float) and 0 < self.rate < 1):
+            raise UsageError(f"GradientPruning: rate={self.rate!r}, expected a number above 0 and below 1")
+        if self.group not in ("element", "lanes"):
+            raise UsageError(f"GradientPruning: group={self.group!r}, expected 'element' or 'lanes'")
+
+    @property
+    def factor(self) -> float:
+        """The threshold divided by the mean size."""
+        if self.group == "lanes":
+            return 1 / (1 - self.rate)
+        return NormalDist().inv_cdf((1 + self.rate) / 2) * math.sqrt(math.pi / 2)
+
+    def rewrite(self, train: TrainingGraph) -> None:
+        """Prune where the error maps of convolutions come from; list what is left of them."""
+        done: set[Value] = set()
+        for error_map in error_maps(train):
+            if (source := _source(train, error_map.value)) is not None and source not in done:
+                done.add(source)
+                self._prune(train, source)
+        if self.group == "lanes":
+            for error_map in error_maps(train):
+                list_errors(train, error_map)
+
+    def _prune(self, train: TrainingGraph, source: Value) -> None:
+        graph = train.graph
+        pruned = Value(f"{source.name}.pruned", source.shape)
+        graph.add_value(pruned)
+        for i, node in enumerate(graph.nodes):
+            if source in node.inputs:
+                inputs = tuple(pruned if value == source else value for value in node.inputs)
+                graph.nodes[i] = replace(node, inputs=inputs)
+        made = next(i for i, node in enumerate(graph.nodes) if source in node.outputs)
+        attributes = {"group": self.group, "factor": self.factor, "record": train.records, "stream": 1000 + made}
+        graph.nodes.insert(made + 1, Node("PrunedGradient", pruned.name, (source,), (pruned,), attributes))
+        train.records += 1
+
+
+# Gradient operators that hand zeros on, and which input the gradient is.
+_PASSING = {"ActivationGrad": 1, "MaxPoolGrad": 2, "AveragePoolGrad": 0, "Reshape": 0, "Flatten": 0}
+
+
+def _source(train: TrainingGraph, value: Value) -> Value | None:
+    """Return the gradient that zeros of an error map come from; ``None`` if it is the loss's own."""
+    while True:
+        node = train.graph.producer(value.name)
+        assert node is not None
+        if node.op_type not in _PASSING:
+            return None if node.op_type.endswith("LossGrad") else value
+        value = node.input(_PASSING[node.op_type])
+
+
+_LISTED = {"ProductInputGrad": "ListedInputGrad", "ProductWeightGrad": "ListedWeightGrad"}
+
+
+def list_errors(train: TrainingGraph, error_map: ErrorMap) -> None:
+    """Let both gradients of a convolution skip the vectors of its error map that are zero."""
+    graph, conv = train.graph, error_map.conv
+    lists = Value(f"{error_map.value.name}.{conv.name}.lists", (1,), batched=False)
+    graph.add_value(lists)
+    readers = [i for i, node in enumerate(graph.nodes) if error_map.read_by(node) and node.op_type in _LISTED]
+    for i in readers:
+        node = graph.nodes[i]
+        graph.nodes[i] = replace(
+            node, op_type=_LISTED[node.op_type], inputs=(*node.inputs, lists),
+            attributes={**node.attributes, "record": train.records},
+        )  # fmt: skip
+    attributes = {**conv.attributes, "forward": conv.op_type, "like": conv.x, "record": train.records}
+    made = Node("ErrorLists", lists.name, (error_map.value, conv.input(1)), (lists,), attributes)
+    graph.nodes.insert(readers[0], made)
+    train.records += 1
 
 
 @dataclass(frozen=True)
@@ -141,9 +245,10 @@ def compress_activations(
             will be set later.
 
     Returns:
-        The number of every pruned weight's record. ``Parameters.buffers["records"]`` is float32 ``(records * RECORD,)``;
-        its number ``DENSITY`` (``kernels.codes``) of a record is the share to keep and may be changed between steps;
-        ``Parameters.buffers["tally"]`` is int64 ``(records * 2,)``: vectors kept in the latest step, and all vectors.
+        The number of every pruned weight's record. ``Parameters.buffers["records"]`` is float32
+        ``(records * RECORD,)``; its number ``DENSITY`` (``kernels.codes``) of a record is the share to keep and may be
+        changed between steps; ``Parameters.buffers["tally"]`` is int64 ``(records * 2,)``: vectors kept in the latest
+        step, and all vectors.
     """
     graph, records = train.graph, {}
     for error_map in error_maps(train):

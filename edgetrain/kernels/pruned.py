@@ -1,8 +1,8 @@
-"""Products of the backward pass on a part of the output gradient: some channels, or some vectors.
+"""Products of the backward pass on some channels of the output gradient (Wu et al. 2020, "error map pruning").
 
-Channels (Wu et al. 2020, "error map pruning"): ``channel_scores`` and ``keep_channels`` choose, ``listed_terms`` makes the
-tables with which the dense gather-multiply reads the kept channels only, ``correlate_listed`` is the
-gather-correlate over them. Nothing is copied together: offsets are as good as neighbours.
+``channel_scores`` and ``keep_channels`` choose, ``listed_terms`` makes the tables with which the dense
+gather-multiply reads the kept channels only, ``correlate_listed`` is the gather-correlate over them. Nothing is
+copied together: offsets are as good as neighbours.
 """
 
 from __future__ import annotations

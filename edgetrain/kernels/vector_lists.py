@@ -18,6 +18,7 @@ from edgetrain.kernels.codes import DENSITY, SAMPLES, THRESHOLD
 from edgetrain.kernels.registry import Body, kernel
 from edgetrain.kernels.simd import (
     arguments,
+    broadcast,
     fma,
     load,
     load_f32,
@@ -27,7 +28,6 @@ from edgetrain.kernels.simd import (
     store_f32,
     store_i64,
     sum_lanes,
-    broadcast,
 )
 from edgetrain.kernels.tiles import correlate_tile
 
@@ -129,7 +129,7 @@ def choose_threshold() -> Body:
         for plane in range(planes):
             total += load_i64(counts + 8 * plane)
         if limit <= 0.0 or total > capacity or load_i64(state + 8) % refresh == 0:
-            wanted = min(capacity, max(1, int(math.ceil(load_f32(record + 4 * DENSITY) * all_norms))))
+            wanted = min(capacity, max(1, math.ceil(load_f32(record + 4 * DENSITY) * all_norms)))
             bits = max(1, _kth_largest(norms, all_norms, wanted, counters))
             limit = _float_of(bits, counters)
             total = _count(norms, limit, counts, planes, pixels)

@@ -1,6 +1,6 @@
 """Operators: one file per family, from simple to tricky; importing the package registers them all."""
 
-from edgetrain.ops import activation, arithmetic, conv, loss, normalization, pooling, pruning, shape
+from edgetrain.ops import activation, arithmetic, conv, gradient_pruning, loss, normalization, pooling, pruning, shape
 from edgetrain.ops.registry import NO_BORDER, Border, Op, describe, get_op, known_ops, register
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "conv",
     "describe",
     "get_op",
+    "gradient_pruning",
     "known_ops",
     "loss",
     "normalization",

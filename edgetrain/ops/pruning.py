@@ -8,8 +8,9 @@ Error maps, by channels (``edgetrain.pruning.ErrorMapPruning``):
 
 Saved activations (``edgetrain.pruning.compress_activations`` inserts them, for SWAT):
 
-- ``CompressActivation``: x -> the vectors of lanes of x with the largest norm, as lists (``kernels/vector_lists.py``). It
-  stands right behind whatever makes x, so the dense x is given up when its last other reader is done;
+- ``CompressActivation``: x -> the vectors of lanes of x with the largest norm, as lists
+  (``kernels/vector_lists.py``). It stands right behind whatever makes x, so the dense x is given up when its last
+  other reader is done;
 - ``CompressedWeightGrad``: (lists, grad_out) -> gradient of all weights.
 
 Only products of one group: a depthwise convolution has nothing to share out between channels.
@@ -40,8 +41,8 @@ IMPORTANCE = {"error": BY_ERROR, "error_and_weights": BY_ERROR_AND_WEIGHTS, "ran
 class KeptChannels(Op):
     """(grad_out, weights) -> numbers of the ``count`` channels to keep, ascending, float32 ``(count,)``.
 
-    Attributes: ``count``; ``importance``, a key of ``IMPORTANCE``; ``stream`` of the random numbers; ``forward`` and the
-    attributes of the product whose error map this is.
+    Attributes: ``count``; ``importance``, a key of ``IMPORTANCE``; ``stream`` of the random numbers; ``like``: the
+    product's x; ``forward`` and the attributes of the product whose error map this is.
     """
 
     name = "KeptChannels"
@@ -172,13 +173,14 @@ class PrunedBiasGrad(Op):
 class CompressActivation(Op):
     """x -> lists of its vectors of lanes with the largest L2 norm, for ``CompressedWeightGrad``.
 
-    A threshold is found every ``refresh`` steps, and in between whenever more vectors than there is room for reach it; in
-    all other steps the old one holds, so the density drifts a little (Raihan and Aamodt 2020, whose code keeps
+    A threshold is found every ``refresh`` steps, and in between whenever more vectors than there is room for reach it;
+    in all other steps the old one holds, so the density drifts a little (Raihan and Aamodt 2020, whose code keeps
     thresholds likewise). Vectors of zeros are never kept.
 
     Attributes: ``density``: share of the vectors to keep, the initial one: kernels read it from the layer's record;
     ``capacity``: largest share there is room for; ``refresh`` in steps; ``record``: number of the record; ``like``: the
-    weights; ``grad_out``: the value that the product will be computed with; ``forward`` and the attributes of the product.
+    weights; ``grad_out``: the value that the product will be computed with; ``forward`` and the attributes of the
+    product.
     """
 
     name = "CompressActivation"
@@ -194,7 +196,7 @@ class CompressActivation(Op):
         return [((1,), False)]
 
     def reference(self, node: Node, *inputs: Array) -> tuple[Array, ...]:
-        """x with zeros where it is not kept, the whole batch being one vector."""
+        """The input with zeros where it is not kept, the whole batch being one vector."""
         (x,) = inputs
         norms = (x**2).sum(0)
         count = max(1, math.ceil(float(node.get("density")) * norms.size))

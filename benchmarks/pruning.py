@@ -1,0 +1,214 @@
+"""What pruned backward passes save: operations and time, against the dense step, side by side in one process.
+
+Error maps and saved activations: ResNet-20 with CIFAR-10's shapes, batch 32. Gradients by chance: the backward pass of
+networks of convolutions and Relu without batch normalisation, LeNet-5 and a plain one of six 3x3 convolutions, trained
+for 60 steps on Fashion-MNIST first so that the gradients are realistic. Two threads. Every figure is a median over
+rounds in which all variants take turns.
+
+Usage:
+    python benchmarks/pruning.py            measure, store, and write docs/pruning.md
+    python benchmarks/pruning.py document   write docs/pruning.md from the stored results
+    python benchmarks/pruning.py accuracy   train LeNet-5 and the plain network with gradient pruning, and store
+"""
+
+import json
+import statistics
+import sys
+import time
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+
+import edgetrain as et
+from edgetrain import lowering_winograd
+from edgetrain.data import load_dataset
+from edgetrain.graph import Graph
+from edgetrain.pruning import ErrorPruning, compress_activations
+
+RESULTS = Path(__file__).parent / "results" / "pruning.json"
+DOCUMENT = Path(__file__).parent.parent / "docs" / "pruning.md"
+FULL = Path("/usr/share/datasets/fashion-mnist")
+ROUNDS, WARM_UP, BATCH, THREADS = 25, 60, 32, 2
+KEEPS, RATES, DENSITIES = (0.7, 0.5, 0.3), (0.5, 0.75, 0.9), (0.3, 0.2, 0.1)
+EPOCHS, SEEDS, TRAINED = 4, (0, 1), 20_000
+
+
+class Compressed(ErrorPruning):
+    """Weight gradients of all convolutions from the largest vectors of their inputs."""
+
+    def __init__(self, density: float) -> None:
+        self.density = density
+
+    def rewrite(self, train):
+        """Compress what all convolutions read."""
+        forward = train.graph.nodes[: train.forward_count]
+        names = [node.input(1).name for node in forward if node.op_type == "Conv"]
+        compress_activations(train, dict.fromkeys(names, self.density))
+
+
+def plain_network() -> Graph:
+    """Six 3x3 convolutions with Relu, the third and fifth of stride 2, and a classifier: no batch normalisation."""
+    graph, rng, channels, x = Graph("plain", (1, 28, 28)), np.random.default_rng(0), 1, "input"
+    for number, (width, stride) in enumerate(((16, 1), (16, 1), (32, 2), (32, 1), (64, 2), (64, 1))):
+        weight = rng.normal(0, (2 / (9 * channels)) ** 0.5, (width, channels, 3, 3))
+        inputs = [x, graph.parameter(f"w{number}", weight), graph.parameter(f"b{number}", np.zeros(width))]
+        x = graph.add("Relu", [graph.add("Conv", inputs, pads=[1, 1, 1, 1], strides=[stride, stride])])
+        channels = width
+    x = graph.add("Flatten", [graph.add("GlobalAveragePool", [x])])
+    weight = graph.parameter("fc", rng.normal(0, 0.1, (10, channels)))
+    graph.set_outputs([graph.add("Gemm", [x, weight, graph.parameter("fc.bias", np.zeros(10))], transB=1)])
+    return graph
+
+
+@contextmanager
+def kernels(kind):
+    """Plan with all kernels, or without Winograd's."""
+    with mock.patch.object(lowering_winograd, "suits", return_value=False) if kind == "direct" else nullcontext():
+        yield
+
+
+def learner(graph, policy, rate=1e-3):
+    """Return a learner with this policy."""
+    optimizer = et.SGD(lr=rate, momentum=0.9)
+    return et.Learner(graph, batch_size=BATCH, threads=THREADS, memory_budget="1GiB", optimizer=optimizer,
+                      error_pruning=policy)  # fmt: skip
+
+
+def images(count, split="train"):
+    """Return the first images, float32 from 0 to 1, and labels."""
+    data = load_dataset(str(FULL) if FULL.exists() else "embedded", split=split)
+    return data.images[:count].astype(np.float32) / 255, data.labels[:count]
+
+
+def whole_steps(graph, policies, x, y):
+    """Return (name, milliseconds of a step, share of operations saved) of every policy, taking turns."""
+    learners = {name: learner(graph, policy) for name, policy in policies.items()}
+    steps = {name: [made.partial_fit(x, y) for _ in range(3)][-1] for name, made in learners.items()}
+    seconds = {name: [] for name in learners}
+    for _ in range(ROUNDS):
+        for name, made in learners.items():
+            made.partial_fit(x, y)
+            for _ in range(3):
+                start = time.perf_counter()
+                made.partial_fit(x, y)
+                seconds[name].append(time.perf_counter() - start)
+    return {
+        name: {"ms": 1e3 * statistics.median(seconds[name]), "saved": 1 - step.macs_done / step.macs_dense}
+        for name, step in steps.items()
+    }
+
+
+def backward_passes(graph, policies, x, y):
+    """Return milliseconds of step and backward pass, and the share of operations saved, after some training."""
+    learners = {name: learner(graph, policy, 0.01) for name, policy in policies.items()}
+    parts = [(x[i : i + BATCH], y[i : i + BATCH]) for i in range(0, BATCH * WARM_UP, BATCH)]
+    for made in learners.values():
+        for part in parts:
+            made.partial_fit(*part)
+    rows = {name: made.training_plan().rows for name, made in learners.items()}
+    seconds = {name: [] for name in learners}
+    for number in range(ROUNDS):
+        for name, made in learners.items():
+            for part in parts[3 * number % WARM_UP :][:3]:
+                seconds[name].append(made.time_rows(*part))
+    results = {}
+    for name, made in learners.items():
+        median = np.median(np.array(seconds[name]), 0)
+        own = median[:-1] - median[-1]
+        step = made.partial_fit(*parts[0])
+        backward = sum(s for s, row in zip(own, rows[name], strict=True) if row.stage == "backward")
+        saved = 1 - step.macs_done / step.macs_dense
+        results[name] = {"ms": 1e3 * own.sum(), "backward": 1e3 * backward, "saved": saved}
+    return results
+
+
+def accuracy(graph, policy, seed):
+    """Return the test accuracy after a few epochs with a one-cycle schedule."""
+    x, y = images(TRAINED)
+    total = EPOCHS * -(-len(x) // BATCH)
+    optimizer = et.SGD(lr=0.05, momentum=0.9, weight_decay=5e-4, clip_norm=1.0,
+                       schedule=et.Schedule("one_cycle", total_steps=total))  # fmt: skip
+    made = et.Learner(graph, batch_size=BATCH, threads=THREADS, seed=seed, memory_budget="1GiB", optimizer=optimizer,
+                      error_pruning=policy)  # fmt: skip
+    made.fit((x, y), epochs=EPOCHS)
+    return made.score(*images(None, "test"))
+
+
+def gradient_policies():
+    """Return what is compared, by name."""
+    policies = {"dense": None}
+    policies |= {f"lanes {rate}": et.GradientPruning(rate=rate, group="lanes") for rate in RATES}
+    return policies | {"element 0.9": et.GradientPruning(rate=0.9)}
+
+
+def measure():
+    """Measure operations and time of everything, and store them."""
+    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(BATCH, 3, 32, 32)).astype(np.float32), rng.integers(10, size=BATCH)
+    resnet = et.models.resnet(depth=20, input_shape=(3, 32, 32))
+    keeps = {"dense": None} | {f"keep {keep}": et.ErrorMapPruning(keep=keep) for keep in KEEPS}
+    for kind in ("direct", "all"):
+        with kernels(kind):
+            results[f"error maps, {kind} kernels"] = whole_steps(resnet, keeps, x, y)
+    densities = {"dense": None} | {f"density {d}": Compressed(d) for d in DENSITIES}
+    results["activations"] = whole_steps(resnet, densities, x, y)
+    x, y = images(BATCH * WARM_UP)
+    for name, graph in (("LeNet-5", et.models.lenet5()), ("plain", plain_network())):
+        results[f"gradients, {name}"] = backward_passes(graph, gradient_policies(), x, y)
+    store(results)
+
+
+def train():
+    """Train with and without gradient pruning, storing each result; runs that are stored are not repeated."""
+    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    table = results.setdefault("accuracy", {})
+    for name, graph in (("LeNet-5", et.models.lenet5()), ("plain", plain_network())):
+        for label, policy in gradient_policies().items():
+            for seed in SEEDS:
+                if (key := f"{name}, {label}, seed {seed}") not in table:
+                    table[key] = accuracy(graph, policy, seed)
+                    store(results)
+
+
+def store(results):
+    """Write the results."""
+    RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+
+
+def document():
+    """Write the tables."""
+    results = json.loads(RESULTS.read_text())
+    lines = ["# Pruned backward passes", "", *__doc__.split("Usage:")[0].strip().splitlines(), "",
+             "Written by `benchmarks/pruning.py`; do not edit.", ""]  # fmt: skip
+    for title, table in results.items():
+        if title != "accuracy":
+            lines += _table(title, table)
+    if "accuracy" in results:
+        lines += [f"## Accuracy after {EPOCHS} epochs of {TRAINED} images", ""]
+        lines += ["| run | test accuracy % |", "|---|---|"]
+        lines += [f"| {run} | {100 * value:.2f} |" for run, value in results["accuracy"].items()] + [""]
+    DOCUMENT.write_text("\n".join(lines))
+
+
+def _table(title, table):
+    part = "backward" if "backward" in table["dense"] else "ms"
+    dense = table["dense"]
+    lines = [f"## {title[0].upper()}{title[1:]}", "",
+             "| variant | step ms | backward ms | times faster | operations saved | time of the step saved |",
+             "|---|---|---|---|---|---|"]  # fmt: skip
+    for name, row in table.items():
+        backward = f"{row['backward']:.2f}" if part == "backward" else ""
+        lines.append(
+            f"| {name} | {row['ms']:.2f} | {backward} | {dense[part] / row[part]:.2f} | {100 * row['saved']:.1f} % "
+            f"| {100 * (1 - row['ms'] / dense['ms']):.1f} % |"
+        )
+    return [*lines, ""]
+
+
+if __name__ == "__main__":
+    what = sys.argv[1] if len(sys.argv) > 1 else "measure"
+    {"measure": measure, "accuracy": train, "document": lambda: None}[what]()
+    document()

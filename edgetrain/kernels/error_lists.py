@@ -1,0 +1,193 @@
+"""Lists of the vectors of an error map that are not zero, and the products that skip the others.
+
+Two lists of the same vectors: of every channel the pixels (for the weight gradient, see ``vector_lists``), and of every
+pixel the channels (for the input gradient: a pixel of it gathers from few pixels of the error map).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llvmlite import ir
+from numba.core import cgutils, types
+
+from edgetrain.kernels.registry import Body, kernel
+from edgetrain.kernels.simd import (
+    F32,
+    I32,
+    I64,
+    arguments,
+    intrinsic,
+    literal,
+    load_i32,
+    load_i64,
+    pointer,
+    store_i32,
+    store_i64,
+)
+from edgetrain.kernels.tiles import _accumulators, _fma, _offsets, _vector_load, _weights
+
+
+@intrinsic(prefer_literal=True)
+def is_nonzero(typingctx: Any, address: Any, width: Any) -> Any:
+    """Return 1 if any of ``width`` float32 is not 0 (a NaN is not), else 0."""
+    lanes = literal(width)
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        vector = _vector_load(builder, args[0], lanes)
+        different = builder.fcmp_unordered("!=", vector, ir.Constant(vector.type, [0.0] * lanes))
+        bits = builder.bitcast(different, ir.IntType(lanes))
+        return builder.zext(builder.icmp_unsigned("!=", bits, ir.Constant(bits.type, 0)), I64)
+
+    return types.int64(types.int64, width), codegen
+
+
+@kernel(
+    "grad", "flags", "segments", "pairs", "pixels", "pixel_count", "blocks", "grad_block", "grad_channel", "x_block",
+)  # fmt: skip
+def list_pixels(lanes: int) -> Body:
+    """List the pixels of a channel whose vector is not zero, and flag them. Job: channel.
+
+    ``pixels``: table of int64 pairs (offset in x, offset in the error map). Segments are ``[channel]``.
+    ``flags``: int32 ``[block][channel][pixel]``.
+    """
+
+    def body(args: int, first: int, last: int) -> None:
+        (grad, flags, segments, pairs, pixels, pixel_count, blocks, grad_block, grad_channel,
+         x_block) = arguments(args, 10)  # fmt: skip
+        channels = grad_block // grad_channel
+        for channel in range(first, last):
+            start = channel * blocks * pixel_count
+            at = pairs + 16 * start
+            for block in range(blocks):
+                source = grad + block * grad_block + channel * grad_channel
+                flag = flags + 4 * (block * channels + channel) * pixel_count
+                for i in range(pixel_count):
+                    offset = load_i64(pixels + 16 * i + 8)
+                    found = is_nonzero(source + offset, lanes)
+                    store_i64(at, load_i64(pixels + 16 * i) + block * x_block)
+                    store_i64(at + 8, offset + block * grad_block)
+                    at += 16 * found
+                    store_i32(flag + 4 * i, found)
+            store_i64(segments + 16 * channel, start)
+            store_i64(segments + 16 * channel + 8, (at - pairs) // 16 - start)
+
+    return body
+
+
+@kernel("flags", "entries", "counts", "pixel_count", "channels", "pixel_chunk", "pixel_chunks")
+def list_channels() -> Body:
+    """List the channels of a pixel whose vector is not zero. Job: (block, chunk of pixels).
+
+    ``entries``: int32 ``[block][pixel][channels]``; ``counts``: int32 ``[block][pixel]``.
+    """
+
+    def body(args: int, first: int, last: int) -> None:
+        flags, entries, counts, pixel_count, channels, chunk, chunks = arguments(args, 7)
+        for job in range(first, last):
+            block, start = job // chunks, job % chunks * chunk
+            end = min(pixel_count, start + chunk)
+            count, entry = counts + 4 * block * pixel_count, entries + 4 * block * pixel_count * channels
+            for i in range(start, end):
+                store_i32(count + 4 * i, 0)
+            for channel in range(channels):
+                flag = flags + 4 * (block * channels + channel) * pixel_count
+                for i in range(start, end):
+                    number = load_i32(count + 4 * i)
+                    store_i32(entry + 4 * (i * channels + number), channel)
+                    store_i32(count + 4 * i, number + load_i32(flag + 4 * i))
+
+    return body
+
+
+@kernel("segments", "tally", "channels", "vectors")
+def count_listed() -> Body:
+    """Write how many vectors are listed, and how many there are. One job."""
+
+    def body(args: int, first: int, last: int) -> None:
+        segments, tally, channels, vectors = arguments(args, 4)
+        total = 0
+        for channel in range(channels):
+            total += load_i64(segments + 16 * channel + 8)
+        store_i64(tally, total)
+        store_i64(tally + 8, vectors)
+
+    return body
+
+
+@intrinsic(prefer_literal=True)
+def gather_tile(
+    typingctx: Any, grad: Any, y: Any, weight: Any, entries: Any, counts: Any, meets: Any, meet_count: Any,
+    entry_step: Any, grad_channel: Any, weight_channel: Any, y_channel: Any, rows: Any, channels: Any, lanes: Any,
+) -> Any:  # fmt: skip
+    """Compute ``channels`` input gradients of one pixel from the listed channels of the pixels that it meets.
+
+    Args:
+        grad, y: addresses of the block of the error map, and of the pixel of the first channel to compute.
+        weight: packed ``[channel of the error map][kernel position][channels]``.
+        entries, counts: of the block, see ``list_channels``.
+        meets: table of ``meet_count`` int64 triples: pixel of the error map, its offset, offset of the weights.
+        entry_step: bytes between the entries of two pixels.
+        grad_channel, weight_channel, y_channel: bytes between channels.
+        rows: how many of the ``channels`` exist.
+    """
+    cr, n = literal(channels), literal(lanes)
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        (grad_, y_, weight_, entries_, counts_, meets_, meet_count_, entry_step_, grad_channel_, weight_channel_,
+         y_channel_, rows_) = args[:12]  # fmt: skip
+        slots = _accumulators(builder, cr, n)
+        with cgutils.for_range(builder, meet_count_) as meet:
+            place = builder.add(meets_, builder.mul(meet.index, ir.Constant(I64, 24)))
+            pixel, offset, position = _offsets(builder, place, 3)
+            listed = builder.gep(pointer(builder, counts_, I32), [pixel])
+            count = builder.zext(builder.load(listed), I64)
+            first = pointer(builder, builder.add(entries_, builder.mul(pixel, entry_step_)), I32)
+            source, factors = builder.add(grad_, offset), builder.add(weight_, position)
+            with cgutils.for_range(builder, count) as entry:
+                channel = builder.zext(builder.load(builder.gep(first, [entry.index])), I64)
+                value = _vector_load(builder, builder.add(source, builder.mul(channel, grad_channel_)), n)
+                own = builder.add(factors, builder.mul(channel, weight_channel_))
+                for c, factor in enumerate(_weights(builder, own, cr, n)):
+                    _fma(builder, factor, value, slots[c])
+        for c, slot in enumerate(slots):
+            with builder.if_then(builder.icmp_signed(">", rows_, ir.Constant(I64, c)), likely=True):
+                target = builder.add(y_, builder.mul(y_channel_, ir.Constant(I64, c)))
+                vector = ir.VectorType(F32, n)
+                builder.store(builder.load(slot), pointer(builder, target, vector), align=4 * n)
+        return context.get_dummy_value()
+
+    return types.void(*([types.int64] * 12), channels, lanes), codegen
+
+
+@kernel(
+    "grad", "y", "weight", "entries", "counts", "meets", "meet_starts", "targets", "pixel_count", "grad_pixels",
+    "grad_channels", "channel_count", "grad_block", "grad_channel", "y_block", "y_channel", "weight_tile",
+    "weight_channel", "pixel_chunk", "pixel_chunks", "tiles",
+)  # fmt: skip
+def multiply_lists(lanes: int, channels: int) -> Body:
+    """Write the input gradient from the listed vectors of the error map.
+
+    Job: (block, chunk of pixels, tile of channels). ``meets``: see ``gather_tile``, those of pixel p from
+    ``meet_starts[p]`` on; ``targets``: its offset in ``y``.
+    """
+
+    def body(args: int, first: int, last: int) -> None:
+        (grad, y, weight, entries, counts, meets, meet_starts, targets, pixel_count, grad_pixels, grad_channels,
+         channel_count, grad_block, grad_channel, y_block, y_channel, weight_tile, weight_channel, pixel_chunk,
+         pixel_chunks, tiles) = arguments(args, 21)  # fmt: skip
+        for job in range(first, last):
+            tile, rest = job % tiles, job // tiles
+            chunk, block = rest % pixel_chunks, rest // pixel_chunks
+            own = counts + 4 * block * grad_pixels
+            listed = entries + 4 * block * grad_pixels * grad_channels
+            target = y + block * y_block + tile * channels * y_channel
+            for p in range(chunk * pixel_chunk, min(pixel_count, (chunk + 1) * pixel_chunk)):
+                start = load_i64(meet_starts + 8 * p)
+                gather_tile(
+                    grad + block * grad_block, target + load_i64(targets + 8 * p), weight + tile * weight_tile, listed,
+                    own, meets + 24 * start, load_i64(meet_starts + 8 * p + 8) - start, 4 * grad_channels,
+                    grad_channel, weight_channel, y_channel, channel_count - tile * channels, channels, lanes,
+                )  # fmt: skip
+
+    return body

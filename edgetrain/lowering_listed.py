@@ -1,0 +1,162 @@
+"""How the operators of ``ops/gradient_pruning.py`` become kernel calls."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from edgetrain.arrays import ALIGNMENT, Layout
+from edgetrain.choice import target
+from edgetrain.graph import Node
+from edgetrain.kernels.codes import RECORD, TALLY_BYTES
+from edgetrain.lowering_pruned import PrunedLowering
+from edgetrain.plan import Ref
+
+if TYPE_CHECKING:
+    from edgetrain.ops.conv import Product
+
+_PIXELS_PER_JOB = 64
+# Accumulators of a tile: one vector per term, or per channel. The 16 registers of AVX2 hold 12 of them.
+_ACCUMULATORS = {32: 16, 16: 12}
+_PARTS = 4  # parts of a channel's terms that different threads may take
+
+
+@dataclass(frozen=True)
+class _Lists:
+    """Where the parts of an error map's lists lie, see ``kernels.error_lists``.
+
+    Attributes:
+        channels, pixels, blocks: of the error map.
+    """
+
+    channels: int
+    pixels: int
+    blocks: int
+
+    @property
+    def vectors(self) -> int:
+        """Vectors of the error map."""
+        return self.channels * self.pixels * self.blocks
+
+    @property
+    def pairs(self) -> int:
+        """Byte offset of the pairs of every channel's pixels; segments come before."""
+        return 16 * self.channels
+
+    @property
+    def entries(self) -> int:
+        """Byte offset of the channels of every pixel."""
+        return self.pairs + 16 * self.vectors
+
+    @property
+    def counts(self) -> int:
+        """Byte offset of the numbers of channels of every pixel."""
+        return self.entries + 4 * self.vectors
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all parts."""
+        return self.counts + 4 * self.pixels * self.blocks + ALIGNMENT
+
+
+class ListedLowering(PrunedLowering):
+    """Lowers gradient pruning, and products that skip vectors of zeros; lanes hold samples."""
+
+    def pruned_gradient(self, node: Node) -> None:
+        """Emit the pruning, and the record of this step's mean in the update."""
+        x, y, by_element = self.layout(node.x), self.layout(node.y), node.get("group") == "element"
+        magnitudes = self.kept(f"magnitudes:{node.y.name}", 8 * x.planes)
+        record = Ref("records", 4 * RECORD * int(node.get("record")))
+        self.emit(
+            "prune_elements" if by_element else "prune_vectors", (self.lanes,), x.planes, grad=self.address(node.x),
+            y=self.address(node.y), magnitudes=magnitudes, record=record, state=Ref("state"),
+            stream=int(node.get("stream")), channels=x.channels, rows=x.rows, columns=x.columns, grad_block=x.block,
+            grad_channel=x.channel, grad_row=x.row, y_block=y.block, y_channel=y.channel, y_row=y.row,
+            f_factor=float(node.get("factor")),
+        )  # fmt: skip
+        pixels = x.rows * x.columns
+        with self.stage("update"):
+            self.emit("record_mean", (), 1, magnitudes=magnitudes, record=record, state=Ref("state"), parts=x.planes,
+                      count=pixels * (x.channels if by_element else x.planes), per_sample=int(by_element))  # fmt: skip
+
+    def error_lists(self, node: Node, g: Product) -> None:
+        """Emit both lists, and how long they are."""
+        x, grad = self.layout(node.get("like")), self.layout(node.x)
+        lists, base = self._error_lists(g), self.address(node.y)
+        self.plan.sizes[self.plan.buffer(node.y.name)] = lists.nbytes
+        flags = self.workspace(4 * lists.vectors)
+        self.emit(
+            "list_pixels", (self.lanes,), g.channels_out, grad=self.address(node.x), flags=flags, segments=base,
+            pairs=base + lists.pairs, pixels=self.table(g.forward_pixels(x, grad)), pixel_count=lists.pixels,
+            blocks=self.blocks, grad_block=grad.block, grad_channel=grad.channel, x_block=x.block,
+        )  # fmt: skip
+        chunks = -(-lists.pixels // _PIXELS_PER_JOB)
+        self.emit(
+            "list_channels", (), self.blocks * chunks, flags=flags, entries=base + lists.entries,
+            counts=base + lists.counts, pixel_count=lists.pixels, channels=g.channels_out, pixel_chunk=_PIXELS_PER_JOB,
+            pixel_chunks=chunks,
+        )  # fmt: skip
+        self.emit("count_listed", (), 1, segments=base, tally=Ref("tally", TALLY_BYTES * int(node.get("record"))),
+                  channels=g.channels_out, vectors=lists.vectors)  # fmt: skip
+
+    def listed_input_grad(self, node: Node, g: Product) -> None:
+        """Pack the weights, then one gathering product; the stride is in its tables."""
+        grad, out, lists = self.layout(node.x), self.layout(node.y), self._error_lists(g)
+        base, taps = self.address(node.input(2)), len(g.taps)
+        width = min(_ACCUMULATORS[target().registers], g.channels_in)
+        weight, tiles = self.dense_weight(node.input(1), g), -(-g.channels_in // width)
+        sources = [c * g.weight_out + t * g.weight_tap for c in range(g.channels_out) for t in range(taps)]
+        packed, _ = self.pack_weights(weight, sources, width, g.channels_in, g.weight_in, 1, 0)
+        starts, meets, targets = _meets(g, grad, out, 4 * width)
+        chunks = -(-len(targets) // _PIXELS_PER_JOB)
+        self.emit(
+            "multiply_lists", (self.lanes, width), self.blocks * chunks * tiles, grad=self.address(node.x),
+            y=self.address(node.y), weight=packed, entries=base + lists.entries, counts=base + lists.counts,
+            meets=self.table(meets), meet_starts=self.table(starts), targets=self.table(targets),
+            pixel_count=len(targets), grad_pixels=lists.pixels, grad_channels=g.channels_out,
+            channel_count=g.channels_in, grad_block=grad.block, grad_channel=grad.channel, y_block=out.block,
+            y_channel=out.channel, weight_tile=4 * width * len(sources), weight_channel=4 * width * taps,
+            pixel_chunk=_PIXELS_PER_JOB, pixel_chunks=chunks, tiles=tiles,
+        )  # fmt: skip
+
+    def listed_weight_grad(self, node: Node, g: Product) -> None:
+        """One correlation over the lists of every channel's pixels."""
+        x, grad = self.layout(node.x), self.layout(node.input(1))
+        base, lists = self.address(node.input(2)), self._error_lists(g)
+        terms = list(zip(g.forward_terms(x), g.forward_sources(), strict=True))
+        width = min(_ACCUMULATORS[target().registers], len(terms))
+        chunk = -(-len(terms) // (width * _PARTS)) * width
+        chunks = -(-len(terms) // chunk)
+        self.emit(
+            "correlate_lists", (self.lanes, width), g.channels_out * chunks, other=self.address(node.x),
+            values=self.address(node.input(1)), target=self.address(node.y), segments=base, pairs=base + lists.pairs,
+            terms=self.table(terms + [terms[-1]] * (-len(terms) % width)), term_count=len(terms), term_chunk=chunk,
+            term_chunks=chunks, value_channel=grad.channel, target_channel=g.weight_out,
+        )  # fmt: skip
+
+    def _error_lists(self, g: Product) -> _Lists:
+        return _Lists(g.channels_out, g.out[0] * g.out[1], self.blocks)
+
+
+def _meets(
+    g: Product, grad: Layout, out: Layout, position_bytes: int
+) -> tuple[list[int], list[tuple[int, int, int]], list[int]]:
+    """Return, for every pixel of the input gradient, the pixels of the error map that it gathers from.
+
+    Returns:
+        Where each pixel's triples start (one more at the end), the triples (pixel of the error map, its byte offset,
+        byte offset of the weights), and the pixel's own byte offset.
+    """
+    starts, meets, targets = [0], [], []
+    for phase in g.phases():
+        rows, columns = (range(phase.first[axis], g.size[axis], g.strides[axis]) for axis in (0, 1))
+        for n, h in enumerate(rows):
+            for m, w in enumerate(columns):
+                for i, j, a, b in phase.taps:
+                    row, column = n + a, m + b
+                    if 0 <= row < g.out[0] and 0 <= column < g.out[1]:
+                        offset, tap = row * grad.row + column * grad.pixel, i * g.kernel[1] + j
+                        meets.append((row * g.out[1] + column, offset, tap * position_bytes))
+                starts.append(len(meets))
+                targets.append(h * out.row + w * out.pixel)
+    return starts, meets, targets

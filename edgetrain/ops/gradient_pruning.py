@@ -1,0 +1,114 @@
+"""Operators of unbiased gradient pruning, and of products that skip vectors of zeros in an error map.
+
+- ``PrunedGradient``: a gradient -> the same, thinned out by chance without changing its expectation;
+- ``ErrorLists``: an error map -> lists of its vectors of samples that are not zero;
+- ``ListedInputGrad``, ``ListedWeightGrad``: the dense operators with the lists as one more input. They compute the
+  same; how much they skip is seen at run time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from edgetrain.graph import Node, Shape
+from edgetrain.ops.conv import Product, ProductGrad, ProductInputGrad, ProductWeightGrad
+from edgetrain.ops.registry import NO_BORDER, Array, Border, Op, register
+
+if TYPE_CHECKING:
+    from edgetrain.lowering import Lowering
+
+
+@register
+class PrunedGradient(Op):
+    """Set what is smaller than a threshold to 0 or to the threshold, by chance (Ye et al. 2020, section 3).
+
+    Attributes: ``group``: ``"element"``: each number, or ``"lanes"``: each vector of samples by its L2 norm;
+    ``factor`` of the threshold, times the mean size in the latest five steps; ``record``: number of the record;
+    ``stream`` of the random numbers.
+    """
+
+    name = "PrunedGradient"
+    in_place = 0
+    training_only = True
+    attributes = ("group", "factor", "record", "stream", "density")
+
+    def infer(self, node: Node) -> Sequence[tuple[Shape, bool]]:
+        """Same shape."""
+        return [(node.x.shape, True)]
+
+    def reference(self, node: Node, *inputs: Array) -> tuple[Array, ...]:
+        """Without randomness the readable twin is the expectation: nothing. Pruning is tested by its statistics."""
+        return (inputs[0],)
+
+    def lower(self, node: Node, low: Lowering) -> None:
+        """One pass."""
+        low.pruned_gradient(node)
+
+
+@register
+class ErrorLists(Op):
+    """An error map -> lists of its vectors that are not zero; attributes: those of the product, and ``like``, its x."""
+
+    name = "ErrorLists"
+    arity = (2, 2)
+    training_only = True
+    attributes = (*ProductGrad.attributes, "record", "density")
+
+    def infer(self, node: Node) -> Sequence[tuple[Shape, bool]]:
+        """An opaque array, whose size depends on the number of samples."""
+        return [((1,), False)]
+
+    def reference(self, node: Node, *inputs: Array) -> tuple[Array, ...]:
+        """Nothing: the twins of the products read the error map."""
+        return (inputs[0][:0],)
+
+    def product(self, node: Node) -> Product:
+        """Return the sizes of the forward node."""
+        return ProductWeightGrad().geometry(node, node.get("like"), node.input(1))
+
+    def lower(self, node: Node, low: Lowering) -> None:
+        """Two passes."""
+        low.error_lists(node, self.product(node))
+
+
+@register
+class ListedInputGrad(ProductInputGrad):
+    """(grad_out, weights, lists) -> grad_x."""
+
+    name = "ListedInputGrad"
+    arity = (3, 3)
+    attributes = (*ProductInputGrad.attributes, "record")
+
+    def reference(self, node: Node, *inputs: Array) -> tuple[Array, ...]:
+        """As the dense gradient."""
+        return super().reference(node, *inputs[:2])
+
+    def borders(self, node: Node) -> Sequence[Border]:
+        """None: only pixels that exist are listed."""
+        return [NO_BORDER] * 3
+
+    def lower(self, node: Node, low: Lowering) -> None:
+        """See ``lowering_listed``."""
+        low.listed_input_grad(node, self.product(node))
+
+
+@register
+class ListedWeightGrad(ProductWeightGrad):
+    """(x, grad_out, lists) -> grad_w."""
+
+    name = "ListedWeightGrad"
+    arity = (3, 3)
+    attributes = (*ProductWeightGrad.attributes, "record")
+
+    def reference(self, node: Node, *inputs: Array) -> tuple[Array, ...]:
+        """As the dense gradient."""
+        return super().reference(node, *inputs[:2])
+
+    def borders(self, node: Node) -> Sequence[Border]:
+        """The padding that windows touch."""
+        return [*super().borders(node), NO_BORDER]
+
+    def lower(self, node: Node, low: Lowering) -> None:
+        """See ``lowering_listed``."""
+        low.listed_weight_grad(node, self.product(node))

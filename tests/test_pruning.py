@@ -1,0 +1,382 @@
+"""Pruned backward passes: channels of error maps, gradients by chance, saved activations."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+import edgetrain as et
+from edgetrain import reference
+from edgetrain.arrays import aligned
+from edgetrain.autodiff import LABELS, TrainingGraph, training_graph
+from edgetrain.errors import UsageError
+from edgetrain.graph import Graph
+from edgetrain.kernels.codes import MEAN_COUNT, MEANS, RECORD
+from edgetrain.kernels.registry import argument_names, compile_kernels
+from edgetrain.learner import Learner
+from edgetrain.ops import get_op
+from edgetrain.pruning import ErrorMapPruning, ErrorPruning, GradientPruning, compress_activations, error_maps
+from tests.engine import assert_all_close, assert_close, assert_same, learner, wide_host
+from tests.op_cases import Net
+
+Array = NDArray[Any]
+TOLERANCE = 1e-5
+SAME = [1, 1, 1, 1]
+
+pytestmark = pytest.mark.usefixtures(wide_host.__name__)
+
+
+def network(norm: bool = False, shape: tuple[int, int, int] = (3, 8, 8)) -> Graph:
+    """Convolutions of stride 1 and 2, 1x1, depthwise, on a residual branch, with pools and with or without norms."""
+    net = Net(shape)
+    x = net.conv("input", 8, shape[0], 3, 3, pads=SAME)
+    x = net.Relu(net.norm(x) if norm else x)
+    y = net.conv(x, 12, 8, 3, 3, pads=SAME, strides=[2, 2], bias=not norm)
+    y = net.Relu(net.norm(y) if norm else y)
+    y = net.conv(y, 12, 1, 3, 3, pads=SAME, group=12)
+    z = net.conv(x, 12, 8, 1, 1, strides=[2, 2])
+    x = net.MaxPool(net.Relu(net.Add(y, z)), kernel_shape=[2, 2], strides=[2, 2])
+    net.graph.set_outputs([net.Gemm(net.Flatten(x), net.parameter(5, net.shape(x)[0] * 4, spread=0.1), transB=1)])
+    return net.graph
+
+
+def batch(count: int, shape: tuple[int, int, int] = (3, 8, 8)) -> tuple[Array, Array]:
+    rng = np.random.default_rng(count)
+    return rng.normal(size=(count, *shape)).astype(np.float32), rng.integers(5, size=count)
+
+
+def conv_weights(graph: Graph) -> list[str]:
+    """Names of the weights of convolutions of one group."""
+    return [n.input(1).name for n in graph.nodes if n.op_type == "Conv" and n.get("group", 1) == 1]
+
+
+def masked_gradients(
+    graph: Graph, x: Array, y: Array, mask_error: Any = None, mask_input: Any = None
+) -> dict[str, Array]:
+    """Return the gradients of a dense training graph whose convolutions' operands are masked as they are read."""
+    train = training_graph(graph)
+    ours = set(conv_weights(graph))
+    biases = {n.input(2).name for n in graph.nodes if n.op_type == "Conv" and n.get("group", 1) == 1 and n.optional(2)}
+    values = reference._start(graph, x, np.float64) | {LABELS: y}
+    by_error = {e.value.name: values[e.conv.input(1).name] for e in error_maps(train)}
+    for node in train.graph.nodes:
+        inputs = [values[v.name] for v in node.inputs if v is not None]
+        like = node.get("like")
+        if mask_error is not None:
+            if node.op_type == "ProductInputGrad" and node.input(1).name in ours:
+                inputs[0] = mask_error(inputs[0], values[node.input(1).name])
+            elif node.op_type == "ProductWeightGrad" and like.name in ours:
+                inputs[1] = mask_error(inputs[1], values[like.name])
+            elif node.op_type == "SumTo" and like.name in biases:
+                inputs[0] = mask_error(inputs[0], by_error[node.x.name])
+        if mask_input is not None and node.op_type == "ProductWeightGrad" and like.name in ours:
+            inputs[0] = mask_input(inputs[0])
+        values.update(zip((v.name for v in node.outputs), get_op(node.op_type).reference(node, *inputs), strict=True))
+    return {name: values[grad] for name, grad in train.gradients.items()}
+
+
+# ---- channels of error maps ------------------------------------------------------------------------------------------
+
+
+def keep_largest(keep: float, weigh: bool) -> Any:
+    def mask(grad: Array, weights: Array) -> Array:
+        scores = 2 * np.abs(grad).sum((0, 2, 3)) / np.abs(grad).sum()
+        if weigh:
+            scores = scores + np.abs(weights).sum((1, 2, 3)) / np.abs(weights).sum()
+        kept = np.argsort(-scores)[: max(1, round(keep * len(scores)))]
+        out = np.zeros_like(grad)
+        out[:, kept] = grad[:, kept]
+        return out
+
+    return mask
+
+
+@pytest.mark.parametrize("count", [1, 4, 6])
+@pytest.mark.parametrize("norm", [False, True], ids=["plain", "norm"])
+@pytest.mark.parametrize("keep", [0.5, 0.1])
+def test_both_products_equal_the_masked_dense_ones(norm, count, keep):
+    if norm and count == 1:
+        count = 2
+    (x, y), graph = batch(count), network(norm)
+    made = learner(graph, error_pruning=ErrorMapPruning(keep=keep))
+    assert_all_close(made.gradients(x, y), masked_gradients(graph, x, y, keep_largest(keep, False)), TOLERANCE)
+
+
+def test_weights_may_count_in_the_importance():
+    (x, y), graph = batch(5), network()
+    made = learner(graph, error_pruning=ErrorMapPruning(keep=0.5, importance="error_and_weights"))
+    assert_all_close(made.gradients(x, y), masked_gradients(graph, x, y, keep_largest(0.5, True)), TOLERANCE)
+
+
+def test_winograd_products_take_listed_channels():
+    graph, (x, y) = Graph("wide", (16, 8, 8)), batch(5, (16, 8, 8))
+    net = Net((16, 8, 8))
+    h = net.Relu(net.conv("input", 16, 16, 3, 3, pads=SAME))
+    h = net.GlobalAveragePool(net.conv(h, 24, 16, 3, 3, pads=SAME))
+    net.graph.set_outputs([net.Gemm(net.Flatten(h), net.parameter(5, 24), transB=1)])
+    graph = net.graph
+    made = learner(graph, error_pruning=ErrorMapPruning(keep=0.7))
+    used = {row.kernel[0] for row in made.training_plan().rows}
+    assert {"winograd", "winograd_weight_gradient", "zero_unlisted"} <= used
+    assert_all_close(made.gradients(x, y), masked_gradients(graph, x, y, keep_largest(0.7, False)), 3e-5)
+
+
+class Everything(ErrorMapPruning):
+    """Lists all channels."""
+
+    def rewrite(self, train: TrainingGraph) -> None:
+        for stream, error_map in enumerate(error_maps(train)):
+            self._prune(train.graph, error_map, error_map.conv.input(1).shape[0], stream)
+
+
+def test_all_channels_listed_are_the_dense_products_bit_for_bit():
+    (x, y), graph = batch(5), network()
+    dense, listed = learner(graph).gradients(x, y), learner(graph, error_pruning=Everything()).gradients(x, y)
+    weights = [name for name in dense if dense[name].ndim > 1]
+    assert_same({n: listed[n] for n in weights}, {n: dense[n] for n in weights})
+    assert_all_close(listed, dense, 1e-6)
+
+
+def test_keeping_all_changes_nothing():
+    train = training_graph(network())
+    before = list(train.graph.nodes)
+    ErrorMapPruning(keep=1).rewrite(train)
+    assert train.graph.nodes == before
+
+
+def test_dropped_channels_have_a_gradient_of_exactly_zero_and_random_ones_change():
+    (x, y), graph = batch(4), network()
+    made = learner(graph, error_pruning=ErrorMapPruning(keep=0.5, importance="random"), optimizer=et.SGD(lr=0.0))
+    patterns = set()
+    for _ in range(6):
+        made.partial_fit(x, y)
+        grads = made.gradients(x, y)
+        rows = [np.abs(grads[name]).sum((1, 2, 3)) == 0 for name in conv_weights(graph)]
+        assert [row.sum() for row in rows] == [row.size // 2 for row in rows]
+        patterns.add(b"".join(row.tobytes() for row in rows))
+    assert len(patterns) > 3
+
+
+def test_operations_are_counted():
+    (x, y), graph = batch(4), network()
+    step = learner(graph, error_pruning=ErrorMapPruning(keep=0.5)).partial_fit(x, y)
+    train = training_graph(graph)
+    ours = set(conv_weights(graph))
+    backward = [n for n in train.graph.nodes if n.op_type in ("ProductInputGrad", "ProductWeightGrad")]
+    halved = [n for n in backward if ours & {n.get("like").name, *(v.name for v in n.inputs)}]
+    assert step.saved_error_maps == 4 * sum(get_op(n.op_type).macs(n) for n in halved) // 2
+    assert step.macs_dense - step.macs_done == step.saved_error_maps
+
+
+# ---- gradients by chance ---------------------------------------------------------------------------------------------
+
+
+def run_kernel(name: str, lanes: int, jobs: int, **given: Any) -> None:
+    """Run a compiled kernel on arrays and numbers."""
+    arguments = []
+    for argument in argument_names(name):
+        value = given[argument]
+        if isinstance(value, np.ndarray):
+            value = value.ctypes.data
+        arguments.append(int(np.float32(value).view(np.uint32)) if argument.startswith("f_") else int(value))
+    table = np.array(arguments, np.int64)
+    address = compile_kernels([(name, (lanes,))])[name, (lanes,)]
+    ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * 3)(address)(table.ctypes.data, 0, jobs)
+
+
+def pruned(kernel: str, grad: Array, factor: float, step: int = 0) -> Array:
+    """Prune gradients float32 ``(planes, pixels, lanes)`` whose mean size is known to be 1."""
+    planes, pixels, lanes = grad.shape
+    record, y, state = aligned(RECORD), aligned(grad.size).reshape(grad.shape), aligned(8, np.int64)
+    record[MEANS : MEANS + 5], record[MEAN_COUNT], state[:3] = 1, 5, (lanes, step, 0)
+    magnitudes = aligned(planes, np.float64)
+    strides = {f"{v}_{part}": 4 * lanes * pixels for v in ("grad", "y") for part in ("block", "channel", "row")}
+    run_kernel(kernel, lanes, planes, grad=grad, y=y, magnitudes=magnitudes, record=record, state=state, stream=0,
+               channels=planes, rows=1, columns=pixels, f_factor=factor, **strides)  # fmt: skip
+    sizes = np.abs(grad) if kernel == "prune_elements" else np.sqrt((grad**2).sum(2))
+    assert magnitudes.sum() == pytest.approx(sizes.sum(), rel=1e-5)
+    return y
+
+
+def normal(planes: int, pixels: int, lanes: int) -> Array:
+    array = aligned(planes * pixels * lanes).reshape(planes, pixels, lanes)
+    array[...] = np.random.default_rng(0).normal(size=array.shape)
+    return array
+
+
+# Density of the published rule for normally distributed gradients: (1 - p) + 2 (1 - exp(-t^2 / 2)) / (t sqrt(2 pi)).
+@pytest.mark.parametrize(("rate", "density"), [(0.5, 0.741), (0.8, 0.549), (0.9, 0.460), (0.99, 0.309)])
+def test_density_of_pruned_elements(rate, density):
+    grad = normal(64, 64, 8)
+    grad /= np.abs(grad).mean()
+    assert (pruned("prune_elements", grad, GradientPruning(rate=rate).factor) != 0).mean() == pytest.approx(
+        density, abs=0.01
+    )
+
+
+@pytest.mark.parametrize("kernel", ["prune_elements", "prune_vectors"])
+def test_pruning_keeps_the_expectation(kernel):
+    grad, rounds = normal(4, 64, 4), 3000
+    factor = 2.0 if kernel == "prune_elements" else 4.0
+    draws = [pruned(kernel, grad, factor, step) for step in range(rounds)]
+    mean, deviation = np.mean(draws, 0), np.std(draws, 0)
+    away = np.abs(mean - grad) / np.maximum(deviation / rounds**0.5, 1e-6)
+    assert deviation.max() > 0.5
+    assert away.max() < 5.5  # of 1024 normal numbers the largest is about 3.3
+
+
+def test_pruned_vectors_stay_or_go_as_a_whole():
+    grad = normal(16, 64, 4)
+    grad /= np.sqrt((grad**2).sum(2)).mean()
+    out = pruned("prune_vectors", grad, GradientPruning(rate=0.75, group="lanes").factor)
+    kept = (out != 0).any(2)
+    assert ((out != 0).all(2) == kept).all()
+    assert kept.mean() == pytest.approx(0.25, abs=0.03)
+    ratio = out[kept] / grad[kept]
+    assert np.ptp(ratio, 1).max() < 1e-4
+
+
+@pytest.mark.parametrize("norm", [False, True], ids=["plain", "norm"])
+@pytest.mark.parametrize("count", [1, 3, 4, 9])
+def test_products_from_lists_equal_the_dense_ones(norm, count):
+    count += norm and count == 1
+    (x, y), graph = batch(count), network(norm)
+    made = learner(graph, error_pruning=GradientPruning(rate=0.9, group="lanes"))  # the first five steps keep all
+    assert {"multiply_lists", "correlate_lists"} <= {row.kernel[0] for row in made.training_plan().rows}
+    assert_all_close(made.gradients(x, y), reference.gradients(graph, x, y)[1], TOLERANCE)
+
+
+@pytest.mark.parametrize("group", ["element", "lanes"])
+def test_pruning_starts_after_five_steps_and_is_unbiased_through_the_network(group):
+    (x, y), graph, rounds = batch(4), network(), 400
+    made = learner(graph, error_pruning=GradientPruning(rate=0.7, group=group), optimizer=et.SGD(lr=0.0, momentum=0.0))
+    wanted = reference.gradients(graph, x, y)[1]
+    for _ in range(5):
+        assert_all_close(made.gradients(x, y), wanted, TOLERANCE)
+        made.partial_fit(x, y)
+    name = conv_weights(graph)[0]
+    draws = np.empty((rounds, wanted[name].size))
+    for row in draws:
+        row[:] = made.gradients(x, y)[name].ravel()
+        made.step_count += 1  # other random numbers
+    mean, deviation = draws.mean(0), draws.std(0)
+    assert deviation.max() > 0.05 * np.abs(wanted[name]).max()
+    assert (np.abs(mean - wanted[name].ravel()) < 5.5 * deviation / rounds**0.5 + 1e-6).all()
+
+
+def test_skipped_vectors_are_counted():
+    (x, y), graph = batch(4), network()
+    made = learner(graph, error_pruning=GradientPruning(rate=0.9, group="lanes"))
+    steps = [made.partial_fit(x, y) for _ in range(8)]
+    assert steps[-1].saved_error_maps > steps[0].saved_error_maps > 0  # a Relu leaves vectors of zeros from the start
+    assert all(s.macs_dense - s.macs_done == s.saved_error_maps for s in steps)
+
+
+POLICIES = [
+    ErrorMapPruning(keep=0.5), ErrorMapPruning(keep=0.5, importance="random"), GradientPruning(rate=0.8),
+    GradientPruning(rate=0.7, group="lanes"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("policy", POLICIES, ids=str)
+def test_results_do_not_depend_on_threads(policy):
+    (x, y), graph = batch(9), network(norm=True)
+    one, two = (learner(graph, threads=threads, error_pruning=policy) for threads in (1, 2))
+    for made in (one, two):
+        for _ in range(8):
+            made.partial_fit(x, y)
+    assert_same(one.parameters(), two.parameters())
+
+
+@pytest.mark.parametrize("policy", POLICIES, ids=str)
+def test_a_checkpoint_continues_exactly(policy, tmp_path):
+    (x, y), made = batch(4), learner(network(), error_pruning=policy)
+    for _ in range(7):
+        made.partial_fit(x, y)
+    made.save(tmp_path / "a.safetensors")
+    again = Learner.load(tmp_path / "a.safetensors")
+    assert again.error_pruning == policy
+    for _ in range(3):
+        made.partial_fit(x, y)
+        again.partial_fit(x, y)
+    assert_same(again.parameters(), made.parameters())
+
+
+@pytest.mark.parametrize("bad", [{"keep": 0}, {"keep": 1.5}, {"keep": "x"}, {"importance": "size"}])
+def test_bad_settings_of_error_map_pruning(bad):
+    with pytest.raises(UsageError, match=r"ErrorMapPruning: \w+=.*expected"):
+        ErrorMapPruning(**bad)
+
+
+@pytest.mark.parametrize("bad", [{"rate": 0}, {"rate": 1}, {"group": "block"}])
+def test_bad_settings_of_gradient_pruning(bad):
+    with pytest.raises(UsageError, match=r"GradientPruning: \w+=.*expected"):
+        GradientPruning(**bad)
+
+
+# ---- saved activations -----------------------------------------------------------------------------------------------
+
+
+class Compressed(ErrorPruning):
+    """Weight gradients of all convolutions from their largest activations."""
+
+    def __init__(self, density: float, **settings: Any) -> None:
+        self.density, self.settings = density, settings
+
+    def rewrite(self, train: TrainingGraph) -> None:
+        names = conv_weights(train.graph)
+        self.records = compress_activations(train, dict.fromkeys(names, self.density), **self.settings)
+
+
+def keep_vectors(density: float) -> Any:
+    def mask(x: Array) -> Array:
+        norms = (x**2).sum(0)
+        limit = np.sort(norms, axis=None)[-max(1, int(np.ceil(density * norms.size)))]
+        return np.where((norms >= limit) & (norms > 0), x, 0)
+
+    return mask
+
+
+@pytest.mark.parametrize("norm", [False, True], ids=["plain", "norm"])
+@pytest.mark.parametrize("density", [1.0, 0.4, 0.1])
+@pytest.mark.parametrize("count", [3, 4])
+def test_weight_gradient_from_pruned_activations(norm, density, count):
+    (x, y), graph = batch(count), network(norm)
+    made = learner(graph, error_pruning=Compressed(density))
+    assert_all_close(made.gradients(x, y), masked_gradients(graph, x, y, mask_input=keep_vectors(density)), TOLERANCE)
+
+
+def test_thresholds_hold_until_there_is_no_room():
+    (x, y), graph, policy = batch(8), network(), Compressed(0.2, refresh=1000)
+    made = learner(graph, error_pruning=policy, optimizer=et.SGD(lr=0.0))
+    tally, records = (made.plans.training, made._parameters.buffers)[1], made._parameters.buffers["records"]
+    shares, limits = [], []
+    for scale in (1.0, 1.0, 0.7, 3.0):
+        made.partial_fit(scale * x, y)
+        counts = tally["tally"].reshape(-1, 2)
+        shares.append(counts[:, 0] / counts[:, 1])
+        limits.append(records.reshape(-1, RECORD)[:, 1].copy())
+    assert np.allclose(shares[0], 0.2, atol=0.01)
+    assert (limits[0] == limits[1]).all() and (limits[1] == limits[2]).all()  # too few: the old threshold holds
+    assert (shares[2] < shares[0]).all()
+    assert (limits[3] > limits[2]).all() and (shares[3] <= 0.25).all()  # too many: found anew
+
+
+def test_gradients_leave_the_records_alone():
+    (x, y), graph = batch(4), network()
+    made = learner(graph, error_pruning=Compressed(0.3))
+    made.gradients(x, y)
+    assert not made._parameters.buffers["records"].reshape(-1, RECORD)[:, 1:].any()
+
+
+def test_lists_replace_the_dense_activations():
+    (x, y), graph = batch(4), network()
+    dense, listed = learner(graph), learner(graph, error_pruning=Compressed(0.1))
+    assert_close(listed.logits(x), dense.logits(x), TOLERANCE)
+    bytes_of = [made.memory_plan().parts["activations"] for made in (dense, listed)]
+    assert bytes_of[1] < 1.05 * bytes_of[0]
+    assert listed.partial_fit(x, y).saved_activations > 0
