@@ -38,6 +38,10 @@ LEARNING_RATES = {"lenet5": 0.01, "resnet8": 0.01}
 SELECTIONS = {
     "everything": {},
     "filter": {"filter": "eif:rate=0.25"},
+    "filter, error maps": {"filter": "eif:rate=0.25", "error_pruning": "channels:keep=0.7"},
+    "filter, error maps, sparse weights": {
+        "filter": "eif:rate=0.25", "error_pruning": "channels:keep=0.7", "sparsity": "swat:weights=0.8",
+    },
     "selective backprop": {"filter": "selective:rate=0.25"},
 }
 EVALUATIONS = 20  # over the stream; reported is the mean of those in its last tenth
@@ -162,14 +166,14 @@ def store(model: str, results: dict) -> None:
     results_file(model).write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")
 
 
-def measure(model: str, seeds: int, work: Path) -> None:
-    """Make all runs that are not stored yet."""
-    for variant in VARIANTS:
-        for seed in range(seeds):
+def measure(model: str, seeds: int, work: Path, limit: int) -> None:
+    """Make the runs that are not stored yet, ``limit`` of them at most."""
+    for seed in range(seeds):
+        for variant in VARIANTS:
             setting = None
             for name in (*SELECTIONS, *(f"random, as {name}" for name in SELECTIONS if "filter" in name)):
                 key, results = f"{variant}/{seed}/{name}", stored(model)
-                if key in results["runs"]:
+                if key in results["runs"] or limit <= 0:
                     continue
                 setting = setting or Setting(model, variant, seed, work)
                 start = time.perf_counter()
@@ -178,8 +182,10 @@ def measure(model: str, seeds: int, work: Path) -> None:
                 results["runs"][key] = result
                 results["data"] = setting.training.name
                 store(model, results)
+                limit -= 1
+                took = time.perf_counter() - start
                 print(f"{model} {key}: old {result['old']:.4f} new {result['new']:.4f} "
-                      f"operations {result['operations']:.3f} ({time.perf_counter() - start:.0f} s)", flush=True)  # fmt: skip
+                      f"operations {result['operations']:.3f} ({took:.0f} s)", flush=True)  # fmt: skip
 
 
 def policies_of(name: str, runs: dict, variant: str, seed: int) -> dict[str, str]:
@@ -226,7 +232,7 @@ def write_document() -> None:
              "Accuracy is the mean of five evaluations in the last tenth of the stream, in percent, with the standard",
              "deviation over the seeds. Operations and time are those of training on everything = 1; the filter's own",
              "network, its training and its labels are counted. *random, as X* keeps instances by chance, as many as X",
-             "had operations for. Time is that of the first variant, measured in turns on one machine with two threads.",
+             "had operations for. Time is that of the first variant, in turns on one machine with two threads.",
              ""]  # fmt: skip
     for path in sorted(RESULTS.glob("adaptation-*.json")):
         model, results = path.stem.removeprefix("adaptation-"), json.loads(path.read_text())
@@ -251,6 +257,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=sorted(LEARNING_RATES))
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--runs", type=int, default=1000, help="at most so many in this process")
     parser.add_argument("--timing", action="store_true")
     parser.add_argument("--instances", type=int, default=6400, help="of a turn of --timing")
     parser.add_argument("--turns", type=int, default=5)
@@ -263,7 +270,7 @@ def main() -> None:
     if arguments.timing:
         measure_time(arguments.model, arguments.instances, arguments.turns, arguments.work)
     elif arguments.model:
-        measure(arguments.model, arguments.seeds, arguments.work)
+        measure(arguments.model, arguments.seeds, arguments.work, arguments.runs)
     write_document()
 
 

@@ -201,18 +201,25 @@ def bench(
 
 
 @app.command()
-def report(run: RunFolder, json: Json = False) -> None:
-    """Summarise a run: settings, epochs, files."""
+def report(
+    run: RunFolder,
+    plot: Annotated[
+        bool, typer.Option("--plot", help="Draw accuracy.svg into the run folder.")
+    ] = False,
+    against: Annotated[list[Path], typer.Option(help="Another run in the plot; may be repeated.")] = [],  # noqa: B006
+    json: Json = False,
+) -> None:
+    """Summarise a run: settings, epochs, what was saved, files."""
     from edgetrain.cli.reporting import report_command
 
-    report_command(run, as_json=json)
+    report_command(run, plot=plot, against=against, as_json=json)
 
 
 @app.command()
 def doctor(
     kernels: Annotated[bool, typer.Option("--kernels", help="Print kernel and tile of every product.")] = False,
     calibrate: Annotated[bool, typer.Option("--calibrate", help="Measure which tiles are best here.")] = False,
-    model: Annotated[list[str], typer.Option(help="For these models only. [default: all built-in ones]")] = [],  # noqa: B006
+    model: Annotated[list[str], typer.Option(help="For these models only. [default: built-in ones]")] = [],  # noqa: B006
     batch_size: BatchSize = None,
     profile: Profile = None,
     quiet: Quiet = False,

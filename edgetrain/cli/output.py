@@ -3,7 +3,10 @@
 The keys of the JSON documents are part of the interface; later versions may add keys, and rename none.
 
 - fit, resume: run, model, data, profile, epochs, validated_on, loss, accuracy, best_epoch, best_accuracy, seconds,
-  images_per_second, memory_mib, files {model, last, best}
+  images_per_second, memory_mib, files {model, last, best}; with methods or a baseline: savings {columns of
+  metrics.csv, share_done, shares, seconds, dense {seconds, how, accuracy}, time_saved}
+- fit --stream: run, model, data, profile, instances, mode, running_accuracy, recent_accuracy, loss, accuracy, seconds,
+  images_per_second, memory_mib, savings, filter {threshold, filter_share}, files
 - evaluate: model, data, images, loss, accuracy
 - predict: model, data, predictions [{index, label, class, probability}]
 - export: from, model, bytes
@@ -11,7 +14,8 @@ The keys of the JSON documents are part of the interface; later versions may add
 - verify: model, passed, steps, batch_size, seed, notes, rows [{quantity, error, tolerance, ok}]
 - bench: cases [of bench.result_of], start_up {model: {contender: {warm_seconds, cold_seconds}}}, geometric_mean_ratio,
   notes; with --per-op: per_op [of bench.time_ops], notes
-- report: run, status, config, environment, epochs [columns of metrics.csv], best, seconds, files {name: bytes}
+- report: run, status, config, environment, epochs [columns of metrics.csv], best, seconds, operations,
+  files {name: bytes}
 - doctor: edgetrain, host, cache {folder, writable, kernels}, calibration {file, state, products, replaced},
   disk_free_mib, healthy, advice; with --kernels: profile, batch_size, calibration, models {name: [of
   kernel_table.KernelUse.to_dict]}; with --calibrate: profile, batch_size, models, products, replaced [{product, rule,

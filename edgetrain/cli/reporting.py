@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from edgetrain.cli.output import duration, emit, table
+from edgetrain.history import COUNTED
 from edgetrain.runs import Run, open_run
 
 _COLUMNS = (("epoch", "epoch"), ("loss", "loss"), ("accuracy", "accuracy"), ("validation_loss", "val. loss"),
             ("validation_accuracy", "val. acc."), ("lr", "lr"), ("images_per_second", "images/s"))  # fmt: skip
 
 
-def report_command(path: Path, *, as_json: bool) -> None:
-    """Print settings, epochs and files of a run."""
+def report_command(path: Path, *, as_json: bool, plot: bool = False, against: Sequence[Path] = ()) -> None:
+    """Print settings, epochs and files of a run; draw it beside its baseline and the runs of ``against``."""
     run = open_run(path)
+    if plot or against:
+        from edgetrain.cli.plotting import plot_runs
+
+        baseline = [run.path / "baseline"] if (run.path / "baseline").is_dir() else []
+        plot_runs(run, [open_run(other) for other in (*baseline, *against)])
     result = summarise(run)
     emit(result, _text(result), as_json)
 
@@ -23,7 +30,16 @@ def summarise(run: Run) -> dict[str, Any]:
     """Return the content of a run folder as one table."""
     metrics, events = run.read_metrics(), run.read_events()
     known = [row for row in metrics if row.get("validation_accuracy") is not None]
-    files = (run.last, run.best, run.model, run.metrics_file, run.events_file, run.environment_file, run.config_file)
+    files = (
+        run.last,
+        run.best,
+        run.model,
+        run.path / "accuracy.svg",
+        run.metrics_file,
+        run.events_file,
+        run.environment_file,
+        run.config_file,
+    )
     return {
         "run": str(run.path),
         "status": _status(events),
@@ -32,6 +48,7 @@ def summarise(run: Run) -> dict[str, Any]:
         "epochs": metrics,
         "best": max(known, key=lambda row: row["validation_accuracy"] or 0.0, default=None),
         "seconds": sum(row["seconds"] or 0.0 for row in metrics),
+        "operations": {name: sum(row.get(name) or 0.0 for row in metrics) for name in COUNTED},
         "files": {file.name: file.stat().st_size for file in files if file.exists()},
     }
 
@@ -56,6 +73,11 @@ def _text(result: dict[str, Any]) -> str:
     if result["best"] is not None:
         best = result["best"]
         lines.append(f"best: epoch {best['epoch']:g}, validation accuracy {best['validation_accuracy']:.4f}")
+    operations = result["operations"]
+    if operations["macs_done"] < operations["macs_dense"]:
+        share = operations["macs_done"] / operations["macs_dense"]
+        kept = operations["instances_kept"] / max(operations["instances_seen"], 1)
+        lines.append(f"computed {share:.1%} of the operations of dense training, instances kept: {kept:.1%}")
     lines.append(f"training time {duration(result['seconds'])} on the machine of the run")
     lines += [f"  {name:<20} {size:>12,} bytes" for name, size in result["files"].items()]
     return "\n".join(lines)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -57,13 +57,25 @@ def savings_text(account: Mapping[str, Any]) -> str:
     return f"{table(rows)}\n{line}"
 
 
+def layers_text(layers: Sequence[Mapping[str, Any]]) -> str:
+    """Return what every layer did in a training step, as a table; ``layers``: of ``LayerUse.to_dict``."""
+    rows = [("layer", "density", "forward, gradients", "operations done", "of dense", "ms per step")]
+    for layer in layers:
+        share = _percent(layer["macs_done"] / max(1, layer["macs_dense"]))
+        kernels = ", ".join(dict.fromkeys(layer["kernels"]))
+        rows.append((layer["name"], f"{layer['density']:.4f}", kernels, _macs(layer["macs_done"]), share,
+                     f"{1e3 * layer['seconds']:.3f}"))  # fmt: skip
+    return f"{table(rows)}\none step of the usual batch size, random images, times of this machine"
+
+
 def time_dense(learner: Learner, instances: int) -> dict[str, Any]:
     """Estimate how long dense training on so many instances takes on this machine, from a few steps."""
     from edgetrain.learner import Learner
 
     twin = Learner(
         learner.graph, learner.profile, batch_size=learner.batch_size, threads=learner.threads,
-        optimizer=learner.optimizer, loss=learner.loss, label_smoothing=learner.label_smoothing, memory_budget="1024GiB",
+        optimizer=learner.optimizer, loss=learner.loss, label_smoothing=learner.label_smoothing,
+        memory_budget="1024GiB",
     )  # fmt: skip
     rng = np.random.default_rng(0)
     x = rng.random((learner.batch_size, *learner.graph.input_shape), np.float32)

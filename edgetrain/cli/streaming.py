@@ -256,11 +256,7 @@ class StreamSession:
         self.display.say(stream_line(learner.stream.position, self.source.count, record, self.config.stream.predict))
 
     def _end(self) -> None:
-        rest = self.learner.stream.flush()
-        if rest is not None:
-            self.learner.history.running.add(rest, rest.seconds)
-            mode = "predict" if self.config.stream.predict else "train"
-            self.learner.stream.totals[mode].add(rest, rest.seconds, 0 if self.config.stream.predict else None)
+        # What waits for its micro-batch stays in the checkpoint: the source may have grown when the run is resumed.
         if self.learner.history.running.instances_seen:
             self._row(self.learner.stream.position // self.config.stream.window + 1)
 

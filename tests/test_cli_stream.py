@@ -1,0 +1,202 @@
+"""``fit --stream``: rows, the last lines, standard input, and a kill in the middle that changes nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from edgetrain.runs import open_run
+from tests.cli_support import ROOT, assert_same_result, run, write_data
+from tests.test_cli_resume import wait_for_epochs
+
+STREAM = ["fit", "--stream", "--data", "digits.npz", "--batch-size", "8", "--seed", "1", "--threads", "1", "--window",
+          "400", "--filter", "eif:rate=0.4,start=100"]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    """Make a folder with data and one uninterrupted stream."""
+    folder = tmp_path_factory.mktemp("place")
+    write_data(folder, 4000)
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, "-m", "edgetrain", *STREAM, "--quiet"], cwd=folder, env=environment, check=True,
+                   capture_output=True)  # fmt: skip
+    return folder
+
+
+@pytest.fixture
+def inside(place, monkeypatch) -> Path:
+    monkeypatch.chdir(place)
+    return place
+
+
+def started(folder: Path, out: Path) -> subprocess.Popen:
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "edgetrain", *STREAM, "--out", str(out)]
+    return subprocess.Popen(
+        command, cwd=folder, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+
+
+def test_rows_are_windows_and_count_every_instance(inside):
+    rows = open_run(inside / "runs/fit-1").read_metrics()
+    assert [row["epoch"] for row in rows] == list(range(1, 11))
+    assert sum(row["instances_seen"] for row in rows) == 4000
+    assert 0 <= sum(row["instances_kept"] - row["instances_trained"] for row in rows) < 8
+    for row in rows:
+        saved = sum(row[f"saved_{name}"] for name in ("filter", "error_maps", "weights", "activations"))
+        assert row["macs_dense"] - row["macs_done"] == saved
+    assert rows[-1]["instances_kept"] == pytest.approx(160, abs=40)
+    assert rows[-1]["accuracy"] > rows[0]["accuracy"]
+
+
+@pytest.mark.parametrize("rows", [2, 6])
+def test_a_killed_stream_goes_on_to_the_same_result(inside, capsys, tmp_path, rows):
+    process = started(inside, tmp_path)
+    wait_for_epochs(process, tmp_path / "fit-1/metrics.csv", rows)
+    process.kill()
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    code, out, _ = run(capsys, "resume", tmp_path / "fit-1")
+    assert code == 0
+    assert "resuming" in out
+    assert_same_result(tmp_path / "fit-1", inside / "runs/fit-1")
+
+
+def test_a_signal_saves_the_stream(inside, capsys, tmp_path):
+    process = started(inside, tmp_path)
+    wait_for_epochs(process, tmp_path / "fit-1/metrics.csv", 3)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate()
+    assert process.returncode == 5
+    assert err.startswith("interrupted: stopped after ")
+    code, _, _ = run(capsys, "resume", tmp_path / "fit-1", "--quiet")
+    assert code == 0
+    assert_same_result(tmp_path / "fit-1", inside / "runs/fit-1")
+
+
+def test_a_finished_stream_is_not_resumed(inside, capsys):
+    code, _, err = run(capsys, "resume", "runs/fit-1")
+    assert code == 2
+    assert "all 4,000 instances of the stream are done" in err
+
+
+def test_the_last_lines_tell_what_was_saved(inside, capsys, tmp_path):
+    code, out, _ = run(capsys, *STREAM, "--out", tmp_path, "--quiet", "--baseline")
+    assert code == 0
+    assert "instances kept" in out
+    assert "saved by the instance filter" in out
+    assert "measured, the same stream without the methods" in out
+    assert "train only; test accuracy" in out
+    rows = open_run(tmp_path / "fit-1/baseline").read_metrics()
+    assert all(row["macs_done"] == row["macs_dense"] for row in rows)
+
+
+def test_json_of_a_stream_that_predicts_first(inside, capsys, tmp_path):
+    code, out, _ = run(capsys, *STREAM, "--predict-first", "--out", tmp_path, "--json")
+    result = json.loads(out)
+    assert code == 0
+    assert result["mode"] == "predict and train"
+    assert result["instances"] == result["savings"]["instances_seen"] == 4000
+    assert 0.1 < result["running_accuracy"] < result["recent_accuracy"] <= 1
+    assert result["accuracy"] > 0.5
+    assert result["savings"]["dense"]["how"].startswith("estimated from")
+
+
+def test_standard_input(inside, tmp_path):
+    images = np.load("digits.npz")
+    lines = [json.dumps({"pixels": image.ravel().tolist(), "y": int(label)})
+             for image, label in zip(images["x_train"][:300], images["y_train"][:300], strict=True)]  # fmt: skip
+    command = [sys.executable, "-m", "edgetrain", "fit", "--stream", "--data", "-", "--batch-size", "8", "--json",
+               "--quiet", "--filter", "random:rate=0.5", "--out", str(tmp_path)]  # fmt: skip
+    done = subprocess.run(command, input="\n".join(lines), env=os.environ | {"PYTHONPATH": str(ROOT)}, text=True,
+                          capture_output=True, check=True)  # fmt: skip
+    result = json.loads(done.stdout)
+    assert result["instances"] == 300
+    assert result["accuracy"] is None
+    assert 100 < result["savings"]["instances_trained"] < 200
+    bad = subprocess.run(command, input="\n".join([*lines[:50], "oops"]), env=os.environ | {"PYTHONPATH": str(ROOT)},
+                         text=True, capture_output=True, check=False)  # fmt: skip
+    assert bad.returncode == 3
+    assert "standard input, line 51: not JSON" in bad.stderr
+
+
+def test_standard_input_has_no_baseline(inside, capsys):
+    code, _, err = run(capsys, "fit", "--stream", "--data", "-", "--baseline")
+    assert code == 2
+    assert "standard input comes once" in err
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--filter", "eiff"], "did you mean 'eif'?"),
+        (["--filter", "eif:rat=1"], "unknown key 'rat'"),
+        (["--filter", "eif:rate=2"], "EarlyInstanceFilter: rate=2.0"),
+        (["--filter", "eif:rate"], "is not KEY=VALUE"),
+        (["--filter", "eif:rate=x"], "expected a number"),
+        (["--filter", "eif:start=1.5"], "expected a whole number"),
+        (["--filter", "none:rate=1"], "'none' takes no settings"),
+        (["--recipe", "fast"], "--recipe 'fast', expected one of edge, dense"),
+    ],
+)
+def test_bad_methods_start_nothing(inside, capsys, tmp_path, flags, message):
+    code, _, err = run(capsys, "fit", *flags, "--out", tmp_path)
+    assert code == 2
+    assert message in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_recipes_and_flags_decide_what_is_skipped(tmp_path):
+    from dataclasses import asdict
+
+    from edgetrain.cli.config import RECIPES, effective
+
+    def methods(given=None, recipe=None) -> dict:
+        return asdict(effective(given or {}, recipe)[0].methods)
+
+    assert methods({}, "edge") == RECIPES["edge"]
+    assert methods({}, "dense") == {"filter": "none", "sparsity": "none", "error_pruning": "none"}
+    assert methods({"methods": {"filter": "random:rate=0.5"}}, "dense")["filter"] == "random:rate=0.5"
+    assert methods() == {key: methods()[key] for key in ("filter", "sparsity", "error_pruning")}
+
+
+def test_a_profile_may_name_methods(tmp_path):
+    from edgetrain.cli.config import effective
+
+    text = (ROOT / "device_profiles/raspberrypi4.toml").read_text()
+    path = tmp_path / "board.toml"
+    path.write_text(text.replace('augmentation = ""', 'augmentation = ""\nfilter = "random:rate=0.5"'))
+    device = {"device": {"profile": str(path)}}
+    assert effective(device)[0].methods.filter == "random:rate=0.5"
+    assert effective(device, "edge")[0].methods.filter == "random:rate=0.5"
+    assert effective(device, "dense")[0].methods.filter == "none"
+
+
+def test_a_stream_has_a_constant_and_smaller_learning_rate():
+    from edgetrain.cli.config import effective
+
+    plain, stream = (effective({"stream": {"enabled": enabled}})[0].training for enabled in (False, True))
+    assert (stream.schedule, stream.lr, stream.epochs) == ("constant", plain.lr / 5, 1)
+    given = effective({"stream": {"enabled": True}, "training": {"lr": 0.3}})[0].training
+    assert given.lr == 0.3
+
+
+def test_the_plot_shows_the_run_beside_its_baseline(inside, capsys, tmp_path):
+    pytest.importorskip("matplotlib")
+    code, _, _ = run(capsys, *STREAM, "--out", tmp_path, "--quiet", "--baseline")
+    assert code == 0
+    code, out, _ = run(capsys, "report", tmp_path / "fit-1", "--plot")
+    assert code == 0
+    assert "accuracy.svg" in out
+    assert "of the operations of dense training" in out
+    picture = (tmp_path / "fit-1/accuracy.svg").read_text()
+    assert picture.startswith("<?xml")
+    assert picture.count("<!-- baseline: dense -->") + picture.count("<!-- fit-1: eif") >= 2

@@ -1,0 +1,59 @@
+"""Policies as text: what is read, what is refused, and that every policy survives being written and read."""
+
+from __future__ import annotations
+
+import pytest
+
+import edgetrain as et
+from edgetrain.errors import UsageError
+from edgetrain.policies import describe_policy, example, parse_policy, policy_names
+
+KINDS = ("filter", "sparsity", "error_pruning")
+EVERY = [(kind, name) for kind in KINDS for name in policy_names(kind)]
+
+
+@pytest.mark.parametrize(("kind", "name"), EVERY)
+def test_a_policy_survives_being_written_and_read(kind, name):
+    policy = parse_policy(kind, name)
+    assert parse_policy(kind, describe_policy(kind, policy)) == policy
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_none_and_nothing_are_no_policy(kind):
+    assert parse_policy(kind, "none") is parse_policy(kind, "") is None
+    assert describe_policy(kind, None) == "none"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_example_of_messages_is_valid(kind):
+    assert parse_policy(kind, example(kind)) is not None
+
+
+def test_keys_are_read_by_the_type_of_their_field():
+    read = parse_policy("filter", " eif:rate=0.1, start=5,labels=hard,cells=none,hidden=3,power=inf ")
+    assert read == et.EarlyInstanceFilter(0.1, 5, labels="hard", cells=None, hidden=3, power=float("inf"))
+    assert parse_policy("filter", describe_policy("filter", read)) == read
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("rando", "unknown name 'rando'; did you mean 'random'"),
+        ("random:share=1", "unknown key 'share'; 'random' knows rate, start"),
+        ("random:rate", "'rate' is not KEY=VALUE"),
+        ("random:rate=", "'rate=' is not KEY=VALUE"),
+        ("random:rate=high", "rate=high, expected a number"),
+        ("random:start=1.5", "start=1.5, expected a whole number"),
+        ("random:rate=7", "RandomFilter: rate=7.0, expected above 0"),
+        ("none:rate=1", "'none' takes no settings"),
+        (":rate=1", "takes no settings"),
+    ],
+)
+def test_bad_texts_are_refused_with_a_remedy(text, message):
+    with pytest.raises(UsageError, match=message):
+        parse_policy("filter", text)
+
+
+def test_another_object_is_not_a_policy():
+    with pytest.raises(UsageError, match="not a policy of this kind, expected one of EarlyInstanceFilter"):
+        describe_policy("filter", et.SGD())

@@ -1,0 +1,239 @@
+"""Streams: what observe reports, counting the two modes apart, bounded memory, and readers that read once."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+import edgetrain as et
+from edgetrain.data.streaming import _JsonLines, open_stream
+from edgetrain.errors import DataError
+from tests.cli_support import ROOT
+from tests.test_filters import instances, learner
+
+SHAPE = (1, 28, 28)
+
+
+def never() -> bool:
+    return False
+
+
+# ---- observe ---------------------------------------------------------------------------------------------------------
+
+
+def test_without_a_filter_every_full_micro_batch_is_trained_on():
+    some, plain, (x, y, _) = learner(), learner(), instances(40)
+    results = [some.observe(x[i : i + 1], y[i : i + 1]) for i in range(40)]
+    assert [r.instances_trained for r in results] == ([0] * 15 + [16]) * 2 + [0] * 8
+    assert all(math.isnan(r.loss) for r in results if not r.instances_trained)
+    steps = [plain.partial_fit(x[:16], y[:16]), plain.partial_fit(x[16:32], y[16:32])]
+    assert [results[15].loss, results[31].loss] == [step.loss for step in steps]
+    assert some.stream.waiting == 8
+    for key, array in plain.parameters().items():
+        assert array.tobytes() == some.parameters()[key].tobytes()
+
+
+def test_flush_trains_on_the_rest():
+    some, (x, y, _) = learner(), instances(20)
+    some.observe(x, y)
+    rest = some.stream.flush()
+    assert (rest.instances_trained, rest.instances_seen, some.stream.waiting) == (4, 0, 0)
+    assert some.stream.flush() is None
+
+
+def test_predictions_come_before_learning():
+    some, (x, y, _) = learner(), instances(16)
+    expected = some.evaluate(x, y)
+    result = some.observe(x, y, predict=True)
+    assert result.loss == pytest.approx(expected["loss"])
+    assert result.correct == round(16 * expected["accuracy"])
+    assert some.stream.accuracy == pytest.approx(expected["accuracy"])
+    assert some.stream.recent_accuracy == pytest.approx(expected["accuracy"])
+    assert result.instances_trained == 16
+
+
+def test_the_two_modes_are_counted_apart():
+    some, (x, y, _) = learner(et.RandomFilter(rate=0.5)), instances(100)
+    some.observe(x[:60], y[:60])
+    some.observe(x[60:], y[60:], predict=True)
+    train, predict = some.stream.totals["train"], some.stream.totals["predict"]
+    assert (train.instances_seen, predict.instances_seen, some.stream.position) == (60, 40, 100)
+    step, forward = some.plans.step_macs, some.graph.macs()
+    skipped = (predict.instances_seen - predict.instances_kept) * step
+    assert predict.macs_dense - predict.macs_done == skipped
+    assert predict.macs_done == predict.instances_trained * step + 40 * forward
+    assert train.macs_done == train.instances_trained * step
+    assert predict.judged == 40
+    assert train.judged == train.instances_trained
+
+
+def test_bad_instances_are_refused_at_the_door():
+    some, (x, y, _) = learner(), instances(4)
+    with pytest.raises(DataError, match="shape"):
+        some.observe(x[:, :, 1:], y)
+    with pytest.raises(DataError, match="label 9"):
+        some.observe(x, y + 9)
+    assert some.stream.position == 0
+
+
+def test_a_dropped_learner_is_freed_at_once():
+    import gc
+    import weakref
+
+    some = learner(et.EarlyInstanceFilter(start=0))
+    x, y, _ = instances(64)
+    some.observe(x, y)
+    gc.collect()
+    gc.disable()
+    try:
+        dropped = weakref.ref(some)
+        del some
+        assert dropped() is None
+    finally:
+        gc.enable()
+
+
+MEMORY = """
+import json, re, sys
+sys.path.insert(0, {tests!r})
+import edgetrain as et
+from test_filters import instances, learner
+resident = lambda: int(re.search(r"VmRSS:\\s+(\\d+)", open("/proc/self/status").read())[1])
+some = learner(et.EarlyInstanceFilter(rate=0.2))
+x, y, _ = instances(1000)
+sizes = []
+for turn in range(12):
+    for start in range(0, 1000, 20):
+        some.observe(x[start:start + 20], y[start:start + 20])
+    sizes.append(resident())
+print(json.dumps(sizes))
+"""
+
+
+def test_memory_is_flat_after_the_first_instances():
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    code = MEMORY.format(tests=str(ROOT / "tests"))
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    sizes = json.loads(done.stdout)
+    assert max(sizes[2:]) - sizes[1] < 512, f"KiB after every 1,000 instances: {sizes}"
+
+
+# ---- readers ---------------------------------------------------------------------------------------------------------
+
+
+def whole(source, size: int = 7, start: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    blocks = list(source.blocks(size, start, never))
+    assert [len(y) for _, y in blocks[:-1]] == [size] * (len(blocks) - 1)
+    return np.concatenate([x for x, _ in blocks]), np.concatenate([y for _, y in blocks])
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+@pytest.mark.parametrize("dtype", [np.uint8, np.float32, np.float64])
+@pytest.mark.parametrize("shape", [(1, 5, 5), (3, 4, 5), (5, 5), (3, 9)])
+def test_npz_is_read_piece_by_piece_as_load_dataset_reads_it(tmp_path, save, dtype, shape):
+    rng = np.random.default_rng(0)
+    x = rng.integers(0, 255, (23, *shape)).astype(dtype)
+    save(tmp_path / "a.npz", x=x, y=rng.integers(0, 4, 23).astype(np.int16))
+    source, expected = open_stream(str(tmp_path / "a.npz"), SHAPE, 10), et.load_dataset(tmp_path / "a.npz")
+    for start in (0, 9, 22):
+        images, labels = whole(source, 7, start)
+        np.testing.assert_array_equal(images, expected.take(np.arange(start, 23))[0])
+        np.testing.assert_array_equal(labels, expected.labels[start:])
+    assert (source.count, source.class_names, source.input_shape) == (23, expected.class_names, expected.input_shape)
+    assert list(source.blocks(5, 23, never)) == []
+
+
+@pytest.mark.parametrize("cut", [0.3, 0.9])
+def test_a_truncated_npz_is_refused(tmp_path, cut):
+    path = tmp_path / "a.npz"
+    np.savez(path, x=np.zeros((50, 1, 9, 9), np.uint8), y=np.arange(50) % 3)
+    path.write_bytes(path.read_bytes()[: int(cut * path.stat().st_size)])
+    with pytest.raises(DataError, match=r"a\.npz"):
+        whole(open_stream(str(path), SHAPE, 10))
+
+
+def test_npz_with_more_images_than_labels_is_refused(tmp_path):
+    np.savez(tmp_path / "a.npz", x=np.zeros((5, 1, 9, 9), np.uint8), y=np.arange(4))
+    with pytest.raises(DataError, match="expected one each"):
+        open_stream(str(tmp_path / "a.npz"), SHAPE, 10)
+
+
+@pytest.mark.parametrize("inside", ["", "train"])
+def test_a_folder_is_read_in_the_order_of_the_file_names(tmp_path, inside):
+    image = pytest.importorskip("PIL.Image")
+    for number in range(9):
+        folder = tmp_path / inside / "ab"[number % 2]
+        folder.mkdir(exist_ok=True, parents=True)
+        image.fromarray(np.full((28, 28), 10 * number, np.uint8)).save(folder / f"{number:03d}.png")
+    source = open_stream(str(tmp_path), SHAPE, 2)
+    x, y = whole(source, 4)
+    np.testing.assert_array_equal((255 * x[:, 0, 0, 0]).round(), 10 * np.arange(9))
+    np.testing.assert_array_equal(y, np.arange(9) % 2)
+    assert source.class_names == ("a", "b")
+
+
+def test_other_data_sets_are_taken_from_memory():
+    source = open_stream("embedded", SHAPE, 10)
+    x, y = next(source.blocks(32, 64, never))
+    expected = et.load_dataset("embedded").take(np.arange(64, 96))
+    np.testing.assert_array_equal(x, expected[0])
+    np.testing.assert_array_equal(y, expected[1])
+
+
+def lines_of(text: str, names: tuple[str, ...] = ()) -> list[tuple[np.ndarray, np.ndarray]]:
+    reading, writing = os.pipe()
+    os.write(writing, text.encode())
+    os.close(writing)
+    try:
+        return list(_JsonLines(reading, (1, 2, 2), 3, names).blocks(2, 0, never))
+    finally:
+        os.close(reading)
+
+
+def test_json_lines_flat_nested_pixels_and_numbers():
+    blocks = lines_of(
+        '{"pixels": [0, 51, 102, 255], "y": 0}\n\n{"x": [[[0.5, -1], [2, 3]]], "y": 2}\n'
+        '{"y": "cat", "x": [1, 0, 1, 0]}',
+        ("dog", "cat", "bird"),
+    )
+    x, y = (np.concatenate(column) for column in zip(*blocks, strict=True))
+    np.testing.assert_allclose(x.reshape(3, 4), [[0, 0.2, 0.4, 1], [0.5, -1, 2, 3], [1, 0, 1, 0]], rtol=1e-6)
+    assert y.tolist() == [0, 2, 1]
+    assert (x.dtype, x.shape) == (np.float32, (3, 1, 2, 2))
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("hello", "line 1: not JSON"),
+        ("[1, 2]", "expected 'y' and one of"),
+        ('{"x": [1, 2, 3, 4]}', "expected 'y' and one of"),
+        ('{"x": [1, 2, 3], "y": 0}', "has 3 numbers"),
+        ('{"x": [1, 2, 3, "a"], "y": 0}', "not an array of numbers"),
+        ('{"x": [1, 2, [3], 4], "y": 0}', "not an array of numbers"),
+        ('{"pixels": [1, 2, 3, 256], "y": 0}', "not whole numbers from 0 to 255"),
+        ('{"pixels": [1, 2, 3, 0.5], "y": 0}', "not whole numbers from 0 to 255"),
+        ('{"x": [1, 2, 3, 4], "y": 3}', "y is 3"),
+        ('{"x": [1, 2, 3, 4], "y": true}', "y is True"),
+        ('{"x": [1, 2, 3, 4], "y": "fox"}', "y is 'fox'"),
+        ('{"image": "nowhere.png", "y": 1}', "nowhere.png"),
+    ],
+)
+def test_a_bad_line_is_named(line, message):
+    with pytest.raises(DataError, match=message):
+        lines_of(line)
+
+
+def test_waiting_for_a_line_can_be_interrupted():
+    reading, writing = os.pipe()
+    asked = []
+    source = _JsonLines(reading, (1, 2, 2), 3, ())
+    assert list(source.blocks(2, 0, lambda: bool(asked.append(0) or len(asked) > 2))) == []
+    os.close(reading)
+    os.close(writing)
