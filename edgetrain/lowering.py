@@ -193,7 +193,8 @@ class Lowering(ListedLowering):
             "batch_norm", (self.lanes,), x.channels, x=self.address(node.x), y=self.address(node.y),
             scale=self.address(node.input(1)), bias=self.address(node.input(2)), mean=self.address(outs[1]),
             variance=self.address(outs[2]), inverse_std=self.address(outs[3]), mask=Ref("mask"), state=Ref("state"),
-            f_epsilon=epsilon, f_low=bounds[0], f_high=bounds[1], **maps_of(x), **strides(x=x, y=y),
+            f_epsilon=epsilon, f_low=bounds[0], f_high=bounds[1], **maps_of(x), **border_of(y),
+            **strides(x=x, y=y),
         )  # fmt: skip
         self.move_running_averages(node, momentum)
 
@@ -218,7 +219,7 @@ class Lowering(ListedLowering):
             y=self.address(node.y), scale=self.address(node.input(1)), bias=self.address(node.input(2)),
             mean=self.address(node.input(3)),
             spread=self.address(node.input(4)), f_epsilon=epsilon, f_low=bounds[0], f_high=bounds[1], **maps_of(x),
-            **strides(x=x, y=y),
+            **border_of(y), **strides(x=x, y=y),
         )  # fmt: skip
 
     def batch_norm_gradient(self, node: Node, bounds: tuple[float, float]) -> None:
@@ -229,7 +230,7 @@ class Lowering(ListedLowering):
             grad_out=self.address(node.input(1)), grad_x=self.address(node.y), scale=self.address(node.input(2)),
             bias=self.address(node.input(3)), mean=self.address(node.input(4)), inverse_std=self.address(node.input(5)),
             grad_scale=self.address(node.outputs[1]), grad_bias=self.address(node.outputs[2]), mask=Ref("mask"),
-            state=Ref("state"), f_low=bounds[0], f_high=bounds[1], **maps_of(x),
+            state=Ref("state"), f_low=bounds[0], f_high=bounds[1], **maps_of(x), **border_of(out),
             **strides(x=x, grad=grad, grad_x=out),
         )  # fmt: skip
 
@@ -335,6 +336,11 @@ class Lowering(ListedLowering):
 def maps_of(x: Layout) -> dict[str, int]:
     """Return ``blocks``, ``rows``, ``columns`` of a layout."""
     return {"blocks": x.blocks, "rows": x.rows, "columns": x.columns}
+
+
+def border_of(y: Layout) -> dict[str, int]:
+    """Return the pixels around the maps of a layout: ``top``, ``left``, ``bottom``, ``right``."""
+    return dict(zip(("top", "left", "bottom", "right"), y.border, strict=True))
 
 
 def strides(**layouts: Layout) -> dict[str, int]:

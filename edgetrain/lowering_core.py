@@ -15,7 +15,7 @@ from edgetrain.errors import GraphError
 from edgetrain.graph import Graph, Node, Value
 from edgetrain.kernels.codes import CHANNELS, SAMPLES
 from edgetrain.kernels.registry import argument_names
-from edgetrain.ops import Border
+from edgetrain.ops import Border, get_op
 from edgetrain.plan import Plan, Ref, Row, share_memory
 
 if TYPE_CHECKING:
@@ -106,7 +106,8 @@ class LoweringCore:
                 self._reserve(buffer, 4 * value.size)
         else:
             self._reserve(buffer, self.layout(value).nbytes)
-            self._clear_border(value)
+            if self.kind != SAMPLES or value is not self.node.y or not get_op(self.node.op_type).writes_border:
+                self._clear_border(value)
 
     def _reserve(self, name: str, nbytes: int) -> None:
         self.plan.sizes[name] = nbytes

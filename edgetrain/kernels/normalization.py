@@ -27,11 +27,14 @@ from edgetrain.kernels.simd import (
 )
 
 _MAPS = ("blocks", "rows", "columns")
+# Zeros around the result's maps, written along with them: clearing them before, line by line of memory that is not in
+# any cache, took 6 % of a step of MobileNetV1 at batch 128.
+_BORDER = ("top", "left", "bottom", "right")
 
 
 @kernel(
     "x", "y", "scale", "bias", "mean", "variance", "inverse_std", "mask", "state", *_MAPS,
-    "x_block", "x_channel", "x_row", "y_block", "y_channel", "y_row", "f_epsilon", "f_low", "f_high",
+    "x_block", "x_channel", "x_row", "y_block", "y_channel", "y_row", *_BORDER, "f_epsilon", "f_low", "f_high",
 )  # fmt: skip
 def batch_norm(lanes: int) -> Body:
     """Normalise with the batch's own statistics, and clip to ``low``, ``high`` (a fused Relu or Clip).
@@ -42,35 +45,37 @@ def batch_norm(lanes: int) -> Body:
 
     def body(args: int, first: int, last: int) -> None:
         (x, y, scale, bias, mean, variance, inverse_std, mask, state, blocks, rows, columns, x_block, x_channel, x_row,
-         y_block, y_channel, y_row) = arguments(args, 18)  # fmt: skip
-        epsilon = load_f32(args + 144)
-        low, high = broadcast(load_f32(args + 152), lanes), broadcast(load_f32(args + 160), lanes)
-        count = load_i64(state) * rows * columns
+         y_block, y_channel, y_row, top, left, bottom, right) = arguments(args, 22)  # fmt: skip
+        epsilon = load_f32(args + 176)
+        low, high = broadcast(load_f32(args + 184), lanes), broadcast(load_f32(args + 192), lanes)
+        zero, pixels = broadcast(0.0, lanes), rows * columns
         for channel in range(first, last):
-            total = 0.0
+            count, centre, total = 0.0, 0.0, 0.0
+            # Two passes over every block's map, which stays in the second-level cache, instead of E[x^2] - E[x]^2:
+            # float32 would cancel where the mean is large against the deviation. Blocks are put together as in
+            # Chan, Golub and LeVeque, Algorithms for computing the sample variance (1983), equation 2.1.
             for block in range(blocks):
                 alive = load(mask + block * step, lanes)
+                source = x + block * x_block + channel * x_channel
+                whole = zero
                 for row in range(rows):
-                    source = x + block * x_block + channel * x_channel + row * x_row
-                    part = broadcast(0.0, lanes)
+                    part = zero
                     for i in range(columns):
-                        part = part + load(source + i * step, lanes)
-                    total += sum_lanes(part * alive)
-            centre = total / count
-            middle = broadcast(centre, lanes)
-            # A second pass instead of E[x^2] - E[x]^2: the map is still in the second-level cache, and
-            # float32 would cancel where the mean is large against the deviation.
-            total = 0.0
-            for block in range(blocks):
-                alive = load(mask + block * step, lanes)
+                        part = part + load(source + row * x_row + i * step, lanes)
+                    whole = whole + part
+                more = sum_lanes(alive) * float(pixels)
+                own = sum_lanes(whole * alive) / more
+                middle, whole = broadcast(own, lanes), zero
                 for row in range(rows):
-                    source = x + block * x_block + channel * x_channel + row * x_row
-                    part = broadcast(0.0, lanes)
+                    part = zero
                     for i in range(columns):
-                        away = load(source + i * step, lanes) - middle
+                        away = load(source + row * x_row + i * step, lanes) - middle
                         part = fma(away, away, part)
-                    total += sum_lanes(part * alive)
-            spread = total / count
+                    whole = whole + part
+                apart, both = own - centre, count + more
+                total += sum_lanes(whole * alive) + apart * apart * count * more / both
+                centre, count = centre + apart * more / both, both
+            middle, spread = broadcast(centre, lanes), total / count
             # An overflow would give 1 / inf = 0: a finite loss, and running statistics that are lost for good.
             inverse = 1.0 / math.sqrt(spread + epsilon) if spread < math.inf else math.nan
             store_f32(mean + 4 * channel, centre)
@@ -81,19 +86,24 @@ def batch_norm(lanes: int) -> Body:
             factor = broadcast(load_f32(scale + 4 * channel) * load_f32(inverse_std + 4 * channel), lanes)
             offset = broadcast(load_f32(bias + 4 * channel), lanes)
             for block in range(blocks):
-                for row in range(rows):
+                for row in range(-top, rows + bottom):
                     source = x + block * x_block + channel * x_channel + row * x_row
                     target = y + block * y_block + channel * y_channel + row * y_row
-                    for i in range(columns):
+                    inside = columns if 0 <= row < rows else 0
+                    for i in range(-left, 0):
+                        store(target + i * step, zero)
+                    for i in range(inside):
                         value = fma(load(source + i * step, lanes) - middle, factor, offset)
                         store(target + i * step, minimum(maximum(value, low), high))
+                    for i in range(inside, columns + right):
+                        store(target + i * step, zero)
 
     return body
 
 
 @kernel(
     "x", "y", "scale", "bias", "mean", "spread", *_MAPS,
-    "x_block", "x_channel", "x_row", "y_block", "y_channel", "y_row", "f_epsilon", "f_low", "f_high",
+    "x_block", "x_channel", "x_row", "y_block", "y_channel", "y_row", *_BORDER, "f_epsilon", "f_low", "f_high",
 )  # fmt: skip
 def batch_norm_inference(lanes: int, inverted: int) -> Body:
     """Normalise with given statistics and clip.
@@ -105,9 +115,10 @@ def batch_norm_inference(lanes: int, inverted: int) -> Body:
 
     def body(args: int, first: int, last: int) -> None:
         (x, y, scale, bias, mean, spread, blocks, rows, columns, x_block, x_channel, x_row, y_block, y_channel,
-         y_row) = arguments(args, 15)  # fmt: skip
-        epsilon = load_f32(args + 120)
-        low, high = broadcast(load_f32(args + 128), lanes), broadcast(load_f32(args + 136), lanes)
+         y_row, top, left, bottom, right) = arguments(args, 19)  # fmt: skip
+        epsilon = load_f32(args + 152)
+        low, high = broadcast(load_f32(args + 160), lanes), broadcast(load_f32(args + 168), lanes)
+        zero = broadcast(0.0, lanes)
         for channel in range(first, last):
             inverse = load_f32(spread + 4 * channel)
             if inverted == 0:
@@ -116,12 +127,17 @@ def batch_norm_inference(lanes: int, inverted: int) -> Body:
             factor = broadcast(load_f32(scale + 4 * channel) * inverse, lanes)
             offset = broadcast(load_f32(bias + 4 * channel), lanes)
             for block in range(blocks):
-                for row in range(rows):
+                for row in range(-top, rows + bottom):
                     source = x + block * x_block + channel * x_channel + row * x_row
                     target = y + block * y_block + channel * y_channel + row * y_row
-                    for i in range(columns):
+                    inside = columns if 0 <= row < rows else 0
+                    for i in range(-left, 0):
+                        store(target + i * step, zero)
+                    for i in range(inside):
                         value = fma(load(source + i * step, lanes) - middle, factor, offset)
                         store(target + i * step, minimum(maximum(value, low), high))
+                    for i in range(inside, columns + right):
+                        store(target + i * step, zero)
 
     return body
 
@@ -130,7 +146,7 @@ def batch_norm_inference(lanes: int, inverted: int) -> Body:
     "x", "grad_out", "grad_x", "scale", "bias", "mean", "inverse_std", "grad_scale", "grad_bias", "mask", "state",
     *_MAPS,
     "x_block", "x_channel", "x_row", "grad_block", "grad_channel", "grad_row",
-    "grad_x_block", "grad_x_channel", "grad_x_row", "f_low", "f_high",
+    "grad_x_block", "grad_x_channel", "grad_x_row", *_BORDER, "f_low", "f_high",
 )  # fmt: skip
 def batch_norm_gradient(lanes: int) -> Body:
     """Write the gradients of input, scale and bias (Ioffe and Szegedy 2015, section 3).
@@ -143,8 +159,8 @@ def batch_norm_gradient(lanes: int) -> Body:
     def body(args: int, first: int, last: int) -> None:
         (x, grad_out, grad_x, scale, bias, mean, inverse_std, grad_scale, grad_bias, mask, state, blocks, rows, columns,
          x_block, x_channel, x_row, grad_block, grad_channel, grad_row, grad_x_block, grad_x_channel,
-         grad_x_row) = arguments(args, 23)  # fmt: skip
-        low, high = broadcast(load_f32(args + 184), lanes), broadcast(load_f32(args + 192), lanes)
+         grad_x_row, top, left, bottom, right) = arguments(args, 27)  # fmt: skip
+        low, high = broadcast(load_f32(args + 216), lanes), broadcast(load_f32(args + 224), lanes)
         zero = broadcast(0.0, lanes)
         count = load_i64(state) * rows * columns
         for channel in range(first, last):
@@ -154,10 +170,11 @@ def batch_norm_gradient(lanes: int) -> Body:
             offset = broadcast(load_f32(bias + 4 * channel), lanes)
             total, product = 0.0, 0.0
             for block in range(blocks):
+                whole, wholly = zero, zero
                 for row in range(rows):
                     source = x + block * x_block + channel * x_channel + row * x_row
                     grads = grad_out + block * grad_block + channel * grad_channel + row * grad_row
-                    part, along = broadcast(0.0, lanes), broadcast(0.0, lanes)
+                    part, along = zero, zero
                     for i in range(columns):
                         away = load(source + i * step, lanes) - middle
                         value = fma(away, factor, offset)
@@ -165,24 +182,30 @@ def batch_norm_gradient(lanes: int) -> Body:
                         grad = select_gt(value, low, select_gt(high, value, grad, zero), zero)
                         part = part + grad
                         along = fma(grad, away, along)
-                    total += sum_lanes(part)
-                    product += sum_lanes(along)
+                    whole, wholly = whole + part, wholly + along
+                total += sum_lanes(whole)
+                product += sum_lanes(wholly)
             store_f32(grad_bias + 4 * channel, total)
             store_f32(grad_scale + 4 * channel, product * inverse)
             shift = broadcast(total / count, lanes)
             slope = broadcast(product * inverse * inverse / count, lanes)
             for block in range(blocks):
                 alive = load(mask + block * step, lanes) * factor
-                for row in range(rows):
+                for row in range(-top, rows + bottom):
                     source = x + block * x_block + channel * x_channel + row * x_row
                     grads = grad_out + block * grad_block + channel * grad_channel + row * grad_row
                     target = grad_x + block * grad_x_block + channel * grad_x_channel + row * grad_x_row
-                    for i in range(columns):
+                    inside = columns if 0 <= row < rows else 0
+                    for i in range(-left, 0):
+                        store(target + i * step, zero)
+                    for i in range(inside):
                         away = load(source + i * step, lanes) - middle
                         value = fma(away, factor, offset)
                         grad = load(grads + i * step, lanes)
                         grad = select_gt(value, low, select_gt(high, value, grad, zero), zero)
                         store(target + i * step, (grad - shift - away * slope) * alive)
+                    for i in range(inside, columns + right):
+                        store(target + i * step, zero)
 
     return body
 

@@ -40,6 +40,7 @@ class BatchNormalization(Op):
     """
 
     name = "BatchNormalization"
+    writes_border = True
     arity = (5, 5)
     in_place = 0
     attributes = ("epsilon", "momentum", "spatial", "training_mode")
@@ -80,6 +81,7 @@ class BatchNormalizationTraining(Op):
     """
 
     name = "BatchNormalizationTraining"
+    writes_border = True
     arity = (5, 5)
     training_only = True
     attributes = (*BatchNormalization.attributes, "low", "high")
@@ -121,6 +123,7 @@ class BatchNormalizationAgain(Op):
     """
 
     name = "BatchNormalizationAgain"
+    writes_border = True
     arity = (5, 5)
     training_only = True
     attributes = ("low", "high")
@@ -147,6 +150,7 @@ class BatchNormalizationGrad(Op):
     """(x, grad_out, scale, bias, mean, 1 / std) -> (grad_x, grad_scale, grad_bias)."""
 
     name = "BatchNormalizationGrad"
+    writes_border = True
     arity = (6, 6)
     in_place = 1
     training_only = True
