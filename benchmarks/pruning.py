@@ -153,12 +153,14 @@ def measure():
     for kind in ("direct", "all"):
         with kernels(kind):
             results[f"error maps, {kind} kernels"] = whole_steps(resnet, keeps, x, y)
+        store(results)
     densities = {"dense": None} | {f"density {d}": Compressed(d) for d in DENSITIES}
     results["activations"] = whole_steps(resnet, densities, x, y)
+    store(results)
     x, y = images(BATCH * WARM_UP)
     for name, graph in (("LeNet-5", et.models.lenet5()), ("plain", plain_network())):
         results[f"gradients, {name}"] = backward_passes(graph, gradient_policies(), x, y)
-    store(results)
+        store(results)
 
 
 def train():

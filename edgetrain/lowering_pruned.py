@@ -118,21 +118,8 @@ class PrunedLowering(ProductLowering):
         """Emit norms, the choice of a threshold, and the lists of the vectors that reach it."""
         x, pixels, lists = self.layout(node.x), g.size[0] * g.size[1], self._lists(node, g)
         self.plan.sizes[self.plan.buffer(node.y.name)] = lists.nbytes
-        record = Ref("records", 4 * RECORD * int(node.get("record")))
-        norms, counts = self.workspace(4 * pixels * x.planes), self.workspace(8 * x.planes)
-        starts, grad = self.workspace(8 * x.channels), self.layout(node.get("grad_out"))
-        threshold = self.kept(f"threshold:{node.y.name}", ALIGNMENT)
-        self.emit(
-            "vector_norms", (self.lanes,), x.planes, x=self.address(node.x), norms=norms, counts=counts, record=record,
-            mask=Ref("mask"), channels=x.channels, rows=x.rows, columns=x.columns, x_block=x.block,
-            x_channel=x.channel, x_row=x.row,
-        )  # fmt: skip
-        self.emit(
-            "choose_threshold", (), 1, norms=norms, counts=counts, starts=starts, counters=self.workspace(_COUNTERS),
-            record=record, threshold=threshold, tally=Ref("tally", TALLY_BYTES * int(node.get("record"))),
-            state=Ref("state"), blocks=self.blocks, channels=x.channels, pixels=pixels, capacity=lists.capacity,
-            refresh=int(node.get("refresh")),
-        )  # fmt: skip
+        grad = self.layout(node.get("grad_out"))
+        norms, starts, threshold = self._choose_threshold(node, "vector_norms", pixels, lists.capacity)
         tables = [_places(phase, grad, x) for phase in lists.phases]
         ends = [sum(len(table) for table in tables[:i]) for i in range(len(tables) + 1)]
         base = self.address(node.y)
@@ -143,9 +130,38 @@ class PrunedLowering(ProductLowering):
             phase_starts=self.table(ends), phases=len(tables), blocks=self.blocks, channels=x.channels,
             x_block=x.block, x_channel=x.channel, other_block=grad.block, pixel_count=pixels,
         )  # fmt: skip
+
+    def mask_activation(self, node: Node) -> None:
+        """Emit sizes, the choice of a threshold, and the copy of the numbers that reach it."""
+        x, y = self.layout(node.x), self.layout(node.y)
+        numbers = x.rows * x.columns * x.lanes
+        norms, _, threshold = self._choose_threshold(node, "element_sizes", numbers, numbers * x.planes)
+        self.emit(
+            "keep_elements", (self.lanes,), x.planes, x=self.address(node.x), y=self.address(node.y), norms=norms,
+            threshold=threshold, channels=x.channels, rows=x.rows, columns=x.columns, x_block=x.block,
+            x_channel=x.channel, x_row=x.row, y_block=y.block, y_channel=y.channel, y_row=y.row,
+        )  # fmt: skip
+
+    def _choose_threshold(self, node: Node, kernel: str, pixels: int, capacity: int) -> tuple[Ref, Ref, Ref]:
+        """Emit the norms of a plane's ``pixels`` vectors and the choice; return norms, channels' starts, threshold."""
+        x, record = self.layout(node.x), Ref("records", 4 * RECORD * int(node.get("record")))
+        norms, counts = self.workspace(4 * pixels * x.planes), self.workspace(8 * x.planes)
+        starts, threshold = self.workspace(8 * x.channels), self.kept(f"threshold:{node.y.name}", ALIGNMENT)
+        self.emit(
+            kernel, (self.lanes,), x.planes, x=self.address(node.x), norms=norms, counts=counts, record=record,
+            mask=Ref("mask"), channels=x.channels, rows=x.rows, columns=x.columns, x_block=x.block,
+            x_channel=x.channel, x_row=x.row,
+        )  # fmt: skip
+        self.emit(
+            "choose_threshold", (), 1, norms=norms, counts=counts, starts=starts, counters=self.workspace(_COUNTERS),
+            record=record, threshold=threshold, tally=Ref("tally", TALLY_BYTES * int(node.get("record"))),
+            state=Ref("state"), blocks=self.blocks, channels=x.channels, pixels=pixels, capacity=capacity,
+            refresh=int(node.get("refresh")),
+        )  # fmt: skip
         with self.stage("update"):
             self.emit("expand", (1,), 1, x=threshold, y=record + 4 * THRESHOLD, rows=1, columns=1, x_channel=0,
                       x_row=0, x_pixel=4)  # fmt: skip
+        return norms, starts, threshold
 
     def compressed_weight_grad(self, node: Node, g: Product) -> None:
         """Emit one correlation over lists per phase of the stride: a phase meets kernel positions of its own."""

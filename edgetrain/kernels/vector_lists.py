@@ -17,6 +17,7 @@ from numba import njit
 from edgetrain.kernels.codes import DENSITY, SAMPLES, THRESHOLD
 from edgetrain.kernels.registry import Body, kernel
 from edgetrain.kernels.simd import (
+    absolute,
     arguments,
     broadcast,
     fma,
@@ -24,6 +25,7 @@ from edgetrain.kernels.simd import (
     load_f32,
     load_i32,
     load_i64,
+    select_gt,
     store,
     store_f32,
     store_i64,
@@ -31,12 +33,11 @@ from edgetrain.kernels.simd import (
 )
 from edgetrain.kernels.tiles import correlate_tile
 
+_MAPS = ("channels", "rows", "columns", "x_block", "x_channel", "x_row")
 _DIGIT = 2048  # values of a digit of the radix selection: 11 bits
 
 
-@kernel(
-    "x", "norms", "counts", "record", "mask", "channels", "rows", "columns", "x_block", "x_channel", "x_row",
-)  # fmt: skip
+@kernel("x", "norms", "counts", "record", "mask", *_MAPS)
 def vector_norms(lanes: int) -> Body:
     """Write the sum of squares of every vector, lanes without a sample left out. Job: (block, channel).
 
@@ -60,6 +61,58 @@ def vector_norms(lanes: int) -> Body:
                     target += 4
                     count += norm >= threshold
             store_i64(counts + 8 * job, count)
+
+    return body
+
+
+@kernel("x", "norms", "counts", "record", "mask", *_MAPS)
+def element_sizes(lanes: int) -> Body:
+    """Write the size of every number, 0 in lanes without a sample, and count those that reach the threshold.
+
+    Job: (block, channel). For ``choose_threshold`` numbers are vectors of one lane.
+    """
+    step = 4 * lanes
+
+    def body(args: int, first: int, last: int) -> None:
+        (x, norms, counts, record, mask, channels, rows, columns, x_block, x_channel, x_row) = arguments(args, 11)
+        limit = broadcast(load_f32(record + 4 * THRESHOLD), lanes)
+        zero, one = broadcast(0.0, lanes), broadcast(1.0, lanes)
+        for job in range(first, last):
+            block, channel = job // channels, job % channels
+            alive = load(mask + block * step, lanes)
+            target, count = norms + job * rows * columns * step, 0
+            for row in range(rows):
+                source, part = x + block * x_block + channel * x_channel + row * x_row, zero
+                for i in range(columns):
+                    size = absolute(load(source + i * step, lanes)) * alive
+                    store(target, size)
+                    target += step
+                    part = part + select_gt(limit, size, zero, one)
+                count += int(sum_lanes(part))
+            store_i64(counts + 8 * job, count)
+
+    return body
+
+
+@kernel("x", "y", "norms", "threshold", *_MAPS, "y_block", "y_channel", "y_row")
+def keep_elements(lanes: int) -> Body:
+    """Copy the numbers whose size reaches the threshold, 0 for the others. Job: (block, channel)."""
+    step = 4 * lanes
+
+    def body(args: int, first: int, last: int) -> None:
+        (x, y, norms, threshold, channels, rows, columns, x_block, x_channel, x_row, y_block, y_channel,
+         y_row) = arguments(args, 13)  # fmt: skip
+        limit, zero = broadcast(load_f32(threshold), lanes), broadcast(0.0, lanes)
+        for job in range(first, last):
+            block, channel = job // channels, job % channels
+            sizes = norms + job * rows * columns * step
+            for row in range(rows):
+                source = x + block * x_block + channel * x_channel + row * x_row
+                target = y + block * y_block + channel * y_channel + row * y_row
+                for i in range(columns):
+                    value = load(source + i * step, lanes)
+                    store(target + i * step, select_gt(limit, load(sizes, lanes), zero, value))
+                    sizes += step
 
     return body
 

@@ -11,7 +11,9 @@ Saved activations (``edgetrain.pruning.compress_activations`` inserts them, for 
 - ``CompressActivation``: x -> the vectors of lanes of x with the largest norm, as lists
   (``kernels/vector_lists.py``). It stands right behind whatever makes x, so the dense x is given up when its last
   other reader is done;
-- ``CompressedWeightGrad``: (lists, grad_out) -> gradient of all weights.
+- ``CompressedWeightGrad``: (lists, grad_out) -> gradient of all weights;
+- ``MaskActivation``: x -> x with zeros instead of its smaller numbers, for the dense weight gradient: what was
+  published, number by number, which no kernel for lanes of samples can make use of.
 
 Only products of one group: a depthwise convolution has nothing to share out between channels.
 """
@@ -227,3 +229,27 @@ class CompressedWeightGrad(ProductWeightGrad):
     def lower(self, node: Node, low: Lowering) -> None:
         """See ``lowering_pruned``."""
         low.compressed_weight_grad(node, self.product(node))
+
+
+@register
+class MaskActivation(Op):
+    """The input with its largest numbers alone, one threshold over all; attributes as for ``CompressActivation``."""
+
+    name = "MaskActivation"
+    training_only = True
+    attributes = ("density", "refresh", "record")
+
+    def infer(self, node: Node) -> Sequence[tuple[Shape, bool]]:
+        """Same shape."""
+        return [(node.x.shape, True)]
+
+    def reference(self, node: Node, *inputs: Array) -> tuple[Array, ...]:
+        """The numbers whose size is at least that of the last to be kept."""
+        sizes = np.abs(inputs[0])
+        count = max(1, math.ceil(float(node.get("density")) * sizes.size))
+        limit = np.sort(sizes, axis=None)[-count]
+        return (np.where(sizes >= limit, inputs[0], 0),)
+
+    def lower(self, node: Node, low: Lowering) -> None:
+        """See ``lowering_pruned``."""
+        low.mask_activation(node)
