@@ -13,63 +13,24 @@ import pytest
 import edgetrain as et
 from edgetrain import reference
 from edgetrain.checkpoint import read_checkpoint
-from edgetrain.devices import load_profile
 from edgetrain.errors import CheckpointError, UsageError
 from edgetrain.graph import Graph
 from edgetrain.policies import describe_policy, parse_policy, policy_names
-from edgetrain.sparsity import SparseLayer, SparsityPolicy, sparse_layers
+from edgetrain.sparsity import SparseLayer, sparse_layers
 from edgetrain.sparsity.layers import entries, erdos_renyi_kernel, uniform
 from edgetrain.sparsity.policy import largest
-from edgetrain.sparsity.swat import momentum_densities
 from edgetrain.torch_network import TorchNetwork
-
-PROFILE = load_profile("generic-x86_64")
-SHAPE, CLASSES = (2, 8, 8), 4
-
-
-def network(seed: int = 0) -> Graph:
-    """Strided, grouped, depthwise and plain convolutions with normalisation, and dense layers of both orientations."""
-    rng = np.random.default_rng(seed)
-    graph = Graph("sparse", input_shape=SHAPE)
-
-    def weight(name: str, *shape: int) -> str:
-        return graph.parameter(name, rng.normal(0, 0.3, shape))
-
-    x = graph.add("Conv", ["input", weight("a.weight", 8, 2, 3, 3)], pads=[1] * 4)
-    norm = [graph.parameter(f"n.{part}", np.full(8, value), trainable)
-            for part, value, trainable in (("scale", 1, True), ("bias", 0, True), ("mean", 0, False),
-                                           ("var", 1, False))]  # fmt: skip
-    x = graph.add("Relu", [graph.add("BatchNormalization", [x, *norm])])
-    x = graph.add("Conv", [x, weight("b.weight", 12, 8, 3, 3), graph.parameter("b.bias", rng.normal(size=12))],
-                  pads=[1] * 4, strides=[2, 2])  # fmt: skip
-    x = graph.add("Relu", [x])
-    x = graph.add("Conv", [x, weight("depthwise.weight", 12, 1, 3, 3)], pads=[1] * 4, group=12)
-    x = graph.add("Conv", [x, weight("grouped.weight", 8, 6, 3, 3)], group=2)
-    x = graph.add("Flatten", [graph.add("Relu", [x])])
-    x = graph.add("Relu", [graph.add("MatMul", [x, weight("c.weight", 32, 16)])])
-    dense = [weight("d.weight", CLASSES, 16), graph.parameter("d.bias", np.zeros(CLASSES))]
-    graph.set_outputs([graph.add("Gemm", [x, *dense], transB=1)])
-    return graph
-
-
-def batch(count: int = 9, seed: int = 1) -> tuple[np.ndarray, np.ndarray]:
-    rng = np.random.default_rng(seed)
-    return rng.normal(size=(count, *SHAPE)).astype(np.float32), rng.integers(0, CLASSES, count)
-
-
-def learner(policy: SparsityPolicy | None, threads: int = 1, **settings) -> et.Learner:
-    optimizer = settings.pop("optimizer", et.SGD(lr=0.05, momentum=0.9, weight_decay=1e-3))
-    graph = settings.pop("graph", None) or network()
-    return et.Learner(graph, PROFILE, batch_size=8, threads=threads, optimizer=optimizer, sparsity=policy, **settings)
-
-
-def train(made: et.Learner, steps: int, start: int = 0) -> list[float]:
-    return [made.partial_fit(*batch(8, seed)).loss for seed in range(start, start + steps)]
-
-
-def patterns(made: et.Learner) -> dict[str, np.ndarray]:
-    return {name: index.mask() for name, index in made.topology.indices.items()}
-
+from tests.sparse_networks import (
+    CLASSES,
+    PROFILE,
+    assert_equal,
+    batch,
+    learner,
+    network,
+    patterns,
+    replace_arrays,
+    train,
+)
 
 POLICIES = {
     "static": et.StaticSparse(weights=0.8),
@@ -138,11 +99,6 @@ def test_predictions_are_those_of_the_network_with_zeros(policy):
     np.testing.assert_allclose(made.logits(x), wanted, atol=1e-4 * np.abs(wanted).max())
 
 
-def replace_arrays(graph: Graph, arrays: dict[str, np.ndarray]) -> Graph:
-    graph.arrays = dict(arrays)
-    return graph
-
-
 @EVERY
 def test_gradients_change_nothing(policy):
     made = learner(policy)
@@ -150,12 +106,6 @@ def test_gradients_change_nothing(policy):
     made.gradients(*batch())
     assert_equal(made.parameters(), before)
     assert_equal(patterns(made), found)
-
-
-def assert_equal(got, wanted):
-    assert got.keys() == wanted.keys()
-    for name in wanted:
-        np.testing.assert_array_equal(got[name], wanted[name], err_msg=name)
 
 
 @EVERY
@@ -459,63 +409,6 @@ def test_static_patterns_stay():
     train(made, 10)
     assert_equal(patterns(made), before)
     assert made.topology.changes == 0
-
-
-# ---- SWAT ------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("variant", ["unstructured", "erk"])
-def test_swat_keeps_the_largest_weights_of_a_dense_master(variant):
-    made = learner(et.SWAT(weights=0.8, activations=0.0, variant=variant, refresh=4))
-    seen = []
-    for step in range(9):
-        masters = {name: made._parameters.view(name).copy() for name in made.topology.indices}
-        train(made, 1, step)
-        seen.append(patterns(made))
-        if step % 4 == 0:
-            for name, mask in seen[-1].items():
-                np.testing.assert_array_equal(mask, largest(np.abs(masters[name]), int(mask.sum())))
-        else:
-            assert_equal(seen[-1], seen[-2])
-    assert any((seen[8][name] != seen[0][name]).any() for name in seen[0])
-
-
-def test_swat_moves_weights_that_do_not_exist():
-    made = learner(et.SWAT(weights=0.8, activations=0.0), optimizer=et.SGD(lr=0.1))
-    name = "b.weight"
-    before = made._parameters.view(name).copy()
-    grads = made.gradients(*batch(8))[name]
-    made.partial_fit(*batch(8))
-    outside = ~made.topology.indices[name].mask()
-    assert np.count_nonzero(grads[outside])
-    np.testing.assert_allclose(made._parameters.view(name)[outside], (before - 0.1 * grads)[outside], atol=1e-6)
-
-
-def test_structured_swat_keeps_whole_kernels():
-    made = learner(et.SWAT(weights=0.6, activations=0.0, variant="structured"))
-    array = network().arrays["b.weight"]
-    mask = made.topology.indices["b.weight"].mask().reshape(12, 8, 9)
-    assert (mask.all(2) == mask.any(2)).all()
-    norms = np.abs(array).reshape(12, 8, 9).sum(2)
-    np.testing.assert_array_equal(mask.all(2), largest(norms, entries(96, 0.4)))
-
-
-def test_momentum_shares_out_all_weights():
-    made = learner(et.SWAT(weights=0.8, activations=0.0, variant="momentum", refresh=2))
-    train(made, 5)
-    densities, layers = momentum_densities(made.topology, 0.2), made.topology.layers
-    total = sum(layer.size for layer in layers)
-    assert sum(densities[layer.weight] * layer.size for layer in layers) == pytest.approx(0.2 * total)
-    assert max(densities.values()) <= 0.99
-    means = {layer.weight: made.topology.mean_momentum(layer) for layer in layers}
-    counts = {layer.weight: densities[layer.weight] * layer.size for layer in layers}
-    free = [name for name in counts if densities[name] < 0.99]
-    assert sorted(free, key=counts.get) == sorted(free, key=means.get)
-
-
-def test_the_momentum_variant_needs_momentum():
-    with pytest.raises(UsageError, match="needs an optimizer with momentum"):
-        learner(et.SWAT(variant="momentum"), optimizer=et.SGD(lr=0.1))
 
 
 # ---- what is refused -------------------------------------------------------------------------------------------------

@@ -50,7 +50,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("lowering_channels", "sparsity"),
     ("plans",),
     ("learner",),
-    ("verify", "bench", "bench_ops", "bench_tiles"),
+    ("layer_report", "verify", "bench", "bench_ops", "bench_tiles"),
     ("bench_contenders", "kernel_table"),
     ("cli",),
     ("__main__",),

@@ -13,7 +13,7 @@ from edgetrain.checkpoint import load_checkpoint, save_checkpoint
 from edgetrain.cli.config import Config, MethodSettings, dense, from_flags, from_run
 from edgetrain.cli.output import count, duration, emit
 from edgetrain.cli.progress import CompileNotice, Display, choose_display, resident_mib
-from edgetrain.cli.savings import savings_of, savings_text, time_dense
+from edgetrain.cli.savings import layers_text, savings_of, savings_text, time_dense
 from edgetrain.cli.signals import StopOnSignal
 from edgetrain.cli.sources import check_classes, describe_data, load_splits, make_graph, make_learner
 from edgetrain.cli.streaming import baseline_run, fit_stream, resume_stream
@@ -22,6 +22,7 @@ from edgetrain.devices import DeviceProfile, host_facts
 from edgetrain.errors import DataError, InterruptedRunError, NumericalError, UsageError
 from edgetrain.fitting import StepEvent, block_size, check_fits, fit_loop
 from edgetrain.history import COUNTED, EpochRecord
+from edgetrain.layer_report import layer_report
 from edgetrain.runs import Run, create_run, open_run
 
 if TYPE_CHECKING:
@@ -150,9 +151,11 @@ class _Session:
             save_checkpoint(self.learner, self.run.best)
         self.learner.export_onnx(self.run.model)
         result = self._result(baseline)
-        self.run.log("finished", accuracy=result["accuracy"], loss=result["loss"])
+        told = {key: result[key] for key in ("accuracy", "loss", "savings", "layers") if key in result}
+        self.run.log("finished", **told)
         self.display.close()
-        lines = [savings_text(result["savings"])] if "savings" in result else []
+        lines = [layers_text(result["layers"])] if "layers" in result else []
+        lines += [savings_text(result["savings"])] if "savings" in result else []
         emit(result, "\n".join([*lines, _last_line(result, self.held_out)]), as_json)
 
     def _on_step(self, event: StepEvent) -> None:
@@ -184,11 +187,13 @@ class _Session:
         history = self.learner.history
         last, best = history.epochs[-1], history.best() or history.epochs[-1]
         seconds = sum(history.column("seconds"))
-        savings = {}
+        savings: dict[str, Any] = {}
         if baseline is not None or self.config.methods != MethodSettings():
             counts = {name: sum(history.column(name)) for name in COUNTED}
             dense_run = baseline or time_dense(self.learner, counts["instances_seen"])
             savings = {"savings": savings_of(counts, seconds, dense_run)}
+        if self.learner.sparsity is not None:
+            savings["layers"] = [layer.to_dict() for layer in layer_report(self.learner)]
         return savings | {
             "run": str(self.run.path),
             "model": self.config.model.name,

@@ -1,0 +1,112 @@
+"""What every layer of a network with sparse weights did: density, kernels, operations and time of a training step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from edgetrain.graph import Node
+from edgetrain.ops import get_op
+from edgetrain.ops.conv import ProductGrad, ProductOp
+from edgetrain.plan import Plan
+
+if TYPE_CHECKING:
+    from edgetrain.learner import Learner
+
+# Steps that are timed; their median counts.
+_TIMED_STEPS = 7
+# Words for what a kernel's name tells.
+_METHODS = (("winograd", "winograd"), ("csr", "lists of weights"), ("listed", "lists of activations"))
+
+
+@dataclass(frozen=True)
+class LayerUse:
+    """One layer in one training step.
+
+    Attributes:
+        name: of the weights.
+        density: share of weights that exist.
+        kernels: how forward product, input gradient and weight gradient were computed.
+        macs_dense, macs_done: multiply-accumulates of all three, of a batch.
+        seconds: of all kernel calls of all three, in a batch of the learner's usual size.
+    """
+
+    name: str
+    density: float
+    kernels: tuple[str, ...]
+    macs_dense: int
+    macs_done: int
+    seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything as plain data."""
+        return asdict(self)
+
+
+def layer_report(learner: Learner) -> list[LayerUse]:
+    """Time a few training steps on random images and return what every product did; the learner stays as it is.
+
+    Raises:
+        NumericalError: the learner's state gives numbers that are not finite.
+    """
+    state = learner.state()
+    rng = np.random.default_rng(0)
+    x = rng.random((learner.batch_size, *learner.graph.input_shape), np.float32)
+    if learner.loss == "mse":
+        y = rng.random((learner.batch_size, *learner.graph.output_shape), np.float32)
+    else:
+        y = rng.integers(0, learner.graph.output_shape[0], learner.batch_size)
+    plan, times = learner.training_plan(), []
+    while len(times) < _TIMED_STEPS:
+        seconds = learner.time_rows(x, y)[:-1]
+        if len(seconds) == len(plan.rows):  # else a step that keeps gradients of weights that do not exist
+            times.append(seconds)
+        elif not times:  # perhaps all steps do
+            plan = learner.plans.largest(learner.batch_size)
+    learner.restore(*state)
+    median = np.median(times, axis=0)
+    layers: dict[str, list[int]] = {}
+    for position, node in enumerate(plan.graph.nodes):
+        weight = _weight(node)
+        if weight is not None:
+            layers.setdefault(weight, []).append(position)
+    return [_use(learner, plan, name, nodes, median) for name, nodes in layers.items()]
+
+
+def _weight(node: Node) -> str | None:
+    """Return the name of a product's weights."""
+    op = get_op(node.op_type)
+    if not isinstance(op, (ProductOp, ProductGrad)):
+        return None
+    of_weights = node.get("like") is not None and not node.get("like").batched
+    return str(node.get("like").name if of_weights else node.input(1).name)
+
+
+def _use(learner: Learner, plan: Plan, name: str, nodes: Sequence[int], seconds: Any) -> LayerUse:
+    index = learner.topology.indices.get(name)
+    density = 1.0 if index is None else index.density
+    dense = done = 0
+    kernels = []
+    for position in nodes:
+        node = plan.graph.nodes[position]
+        used = [row.kernel[0] for row in plan.rows if row.node == position]
+        macs = learner.batch_size * get_op(node.op_type).macs(node)
+        method = next((word for part, word in _METHODS if any(part in kernel for kernel in used)), "direct")
+        kernels.append(method)
+        dense += macs
+        done += round(macs * (density if method == "lists of weights" else _kept(learner, node)))
+    rows = [
+        number for number, row in enumerate(plan.rows) if row.node in nodes and row.stage in ("forward", "backward")
+    ]
+    return LayerUse(name, density, tuple(kernels), dense, done, float(seconds[rows].sum()))
+
+
+def _kept(learner: Learner, node: Node) -> float:
+    """Return the share of saved activations that a weight gradient read in the latest step."""
+    if node.op_type != "CompressedWeightGrad":
+        return 1.0
+    kept, total = learner.topology.tally(int(node.get("record")))
+    return kept / max(1, total)

@@ -1,0 +1,145 @@
+"""SWAT: its choice of weights, its variants, pruned activations; and the report of layers."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+import edgetrain as et
+from edgetrain.errors import UsageError
+from edgetrain.layer_report import layer_report
+from edgetrain.sparsity.layers import entries
+from edgetrain.sparsity.policy import largest
+from edgetrain.sparsity.swat import momentum_densities
+from tests.sparse_networks import assert_equal, batch, learner, network, patterns, train
+
+# ---- SWAT ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("variant", ["unstructured", "erk"])
+def test_swat_keeps_the_largest_weights_of_a_dense_master(variant):
+    made = learner(et.SWAT(weights=0.8, activations=0.0, variant=variant, refresh=4))
+    seen = []
+    for step in range(9):
+        masters = {name: made._parameters.view(name).copy() for name in made.topology.indices}
+        train(made, 1, step)
+        seen.append(patterns(made))
+        if step % 4 == 0:
+            for name, mask in seen[-1].items():
+                np.testing.assert_array_equal(mask, largest(np.abs(masters[name]), int(mask.sum())))
+        else:
+            assert_equal(seen[-1], seen[-2])
+    assert any((seen[8][name] != seen[0][name]).any() for name in seen[0])
+
+
+def test_swat_moves_weights_that_do_not_exist():
+    made = learner(et.SWAT(weights=0.8, activations=0.0), optimizer=et.SGD(lr=0.1))
+    name = "b.weight"
+    before = made._parameters.view(name).copy()
+    grads = made.gradients(*batch(8))[name]
+    made.partial_fit(*batch(8))
+    outside = ~made.topology.indices[name].mask()
+    assert np.count_nonzero(grads[outside])
+    np.testing.assert_allclose(made._parameters.view(name)[outside], (before - 0.1 * grads)[outside], atol=1e-6)
+
+
+def test_structured_swat_keeps_whole_kernels():
+    made = learner(et.SWAT(weights=0.6, activations=0.0, variant="structured"))
+    array = network().arrays["b.weight"]
+    mask = made.topology.indices["b.weight"].mask().reshape(12, 8, 9)
+    assert (mask.all(2) == mask.any(2)).all()
+    norms = np.abs(array).reshape(12, 8, 9).sum(2)
+    np.testing.assert_array_equal(mask.all(2), largest(norms, entries(96, 0.4)))
+
+
+def test_momentum_shares_out_all_weights():
+    made = learner(et.SWAT(weights=0.8, activations=0.0, variant="momentum", refresh=2))
+    train(made, 5)
+    densities, layers = momentum_densities(made.topology, 0.2), made.topology.layers
+    total = sum(layer.size for layer in layers)
+    assert sum(densities[layer.weight] * layer.size for layer in layers) == pytest.approx(0.2 * total)
+    assert max(densities.values()) <= 0.99
+    means = {layer.weight: made.topology.mean_momentum(layer) for layer in layers}
+    counts = {layer.weight: densities[layer.weight] * layer.size for layer in layers}
+    free = [name for name in counts if densities[name] < 0.99]
+    assert sorted(free, key=counts.get) == sorted(free, key=means.get)
+
+
+def test_the_momentum_variant_needs_momentum():
+    with pytest.raises(UsageError, match="needs an optimizer with momentum"):
+        learner(et.SWAT(variant="momentum"), optimizer=et.SGD(lr=0.1))
+
+
+# ---- pruned activations ----------------------------------------------------------------------------------------------
+
+ACTIVATIONS = {
+    "unstructured": et.SWAT(weights=0.8, activations=0.7, refresh=3),
+    "erk": et.SWAT(weights=0.8, activations=0.7, variant="erk", refresh=3),
+    "momentum": et.SWAT(weights=0.8, activations=0.7, variant="momentum", refresh=3),
+    "activations-only": et.SWAT(weights=0.0, activations=0.7, refresh=3),
+}
+EVERY_ACTIVATIONS = pytest.mark.parametrize("policy", ACTIVATIONS.values(), ids=ACTIVATIONS.keys())
+
+
+@EVERY_ACTIVATIONS
+def test_pruned_activations_change_weight_gradients_of_convolutions_only(policy):
+    made, plain, (x, y) = learner(policy), learner(replace(policy, activations=0.0)), batch(8)
+    got, wanted = made.gradients(x, y), plain.gradients(x, y)
+    pruned = set(made.topology.records)
+    assert pruned >= {"b.weight"}
+    for name in wanted:
+        assert (np.abs(got[name] - wanted[name]).max() > 0) == (name in pruned), name
+    np.testing.assert_array_equal(made.logits(x), plain.logits(x))
+
+
+@EVERY_ACTIVATIONS
+def test_saved_activations_are_counted(policy):
+    made = learner(policy)
+    step = made.partial_fit(*batch(8))
+    assert 0 < step.saved_activations == step.macs_dense - step.macs_done - step.saved_weights
+    for number in made.topology.records.values():
+        kept, total = made.topology.tally(number)
+        assert 0 < kept < total
+
+
+@EVERY_ACTIVATIONS
+def test_thresholds_are_part_of_a_checkpoint(policy, tmp_path):
+    made = learner(policy)
+    train(made, 5)
+    made.save(tmp_path / "c.safetensors")
+    loaded = et.Learner.load(tmp_path / "c.safetensors")
+    assert train(loaded, 6, 5) == train(made, 6, 5)
+    assert_equal(loaded.parameters(), made.parameters())
+
+
+def test_asking_for_gradients_leaves_thresholds_alone():
+    one, other = (learner(ACTIVATIONS["erk"]) for _ in range(2))
+    train(one, 2)
+    train(other, 2)
+    one.gradients(*batch(8, seed=50))
+    assert train(one, 3, 2) == train(other, 3, 2)
+
+
+# ---- the report ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "policy", [et.RigL(weights=0.8, refresh=3, total_steps=40), ACTIVATIONS["erk"]], ids=["rigl", "swat"]
+)
+def test_the_report_tells_what_every_layer_did_and_changes_nothing(policy):
+    made, twin = learner(policy), learner(policy)
+    train(made, 2)
+    train(twin, 2)
+    report = layer_report(made)
+    assert [layer.name for layer in report] == [n for n in network().arrays if n.endswith("weight")]
+    step = made.partial_fit(*batch(8, 2))
+    assert sum(layer.macs_dense for layer in report) == step.macs_dense
+    for layer in report:
+        index = made.topology.indices.get(layer.name)
+        assert layer.density == (1 if index is None else index.density)
+        assert layer.seconds > 0
+        skips = "lists of weights" in layer.kernels or layer.name in made.topology.records
+        assert (layer.macs_done < layer.macs_dense) == skips
+    assert twin.partial_fit(*batch(8, 2)).loss == step.loss
