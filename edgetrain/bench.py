@@ -248,8 +248,7 @@ def scaling(model: str, batch_size: int, turns: int = TURNS, turn_seconds: float
 
     Args:
         model, batch_size: what to time.
-        turns, turn_seconds: as for ``compare``; longer turns, for it is the rate of a long run that threads raise, and
-            the first steps after the others' turns wait for memory (turns of two steps: 1.43; in one process: 1.69).
+        turns, turn_seconds: as for ``compare``; turns are longer, since the rate of a long run is compared.
 
     Returns:
         ``gain`` and ``sgemm_gain`` (time with 1 thread over that with 2), ``seconds`` of the two steps, ``load``,
