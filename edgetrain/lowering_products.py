@@ -66,11 +66,11 @@ class ProductLowering(SparseLowering):
         """Emit the gradient of a product's weights, from (x, grad_out)."""
         weight = node.get("like")
         index = self.sparse.get(weight.name)
-        if self._winograd(g, weight, g.out):
-            winograd.weight_grad(self, node, g)
-            return
-        if index is None or not index.compact:
-            self._direct_weight_grad(node, g, self.address(node.y))
+        if index is None or not index.compact:  # the gradient of all weights is wanted, zero or not
+            if winograd.suits(self, g, g.out):
+                winograd.weight_grad(self, node, g)
+            else:
+                self._direct_weight_grad(node, g, self.address(node.y))
             return
         if self.runs_sparse(weight) and not self.whole_gradients:
             self.sparse_weight_grad(node, g)
