@@ -9,11 +9,12 @@ import pytest
 
 import edgetrain as et
 from edgetrain.errors import UsageError
+from edgetrain.graph import Graph
 from edgetrain.layer_report import layer_report
 from edgetrain.sparsity.layers import entries
 from edgetrain.sparsity.policy import largest
 from edgetrain.sparsity.swat import momentum_densities
-from tests.sparse_networks import assert_equal, batch, learner, network, patterns, train
+from tests.sparse_networks import CLASSES, SHAPE, assert_equal, batch, learner, network, patterns, train
 
 # ---- SWAT ------------------------------------------------------------------------------------------------------------
 
@@ -43,6 +44,16 @@ def test_swat_moves_weights_that_do_not_exist():
     outside = ~made.topology.indices[name].mask()
     assert np.count_nonzero(grads[outside])
     np.testing.assert_allclose(made._parameters.view(name)[outside], (before - 0.1 * grads)[outside], atol=1e-6)
+
+
+@pytest.mark.parametrize("rescale", [True, False])
+def test_the_largest_initial_weights_get_the_norm_of_all(rescale):
+    original = network().arrays["b.weight"]
+    made = learner(et.SWAT(weights=0.8, activations=0.0, rescale=rescale))
+    kept, master = made.parameters()["b.weight"], made._parameters.view("b.weight")
+    factor = np.linalg.norm(original) / np.linalg.norm(np.where(kept, original, 0)) if rescale else 1.0
+    np.testing.assert_allclose(master, factor * original, rtol=1e-6)
+    np.testing.assert_array_equal(kept[kept != 0], master[kept != 0])
 
 
 def test_structured_swat_keeps_whole_kernels():
@@ -143,3 +154,34 @@ def test_the_report_tells_what_every_layer_did_and_changes_nothing(policy):
         skips = "lists of weights" in layer.kernels or layer.name in made.topology.records
         assert (layer.macs_done < layer.macs_dense) == skips
     assert twin.partial_fit(*batch(8, 2)).loss == step.loss
+
+
+def test_gradients_are_pytorchs_with_masked_weights_and_masked_saved_activations():
+    torch = pytest.importorskip("torch")
+    rng = np.random.default_rng(3)
+    graph = Graph("small", input_shape=SHAPE)
+    x = graph.add("Conv", ["input", graph.parameter("conv.weight", rng.normal(size=(6, 2, 3, 3)))], pads=[1] * 4)
+    dense = graph.parameter("fc.weight", rng.normal(size=(CLASSES, 6 * 64)))
+    graph.set_outputs([graph.add("Gemm", [graph.add("Flatten", [graph.add("Relu", [x])]), dense], transB=1)])
+    made = learner(et.SWAT(weights=0.7, activations=0.8, dense_first=False), graph=graph)
+    images, labels = batch(24)
+    got, weights = made.gradients(images, labels), made.parameters()
+    conv, fc = (torch.tensor(weights[f"{name}.weight"], dtype=torch.float64) for name in ("conv", "fc"))
+    out = torch.nn.functional.conv2d(torch.tensor(images, dtype=torch.float64), conv, padding=1).requires_grad_()
+    fc.requires_grad_()
+    loss = torch.nn.functional.cross_entropy(out.relu().flatten(1) @ fc.T, torch.tensor(labels))
+    error, wanted = torch.autograd.grad(loss, [out, fc])
+    saved = _largest_vectors(images, made.plans.lanes, made.topology.tally(made.topology.records["conv.weight"])[0])
+    saved = torch.tensor(saved, dtype=torch.float64)
+    wanted_conv = torch.nn.grad.conv2d_weight(saved, conv.shape, error, padding=1).numpy()
+    for name, right in (("conv.weight", wanted_conv), ("fc.weight", wanted.numpy())):
+        assert np.abs(got[name] - right).max() <= 1e-4 * np.abs(right).max(), name
+    assert np.count_nonzero(got["conv.weight"][~patterns(made)["conv.weight"]]), "weights that do not exist learn too"
+
+
+def _largest_vectors(images: np.ndarray, lanes: int, kept: int) -> np.ndarray:
+    """Return images with zeros but for ``kept`` pixels of ``lanes`` samples each, those with the largest norm."""
+    blocks = images.reshape(-1, lanes, *images.shape[1:])
+    norms = np.square(blocks).sum(1)
+    mask = largest(norms.astype(np.float32), kept)
+    return np.where(mask[:, None], blocks, 0).reshape(images.shape)

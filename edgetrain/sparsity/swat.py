@@ -6,7 +6,8 @@ reference code (AamirRaihan/SWAT) for constants and the rules about first and la
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
@@ -46,6 +47,9 @@ class SWAT(SparsityPolicy):
             to the present weights; here the pattern itself is kept in between, so the density is exact at every step.)
         dense_first: whether the first layer stays dense; ``None``: in the unstructured and structured variants.
         dense_last: whether the last layer stays dense.
+        rescale: whether the weights that a learner begins with are scaled so that the largest have the norm that all
+            had; give ``False`` for trained weights. (Not in the reference code: its networks have batch normalisation;
+            LeNet-5 without it stays at 10 % accuracy at 90 %, as every layer passes on a quarter of the variance.)
 
     Raises:
         UsageError: a value out of range.
@@ -60,6 +64,7 @@ class SWAT(SparsityPolicy):
     refresh: int = 100
     dense_first: bool | None = None
     dense_last: bool = False
+    rescale: bool = True
 
     name: ClassVar[str] = "swat"
     compact: ClassVar[bool] = False
@@ -104,8 +109,10 @@ class SWAT(SparsityPolicy):
     def initial(
         self, layer: SparseLayer, array: Floats, density: float, rng: np.random.Generator
     ) -> tuple[Mask, float]:
-        """Return the pattern of the largest weights."""
-        return self._mask(layer, array, density), 1.0
+        """Return the pattern of the largest weights, and what gives them the norm that all weights had."""
+        mask = self._mask(layer, array, density)
+        whole, kept = (float(np.square(a, dtype=np.float64).sum()) for a in (array, np.where(mask, array, 0)))
+        return mask, math.sqrt(whole / kept) if self.rescale and kept else 1.0
 
     def adopted(self, layer: SparseLayer, array: Floats, density: float) -> Mask:
         """Return the pattern of the largest weights."""
@@ -155,8 +162,3 @@ def momentum_densities(topology: Topology, density: float) -> dict[str, float]:
         if not room:
             break
     return {name: counts[name] / sizes[name] for name in sizes}
-
-
-def shares_of(densities: Mapping[str, float], layers: Sequence[SparseLayer]) -> float:
-    """Return the density of all layers together."""
-    return sum(densities[layer.weight] * layer.size for layer in layers) / sum(layer.size for layer in layers)

@@ -79,8 +79,9 @@ class Topology:
                 layer.shape, capacity, inputs_first=layer.inputs_first, groups=layer.groups, compact=policy.compact
             )
             index.set(mask)
-            if policy.compact:
-                graph.arrays[layer.weight] = np.where(mask, array * np.float32(scale), np.float32(0))
+            if policy.compact or scale != 1:
+                kept = mask if policy.compact else True
+                graph.arrays[layer.weight] = np.where(kept, array * np.float32(scale), np.float32(0))
             self.layers.append(layer)
             self.indices[layer.weight], self.densities[layer.weight] = index, density
 
