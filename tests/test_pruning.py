@@ -16,7 +16,7 @@ from edgetrain.autodiff import LABELS, TrainingGraph, training_graph
 from edgetrain.errors import UsageError
 from edgetrain.graph import Graph
 from edgetrain.kernels.codes import MEAN_COUNT, MEANS, RECORD
-from edgetrain.kernels.registry import argument_names, compile_kernels
+from edgetrain.kernels.registry import argument_names, compile_kernels, load_factories
 from edgetrain.learner import Learner
 from edgetrain.ops import get_op
 from edgetrain.pruning import (
@@ -435,3 +435,11 @@ def test_weight_gradient_from_the_largest_numbers(density):
     (x, y), graph = batch(8), network()
     made = learner(graph, error_pruning=Masked(density))
     assert_all_close(made.gradients(x, y), masked_gradients(graph, x, y, mask_input=keep_elements(density)), TOLERANCE)
+
+
+def test_every_kernel_of_pruning_is_used():
+    modules = [f"edgetrain.kernels.{name}" for name in ("error_lists", "pruned", "stochastic", "vector_lists")]
+    ours = {name for name, (made, _) in load_factories().items() if made.__module__ in modules}
+    policies = [*POLICIES, Compressed(0.5), Masked(0.5)]
+    plans = [learner(network(), error_pruning=policy).training_plan() for policy in policies]
+    assert ours <= {row.kernel[0] for plan in plans for row in plan.rows}

@@ -83,10 +83,10 @@ def list_channels() -> Body:
     """
 
     def body(args: int, first: int, last: int) -> None:
-        flags, entries, counts, pixel_count, channels, chunk, chunks = arguments(args, 7)
+        flags, entries, counts, pixel_count, channels, pixel_chunk, pixel_chunks = arguments(args, 7)
         for job in range(first, last):
-            block, start = job // chunks, job % chunks * chunk
-            end = min(pixel_count, start + chunk)
+            block, start = job // pixel_chunks, job % pixel_chunks * pixel_chunk
+            end = min(pixel_count, start + pixel_chunk)
             count, entry = counts + 4 * block * pixel_count, entries + 4 * block * pixel_count * channels
             for i in range(start, end):
                 store_i32(count + 4 * i, 0)

@@ -113,7 +113,7 @@ def listed_terms() -> Body:
     """
 
     def body(args: int, first: int, last: int) -> None:
-        kept, _count, taps, tap_count, grad_channel, weight_channel, terms, sources = arguments(args, 8)
+        kept, _kept_count, taps, tap_count, grad_channel, weight_channel, terms, sources = arguments(args, 8)
         for job in range(first, last):
             channel = int(load_f32(kept + 4 * job))
             for tap in range(tap_count):
@@ -155,7 +155,7 @@ def correlate_listed(lanes: int, channels: int, width: int, kind: int) -> Body:
     def body(args: int, first: int, last: int) -> None:
         (x, grad_out, grad_weight, kept, pixels, terms, pixel_count, term_count, channel_count, x_block, grad_block,
          grad_channel, weight_channel, blocks, _groups, pixel_chunk, term_chunk, term_chunks,
-         _tiles) = arguments(args, 19)  # fmt: skip
+         _channel_tiles) = arguments(args, 19)  # fmt: skip
         for job in range(first, last):
             chunk_k, c = job % term_chunks, job // term_chunks * channels
             rows = min(channels, channel_count - c)

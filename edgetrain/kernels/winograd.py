@@ -43,13 +43,13 @@ def winograd_weights(channels: int) -> Body:
 
     def body(args: int, first: int, last: int) -> None:
         (weight, packed, listed, inputs, outputs, weight_in, weight_out, tap, tap_step,
-         position) = arguments(args, 10)  # fmt: skip
+         packed_position) = arguments(args, 10)  # fmt: skip
         for job in range(first, last):
             source, target = weight + job * channels * weight_out, packed + 4 * job * channels * inputs
             for c in range(inputs):
                 transform_weights(
                     source + _channel(listed, c) * weight_in, weight_out, outputs - job * channels, tap, tap_step,
-                    target + 4 * c * channels, position, channels,
+                    target + 4 * c * channels, packed_position, channels,
                 )  # fmt: skip
 
     return body
@@ -167,12 +167,12 @@ def winograd_weight_gradient() -> Body:
     """
 
     def body(args: int, first: int, last: int) -> None:
-        (sums, grad_weight, listed, parts, inputs, part, position, weight_out, weight_in,
+        (sums, grad_weight, listed, parts, inputs, sums_part, sums_position, weight_out, weight_in,
          weight_tap) = arguments(args, 10)  # fmt: skip
         for o in range(first, last):
             for c in range(0, inputs, _COLUMNS):
                 transform_weight_gradient(
-                    sums + 4 * (o * inputs + c), position, parts, part,
+                    sums + 4 * (o * inputs + c), sums_position, parts, sums_part,
                     grad_weight + _channel(listed, o) * weight_out + c * weight_in, weight_in, weight_tap, _COLUMNS,
                 )  # fmt: skip
 
