@@ -13,7 +13,7 @@ from edgetrain import lowering_winograd as winograd
 from edgetrain.arrays import ALIGNMENT, Layout
 from edgetrain.choice import Sizes
 from edgetrain.graph import Node, Value
-from edgetrain.kernels.codes import SAMPLES
+from edgetrain.kernels.codes import ROWS, SAMPLES
 from edgetrain.lowering_sparse import SparseLowering
 from edgetrain.plan import Ref
 
@@ -37,6 +37,8 @@ _PIXELS_PER_JOB = 64
 _PIXELS_PER_SUM = 256
 # A vector per pixel is wasted on maps smaller than this: there the pixels of all blocks form one list.
 _SMALL_MAP = 16
+# Up to so many pixels a product reads its weights where they are.
+_FEW_PIXELS = 2
 
 
 class ProductLowering(SparseLowering):
@@ -67,23 +69,27 @@ class ProductLowering(SparseLowering):
         weight = node.get("like")
         index = self.sparse.get(weight.name)
         if index is None or not index.compact:  # the gradient of all weights is wanted, zero or not
-            if winograd.suits(self, g, g.out):
-                winograd.weight_grad(self, node, g)
-            else:
-                self._direct_weight_grad(node, g, self.address(node.y))
+            self._dense_weight_grad(node, g, self.address(node.y))
             return
         if self.runs_sparse(weight) and not self.whole_gradients:
             self.sparse_weight_grad(node, g)
             return
         nbytes = 4 * index.size
         whole = self.kept(whole_gradient(weight.name), nbytes) if self.whole_gradients else self.workspace(nbytes)
-        self._direct_weight_grad(node, g, whole)
+        self._dense_weight_grad(node, g, whole)
         self.emit("gather_sparse", (), index.rows, values=self.address(node.y), dense=whole, **self.index(weight),
                   dense_row=g.weight_out, dense_column=g.weight_tap if len(g.taps) > 1 else g.weight_in)  # fmt: skip
 
     def _winograd(self, g: Product, weight: Value, size: Pair) -> bool:
-        """Whether a product with dense weights over output maps of ``size`` needs fewer multiplications so."""
-        return weight.name not in self.sparse and winograd.suits(self, g, size)
+        """Whether a product over output maps of ``size`` needs fewer multiplications so."""
+        return not self.runs_sparse(weight) and winograd.suits(self, g, size)
+
+    def _dense_weight_grad(self, node: Node, g: Product, target: Ref) -> None:
+        """Emit the gradient of all weights, also of those that do not exist."""
+        if winograd.suits(self, g, g.out):
+            winograd.weight_grad(self, node, g, target)
+        else:
+            self._direct_weight_grad(node, g, target)
 
     # --- direct kernels ---
 
@@ -137,9 +143,17 @@ class ProductLowering(SparseLowering):
         """Emit ``y[c][p] = bias[c] + sum_k weight[k][c] * x[p + term k]``; see ``kernels.dense.multiply``."""
         pixels, blocks = self.merge_blocks(pixels, x_layout, y_layout)
         with self.chosen(Sizes("multiply", SAMPLES, self.lanes, outputs, len(pixels), len(terms), groups)) as tile:
-            weights = self.weights(weight, sources, tile[0], outputs, weight_channel, groups, weight_group)
+            # Packed weights pay when many pixels use them. LeNet-5's fc1 at batch 8 (its forward pass) took 32 us with
+            # packing, and takes {ROWS_US} us so (2 threads, ``edgetrain bench --per-op``).
+            by_row = len(pixels) <= _FEW_PIXELS and sources == list(range(0, 4 * len(sources), 4))
+            if by_row:
+                weights = {"weight": weight, "weight_group": weight_group, "weight_tile": tile[0] * weight_channel,
+                           "weight_step": 4, "weight_channel": weight_channel}  # fmt: skip
+            else:
+                weights = self.weights(weight, sources, tile[0], outputs, weight_channel, groups, weight_group)
             self.emit_multiply(
-                x, y, pixels, tile, terms=self.table(terms), term_count=len(terms), kind=SAMPLES, lanes=self.lanes,
+                x, y, pixels, tile, terms=self.table(terms), term_count=len(terms), lanes=self.lanes,
+                kind=ROWS if by_row else SAMPLES,
                 blocks=blocks, groups=groups, channel_count=outputs,
                 bias=bias or self.zeros(groups * outputs + tile[0]), **weights, x_block=x_layout.block,
                 y_block=y_layout.block, x_group=inputs * x_layout.channel, y_group=outputs * y_layout.channel,
@@ -189,7 +203,8 @@ class ProductLowering(SparseLowering):
             "multiply", (lanes, channels, width, kind), blocks * groups * pixel_chunks * channel_chunks, x=x, y=y,
             pixels=self.table(pixels + [pixels[-1]] * (-count % width)), pixel_count=count,
             channel_count=channel_count, groups=groups, pixel_chunk=pixel_chunk, pixel_chunks=pixel_chunks,
-            channel_chunk=channel_chunk, channel_chunks=channel_chunks, f_low=-math.inf, f_high=math.inf, **arguments,
+            channel_chunk=channel_chunk, channel_chunks=channel_chunks, f_low=-math.inf, f_high=math.inf,
+            **{"weight_channel": 4, **arguments},
         )  # fmt: skip
 
     def correlate(self, x: Ref, x_layout: Layout, grad: Ref, grad_layout: Layout, target: Ref, *, pixels: list[Pair],

@@ -92,7 +92,7 @@ class PrunedLowering(ProductLowering):
         )  # fmt: skip
         few = replace(g, channels_out=kept.size)
         if self._winograd(few, node.get("like"), g.out):
-            winograd.weight_grad(self, node, few, self.address(kept))
+            winograd.weight_grad(self, node, few, self.address(node.y), self.address(kept))
             return
         pixels, terms = g.forward_pixels(x, grad), list(zip(g.forward_terms(x), sources, strict=True))
         count = len(self.merge_blocks(pixels, x, grad)[0])

@@ -18,6 +18,7 @@ from edgetrain.plan import Ref
 
 if TYPE_CHECKING:
     from edgetrain.lowering_core import LoweringCore
+    from edgetrain.lowering_products import ProductLowering
     from edgetrain.ops.conv import Product
 
 _TILE, _POSITIONS = 4, 36
@@ -50,15 +51,16 @@ class _Filter:
     tap_step: int
 
 
-def forward(low: LoweringCore, node: Node, g: Product) -> None:
+def forward(low: ProductLowering, node: Node, g: Product) -> None:
     """Emit a convolution."""
     x, bias = low.layout(node.x), node.optional(2)
     start = -g.pads[0] * x.row - g.pads[1] * x.pixel
     taps = _Filter(g.inputs, g.outputs, g.weight_in, g.weight_out, 0, g.weight_tap)
-    _emit(low, node.x, start, node.y, taps, node.input(1), low.address(bias) if bias is not None else None)
+    weight = low.dense_weight(node.input(1), g)
+    _emit(low, node.x, start, node.y, taps, weight, low.address(bias) if bias is not None else None)
 
 
-def input_grad(low: LoweringCore, node: Node, g: Product, listed: Ref | None = None) -> None:
+def input_grad(low: ProductLowering, node: Node, g: Product, listed: Ref | None = None) -> None:
     """Emit the gradient of a convolution's input: the convolution of the output gradient with flipped kernels.
 
     ``listed``: where the numbers (float32) of the output channels that count are; ``g`` has so many.
@@ -66,11 +68,11 @@ def input_grad(low: LoweringCore, node: Node, g: Product, listed: Ref | None = N
     grad = low.layout(node.x)
     start = (g.pads[0] - 2) * grad.row + (g.pads[1] - 2) * grad.pixel
     taps = _Filter(g.outputs, g.inputs, g.weight_out, g.weight_in, 8 * g.weight_tap, -g.weight_tap)
-    _emit(low, node.x, start, node.y, taps, node.input(1), None, listed)
+    _emit(low, node.x, start, node.y, taps, low.dense_weight(node.input(1), g), None, listed)
 
 
 def _emit(
-    low: LoweringCore, x: Value, start: int, y: Value, f: _Filter, weight: Value, bias: Ref | None,
+    low: LoweringCore, x: Value, start: int, y: Value, f: _Filter, weight: Ref, bias: Ref | None,
     listed: Ref | None = None,
 ) -> None:  # fmt: skip
     source, out, size = low.layout(x), low.layout(y), 4 * low.lanes
@@ -82,16 +84,17 @@ def _emit(
     v, m = _apart(f.inputs * chunk * size), _apart(tiles * channels * chunk * size)
     packed, scratch = low.workspace(_POSITIONS * packed_position), low.workspace(slots * _POSITIONS * (v + m))
     low.emit(
-        "winograd_weights", (channels,), tiles, weight=low.address(weight), packed=packed, listed=listed or 0,
+        "winograd_weights", (channels,), tiles, weight=weight, packed=packed, listed=listed or 0,
         inputs=f.inputs, outputs=f.outputs, weight_in=f.weight_in, weight_out=f.weight_out, tap=f.tap,
         tap_step=f.tap_step, packed_position=packed_position,
     )  # fmt: skip
     low.emit(
         "winograd", (low.lanes, channels, width), slots, x=low.address(x) + start, y=low.address(y), packed=packed,
-        bias=bias or low.zeros(f.outputs), listed=listed or 0, scratch=scratch, scratch_bytes=_POSITIONS * (v + m), slots=slots,
-        blocks=low.blocks, tile_rows=rows, tile_columns=columns, inputs=f.inputs, outputs=f.outputs, chunk=chunk,
-        x_block=source.block, x_channel=source.channel, x_row=source.row, y_block=out.block, y_channel=out.channel,
-        y_row=out.row, packed_position=packed_position, v_position=v, m_position=m,
+        bias=bias or low.zeros(f.outputs), listed=listed or 0, scratch=scratch,
+        scratch_bytes=_POSITIONS * (v + m), slots=slots, blocks=low.blocks, tile_rows=rows, tile_columns=columns,
+        inputs=f.inputs, outputs=f.outputs, chunk=chunk, x_block=source.block, x_channel=source.channel,
+        x_row=source.row, y_block=out.block, y_channel=out.channel, y_row=out.row, packed_position=packed_position,
+        v_position=v, m_position=m,
     )  # fmt: skip
 
 
@@ -105,7 +108,7 @@ class _Part:
     rows: int
 
 
-def weight_grad(low: LoweringCore, node: Node, g: Product, listed: Ref | None = None) -> None:
+def weight_grad(low: LoweringCore, node: Node, g: Product, target: Ref, listed: Ref | None = None) -> None:
     """Emit the gradient of a convolution's weights, part by part of the batch; ``listed`` as for ``input_grad``."""
     x, grad, size = low.layout(node.x), low.layout(node.input(1)), 4 * low.lanes
     rows, columns = g.out[0] // _TILE, g.out[1] // _TILE
@@ -125,9 +128,10 @@ def weight_grad(low: LoweringCore, node: Node, g: Product, listed: Ref | None = 
         _correlate(low, g, v, z, sums + number * _POSITIONS * position, part.blocks * part.rows * columns,
                    (channel, v_position, z_position))  # fmt: skip
     low.emit(
-        "winograd_weight_gradient", (), g.outputs, sums=sums, grad_weight=low.address(node.y),
-        listed=listed or 0, parts=len(parts), inputs=g.inputs, sums_part=_POSITIONS * position, sums_position=position, weight_out=g.weight_out,
-        weight_in=g.weight_in, weight_tap=g.weight_tap,
+        "winograd_weight_gradient", (), g.outputs, sums=sums, grad_weight=target,
+        listed=listed or 0, parts=len(parts), inputs=g.inputs,
+        sums_part=_POSITIONS * position, sums_position=position, weight_out=g.weight_out, weight_in=g.weight_in,
+        weight_tap=g.weight_tap,
     )  # fmt: skip
 
 

@@ -7,11 +7,12 @@ import pytest
 
 from edgetrain import reference
 from edgetrain.learner import Learner
+from edgetrain.lowering_sparse import DENSEST, suits_lists
 from edgetrain.ops import get_op
 from edgetrain.ops.conv import ProductOp
 from edgetrain.sparse_index import SparseIndex
-from tests.engine import assert_all_close, assert_close, learner, poison, wide_host
-from tests.op_cases import Case, combinations, convolutions, dense
+from tests.engine import assert_all_close, assert_close, assert_same, learner, poison, wide_host
+from tests.op_cases import Case, Net, combinations, convolutions, dense
 
 TOLERANCE = 1e-5  # float32 against float64, relative to the largest entry, as in test_ops
 
@@ -92,3 +93,83 @@ def test_sparse_products_agree_with_their_twins(case, count, monkeypatch):
     sparse = Sparse(case, monkeypatch)
     sparse.thin_out(count, 0.3)
     sparse.check(count)
+
+
+@pytest.mark.parametrize("lanes", [8, 16])
+@pytest.mark.parametrize("case", [case for case in CASES if case.wide], ids=lambda case: case.id)
+def test_wide_vectors(case, lanes, monkeypatch):
+    sparse = Sparse(case, monkeypatch, lanes)
+    sparse.thin_out(lanes, 0.3)
+    sparse.check(lanes + 3)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+def test_lists_cut_into_many_parts(case, monkeypatch):
+    monkeypatch.setattr("edgetrain.lowering_sparse._NEAR", 1)
+    monkeypatch.setattr("edgetrain.lowering_sparse._ENTRIES_PER_PART", 0.01)
+    sparse = Sparse(case, monkeypatch)
+    sparse.thin_out(0, 0.4)
+    sparse.check(5)
+
+
+@pytest.mark.parametrize("threads", [2, 3])
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+def test_results_do_not_depend_on_threads(case, threads, monkeypatch):
+    x, y = case.batch(9)
+    alone, together = Sparse(case, monkeypatch), Sparse(case, monkeypatch, threads=threads)
+    for sparse in (alone, together):
+        sparse.thin_out(1, 0.3)
+    assert_same(together.gradients(x, y), alone.gradients(x, y))
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+def test_another_topology_needs_no_other_plan(case, monkeypatch):
+    x, y = case.batch(5)
+    sparse = Sparse(case, monkeypatch)
+    sparse.thin_out(1, 0.6)
+    sparse.gradients(x, y)
+    before = sparse.learner.plans.executor(True, 5)
+    sparse.thin_out(2, 0.2)  # fewer entries: gradients of those before must not stay behind
+    sparse.check(5)
+    assert sparse.learner.plans.executor(True, 5) is before
+    fresh = Sparse(case, monkeypatch)
+    fresh.thin_out(2, 0.2)
+    assert_same(fresh.gradients(x, y), sparse.gradients(x, y))
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+def test_no_weight_at_all(case, monkeypatch):
+    sparse = Sparse(case, monkeypatch)
+    for name, index in sparse.indexes.items():
+        sparse.take(name, np.zeros(index.shape, bool))
+    sparse.check(5)
+
+
+@pytest.mark.parametrize("compact", [True, False], ids=["compact", "master"])
+def test_density_one_is_dense_bit_for_bit(compact):
+    def build(net: Net, x: str) -> str:
+        y = net.Relu(net.conv(x, 16, 8, 3, 3, pads=[1] * 4))  # on Winograd's kernels
+        y = net.Relu(net.conv(y, 12, 16, 3, 3, strides=[2, 2], pads=[1] * 4))
+        return net.Gemm(net.Flatten(y), net.parameter(192, 10))
+
+    case = Case("density-one", (8, 8, 8), build)
+    x, y = case.batch(9)
+    plain, sparse = learner(case.graph(), 8, loss=case.loss), learner(case.graph(), 8, loss=case.loss)
+    for name, index in products(case).items():
+        index.compact = compact
+        index.set(np.ones(index.shape, bool))
+        sparse._parameters.view(name).reshape(-1)[:] = index.values_of(plain.graph.arrays[name]) if compact else 0
+        if not compact:
+            sparse._parameters.view(name)[...] = plain.graph.arrays[name]
+        sparse._parameters.sparse[name] = index
+    assert_same({"output": sparse.logits(x)}, {"output": plain.logits(x)})
+    assert_same(sparse.gradients(x, y), plain.gradients(x, y))
+    assert "winograd" in [kernel for kernel, _ in sparse.plans.executor(True, 9).plan.kernels]
+
+
+@pytest.mark.parametrize("density", [0.1, 0.3, 0.31, 0.9])
+def test_the_choice_between_lists_and_dense_kernels_goes_by_density(density):
+    case = Case("choice", (16, 8, 8), lambda net, x: net.conv(x, 16, 16, 3, 3, pads=[1] * 4))
+    index = next(iter(products(case).values()))
+    index = SparseIndex(index.shape, capacity=int(density * index.size))
+    assert suits_lists(index) == (density <= DENSEST)
