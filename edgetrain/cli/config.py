@@ -225,7 +225,7 @@ def _methods(profile: DeviceProfile, recipe: str | None) -> Table:
 def _adapt_to_stream(training: Table, given: Mapping[str, Any]) -> None:
     """A stream has no known end, so no decay that would end it: a constant rate, a fifth of the recipe's peak.
 
-    At the recipe's rate itself accuracy suffers, for it never comes down (docs/streams.md).
+    The recipe's rate is the peak of a schedule that comes down; held constant it is too large.
     """
     changes = {"epochs": 1, "schedule": "constant", "warmup_fraction": 0.0, "lr": training["lr"] / 5}
     training |= {key: value for key, value in changes.items() if key not in given}

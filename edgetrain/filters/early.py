@@ -1,7 +1,7 @@
 """The early instance filter: a tiny network that predicts, before the main network runs, whose loss will be high.
 
 Wu et al., "Enabling On-Device CNN Training by Self-Supervised Instance Filtering and Error Map Pruning", 2020,
-section III. What differs from the paper, and why (docs/streams.md has the measurements):
+section III. What differs from the paper, and why (docs/streams.md has what it reaches):
 
 - The label is ``loss / (loss + threshold)`` instead of ``loss > threshold``: 1/2 at the threshold, and it still tells
   a high loss from a very high one. ``labels="hard"`` is the paper's, with its weights for the rarer class.
@@ -32,7 +32,7 @@ from edgetrain.optim import SGD
 _LARGEST_SHARE = 0.05
 # Sides of the pooled image and widths of the hidden layer, tried in this order until the filter is small enough.
 _SIZES = ((8, 16), (8, 8), (4, 16), (4, 8), (4, 4), (2, 4), (2, 2), (1, 2), (1, 1))
-# Samples that a training step of the filter waits for: with 32, its steps took a third more time per stream.
+# Samples that a training step of the filter waits for: most of the 94 us that a step on 72 takes is the same for fewer.
 _LESSON = 64
 _QUEUE = ("x", "y", "weight", "loss")
 _UNKNOWN = -1.0
@@ -55,7 +55,7 @@ class EarlyInstanceFilter(InstanceFilter):
         uncertain: share of the rejected instances that get a forward pass of the main network for a label.
         power: instances are kept with a probability proportional to this power of the score; infinity keeps exactly
             those above a threshold. 2 finds the new condition of docs/streams.md a little better, but with ResNet-8 it
-            lost two to four points on the old one.
+            lost two to five points on the old one (three streams; 1 lost less on the one stream where both were tried).
         labels: "soft" or "hard", see the head of this file.
         lr: learning rate of the tiny network (SGD, momentum 0.9).
         cells, hidden: cells per side of the pooled image, width of the hidden layer; ``None`` derives them.
