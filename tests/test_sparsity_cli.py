@@ -1,0 +1,66 @@
+"""Sparse training from the command line: the flag, the settings file, going on, the last lines."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+import edgetrain as et
+from edgetrain.runs import open_run
+from tests.cli_support import FIT, run, write_data
+
+POLICY = "rigl:weights=0.9,refresh=20"
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    write_data(tmp_path, 320)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_fit_trains_sparse_and_tells_what_every_layer_did(folder, capsys):
+    code, out, _ = run(capsys, *FIT, "--sparsity", POLICY, "--json", "--quiet")
+    assert code == 0
+    result = json.loads(out)
+    layers = {layer["name"]: layer for layer in result["layers"]}
+    assert list(layers) == [f"{name}.weight" for name in ("conv1", "conv2", "fc1", "fc2", "fc3")]
+    weights = et.Learner.load(result["files"]["last"]).parameters()
+    for name, layer in layers.items():
+        assert np.count_nonzero(weights[name]) <= round(layer["density"] * weights[name].size)
+    assert layers["fc1.weight"]["kernels"] == ["lists of weights"] * 3
+    assert layers["fc1.weight"]["macs_done"] < 0.1 * layers["fc1.weight"]["macs_dense"]
+    assert result["savings"]["shares"]["saved_weights"] > 0.5
+    settings = open_run(result["run"]).read_config()
+    assert settings["methods"]["sparsity"] == POLICY
+    finished = open_run(result["run"]).read_events()[-1]
+    assert [layer["name"] for layer in finished["layers"]] == list(layers)
+
+
+def test_the_table_of_layers_and_both_savings_are_printed(folder, capsys):
+    code, out, _ = run(capsys, *FIT, "--sparsity", POLICY, "--quiet")
+    assert code == 0
+    assert "lists of weights" in out
+    assert "saved by sparse weights" in out
+    assert "dense training" in out
+    assert "of the time saved" in out
+
+
+def test_a_sparse_run_goes_on(folder, capsys):
+    assert run(capsys, *FIT, "--sparsity", POLICY, "--quiet")[0] == 0
+    code, out, _ = run(capsys, "resume", "runs/fit-1", "--epochs", "4", "--json", "--quiet")
+    assert code == 0
+    assert json.loads(out)["epochs"] == 4
+    learner = et.Learner.load("runs/fit-1/last.safetensors")
+    assert learner.sparsity == et.RigL(weights=0.9, refresh=20)
+    assert learner.topology.total_steps == 4 * 40
+    assert learner.topology.indices["fc1.weight"].count == learner.topology.indices["fc1.weight"].capacity
+
+
+def test_a_wrong_policy_is_one_message(folder, capsys):
+    code, _, err = run(capsys, *FIT, "--sparsity", "rigl:weight=0.9")
+    assert code == 2
+    assert "unknown key 'weight'" in err
+    assert not (folder / "runs").exists()
