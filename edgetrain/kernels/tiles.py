@@ -13,7 +13,7 @@ from typing import Any
 from llvmlite import ir
 from numba.core import cgutils, types
 
-from edgetrain.kernels.codes import CHANNELS, SAMPLES
+from edgetrain.kernels.codes import CHANNELS, ROWS, SAMPLES
 from edgetrain.kernels.simd import F32, I32, I64, call_llvm, intrinsic, literal, pointer, splat, suffix
 
 # NEON multiplies by one lane of a register (fmla by element), so there the weights of a tile are loaded
@@ -71,7 +71,7 @@ def _accumulators(builder: Any, count: int, lanes: int) -> list[Any]:
 
 @intrinsic(prefer_literal=True)
 def multiply_tile(
-    typingctx: Any, x: Any, y: Any, w: Any, w_step: Any, bias: Any, pixels: Any, terms: Any, count: Any,
+    typingctx: Any, x: Any, y: Any, w: Any, w_step: Any, w_channel: Any, bias: Any, pixels: Any, terms: Any, count: Any,
     y_channel: Any, rows: Any, low: Any, high: Any, channels: Any, width: Any, lanes: Any, kind: Any,
 ) -> Any:  # fmt: skip
     """Compute ``channels`` x ``width`` outputs: ``y[c][p] = bias[c] + sum_k w[k][c] * x[pixel p + term k]``.
@@ -79,6 +79,7 @@ def multiply_tile(
     Args:
         x, y: addresses of the input and of the first output channel of the tile.
         w, w_step: address of the weights of the first term, ``channels`` consecutive float32, and bytes to the next.
+        w_channel: bytes between the weights of channels, for ``ROWS``.
         bias: address of ``channels`` float32.
         pixels: table of ``width`` pairs (input, output) of int64 byte offsets.
         terms: table of ``count`` int64 byte offsets into the input.
@@ -89,17 +90,23 @@ def multiply_tile(
         kind: which operand is a vector of lanes, see ``kernels.codes``.
     """
     cr, pr, n, how = literal(channels), literal(width), literal(lanes), literal(kind)
-    step = 1 if how == SAMPLES else n  # channels per accumulator
+    step = 1 if how in (SAMPLES, ROWS) else n  # channels per accumulator
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        x_, y_, w_, w_step_, bias_, pixels_, terms_, count_, y_channel_, rows_, low_, high_ = args[:12]
-        operands = _weights if how == SAMPLES else _vectors
+        x_, y_, w_, w_step_, w_channel_, bias_, pixels_, terms_, count_, y_channel_, rows_, low_, high_ = args[:13]
+        operands = _weights if how in (SAMPLES, ROWS) else _vectors
+        starts = [builder.mul(w_channel_, i) for i in _existing(builder, rows_, cr, 1)] if how == ROWS else []
         table = _offsets(builder, pixels_, 2 * pr)
         inputs = [builder.add(x_, offset) for offset in table[0::2]]
         slots = _accumulators(builder, cr // step * pr, n)
         with cgutils.for_range(builder, count_) as loop:
             term = _offsets(builder, builder.add(terms_, builder.mul(loop.index, ir.Constant(I64, 8))), 1)[0]
-            weights = operands(builder, builder.add(w_, builder.mul(loop.index, w_step_)), cr, n)
+            source = builder.add(w_, builder.mul(loop.index, w_step_))
+            if how == ROWS:
+                scalars = [builder.load(pointer(builder, builder.add(source, start), F32)) for start in starts]
+                weights = [splat(builder, scalar, n) for scalar in scalars]
+            else:
+                weights = operands(builder, source, cr, n)
             values = [_pixel(builder, builder.add(base, term), n, how) for base in inputs]
             for c in range(cr // step):
                 for p in range(pr):
@@ -117,7 +124,7 @@ def multiply_tile(
                     builder.store(value, pointer(builder, target, value.type), align=4 * n)
         return context.get_dummy_value()
 
-    integers = [types.int64] * 10
+    integers = [types.int64] * 11
     return types.void(*integers, types.float32, types.float32, channels, width, lanes, kind), codegen
 
 
