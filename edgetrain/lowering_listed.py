@@ -121,6 +121,10 @@ class ListedLowering(PrunedLowering):
 
     def listed_weight_grad(self, node: Node, g: Product) -> None:
         """One correlation over the lists of every channel's pixels."""
+        with self.whole_gradient(node, g) as target:
+            self._listed_weight_grad(node, g, target)
+
+    def _listed_weight_grad(self, node: Node, g: Product, place: Ref) -> None:
         x, grad = self.layout(node.x), self.layout(node.input(1))
         base, lists = self.address(node.input(2)), self._error_lists(g)
         terms = list(zip(g.forward_terms(x), g.forward_sources(), strict=True))
@@ -129,7 +133,7 @@ class ListedLowering(PrunedLowering):
         chunks = -(-len(terms) // chunk)
         self.emit(
             "correlate_lists", (self.lanes, width), g.channels_out * chunks, other=self.address(node.x),
-            values=self.address(node.input(1)), target=self.address(node.y), segments=base, pairs=base + lists.pairs,
+            values=self.address(node.input(1)), target=place, segments=base, pairs=base + lists.pairs,
             terms=self.table(terms + [terms[-1]] * (-len(terms) % width)), term_count=len(terms), term_chunk=chunk,
             term_chunks=chunks, value_channel=grad.channel, target_channel=g.weight_out,
         )  # fmt: skip

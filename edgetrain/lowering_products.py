@@ -7,6 +7,8 @@ of its kernel is made here and nowhere else.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from edgetrain import lowering_winograd as winograd
@@ -68,28 +70,35 @@ class ProductLowering(SparseLowering):
         """Emit the gradient of a product's weights, from (x, grad_out)."""
         weight = node.get("like")
         index = self.sparse.get(weight.name)
-        if index is None or not index.compact:  # the gradient of all weights is wanted, zero or not
-            self._dense_weight_grad(node, g, self.address(node.y))
-            return
-        if self.runs_sparse(weight) and not self.whole_gradients:
+        if index is not None and index.compact and self.runs_sparse(weight) and not self.whole_gradients:
             self.sparse_weight_grad(node, g)
+            return
+        with self.whole_gradient(node, g) as target:
+            if winograd.suits(self, g, g.out):
+                winograd.weight_grad(self, node, g, target)
+            else:
+                self._direct_weight_grad(node, g, target)
+
+    @contextmanager
+    def whole_gradient(self, node: Node, g: Product) -> Iterator[Ref]:
+        """Yield where the gradient of all weights is to be written, also of those that do not exist.
+
+        Afterwards the gradients of compact weights are gathered from there.
+        """
+        weight = node.get("like")
+        index = self.sparse.get(weight.name)
+        if index is None or not index.compact:
+            yield self.address(node.y)
             return
         nbytes = 4 * index.size
         whole = self.kept(whole_gradient(weight.name), nbytes) if self.whole_gradients else self.workspace(nbytes)
-        self._dense_weight_grad(node, g, whole)
+        yield whole
         self.emit("gather_sparse", (), index.rows, values=self.address(node.y), dense=whole, **self.index(weight),
                   dense_row=g.weight_out, dense_column=g.weight_tap if len(g.taps) > 1 else g.weight_in)  # fmt: skip
 
     def _winograd(self, g: Product, weight: Value, size: Pair) -> bool:
         """Whether a product over output maps of ``size`` needs fewer multiplications so."""
         return not self.runs_sparse(weight) and winograd.suits(self, g, size)
-
-    def _dense_weight_grad(self, node: Node, g: Product, target: Ref) -> None:
-        """Emit the gradient of all weights, also of those that do not exist."""
-        if winograd.suits(self, g, g.out):
-            winograd.weight_grad(self, node, g, target)
-        else:
-            self._direct_weight_grad(node, g, target)
 
     # --- direct kernels ---
 
@@ -147,8 +156,10 @@ class ProductLowering(SparseLowering):
             # packing, and takes 10 us so (2 threads, ``edgetrain bench --per-op``).
             by_row = len(pixels) <= _FEW_PIXELS and sources == list(range(0, 4 * len(sources), 4))
             if by_row:
-                weights = {"weight": weight, "weight_group": weight_group, "weight_tile": tile[0] * weight_channel,
-                           "weight_step": 4, "weight_channel": weight_channel}  # fmt: skip
+                weights: dict[str, int | Ref] = {
+                    "weight": weight, "weight_group": weight_group, "weight_tile": tile[0] * weight_channel,
+                    "weight_step": 4, "weight_channel": weight_channel,
+                }  # fmt: skip
             else:
                 weights = self.weights(weight, sources, tile[0], outputs, weight_channel, groups, weight_group)
             self.emit_multiply(

@@ -84,21 +84,25 @@ class PrunedLowering(ProductLowering):
 
     def pruned_weight_grad(self, node: Node, g: Product) -> None:
         """Zeros for the channels that are not kept; for the others as the dense gradient."""
+        with self.whole_gradient(node, g) as target:
+            self._pruned_weight_grad(node, g, target)
+
+    def _pruned_weight_grad(self, node: Node, g: Product, target: Ref) -> None:
         x, grad, kept = self.layout(node.x), self.layout(node.input(1)), node.input(2)
         sources = g.forward_sources()
         self.emit(
-            "zero_unlisted", (), g.channels_out, target=self.address(node.y), kept=self.address(kept),
+            "zero_unlisted", (), g.channels_out, target=target, kept=self.address(kept),
             kept_count=kept.size, weight_channel=g.weight_out, sources=self.table(sources), source_count=len(sources),
         )  # fmt: skip
         few = replace(g, channels_out=kept.size)
         if self._winograd(few, node.get("like"), g.out):
-            winograd.weight_grad(self, node, few, self.address(node.y), self.address(kept))
+            winograd.weight_grad(self, node, few, target, self.address(kept))
             return
         pixels, terms = g.forward_pixels(x, grad), list(zip(g.forward_terms(x), sources, strict=True))
         count = len(self.merge_blocks(pixels, x, grad)[0])
         with self.chosen(Sizes("correlate", SAMPLES, self.lanes, kept.size, count, len(terms), 1)) as tile:
             self.emit_correlate(
-                self.address(node.x), x, self.address(node.input(1)), grad, self.address(node.y), pixels, terms, tile,
+                self.address(node.x), x, self.address(node.input(1)), grad, target, pixels, terms, tile,
                 kind=SAMPLES, groups=1, channel_count=kept.size, kernel="correlate_listed", kept=self.address(kept),
                 weight_channel=g.weight_out,
             )  # fmt: skip
@@ -165,9 +169,13 @@ class PrunedLowering(ProductLowering):
 
     def compressed_weight_grad(self, node: Node, g: Product) -> None:
         """Emit one correlation over lists per phase of the stride: a phase meets kernel positions of its own."""
+        with self.whole_gradient(node, g) as target:
+            self._compressed_weight_grad(node, g, target)
+
+    def _compressed_weight_grad(self, node: Node, g: Product, target: Ref) -> None:
         grad, base, lists = self.layout(node.input(1)), self.address(node.x), self._lists(node, g)
         if sum(len(phase.taps) for phase in lists.phases) < len(g.taps):  # positions that meet only padding
-            self.emit("fill", (1,), 1, y=self.address(node.y), channels=1, rows=1, vectors=node.y.size, f_value=0.0,
+            self.emit("fill", (1,), 1, y=target, channels=1, rows=1, vectors=node.y.size, f_value=0.0,
                       y_block=0, y_channel=0, y_row=0)  # fmt: skip
         for number, phase in enumerate(lists.phases):
             terms = list(zip(phase.terms(grad), phase.sources(), strict=True))
@@ -176,7 +184,7 @@ class PrunedLowering(ProductLowering):
             chunks = -(-len(terms) // chunk)
             self.emit(
                 "correlate_lists", (self.lanes, width), g.channels_in * chunks, other=self.address(node.input(1)),
-                values=base + lists.values, target=self.address(node.y), segments=base + number * lists.phase_bytes,
+                values=base + lists.values, target=target, segments=base + number * lists.phase_bytes,
                 pairs=base + lists.pairs, terms=self.table(terms + [terms[-1]] * (-len(terms) % width)),
                 term_count=len(terms), term_chunk=chunk, term_chunks=chunks, value_channel=0,
                 target_channel=g.weight_in,

@@ -1,0 +1,88 @@
+"""Methods together: sparse weights with pruned error maps, and with filters."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+import edgetrain as et
+from edgetrain.pruning import ErrorPruning, ZeroSkipping
+
+BATCH = 6
+PRUNINGS = {
+    "channels": et.ErrorMapPruning(keep=0.5),
+    "element": et.GradientPruning(rate=0.9, group="element"),
+    "lanes": et.GradientPruning(rate=0.75, group="lanes"),
+    "zeros": ZeroSkipping(),
+}
+# Compact storage (lists of non-zeros, too dense for lists) and a dense master.
+SPARSITIES = {
+    "static": et.StaticSparse(weights=0.9),
+    "static-dense-kernels": et.StaticSparse(weights=0.3),
+    "rigl": et.RigL(weights=0.8),
+    "swat": et.SWAT(weights=0.8, activations=0.5),
+}
+GRAPHS = {"lenet5": lambda: et.models.lenet5(), "resnet8": lambda: et.models.resnet(input_shape=(3, 16, 16), depth=8)}
+
+
+def learner(graph: str, pruning: ErrorPruning | None, sparsity: str | None, threads: int = 1) -> et.Learner:
+    chosen = None if sparsity is None else SPARSITIES[sparsity]
+    return et.Learner(
+        GRAPHS[graph](), batch_size=BATCH, threads=threads, memory_budget=0, sparsity=chosen, error_pruning=pruning,
+        optimizer=et.SGD(lr=0.01, momentum=0.9),
+    )  # fmt: skip
+
+
+def batch(made: et.Learner, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    x = rng.normal(size=(BATCH, *made.graph.input_shape)).astype(np.float32)
+    return x, rng.integers(0, 10, BATCH)
+
+
+@pytest.mark.parametrize("sparsity", SPARSITIES)
+@pytest.mark.parametrize("graph", GRAPHS)
+def test_exact_methods_change_no_gradient_of_sparse_weights(graph, sparsity):
+    plain, skipping = learner(graph, None, sparsity), learner(graph, ZeroSkipping(), sparsity)
+    x, y = batch(plain)
+    wanted = plain.gradients(x, y)
+    for name, gradient in skipping.gradients(x, y).items():
+        np.testing.assert_allclose(gradient, wanted[name], rtol=0, atol=2e-6 * np.abs(wanted[name]).max() + 1e-9)
+
+
+@pytest.mark.parametrize("sparsity", SPARSITIES)
+@pytest.mark.parametrize("pruning", PRUNINGS)
+@pytest.mark.parametrize("graph", GRAPHS)
+def test_all_methods_train_together(graph, pruning, sparsity):
+    alone, together = (learner(graph, PRUNINGS[pruning], sparsity, threads) for threads in (1, 2))
+    for seed in range(3):
+        x, y = batch(alone, seed)
+        step = alone.partial_fit(x, y)
+        assert np.isfinite(step.loss)
+        assert step.macs_done <= step.macs_dense
+        together.partial_fit(x, y)
+    for name, array in alone.parameters().items():
+        assert np.isfinite(array).all(), name
+        assert array.tobytes() == together.parameters()[name].tobytes(), name
+
+
+@pytest.mark.parametrize("sparsity", ["static", "static-dense-kernels"])
+def test_weights_that_do_not_exist_stay_zero(sparsity):
+    made = learner("resnet8", PRUNINGS["channels"], sparsity)
+    before = {name: array != 0 for name, array in made.parameters().items() if array.ndim > 1}
+    for seed in range(3):
+        made.partial_fit(*batch(made, seed))
+    after = made.parameters()
+    assert any(not mask.all() for mask in before.values())
+    assert all(not after[name][~mask].any() for name, mask in before.items())
+
+
+@pytest.mark.parametrize("method", [et.RandomFilter(rate=0.5), et.SelectiveBackprop(rate=0.5)], ids=["random", "loss"])
+def test_a_filter_before_sparse_pruned_training(method):
+    made = et.Learner(
+        GRAPHS["lenet5"](), batch_size=BATCH, threads=1, memory_budget=0, sparsity=SPARSITIES["rigl"],
+        error_pruning=PRUNINGS["channels"], instance_filter=method,
+    )  # fmt: skip
+    x, _ = batch(made)
+    many = np.concatenate([x] * 10), np.arange(60) % 10
+    record = made.fit(many, epochs=1).epochs[-1]
+    assert record.macs_done < record.macs_dense
