@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from edgetrain.graph import Node
 from edgetrain.ops import get_op
@@ -55,11 +56,10 @@ def layer_report(learner: Learner) -> list[LayerUse]:
     state = learner.state()
     rng = np.random.default_rng(0)
     x = rng.random((learner.batch_size, *learner.graph.input_shape), np.float32)
+    y: NDArray[Any] = rng.integers(0, learner.graph.output_shape[0], learner.batch_size)
     if learner.loss == "mse":
         y = rng.random((learner.batch_size, *learner.graph.output_shape), np.float32)
-    else:
-        y = rng.integers(0, learner.graph.output_shape[0], learner.batch_size)
-    plan, times = learner.training_plan(), []
+    plan, times = learner.training_plan(), list[NDArray[np.float64]]()
     while len(times) < _TIMED_STEPS:
         seconds = learner.time_rows(x, y)[:-1]
         if len(seconds) == len(plan.rows):  # else a step that keeps gradients of weights that do not exist

@@ -71,11 +71,11 @@ class DynamicPolicy(CompactPolicy):
         for number, layer in enumerate(topology.layers):
             mask, weights = topology.mask(layer), np.abs(topology.dense(layer))
             total = int(mask.sum())
-            kept = largest(np.where(mask, weights, -1), total - int(share * total))
+            kept = largest(weights, total - int(share * total), mask)
             scores = self.grow_scores(
                 layer.weight, gradients, np.random.default_rng([topology.seed, step, number]), mask
             )
-            grown = largest(np.where(kept, -1, scores), total - int(kept.sum()))
+            grown = largest(scores, total - int(kept.sum()), ~kept)
             topology.set(layer, kept | grown)
 
     def grow_scores(self, weight: str, gradients: Gradients, rng: np.random.Generator, mask: Mask) -> Floats:

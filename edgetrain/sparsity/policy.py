@@ -157,19 +157,21 @@ class CompactPolicy(SparsityPolicy):
         return mask.reshape(layer.shape), 1 / math.sqrt(density)
 
 
-def largest(scores: Floats, count: int) -> Mask:
-    """Return where the ``count`` largest scores stand; of equal ones the first.
+def largest(scores: Floats, count: int, among: Mask | None = None) -> Mask:
+    """Return where the ``count`` largest scores stand, of those ``among`` that mask; of equal ones the first.
 
     Example:
         >>> largest(np.array([1.0, 3.0, 1.0, 2.0], np.float32), 3).tolist()
         [True, True, False, True]
     """
-    if count <= 0:
-        return np.zeros(scores.shape, bool)
-    flat = scores.reshape(-1)
-    # A partition instead of a sort: 0.5 ms instead of 4 ms for 48,000 weights (fc1 of LeNet-5).
-    threshold = np.partition(flat, flat.size - count)[flat.size - count]
-    mask: Mask = flat > threshold
-    ties = np.flatnonzero(flat == threshold)
-    mask[ties[: count - np.count_nonzero(mask)]] = True
+    mask = np.zeros(scores.size, bool)
+    places = np.arange(scores.size) if among is None else np.flatnonzero(among)
+    if count > 0:
+        flat = scores.reshape(-1)[places]
+        # A partition instead of a sort: 0.5 ms instead of 4 ms for 48,000 weights (fc1 of LeNet-5). It is slow where
+        # most scores are equal, so what is not to be chosen is left out instead of given a low score.
+        threshold = np.partition(flat, flat.size - count)[flat.size - count]
+        above = flat > threshold
+        ties = np.flatnonzero(flat == threshold)[: count - np.count_nonzero(above)]
+        mask[places[above]] = mask[places[ties]] = True
     return mask.reshape(scores.shape)
