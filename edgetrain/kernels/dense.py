@@ -19,23 +19,23 @@ from edgetrain.kernels.tiles import correlate_tile, multiply_tile
 
 @kernel(
     "x", "y", "weight", "bias", "pixels", "terms", "pixel_count", "term_count", "channel_count",
-    "x_block", "y_block", "x_group", "y_group", "weight_group", "weight_tile", "weight_step", "weight_channel", "y_channel",
-    "groups", "pixel_chunk", "pixel_chunks", "channel_chunk", "channel_chunks", "f_low", "f_high",
+    "x_block", "y_block", "x_group", "y_group", "weight_group", "weight_tile", "weight_step", "weight_channel",
+    "y_channel", "groups", "pixel_chunk", "pixel_chunks", "channel_chunk", "channel_chunks", "f_low", "f_high",
 )  # fmt: skip
 def multiply(lanes: int, channels: int, width: int, kind: int) -> Body:
     """Write ``y[block][c][p] = clip(bias[c] + sum_k weight[k][c] * x[block][p + term k], low, high)``.
 
     Job: (block, group, chunk of pixels, chunk of channels). ``weight_group``, ``weight_tile``,
     ``weight_step``: bytes between the weights of groups, of tiles of ``channels`` channels, of
-    terms; those of a tile's channels are neighbours, or ``weight_channel`` apart (``ROWS``). ``pixels`` holds whole multiples of
-    ``width`` pairs (the last pixel repeated). ``kind``: what the lanes hold, see ``codes``.
+    terms; those of a tile's channels are neighbours, or ``weight_channel`` apart (``ROWS``). ``pixels`` holds
+    whole multiples of ``width`` pairs (the last pixel repeated). ``kind``: what the lanes hold, see ``codes``.
     """
     step = 1 if kind in (SAMPLES, ROWS) else lanes
 
     def body(args: int, first: int, last: int) -> None:
         (x, y, weight, bias, pixels, terms, pixel_count, term_count, channel_count, x_block, y_block, x_group, y_group,
-         weight_group, weight_tile, weight_step, weight_channel, y_channel, groups, pixel_chunk, pixel_chunks, channel_chunk,
-         channel_chunks) = arguments(args, 23)  # fmt: skip
+         weight_group, weight_tile, weight_step, weight_channel, y_channel, groups, pixel_chunk, pixel_chunks,
+         channel_chunk, channel_chunks) = arguments(args, 23)  # fmt: skip
         low, high = load_f32(args + 184), load_f32(args + 192)
         for job in range(first, last):
             chunk_c = job % channel_chunks
@@ -53,9 +53,9 @@ def multiply(lanes: int, channels: int, width: int, kind: int) -> Body:
             for c in range(chunk_c * channel_chunk, last_channel, channels):
                 for p in range(chunk_p * pixel_chunk, last_pixel, width):
                     multiply_tile(
-                        source, target + c // step * y_channel, packed + c // channels * weight_tile, weight_step, weight_channel,
-                        biases + 4 * c, pixels + 16 * p, terms, term_count, y_channel, channel_count - c,
-                        low, high, channels, width, lanes, kind,
+                        source, target + c // step * y_channel, packed + c // channels * weight_tile, weight_step,
+                        weight_channel, biases + 4 * c, pixels + 16 * p, terms, term_count, y_channel,
+                        channel_count - c, low, high, channels, width, lanes, kind,
                     )  # fmt: skip
 
     return body

@@ -44,7 +44,7 @@ def batch_norm(lanes: int) -> Body:
     step = 4 * lanes
 
     def body(args: int, first: int, last: int) -> None:
-        (x, y, scale, bias, mean, variance, inverse_std, mask, state, blocks, rows, columns, x_block, x_channel, x_row,
+        (x, y, scale, bias, mean, variance, inverse_std, mask, _state, blocks, rows, columns, x_block, x_channel, x_row,
          y_block, y_channel, y_row, top, left, bottom, right) = arguments(args, 22)  # fmt: skip
         epsilon = load_f32(args + 176)
         low, high = broadcast(load_f32(args + 184), lanes), broadcast(load_f32(args + 192), lanes)
