@@ -70,7 +70,8 @@ class ProductLowering(SparseLowering):
         """Emit the gradient of a product's weights, from (x, grad_out)."""
         weight = node.get("like")
         index = self.sparse.get(weight.name)
-        if index is not None and index.compact and self.runs_sparse(weight) and not self.whole_gradients:
+        lists = self.runs_sparse(weight, winograd=winograd.suits(self, g, g.out))
+        if index is not None and index.compact and lists and not self.whole_gradients:
             self.sparse_weight_grad(node, g)
             return
         with self.whole_gradient(node, g) as target:
@@ -98,7 +99,7 @@ class ProductLowering(SparseLowering):
 
     def _winograd(self, g: Product, weight: Value, size: Pair) -> bool:
         """Whether a product over output maps of ``size`` needs fewer multiplications so."""
-        return not self.runs_sparse(weight) and winograd.suits(self, g, size)
+        return winograd.suits(self, g, size) and not self.runs_sparse(weight, winograd=True)
 
     # --- direct kernels ---
 

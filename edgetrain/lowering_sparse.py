@@ -17,10 +17,10 @@ from edgetrain.graph import Node, Value
 from edgetrain.kernels.codes import ABSENT, SAMPLES
 from edgetrain.lowering_core import LoweringCore
 from edgetrain.plan import Ref
+from edgetrain.sparse_index import SparseIndex
 
 if TYPE_CHECKING:
     from edgetrain.ops.conv import Phase, Product
-    from edgetrain.sparse_index import SparseIndex
 
 Pair = tuple[int, int]
 
@@ -39,8 +39,12 @@ _NEAR = 40 << 10
 _ENTRIES_PER_PART = 12
 # Kernels whose multiply-accumulates are those of the weights that exist.
 SKIPS_WEIGHTS = ("multiply_csr", "correlate_csr")
-# Densest weights whose products run on lists of non-zeros.
-DENSEST = 0.3
+# Weights run on lists of non-zeros if a row's entries, and what a row costs besides, are at most this share of a dense
+# row: then they were never slower than the dense kernels in any of ten layers of ResNet-20 and LeNet-5 at batch 32, 2
+# threads, densities 0.1 to 0.5. Lists and direct kernels were equally fast at density 0.3 (1x1, 16 inputs) to above 0.5
+# (first layer), lists and Winograd's kernels at 0.28 to 0.33.
+_DIRECT_SHARE, _WINOGRAD_SHARE = 0.45, 0.28
+_ROW_ENTRIES = 2.5
 
 
 @dataclass(frozen=True)
@@ -146,19 +150,27 @@ def _table(grid: Grid, rows: list[Pair], runs: int, starts: list[int]) -> list[P
     return [(a + s * x_step, b + s * y_step) for group in groups for s in starts for a, b in group]
 
 
-def suits_lists(index: SparseIndex) -> bool:
-    """Whether products with these weights run on lists of non-zeros; plans are made anew when the answer changes."""
-    density = index.capacity / index.size if index.compact else index.density
-    return density <= DENSEST
+def suits_lists(index: SparseIndex, winograd: bool) -> bool:
+    """Whether products with these weights run on lists of non-zeros; plans are made anew when the answer changes.
+
+    ``winograd``: whether the dense kernels would be Winograd's, which are faster than direct ones.
+
+    Example:
+        >>> index = SparseIndex((16, 16, 3, 3), capacity=16 * 16 * 9 * 3 // 10)
+        >>> suits_lists(index, winograd=False), suits_lists(index, winograd=True)
+        (True, False)
+    """
+    entries = (index.capacity if index.compact else index.count) / index.rows
+    return entries + _ROW_ENTRIES <= (_WINOGRAD_SHARE if winograd else _DIRECT_SHARE) * index.row_size
 
 
 class SparseLowering(LoweringCore):
     """Lowers products with sparse weights; ``g`` is the product's ``ops.conv.Product``."""
 
-    def runs_sparse(self, weight: Value) -> bool:
-        """Whether a weight's products run on its list of non-zeros; else they are dense."""
+    def runs_sparse(self, weight: Value, winograd: bool = False) -> bool:
+        """Whether a weight's products run on its list of non-zeros; else they are dense, see ``suits_lists``."""
         index = self.sparse.get(weight.name)
-        return index is not None and self.kind == SAMPLES and suits_lists(index)
+        return index is not None and self.kind == SAMPLES and suits_lists(index, winograd)
 
     def sparse_forward(self, node: Node, g: Product) -> None:
         """Emit ``y = weights * x + bias``."""

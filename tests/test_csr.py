@@ -7,7 +7,6 @@ import pytest
 
 from edgetrain import reference
 from edgetrain.learner import Learner
-from edgetrain.lowering_sparse import DENSEST, suits_lists
 from edgetrain.ops import get_op
 from edgetrain.ops.conv import ProductOp
 from edgetrain.sparse_index import SparseIndex
@@ -44,7 +43,8 @@ class Sparse:
 
     def __init__(self, case: Case, monkeypatch: pytest.MonkeyPatch, lanes: int = 4, threads: int = 1) -> None:
         self.case, self.indexes = case, products(case)
-        monkeypatch.setattr("edgetrain.lowering_sparse.DENSEST", 1.0)
+        monkeypatch.setattr("edgetrain.lowering_sparse._DIRECT_SHARE", np.inf)
+        monkeypatch.setattr("edgetrain.lowering_sparse._WINOGRAD_SHARE", np.inf)
         self.learner: Learner = learner(case.graph(), lanes, threads, loss=case.loss)
         self.learner._parameters.sparse.update(self.indexes)
         self.dense = case.graph()
@@ -167,9 +167,20 @@ def test_density_one_is_dense_bit_for_bit(compact):
     assert "winograd" in [kernel for kernel, _ in sparse.plans.executor(True, 9).plan.kernels]
 
 
-@pytest.mark.parametrize("density", [0.1, 0.3, 0.31, 0.9])
-def test_the_choice_between_lists_and_dense_kernels_goes_by_density(density):
+@pytest.mark.parametrize(("density", "kernels"), [
+    (0.2, {"multiply_csr", "correlate_csr"}),
+    (0.35, {"winograd", "winograd_weight_gradient"}),
+    (0.9, {"winograd", "winograd_weight_gradient"}),
+])  # fmt: skip
+@pytest.mark.parametrize("compact", [True, False], ids=["compact", "master"])
+def test_density_chooses_between_lists_and_dense_kernels(density, kernels, compact):
     case = Case("choice", (16, 8, 8), lambda net, x: net.conv(x, 16, 16, 3, 3, pads=[1] * 4))
-    index = next(iter(products(case).values()))
-    index = SparseIndex(index.shape, capacity=int(density * index.size))
-    assert suits_lists(index) == (density <= DENSEST)
+    made = learner(case.graph(), 4, loss=case.loss)
+    name, index = next(iter(products(case).items()))
+    index = SparseIndex(index.shape, capacity=int(density * index.size) if compact else None, compact=compact)
+    index.set(np.arange(index.size).reshape(index.shape) < density * index.size - 1)
+    made._parameters.sparse[name] = index
+    used = {kernel for kernel, _ in made.plans.plan(True, 4).kernels}
+    wanted = kernels if compact else {*(kernels - {"correlate_csr"}), "winograd_weight_gradient"}
+    assert wanted <= used
+    assert not used & ({"multiply_csr", "correlate_csr", "winograd"} - wanted)
