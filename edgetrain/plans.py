@@ -177,7 +177,8 @@ class Plans:
 
     def _listed(self) -> tuple[bool, ...]:
         """Return which weights run on lists of non-zeros now, of those whose number of non-zeros may change."""
-        return tuple(suits_lists(index) for index in self.parameters.sparse.values() if not index.compact)
+        changing = [index for index in self.parameters.sparse.values() if not index.compact]
+        return tuple(suits_lists(index, winograd) for index in changing for winograd in (False, True))
 
     def largest(self, count: int) -> Plan:
         """Return the plan of the training step of ``count`` samples that needs most memory."""
