@@ -80,6 +80,8 @@ def parse_policy(kind: str, text: str) -> Any:
             raise UsageError(f"{_what(kind)} '{text}': '{part}' is not KEY=VALUE; expected such as {example(kind)}")
         if key not in known:
             raise UsageError(f"{_what(kind)} '{text}': unknown key '{key}'; '{name}' knows {', '.join(known)}")
+        if key in given:
+            raise UsageError(f"{_what(kind)} '{text}': key '{key}' is given twice; leave one out")
         given[key] = _value(known[key], value, f"{_what(kind)} '{text}': {key}")
     return policy(**given)
 

@@ -86,6 +86,9 @@ def test_a_finished_stream_is_not_resumed(inside, capsys):
     code, _, err = run(capsys, "resume", "runs/fit-1")
     assert code == 2
     assert "all 4,000 instances of the stream are done" in err
+    code, _, err = run(capsys, "resume", "runs/fit-1", "--epochs", "2")
+    assert code == 2
+    assert "a stream is learned from once" in err
 
 
 def test_the_last_lines_tell_what_was_saved(inside, capsys, tmp_path):
@@ -126,6 +129,10 @@ def test_standard_input(inside, tmp_path):
                          text=True, capture_output=True, check=False)  # fmt: skip
     assert bad.returncode == 3
     assert "standard input, line 51: not JSON" in bad.stderr
+    empty = subprocess.run(command, input="\n\n", env=os.environ | {"PYTHONPATH": str(ROOT)}, text=True,
+                           capture_output=True, check=False)  # fmt: skip
+    assert empty.returncode == 3
+    assert "standard input: ended without an instance" in empty.stderr
 
 
 def test_standard_input_has_no_baseline(inside, capsys):
@@ -145,9 +152,14 @@ def test_standard_input_has_no_baseline(inside, capsys):
         (["--filter", "eif:start=1.5"], "expected a whole number"),
         (["--filter", "none:rate=1"], "'none' takes no settings"),
         (["--recipe", "fast"], "--recipe 'fast', expected one of edge, dense"),
+        (["--stream", "--epochs", "3"], "training.epochs is 3, but a stream is learned from once"),
+        (["--stream", "--schedule", "cosine"], "training.schedule is 'cosine', but the end of a stream is unknown"),
+        (["--data", "-"], "standard input, which can be read only once; add --stream"),
+        (["--predict-first"], "stream.predict is True, which only a stream heeds; add --stream"),
+        (["--window", "5"], "stream.window is 5, which only a stream heeds; add --stream"),
     ],
 )
-def test_bad_methods_start_nothing(inside, capsys, tmp_path, flags, message):
+def test_bad_methods_and_contradictions_start_nothing(inside, capsys, tmp_path, flags, message):
     code, _, err = run(capsys, "fit", *flags, "--out", tmp_path)
     assert code == 2
     assert message in err

@@ -47,6 +47,7 @@ def test_keys_are_read_by_the_type_of_their_field():
         ("random:rate=7", "RandomFilter: rate=7.0, expected above 0"),
         ("none:rate=1", "'none' takes no settings"),
         (":rate=1", "takes no settings"),
+        ("random:rate=0.5,rate=0.4", "key 'rate' is given twice"),
     ],
 )
 def test_bad_texts_are_refused_with_a_remedy(text, message):

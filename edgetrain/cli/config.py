@@ -183,6 +183,7 @@ def effective(given: Mapping[str, Any], recipe: str | None = None) -> tuple[Conf
     Augmentation.parse(config.data.augment)
     for kind, text in asdict(config.methods).items():
         parse_policy(kind, text)
+    check_stream(config)
     return config, profile
 
 
@@ -194,6 +195,32 @@ def from_run(table: Mapping[str, Any], path: Path) -> Config:
     """
     sections = {key: table.get(key, {}) for key in ("model", "data", "device", "training", "methods", "stream")}
     return build(Config, sections | dict(table), path)
+
+
+def check_stream(config: Config) -> None:
+    """Refuse settings that a stream contradicts, and those that only a stream would heed.
+
+    Raises:
+        UsageError: there is one.
+    """
+    training, stream, standing = config.training, config.stream, StreamSettings()
+    if stream.enabled and training.epochs != 1:
+        raise UsageError(
+            f"training.epochs is {training.epochs}, but a stream is learned from once: expected 1; leave --epochs out, "
+            "or leave --stream out"
+        )
+    if stream.enabled and training.schedule != "constant":
+        raise UsageError(
+            f"training.schedule is '{training.schedule}', but the end of a stream is unknown: expected 'constant'; "
+            "leave --schedule out, or leave --stream out"
+        )
+    if not stream.enabled and config.data.source == STANDARD_INPUT:
+        raise UsageError("data.source is '-', standard input, which can be read only once; add --stream")
+    if not stream.enabled and stream != standing:
+        key = next(key for key, value in asdict(stream).items() if value != getattr(standing, key))
+        raise UsageError(
+            f"stream.{key} is {getattr(stream, key)}, which only a stream heeds; add --stream, or leave it out"
+        )
 
 
 def dense(config: Config) -> Config:

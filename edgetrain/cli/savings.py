@@ -50,9 +50,11 @@ def savings_text(account: Mapping[str, Any]) -> str:
         if number:
             rows.append((f"  saved by {_NAMES[name]}", _macs(number), _percent(account["shares"][f"saved_{name}"])))
     accuracy = f", accuracy {dense['accuracy']:.4f}" if dense.get("accuracy") is not None else ""
+    saved = account["time_saved"]
+    outcome = f"{_percent(saved)} of the time saved" if saved >= 0 else f"{_percent(-saved)} more time"
     line = (
         f"training took {duration(account['seconds'])}, dense training {duration(dense['seconds'])}{accuracy} "
-        f"({dense['how']}): {100 * account['time_saved']:.1f} % of the time saved"
+        f"({dense['how']}): {outcome}"
     )
     return f"{table(rows)}\n{line}"
 

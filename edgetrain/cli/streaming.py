@@ -190,6 +190,12 @@ class StreamSession:
                 raise NumericalError(f"{error}; the state before it is saved in {self.run.last}") from error
             if stop.requested():
                 self._interrupt()
+            if not learner.stream.position:
+                self.run.log("failed", error="no instance")
+                raise DataError(
+                    f"{self.source.name}: ended without an instance, expected at least one; nothing was learned; when "
+                    f"there are some, go on with: edgetrain resume {self.run.path}"
+                )
             self._end()
 
     def test_metrics(self) -> dict[str, float]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import edgetrain
 from edgetrain.checkpoint import load_checkpoint, save_checkpoint
-from edgetrain.cli.config import Config, MethodSettings, dense, from_flags, from_run
+from edgetrain.cli.config import Config, MethodSettings, check_stream, dense, from_flags, from_run
 from edgetrain.cli.output import count, duration, emit
 from edgetrain.cli.progress import CompileNotice, Display, choose_display, resident_mib
 from edgetrain.cli.savings import layers_text, savings_of, savings_text, time_dense
@@ -247,7 +247,9 @@ def _changed(config: Config, epochs: int | None, threads: int | None) -> Config:
         training = replace(training, epochs=epochs)
     if threads is not None:
         device = replace(device, threads=threads)
-    return from_run(replace(config, device=device, training=training).to_dict(), Path("settings"))
+    changed = from_run(replace(config, device=device, training=training).to_dict(), Path("settings"))
+    check_stream(changed)
+    return changed
 
 
 def _differences(before: Config, after: Config) -> list[str]:
