@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 
 from edgetrain import reference
+from edgetrain.kernels.registry import argument_names
 from edgetrain.learner import Learner
 from edgetrain.ops import get_op
 from edgetrain.ops.conv import ProductOp
 from edgetrain.sparse_index import SparseIndex
+from edgetrain.sparsity import StaticSparse
 from tests.engine import assert_all_close, assert_close, assert_same, learner, poison, wide_host
 from tests.op_cases import Case, Net, combinations, convolutions, dense
 
@@ -184,3 +186,21 @@ def test_density_chooses_between_lists_and_dense_kernels(density, kernels, compa
     wanted = kernels if compact else {*(kernels - {"correlate_csr"}), "winograd_weight_gradient"}
     assert wanted <= used
     assert not used & ({"multiply_csr", "correlate_csr", "winograd"} - wanted)
+
+
+def test_no_two_jobs_store_the_same_pixels_of_a_list_in_parts():
+    """A tile is stored once per part; another thread that stored the same pixels meanwhile would be added to."""
+    net = Net((32, 17, 17))
+    net.graph.set_outputs([net.conv("input", 32, 32, 3, 3, pads=[1, 1, 1, 1])])
+    made = learner(net.graph, 16, loss="mse", sparsity=StaticSparse(weights=0.7))
+    rows = [row for row in made.training_plan().rows if row.kernel[0] == "multiply_csr"]
+    assert rows
+    for row in rows:
+        found = dict(zip(argument_names("multiply_csr"), row.arguments, strict=True))
+        assert found["parts"] > 1
+        table = made.training_plan().fixed[found["tiles"].buffer].reshape(-1, 2)
+        size, columns, step = found["tile_chunk"] * row.kernel[1][1], row.kernel[1][2], found["y_step"]
+        chunks = [table[first : first + size, 1] for first in range(0, len(table), size)]
+        stored = [{int(run) + i * step for run in chunk for i in range(columns)} for chunk in chunks]
+        assert len(stored) > 1
+        assert sum(map(len, stored)) == len(set().union(*stored)) == 17 * 17
