@@ -7,6 +7,7 @@ of a product's output; both backward products read it.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from statistics import NormalDist
@@ -38,7 +39,7 @@ class ErrorMapPruning(ErrorPruning):
     and weight decay still shrinks them, as for any parameter whose gradient is 0. Batch normalisation is not
     touched: its gradients are computed before the choice.
 
-    Convolutions with groups (depthwise ones) and fully connected layers are computed densely.
+    Convolutions with groups (depthwise ones) or shared weights and fully connected layers are computed densely.
 
     Attributes:
         keep: share of the channels, above 0 and at most 1. With 1 nothing changes.
@@ -238,9 +239,13 @@ class ErrorMap:
 
 
 def error_maps(train: TrainingGraph) -> list[ErrorMap]:
-    """Return the error maps of all convolutions of one group that are trained, in the order of the backward pass."""
-    forward = train.graph.nodes[: train.forward_count]
-    convs = {node.input(1): node for node in forward if node.op_type == "Conv" and int(node.get("group", 1)) == 1}
+    """Return the error maps of all convolutions of one group that are trained, in the order of the backward pass.
+
+    Left out are convolutions that share their weights: a gradient does not tell which of them it belongs to.
+    """
+    forward = [node for node in train.graph.nodes[: train.forward_count] if node.op_type == "Conv"]
+    uses = Counter(node.input(1) for node in forward)
+    convs = {node.input(1): node for node in forward if int(node.get("group", 1)) == 1 and uses[node.input(1)] == 1}
     found: dict[tuple[str, str], ErrorMap] = {}
     for node in train.graph.nodes:
         if node.op_type in ("ProductInputGrad", "ProductWeightGrad"):
@@ -274,7 +279,7 @@ def compress_activations(
         train: is changed: every ``ProductWeightGrad`` of a listed weight becomes a ``CompressActivation`` behind the
             node that makes x, and a ``CompressedWeightGrad``.
         densities: share of the vectors to keep, above 0 and at most 1, by the name of a convolution's weights.
-            Convolutions with groups and fully connected layers stay as they are.
+            Convolutions with groups or shared weights and fully connected layers stay as they are.
         refresh: steps after which thresholds are found anew.
         capacity: largest share there is memory for; 1.25 times the density by default. Give the largest density that
             will be set later.

@@ -295,6 +295,18 @@ def test_exact_zeros_behind_a_pool_are_skipped_without_changing_the_gradients():
     assert 0.1 < step.saved_error_maps / step.macs_dense < 0.5
 
 
+@pytest.mark.parametrize("policy", [et.ZeroSkipping(), ErrorMapPruning(keep=0.5)], ids=str)
+def test_convolutions_that_share_weights_stay_dense(policy):
+    net = Net((4, 12, 12))
+    weight, x = net.parameter(4, 4, 3, 3, spread=0.2), net.graph.inputs[0]
+    for stride in (1, 2):  # as many weights for maps of another size
+        x = net.MaxPool(net.Relu(net.Conv(x, weight, pads=SAME, strides=[stride, stride])), kernel_shape=[2, 2])
+    net.graph.set_outputs([net.Flatten(x)])
+    x, y = np.random.default_rng(0).normal(size=(5, 4, 12, 12)).astype(np.float32), np.arange(5)
+    made = learner(net.graph, error_pruning=policy)
+    assert_all_close(made.gradients(x, y), reference.gradients(net.graph, x, y)[1], TOLERANCE)
+
+
 POLICIES = [
     et.ZeroSkipping(),
     ErrorMapPruning(keep=0.5),
