@@ -35,7 +35,8 @@ def learner(graph: Graph, lanes: int = 4, threads: int = 1, **settings: Any) -> 
 def channel_learner(graph: Graph, threads: int = 1, **settings: Any) -> Learner:
     """Return a learner whose lanes hold channels, as for the smallest batches; needs the fixture ``wide_host``."""
     made = Learner(graph, PROFILE, batch_size=1, threads=threads, **settings)
-    made.__dict__["_by_channel"] = True  # a cached property
+    made.plans.__dict__["by_channel"] = True  # a cached property
+    assert made.plans.lanes == edgetrain.plans.simd_lanes()
     return made
 
 
