@@ -107,7 +107,7 @@ class Setting:
 def run(setting: Setting, policies: dict[str, str]) -> dict:
     """Send the stream through one learner; return accuracy and operations along the way."""
     learner, count = setting.learner(policies), len(setting.order)
-    total, everything = learner.stream.totals["train"], count * learner.plans.step_macs
+    total, everything = learner.stream.totals["train"], count * learner.plans.dense_macs
     points = [{"instances": 0, "operations": 0.0, **setting.accuracies(learner)}]
     shares = (*np.linspace(0.1, 0.9, 9), 0.92, 0.94, 0.96, 0.98)
     marks = {BLOCK * round(count * share / BLOCK) for share in shares} | {count}

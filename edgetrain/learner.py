@@ -120,7 +120,8 @@ class Learner:
         self._parameters.scale_input(None)
         self.plans = Plans(
             self.graph, self._parameters, self._optimizer, objective, self.batch_size, self.memory_budget,
-            self._allowed(threads), error_pruning, self.topology.wants_gradients, self.topology.rewrite,
+            self._allowed(threads), error_pruning, self.topology.wants_gradients,
+            None if sparsity is None else self.topology.rewrite,
         )  # fmt: skip
         self.error_pruning = error_pruning
         self.instance_filter = instance_filter

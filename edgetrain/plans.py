@@ -80,7 +80,7 @@ class Plans:
     def __init__(
         self, graph: Graph, parameters: Parameters, optimizer: Optimizer, objective: Objective, batch_size: int,
         budget: int, threads: int, error_pruning: ErrorPruning | None = None, whole_gradients: bool = False,
-        rewrite: Callable[[TrainingGraph], None] = lambda train: None,
+        rewrite: Callable[[TrainingGraph], None] | None = None,
     ) -> None:  # fmt: skip
         self.graph, self.parameters, self._optimizer, self._objective = graph, parameters, optimizer, objective
         self._batch_size, self._budget, self._error_pruning = batch_size, budget, error_pruning
@@ -105,10 +105,10 @@ class Plans:
     def by_channel(self) -> bool:
         """Whether lanes hold channels: for batches that would leave most sample lanes empty.
 
-        Kernels that skip parts of error maps exist for lanes of samples only.
+        Kernels that skip something exist for lanes of samples only.
         """
-        small = self._batch_size * _SMALL_BATCH <= simd_lanes() and not self.parameters.sparse
-        return small and self._error_pruning is None and fits(self.graph.nodes)
+        small = self._batch_size * _SMALL_BATCH <= simd_lanes()
+        return small and self._rewrite is None and self._error_pruning is None and fits(self.graph.nodes)
 
     @functools.cached_property
     def training(self) -> TrainingGraph:
@@ -116,7 +116,8 @@ class Plans:
         made = training_graph(self.graph, self._objective.loss, self._objective.label_smoothing)
         self.parameters.start_training(made.gradients, self._optimizer)
         self._macs["dense"] = _macs(made)
-        self._rewrite(made)
+        if self._rewrite is not None:
+            self._rewrite(made)
         if self._error_pruning is not None:
             self._error_pruning.rewrite(made)
         self.parameters.start_records(made.graph.nodes, made.records)
@@ -131,6 +132,12 @@ class Plans:
         """
         _ = self.training
         return self._macs["done"]
+
+    @property
+    def dense_macs(self) -> int:
+        """Multiply-accumulates of one sample's training step without any method."""
+        _ = self.training
+        return self._macs["dense"]
 
     def macs(self, count: int, plan: Plan) -> tuple[int, dict[str, int]]:
         """Return the multiply-accumulates that a plan's latest step of ``count`` samples executed, and those saved.

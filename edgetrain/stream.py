@@ -95,7 +95,7 @@ class InstanceStream:
         choice = self._choose(x, y, losses)
         done = self._collect(x, y, choice.keep)
         steps, lessons = [step for step, _ in done], [lesson for _, lesson in done]
-        kept, dense = int(choice.keep.sum()), learner.plans.step_macs
+        kept, dense = int(choice.keep.sum()), learner.plans.dense_macs
         forward = count * learner.graph.macs() if predict else 0
         selection = choice.macs + sum(lesson.macs for lesson in lessons)
         saved = (count - kept) * dense - selection

@@ -86,3 +86,22 @@ def test_a_filter_before_sparse_pruned_training(method):
     many = np.concatenate([x] * 10), np.arange(60) % 10
     record = made.fit(many, epochs=1).epochs[-1]
     assert record.macs_done < record.macs_dense
+
+
+@pytest.mark.parametrize("weights", [0.0, 0.8])
+def test_pruned_activations_train_with_batches_of_one(weights):
+    made = et.Learner(GRAPHS["lenet5"](), batch_size=1, threads=1, sparsity=et.SWAT(weights=weights, activations=0.5))
+    x, y = batch(made)
+    assert np.isfinite(made.partial_fit(x[:1], y[:1]).loss)
+
+
+def test_a_filter_counts_what_skipped_instances_would_have_cost_densely():
+    made = et.Learner(
+        GRAPHS["lenet5"](), batch_size=BATCH, threads=1, error_pruning=PRUNINGS["channels"],
+        instance_filter=et.RandomFilter(rate=0.5),
+    )  # fmt: skip
+    x, y = batch(made)
+    step = made.observe(np.concatenate([x] * 10), np.tile(y, 10))
+    waiting = step.instances_kept - step.instances_trained
+    assert step.macs_dense == (step.instances_seen - waiting) * made.plans.dense_macs
+    assert step.macs_done < step.macs_dense / 2 + made.plans.dense_macs * BATCH

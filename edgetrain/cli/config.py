@@ -113,6 +113,8 @@ class Config:
         return {name: {k: v for k, v in section.items() if v is not None} for name, section in sections}
 
 
+# Norm that gradients are clipped to with SWAT, unless another one is given: 1.0 is what short trials needed.
+_SWAT_CLIP_NORM = 1.0
 # A recipe's learning rate is for its own optimizer; these are for a run that asks for another one.
 _USUAL_LR = {"sgd": 0.05, "adam": 0.001, "adamw": 0.001}
 
@@ -176,6 +178,9 @@ def effective(given: Mapping[str, Any], recipe: str | None = None) -> tuple[Conf
     if merged["training"]["optimizer"] != profile.recipe.optimizer and "lr" not in given.get("training", {}):
         merged["training"]["lr"] = _USUAL_LR.get(merged["training"]["optimizer"], profile.recipe.lr)
     merged["methods"] = _methods(profile, recipe) | merged["methods"]
+    if str(merged["methods"].get("sparsity", "")).startswith("swat") and not merged["training"].get("clip_norm"):
+        # Weight gradients from the largest activations are biased upwards; LeNet-5 diverges without a bound.
+        merged["training"]["clip_norm"] = _SWAT_CLIP_NORM
     if merged["stream"].get("enabled"):
         _adapt_to_stream(merged["training"], given.get("training", {}))
     config = build(Config, merged, Path("settings"))
