@@ -194,7 +194,7 @@ def write_document() -> None:
              f"until then (looked at {EVALUATIONS} times in an epoch) times the median time of a step. One grid of "
              f"recipes for both sides: batch size {BATCH_SIZES}, peak learning rate {RATES}, length of a one-cycle "
              f"schedule {EPOCHS} epochs. A side is represented by the recipe with the shortest median.", "",
-             "| | recipe | seeds | threads | ms per step | median seconds | all |", "|" + "---|" * 7]  # fmt: skip
+             "| | recipes tried | best recipe | seeds | threads | ms per step | median seconds | all |", "|" + "---|" * 8]  # fmt: skip
     best = {}
     for side, name in (("own", "edgetrain"), ("torch", "PyTorch")):
         row, best[side] = _row(side, name)
@@ -211,12 +211,12 @@ def _row(side: str, name: str) -> tuple[str, float | None]:
     steps = {key: [r["steps"] for r in results] for key, results in found.items() if len(results) == seeds}
     times = {key: [n * step[key[0]] for n in numbers] for key, numbers in steps.items() if None not in numbers and step}
     if not times:
-        return f"| {name} | not measured: {len(found)} of {len(recipes())} recipes were trained | | | | | |", None
+        return f"| {name} | not measured: {len(found)} of {len(recipes())} recipes were trained | | | | | | |", None
     key = min(times, key=lambda k: statistics.median(times[k]))
     threads = json.loads((RESULTS / f"seconds-{side}.json").read_text())["threads"]
     listed = ", ".join(f"{t:.2f}" for t in times[key])
     median = statistics.median(times[key])
-    cells = [name, f"batch {key[0]}, lr {key[1]}, {key[2]} epochs", seeds, threads, f"{1e3 * step[key[0]]:.2f}",
+    cells = [name, f"{len(found)} of {len(recipes())}", f"batch {key[0]}, lr {key[1]}, {key[2]} epochs", seeds, threads, f"{1e3 * step[key[0]]:.2f}",
              f"{median:.2f}", listed]  # fmt: skip
     return f"| {' | '.join(map(str, cells))} |", median
 
