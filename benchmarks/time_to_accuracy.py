@@ -44,6 +44,9 @@ def recipes() -> list[dict]:
     return [{"batch_size": b, "lr": r, "epochs": e} for b, r, e in itertools.product(BATCH_SIZES, RATES, EPOCHS)]
 
 
+COLUMNS = ("", "recipes tried", "best recipe", "seeds", "threads", "ms per step", "median seconds", "all")
+
+
 class Own:
     """edgetrain."""
 
@@ -194,7 +197,7 @@ def write_document() -> None:
              f"until then (looked at {EVALUATIONS} times in an epoch) times the median time of a step. One grid of "
              f"recipes for both sides: batch size {BATCH_SIZES}, peak learning rate {RATES}, length of a one-cycle "
              f"schedule {EPOCHS} epochs. A side is represented by the recipe with the shortest median.", "",
-             "| | recipes tried | best recipe | seeds | threads | ms per step | median seconds | all |", "|" + "---|" * 8]  # fmt: skip
+             f"| {' | '.join(COLUMNS)} |", "|" + "---|" * len(COLUMNS)]  # fmt: skip
     best = {}
     for side, name in (("own", "edgetrain"), ("torch", "PyTorch")):
         row, best[side] = _row(side, name)
@@ -216,7 +219,8 @@ def _row(side: str, name: str) -> tuple[str, float | None]:
     threads = json.loads((RESULTS / f"seconds-{side}.json").read_text())["threads"]
     listed = ", ".join(f"{t:.2f}" for t in times[key])
     median = statistics.median(times[key])
-    cells = [name, f"{len(found)} of {len(recipes())}", f"batch {key[0]}, lr {key[1]}, {key[2]} epochs", seeds, threads, f"{1e3 * step[key[0]]:.2f}",
+    cells = [name, f"{len(found)} of {len(recipes())}",
+             f"batch {key[0]}, lr {key[1]}, {key[2]} epochs", seeds, threads, f"{1e3 * step[key[0]]:.2f}",
              f"{median:.2f}", listed]  # fmt: skip
     return f"| {' | '.join(map(str, cells))} |", median
 
