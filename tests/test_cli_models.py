@@ -78,7 +78,8 @@ def test_report(inside, capsys):
     code, out, _ = run(capsys, "report", "runs/fit-1", "--json")
     result = json.loads(out)
     assert code == 0
-    assert set(result) == {"run", "status", "config", "environment", "epochs", "best", "seconds", "files"}
+    wanted = {"run", "status", "config", "environment", "epochs", "operations", "best", "seconds", "files"}
+    assert set(result) == wanted
     assert result["status"] == "finished"
     assert len(result["epochs"]) == 3
     code, out, _ = run(capsys, "report", "runs/fit-1")
