@@ -183,7 +183,7 @@ def test_recipes_and_flags_decide_what_is_skipped(tmp_path):
 def test_a_profile_may_name_methods(tmp_path):
     from edgetrain.cli.config import effective
 
-    text = (ROOT / "device_profiles/raspberrypi4.toml").read_text()
+    text = (Path(__file__).parents[1] / "device_profiles/raspberrypi4.toml").read_text()
     path = tmp_path / "board.toml"
     path.write_text(text.replace('augmentation = ""', 'augmentation = ""\nfilter = "random:rate=0.5"'))
     device = {"device": {"profile": str(path)}}

@@ -7,6 +7,7 @@ import math
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -101,9 +102,9 @@ def test_a_dropped_learner_is_freed_at_once():
 
 MEMORY = """
 import json, re, sys
-sys.path.insert(0, {tests!r})
+sys.path.append({root!r})  # last: the installed package comes first
 import edgetrain as et
-from test_filters import instances, learner
+from tests.test_filters import instances, learner
 resident = lambda: int(re.search(r"VmRSS:\\s+(\\d+)", open("/proc/self/status").read())[1])
 some = learner(et.EarlyInstanceFilter(rate=0.2))
 x, y, _ = instances(1000)
@@ -118,7 +119,7 @@ print(json.dumps(sizes))
 
 def test_memory_is_flat_after_the_first_instances():
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    code = MEMORY.format(tests=str(ROOT / "tests"))
+    code = MEMORY.format(root=str(Path(__file__).parents[1]))
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     sizes = json.loads(done.stdout)
     assert max(sizes[2:]) - sizes[1] < 512, f"KiB after every 1,000 instances: {sizes}"
