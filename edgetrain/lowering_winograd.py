@@ -121,9 +121,9 @@ def weight_grad(low: LoweringCore, node: Node, g: Product, target: Ref, listed: 
     sums = low.workspace(len(parts) * _POSITIONS * position)
     start = -g.pads[0] * x.row - g.pads[1] * x.pixel
     for number, part in enumerate(parts):
-        _spread(low, "winograd_data", low.address(node.x) + start, x, part, columns, v, channel, v_position,
+        _transform(low, 0, low.address(node.x) + start, x, part, columns, v, channel, v_position,
                 g.inputs, None)  # fmt: skip
-        _spread(low, "winograd_gradient", low.address(node.input(1)), grad, part, columns, z, channel, z_position,
+        _transform(low, 1, low.address(node.input(1)), grad, part, columns, z, channel, z_position,
                 g.outputs, listed)  # fmt: skip
         _correlate(low, g, v, z, sums + number * _POSITIONS * position, part.blocks * part.rows * columns,
                    (channel, v_position, z_position))  # fmt: skip
@@ -144,16 +144,16 @@ def _parts(blocks: int, rows: int, row_bytes: int) -> list[_Part]:
     return [_Part(b, 1, r, min(some, rows - r)) for b in range(blocks) for r in range(0, rows, some)]
 
 
-def _spread(
-    low: LoweringCore, kernel: str, x: Ref, layout: Layout, part: _Part, columns: int, v: Ref, channel: int,
+def _transform(
+    low: LoweringCore, gradient: int, x: Ref, layout: Layout, part: _Part, columns: int, v: Ref, channel: int,
     position: int, channels: int, listed: Ref | None,
 ) -> None:  # fmt: skip
     """Emit the transforms of a part's tiles."""
     low.emit(
-        kernel, (low.lanes,), part.blocks * channels, v=v, listed=listed or 0, channels=channels, tile_rows=part.rows,
-        x=x + part.block * layout.block + _TILE * part.row * layout.row, tile_columns=columns, x_block=layout.block,
-        x_channel=layout.channel, x_row=layout.row, v_block=part.rows * columns * 4 * low.lanes, v_channel=channel,
-        v_position=position,
+        "winograd_transform", (low.lanes, gradient), part.blocks * channels, v=v, listed=listed or 0,
+        channels=channels, tile_rows=part.rows, tile_columns=columns, x_block=layout.block,
+        x=x + part.block * layout.block + _TILE * part.row * layout.row, x_channel=layout.channel, x_row=layout.row,
+        v_block=part.rows * columns * 4 * low.lanes, v_channel=channel, v_position=position,
     )  # fmt: skip
 
 

@@ -37,7 +37,7 @@ def batch(graph: Graph, count: int) -> tuple[np.ndarray, np.ndarray]:
     return x, rng.normal(size=(count, *graph.output_shape)).astype(np.float32)
 
 
-ALL = {"winograd", "winograd_weights", "winograd_data", "winograd_gradient", "winograd_weight_gradient"}
+ALL = {"winograd", "winograd_weights", "winograd_transform", "winograd_weight_gradient"}
 
 
 def test_all_three_products_of_a_large_layer_are_winograds():

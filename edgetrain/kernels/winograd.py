@@ -108,36 +108,16 @@ def winograd(lanes: int, channels: int, width: int) -> Body:
     return body
 
 
-_SPREAD = ("x", "v", "listed", "channels", "tile_rows", "tile_columns", "x_block", "x_channel", "x_row", "v_block",
-           "v_channel", "v_position")  # fmt: skip
+@kernel(
+    "x", "v", "listed", "channels", "tile_rows", "tile_columns", "x_block", "x_channel", "x_row", "v_block",
+    "v_channel", "v_position",
+)  # fmt: skip
+def winograd_transform(lanes: int, gradient: int) -> Body:
+    """Write ``B^T d B`` of every tile to ``[position][channel][block][tile]``, or ``A dY A^T`` of a ``gradient``.
 
-
-@kernel(*_SPREAD)
-def winograd_data(lanes: int) -> Body:
-    """Write ``B^T d B`` of every tile to ``[position][channel][block][tile]``. Job: (block, channel)."""
-    size = 4 * lanes
-
-    def body(args: int, first: int, last: int) -> None:
-        (x, v, listed, channels, tile_rows, tile_columns, x_block, x_channel, x_row, v_block, v_channel,
-         v_position) = arguments(args, 12)  # fmt: skip
-        for job in range(first, last):
-            block, c = job // channels, job % channels
-            source = x + block * x_block + _channel(listed, c) * x_channel
-            target = v + block * v_block + c * v_channel
-            for row in range(tile_rows):
-                for column in range(tile_columns):
-                    transform_data(
-                        source + 4 * (row * x_row + column * size), x_row, size,
-                        target + (row * tile_columns + column) * size, 6 * v_position, v_position, lanes,
-                    )  # fmt: skip
-
-    return body
-
-
-@kernel(*_SPREAD)
-def winograd_gradient(lanes: int) -> Body:
-    """Write ``A dY A^T`` of every tile to ``[position][channel][block][tile]``. Job: (block, channel)."""
-    size = 4 * lanes
+    Job: (block, channel).
+    """
+    size, transform = 4 * lanes, transform_gradient if gradient else transform_data
 
     def body(args: int, first: int, last: int) -> None:
         (x, v, listed, channels, tile_rows, tile_columns, x_block, x_channel, x_row, v_block, v_channel,
@@ -148,7 +128,7 @@ def winograd_gradient(lanes: int) -> Body:
             target = v + block * v_block + c * v_channel
             for row in range(tile_rows):
                 for column in range(tile_columns):
-                    transform_gradient(
+                    transform(
                         source + 4 * (row * x_row + column * size), x_row, size,
                         target + (row * tile_columns + column) * size, 6 * v_position, v_position, lanes,
                     )  # fmt: skip
