@@ -37,6 +37,7 @@ from edgetrain.plan import KernelKey, Plan
 from edgetrain.plans import MemoryPlan, Objective, Plans
 from edgetrain.pruning import ErrorPruning
 from edgetrain.sparsity import SparsityPolicy, Topology
+from edgetrain.sparsity.topology import TOPOLOGY
 from edgetrain.stream import InstanceStream
 from edgetrain.units import parse_bytes
 
@@ -362,29 +363,29 @@ class Learner:
         streamed = {key[7:]: array for key, array in tensors.items() if key.startswith("stream/")}
         tensors = {key: array for key, array in tensors.items() if not key.startswith("stream/")}
         records = tensors.pop("records", None)
-        with self._lock:
-            tensors = self.topology.restore(tensors, meta.get("topology"))
+        if meta["step_count"]:
+            _ = self.plans.training  # makes the buffers of moments and records
         wanted = {f"weights/{name}": parameters.stored(name).shape for name in parameters.names()}
         if meta["step_count"]:
             moments = [(m, n) for m in self._optimizer.moments for n in self._trained()]
             wanted |= {f"{moment}/{name}": parameters.stored(name).shape for moment, name in moments}
-        given = {key: np.shape(array) for key, array in tensors.items()}
+        given = {key: np.shape(array) for key, array in tensors.items() if not key.startswith(TOPOLOGY)}
         if given != wanted:
             odd = sorted(key for key in wanted.keys() | given.keys() if wanted.get(key) != given.get(key))
             reason = "missing, unknown or of another shape"
             raise CheckpointError(f"the state belongs to another network or optimizer: {odd[:3]} {reason}")
+        if records is not None and records.shape != parameters.buffers["records"].shape:
+            raise CheckpointError("the state belongs to other pruned layers: its records have another size")
         with self._lock:
-            if meta["step_count"]:
-                _ = self.plans.training  # makes the buffers of the moments
+            tensors = self.topology.restore(tensors, meta.get("topology"))
             parameters.forget()
             if records is not None:
-                if records.shape != parameters.buffers["records"].shape:
-                    raise CheckpointError("the state belongs to other pruned layers: its records have another size")
                 parameters.buffers["records"][:] = records
             for key, array in tensors.items():
                 buffer, name = key.split("/", 1)
                 parameters.stored(name, buffer)[...] = array
             self.step_count = int(meta["step_count"])
+            self.stream = InstanceStream(self, self.instance_filter)
             if "stream" in meta:
                 self.stream.restore(streamed, meta["stream"])
 

@@ -192,15 +192,8 @@ class SparseLowering(LoweringCore):
             pixels = phase.pixels(grad, out)
             columns = len(range(phase.first[1], g.size[1], g.strides[1]))
             grid = self._grid(pixels, columns, (grad.pixel, g.strides[1] * out.pixel), grad, out)
-            lists = self._expand(
-                node.input(1),
-                _phase_terms(phase, grad),
-                g.channels_in,
-                g.inputs,
-                g.outputs * grad.channel,
-                grid,
-                "input_",
-            )
+            lists = self._expand(node.input(1), _phase_terms(phase, grad), g.channels_in, g.inputs,
+                                 g.outputs * grad.channel, grid, "input_")  # fmt: skip
             self._multiply(self.address(node.x), grad, self.address(node.y), out, grid, lists, g.channels_in,
                            self.zeros(g.channels_in))  # fmt: skip
 
@@ -296,8 +289,10 @@ def _limits(index: SparseIndex, terms: list[int], rows: int, grid: Grid, lanes: 
     places = {(a + tap) // (4 * lanes) + p for a, _ in cut.table[: cut.runs] for tap in taps
               for p in range(0, run // (4 * lanes), max(1, grid.steps[0] // (4 * lanes)))}  # fmt: skip
     channels = len(terms) // index.taps
-    expected = index.capacity if index.compact else index.count
-    parts = min(-(-channels * 4 * lanes * len(places) // _NEAR), expected // rows // _ENTRIES_PER_PART, channels)
+    # By the capacity, not by how many entries there are now: parts fix the order of summation, and a plan made later
+    # (by a resumed run) must give the same bits.
+    fewest = index.capacity // rows // _ENTRIES_PER_PART
+    parts = min(-(-channels * 4 * lanes * len(places) // _NEAR), fewest, channels)
     return [-(-channels * (part + 1) // parts) * index.taps for part in range(parts)] if parts > 1 else [len(terms)]
 
 

@@ -76,11 +76,14 @@ class Parameters:
             if node.get("record") is not None and node.get("density") is not None:
                 records[RECORD * node.get("record") + DENSITY] = node.get("density")
         self.buffers["records"], self.buffers["tally"] = records, tally
+        self._fresh_records = records.copy()
 
     def forget(self) -> None:
-        """Set the optimizer's moments to zero, as they are before the first step."""
+        """Set the optimizer's moments and the records of layers that prune to what they are before the first step."""
         for name in self.moments:
             self.buffers[name][:] = 0
+        if "records" in self.buffers:
+            self.buffers["records"][:] = self._fresh_records
 
     def find(self, value: str) -> tuple[str, int] | None:
         """Return (buffer, byte offset) of an array or of an array's gradient, or ``None``."""

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import edgetrain as et
-from edgetrain.errors import UsageError
+from edgetrain.errors import CheckpointError, UsageError
 from edgetrain.graph import Graph
 from edgetrain.layer_report import layer_report
 from edgetrain.sparsity.layers import entries
@@ -123,6 +123,28 @@ def test_thresholds_are_part_of_a_checkpoint(policy, tmp_path):
     loaded = et.Learner.load(tmp_path / "c.safetensors")
     assert train(loaded, 6, 5) == train(made, 6, 5)
     assert_equal(loaded.parameters(), made.parameters())
+
+
+@EVERY_ACTIVATIONS
+def test_a_used_learner_takes_a_fresh_state_whole(policy):
+    fresh, used = learner(policy), learner(policy)
+    state = fresh.state()
+    used.observe(*batch(3))  # three instances wait, and are forgotten
+    train(used, 5)
+    used.restore(*state)
+    assert used.stream.waiting == 0
+    assert train(used, 6) == train(fresh, 6)
+    assert_equal(used.parameters(), fresh.parameters())
+
+
+def test_a_state_that_does_not_fit_changes_nothing():
+    made, other = learner(et.SWAT(weights=0.8)), learner(et.SWAT(weights=0.8), optimizer=et.Adam(lr=0.01))
+    train(other, 2)
+    before, pattern = made.parameters(), patterns(made)
+    with pytest.raises(CheckpointError, match="another network or optimizer"):
+        made.restore(*other.state())
+    assert_equal(made.parameters(), before)
+    assert_equal(patterns(made), pattern)
 
 
 def test_asking_for_gradients_leaves_thresholds_alone():

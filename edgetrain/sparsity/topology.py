@@ -22,7 +22,7 @@ from edgetrain.sparse_index import SparseIndex
 from edgetrain.sparsity.layers import SparseLayer
 from edgetrain.sparsity.policy import Floats, Gradients, Mask, SparsityPolicy
 
-_PREFIX = "topology/"
+TOPOLOGY = "topology/"  # begins the names of the state's tensors
 # Keys of the metadata of exported files.
 SPARSITY, DENSITIES = "edgetrain.sparsity", "edgetrain.densities"
 
@@ -180,8 +180,8 @@ class Topology:
         """Return (tensors, plain data) for ``restore``."""
         tensors: dict[str, NDArray[Any]] = {}
         for name, index in self.indices.items():
-            tensors[f"{_PREFIX}{name}/starts"] = index.starts.copy()
-            tensors[f"{_PREFIX}{name}/columns"] = index.columns[: index.count].copy()
+            tensors[f"{TOPOLOGY}{name}/starts"] = index.starts.copy()
+            tensors[f"{TOPOLOGY}{name}/columns"] = index.columns[: index.count].copy()
         plain = {"total_steps": self.total_steps, "densities": dict(self.densities), "policy": self._described()}
         return tensors, plain
 
@@ -191,8 +191,8 @@ class Topology:
         Raises:
             CheckpointError: it belongs to another network or policy.
         """
-        rest = {key: array for key, array in tensors.items() if not key.startswith(_PREFIX)}
-        wanted = {f"{_PREFIX}{name}/{part}" for name in self.indices for part in ("starts", "columns")}
+        rest = {key: array for key, array in tensors.items() if not key.startswith(TOPOLOGY)}
+        wanted = {f"{TOPOLOGY}{name}/{part}" for name in self.indices for part in ("starts", "columns")}
         policy = NONE if meta is None else meta["policy"]
         if policy != self._described() or wanted | rest.keys() != tensors.keys():
             raise CheckpointError(
@@ -200,7 +200,7 @@ class Topology:
             )
         try:
             for name, index in self.indices.items():
-                index.restore(*(tensors[f"{_PREFIX}{name}/{part}"] for part in ("starts", "columns")))
+                index.restore(*(tensors[f"{TOPOLOGY}{name}/{part}"] for part in ("starts", "columns")))
         except UsageError as error:
             raise CheckpointError(f"the state belongs to another network: {error}") from error
         self.version += 1
