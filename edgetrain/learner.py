@@ -528,7 +528,8 @@ def _checked(optimizer: Optimizer) -> Optimizer:
 
 def _length(arrays: Arrays) -> int:
     """Return the common number of samples."""
-    lengths = {name: len(array) for name, array in arrays.items()}
-    if len(set(lengths.values())) != 1:
+    first, *others = (len(array) for array in arrays.values())
+    if any(other != first for other in others):
+        lengths = {name: len(array) for name, array in arrays.items()}
         raise DataError(f"inputs have different numbers of samples: {lengths}")
-    return next(iter(lengths.values()))
+    return first

@@ -126,12 +126,14 @@ class ChannelLowering(Lowering):
                   terms: list[Pair], groups: int, inputs: int, outputs: int, weight_channel: int,
                   weight_group: int) -> None:  # fmt: skip
         """See ``Lowering.correlate``. A depthwise product has one tile per map of vectors, with its own input map."""
-        lanes, count = grad_layout.lanes, len(self.merge_blocks(pixels, x_layout, grad_layout)[0])
+        pixels, blocks = self.merge_blocks(pixels, x_layout, grad_layout)
+        lanes, count = grad_layout.lanes, len(pixels)
         if groups == 1:
             with self.chosen(Sizes("correlate", CHANNELS, lanes, outputs, count, len(terms))) as tile:
                 self.emit_correlate(
-                    x, x_layout, grad, grad_layout, target, pixels, terms, tile, kind=CHANNELS, groups=1,
-                    channel_count=outputs, x_group=0, grad_group=0, weight_group=0, weight_channel=weight_channel,
+                    x, x_layout, grad, grad_layout, target, pixels, terms, tile, lanes=lanes, kind=CHANNELS,
+                    blocks=blocks, groups=1, channel_count=outputs, x_group=0, grad_group=0, weight_group=0,
+                    weight_channel=weight_channel,
                 )  # fmt: skip
             return
         whole, rest = divmod(groups, lanes)
@@ -140,9 +142,9 @@ class ChannelLowering(Lowering):
                 if maps:
                     self.emit_correlate(
                         x + first * x_layout.channel, x_layout, grad + first * grad_layout.channel, grad_layout,
-                        target + first * lanes * weight_group, pixels, terms, tile, kind=DEPTHWISE, groups=maps,
-                        channel_count=channels, x_group=x_layout.channel, grad_group=grad_layout.channel,
-                        weight_group=lanes * weight_group, weight_channel=weight_group,
+                        target + first * lanes * weight_group, pixels, terms, tile, lanes=lanes, kind=DEPTHWISE,
+                        blocks=blocks, groups=maps, channel_count=channels, x_group=x_layout.channel,
+                        grad_group=grad_layout.channel, weight_group=lanes * weight_group, weight_channel=weight_group,
                     )  # fmt: skip
 
     def sum_to(self, x: Value, y: Value, target: tuple[int, ...]) -> None:

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING
 
 from edgetrain import lowering_winograd as winograd
 from edgetrain.arrays import ALIGNMENT, Layout
-from edgetrain.choice import Sizes
+from edgetrain.choice import Sizes, simd_lanes
 from edgetrain.graph import Node, Value
-from edgetrain.kernels.codes import ROWS, SAMPLES
+from edgetrain.kernels.codes import CHANNELS, ROWS, SAMPLES
 from edgetrain.lowering_sparse import SparseLowering
 from edgetrain.plan import Ref
 
@@ -39,6 +39,8 @@ _PIXELS_PER_JOB = 64
 _PIXELS_PER_SUM = 256
 # A vector per pixel is wasted on maps smaller than this: there the pixels of all blocks form one list.
 _SMALL_MAP = 16
+# Numbers of all samples that one job moves before an outer product.
+_COLUMNS_PER_JOB = 64
 # Up to so many pixels a product reads its weights where they are.
 _FEW_PIXELS = 2
 
@@ -151,8 +153,8 @@ class ProductLowering(SparseLowering):
                  weight: Ref, sources: list[int], weight_channel: int, weight_group: int, groups: int, inputs: int,
                  outputs: int, bias: Ref | None) -> None:  # fmt: skip
         """Emit ``y[c][p] = bias[c] + sum_k weight[k][c] * x[p + term k]``; see ``kernels.dense.multiply``."""
-        pixels, blocks = self.merge_blocks(pixels, x_layout, y_layout)
-        with self.chosen(Sizes("multiply", SAMPLES, self.lanes, outputs, len(pixels), len(terms), groups)) as tile:
+        pixels, blocks, lanes = self.vectors(pixels, x_layout, y_layout)
+        with self.chosen(Sizes("multiply", SAMPLES, lanes, outputs, len(pixels), len(terms), groups)) as tile:
             # Packed weights pay when many pixels use them. LeNet-5's fc1 at batch 8 (its forward pass) took 32 us with
             # packing, and takes 10 us so (2 threads, ``edgetrain bench --per-op``).
             by_row = len(pixels) <= _FEW_PIXELS and sources == list(range(0, 4 * len(sources), 4))
@@ -164,9 +166,8 @@ class ProductLowering(SparseLowering):
             else:
                 weights = self.weights(weight, sources, tile[0], outputs, weight_channel, groups, weight_group)
             self.emit_multiply(
-                x, y, pixels, tile, terms=self.table(terms), term_count=len(terms), lanes=self.lanes,
-                kind=ROWS if by_row else SAMPLES,
-                blocks=blocks, groups=groups, channel_count=outputs,
+                x, y, pixels, tile, terms=self.table(terms), term_count=len(terms), lanes=lanes,
+                kind=ROWS if by_row else SAMPLES, blocks=blocks, groups=groups, channel_count=outputs,
                 bias=bias or self.zeros(groups * outputs + tile[0]), **weights, x_block=x_layout.block,
                 y_block=y_layout.block, x_group=inputs * x_layout.channel, y_group=outputs * y_layout.channel,
                 y_channel=y_layout.channel,
@@ -223,25 +224,57 @@ class ProductLowering(SparseLowering):
                   terms: list[Pair], groups: int, inputs: int, outputs: int, weight_channel: int,
                   weight_group: int) -> None:  # fmt: skip
         """Emit ``target[c][k] = sum grad[c][p] * x[p + term k]``; see ``kernels.dense.correlate``."""
-        count = len(self.merge_blocks(pixels, x_layout, grad_layout)[0])
-        with self.chosen(Sizes("correlate", SAMPLES, grad_layout.lanes, outputs, count, len(terms), groups)) as tile:
+        if len(pixels) == 1 and groups == 1:
+            columns, rows = [a for a, _ in terms], [grad_layout.at(c) for c in range(outputs)]
+            across = [place for _, place in terms], [c * weight_channel for c in range(outputs)]
+            if _lanes_of(across[0]):
+                self._outer(x, x_layout, columns, grad, grad_layout, list(zip(rows, across[1], strict=True)), target)
+                return
+            if _lanes_of(across[1]):
+                self._outer(grad, grad_layout, rows, x, x_layout, list(zip(columns, across[0], strict=True)), target)
+                return
+        pixels, blocks, lanes = self.vectors(pixels, x_layout, grad_layout)
+        with self.chosen(Sizes("correlate", SAMPLES, lanes, outputs, len(pixels), len(terms), groups)) as tile:
             self.emit_correlate(
-                x, x_layout, grad, grad_layout, target, pixels, terms, tile, kind=SAMPLES, groups=groups,
-                channel_count=outputs, x_group=inputs * x_layout.channel, grad_group=outputs * grad_layout.channel,
-                weight_group=weight_group, weight_channel=weight_channel,
+                x, x_layout, grad, grad_layout, target, pixels, terms, tile, lanes=lanes, kind=SAMPLES, blocks=blocks,
+                groups=groups, channel_count=outputs, x_group=inputs * x_layout.channel,
+                grad_group=outputs * grad_layout.channel, weight_group=weight_group, weight_channel=weight_channel,
+            )  # fmt: skip
+
+    def _outer(self, a: Ref, a_layout: Layout, columns: list[int], b: Ref, b_layout: Layout, rows: list[Pair],
+               target: Ref) -> None:  # fmt: skip
+        """Emit ``target[row][column] = sum over samples of b[row] * a[column]``: the gradient of a layer of one pixel.
+
+        The numbers of a row are neighbours in ``target``, so the lanes hold them and no lanes are summed: a
+        gather-multiply whose terms are samples. LeNet-5's fc1 at batch 8 took 15.7 us as a gather-correlate and takes
+        4.0 us so (2 threads, ``edgetrain bench --per-op``).
+        """
+        count, samples = len(columns), self.blocks * self.lanes
+        lanes = _lanes_of(list(range(0, 4 * count, 4)))
+        turned = self.workspace(4 * samples * count)
+        self.emit(
+            "turn_samples", (self.lanes,), self.blocks * -(-count // _COLUMNS_PER_JOB), x=a, y=turned,
+            columns=self.table(columns), count=count, chunk=_COLUMNS_PER_JOB, x_block=a_layout.block,
+        )  # fmt: skip
+        terms = [block * b_layout.block + 4 * lane for block in range(self.blocks) for lane in range(self.lanes)]
+        with self.chosen(Sizes("multiply", CHANNELS, lanes, count, len(rows), samples)) as tile:
+            self.emit_multiply(
+                b, target, rows, tile, kind=CHANNELS, lanes=lanes, blocks=1, groups=1, channel_count=count,
+                terms=self.table(terms), term_count=samples, weight=turned, weight_group=0, weight_tile=4 * tile[0],
+                weight_step=4 * count, bias=self.zeros(count + tile[0]), x_block=0, y_block=0, x_group=0, y_group=0,
+                y_channel=4 * lanes,
             )  # fmt: skip
 
     def emit_correlate(self, x: Ref, x_layout: Layout, grad: Ref, grad_layout: Layout, target: Ref, pixels: list[Pair],
-                       terms: list[Pair], tile: Pair, *, kind: int, groups: int, channel_count: int,
-                       kernel: str = "correlate", **arguments: int | Ref) -> None:  # fmt: skip
+                       terms: list[Pair], tile: Pair, *, lanes: int, kind: int, blocks: int, groups: int,
+                       channel_count: int, kernel: str = "correlate", **arguments: int | Ref) -> None:  # fmt: skip
         """Emit a gather-correlate, cut into jobs; ``arguments``: those of the kernel that are not sizes of jobs."""
-        pixels, blocks = self.merge_blocks(pixels, x_layout, grad_layout)
         (channels, width), count = tile, len(terms)
         tiles = -(-channel_count // channels)
         term_chunk = _chunk(count, -(-count // -(-_WANTED_JOBS // (groups * tiles))), width)
         term_chunks = -(-count // term_chunk)
         self.emit(
-            kernel, (grad_layout.lanes, channels, width, kind), groups * tiles * term_chunks, x=x, grad_out=grad,
+            kernel, (lanes, channels, width, kind), groups * tiles * term_chunks, x=x, grad_out=grad,
             grad_weight=target, pixels=self.table(pixels), terms=self.table(terms + [terms[-1]] * (-count % width)),
             pixel_count=len(pixels), term_count=count, channel_count=channel_count, x_block=x_layout.block,
             grad_block=grad_layout.block, grad_channel=grad_layout.channel, blocks=blocks, groups=groups,
@@ -254,6 +287,42 @@ class ProductLowering(SparseLowering):
         if len(pixels) >= _SMALL_MAP or self.blocks == 1:
             return pixels, self.blocks
         return [(a + b * x.block, c + b * y.block) for b in range(self.blocks) for a, c in pixels], 1
+
+    def vectors(self, pixels: list[Pair], x: Layout, y: Layout) -> tuple[list[Pair], int, int]:
+        """Return (pixels that vectors begin with, blocks, lanes of a vector) of a product, lanes holding samples.
+
+        Where a batch fills only part of the widest vector, neighbouring pixels fill the rest: in memory they are one
+        run. LeNet-5's convolutions at batch 8 took twice as long with half a vector of AVX-512 (docs/performance.md).
+        """
+        pixels, blocks = self.merge_blocks(pixels, x, y)
+        firsts, lanes = widened(pixels, self.lanes, simd_lanes())
+        return firsts, blocks, lanes
+
+
+def _lanes_of(places: list[int]) -> int:
+    """Return the widest vector that ``places``, byte offsets of float32, consist of; 0 if they are no whole vectors."""
+    lanes = next((lanes for lanes in (16, 8, 4) if lanes <= simd_lanes() and len(places) % lanes == 0), 0)
+    return lanes if places == list(range(0, 4 * len(places), 4)) else 0
+
+
+def widened(pixels: list[Pair], lanes: int, widest: int) -> tuple[list[Pair], int]:
+    """Put as many neighbouring pixels into a vector as fit ``widest`` lanes; return the first of each, and the lanes.
+
+    Example:
+        >>> widened([(0, 32), (16, 48), (64, 96), (80, 112)], lanes=4, widest=16)
+        ([(0, 32), (64, 96)], 8)
+    """
+    together, size = widest // lanes, 4 * lanes
+    while together > 1 and not _runs(pixels, together, size):
+        together //= 2
+    return pixels[::together], together * lanes
+
+
+def _runs(pixels: list[Pair], together: int, size: int) -> bool:
+    """Whether the pixels are runs of ``together`` neighbours in both operands."""
+    firsts = [first for first in pixels[::together] for _ in range(together)]
+    steps = [size * (i % together) for i in range(len(firsts))]
+    return pixels == [(a + step, c + step) for (a, c), step in zip(firsts, steps, strict=True)]
 
 
 def _chunk(count: int, wanted: int, multiple: int) -> int:

@@ -154,6 +154,8 @@ class Plans:
 
     def _skipped(self, *op_types: str) -> int:
         """Return the multiply-accumulates of a sample that products of these kinds skipped in the latest step."""
+        if not self._counted:
+            return 0
         tally = self.parameters.buffers["tally"].reshape(-1, 2)
         counts = [(macs, *map(int, tally[record])) for op_type, macs, record in self._counted if op_type in op_types]
         return sum(macs - macs * kept // max(1, total) for macs, kept, total in counts)

@@ -98,6 +98,26 @@ def copy_maps(lanes: int) -> Body:
     return body
 
 
+@kernel("x", "y", "columns", "count", "chunk", "x_block")
+def turn_samples(lanes: int) -> Body:
+    """Put the samples apart: ``y[block * lanes + lane][i] = x[block][column i][lane]``, all of them, real or not.
+
+    ``columns``: table of ``count`` int64 byte offsets. Job: (block, ``chunk`` columns).
+    """
+
+    def body(args: int, first: int, last: int) -> None:
+        x, y, columns, count, chunk, x_block = arguments(args, 6)
+        chunks = -(-count // chunk)
+        for job in range(first, last):
+            block, start = job // chunks, job % chunks * chunk
+            for i in range(start, min(count, start + chunk)):
+                source = x + block * x_block + load_i64(columns + 8 * i)
+                for lane in range(lanes):
+                    store_f32(y + 4 * ((block * lanes + lane) * count + i), load_f32(source + 4 * lane))
+
+    return body
+
+
 @kernel("x", "y", "table", "count", "x_block", "y_block")
 def copy_table(lanes: int) -> Body:
     """Copy the pixels of a table of int64 pairs (input, output byte offset). Job: block."""

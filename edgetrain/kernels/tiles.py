@@ -53,7 +53,7 @@ def _offsets(builder: Any, table: Any, count: int) -> list[Any]:
 
 
 def _vector_load(builder: Any, address: Any, lanes: int) -> Any:
-    return builder.load(pointer(builder, address, ir.VectorType(F32, lanes)), align=4 * lanes)
+    return builder.load(pointer(builder, address, ir.VectorType(F32, lanes)), align=4)
 
 
 def _fma(builder: Any, a: Any, b: Any, slot: Any) -> None:
@@ -121,7 +121,7 @@ def multiply_tile(
                     value = builder.select(builder.fcmp_ordered("<", value, lows), lows, value)
                     value = builder.select(builder.fcmp_ordered(">", value, highs), highs, value)
                     target = builder.add(channel, table[2 * p + 1])
-                    builder.store(value, pointer(builder, target, value.type), align=4 * n)
+                    builder.store(value, pointer(builder, target, value.type), align=4)
         return context.get_dummy_value()
 
     integers = [types.int64] * 11
