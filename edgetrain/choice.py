@@ -213,20 +213,27 @@ def rule(sizes: Sizes) -> Tile:
     return tiles.multiply(sizes) if sizes.kernel == "multiply" else tiles.correlate(sizes)
 
 
-# Tiles of 4 x 4 pixels that a Winograd kernel works on at once, with its (channels, tiles) in registers.
+# Vectors of tiles that a Winograd kernel works on at once, with its (channels, vectors) in registers.
 _WINOGRAD = {32: {4: (4, 4), 2: (8, 2), 1: (16, 1)}, 16: {4: (4, 2), 2: (4, 2), 1: (8, 1)}}
 
 
-def winograd_tile(tiles: int, blocks: int, threads: int) -> tuple[int, Tile]:
-    """Return how many of a map's ``tiles`` belong to one chunk of a Winograd kernel, and its (channels, tiles).
+def winograd_tile(tiles: int, blocks: int, threads: int, lanes: int) -> tuple[int, int, Tile]:
+    """Return how many of a map's ``tiles`` belong to one chunk of a Winograd kernel, and how it multiplies them.
+
+    That is in vectors of so many lanes, of which (channels, vectors) are in registers: where samples fill only part of
+    the widest vector, neighbouring tiles fill the rest.
 
     The largest chunk that lets all threads finish together: 1.3 times as fast with 4 as with 16 tiles on 16@32x32
     (a chunk's transformed numbers stay in the second-level cache), and equally fast with 2 and 4.
     """
-    shapes = {size: tile for size, tile in _WINOGRAD[target().registers].items() if tiles % size == 0}
-    longest = {size: -(-(blocks * tiles // size) // threads) * size for size in shapes}
+    together = max(1, simd_lanes() // lanes)
+    while tiles % together:
+        together //= 2
+    vectors = tiles // together
+    shapes = {size: tile for size, tile in _WINOGRAD[target().registers].items() if vectors % size == 0}
+    longest = {size: -(-(blocks * vectors // size) // threads) * size for size in shapes}
     chunk = min(shapes, key=lambda size: (longest[size], -size))
-    return chunk, shapes[chunk]
+    return chunk * together, together * lanes, shapes[chunk]
 
 
 def _fuller(channels: int, usual: Tile, odd: Tile | None) -> Tile:

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 from edgetrain.arrays import Layout, map_sizes
 from edgetrain.graph import Node, Value
+from edgetrain.lowering_core import Pair
 from edgetrain.lowering_listed import ListedLowering
-from edgetrain.lowering_products import Pair
 from edgetrain.ops import get_op
 from edgetrain.plan import Ref
 

@@ -15,7 +15,7 @@ from edgetrain.errors import GraphError
 from edgetrain.graph import Node, Value
 from edgetrain.kernels.codes import CHANNELS, DEPTHWISE
 from edgetrain.lowering import Lowering, Place, maps_of, strides
-from edgetrain.lowering_products import Pair
+from edgetrain.lowering_core import Pair
 from edgetrain.ops import Border, describe, get_op
 from edgetrain.ops.conv import ProductGrad, ProductOp
 from edgetrain.plan import Ref

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from edgetrain.parameters import Parameters
     from edgetrain.sparse_index import SparseIndex
 
+Pair = tuple[int, int]
+
 
 class LoweringCore:
     """Rows of one plan, and the buffers that they read and write."""
@@ -184,3 +186,23 @@ class LoweringCore:
                 "fill_border", (y.lanes,), y.planes, y=self.address(value) + -y.origin, rows=y.rows,
                 columns=y.columns, top=top, left=left, bottom=bottom, right=right, y_plane=y.channel, f_value=0.0,
             )  # fmt: skip
+
+
+def widened(pixels: list[Pair], lanes: int, widest: int) -> tuple[list[Pair], int]:
+    """Put as many neighbouring pixels into a vector as fit ``widest`` lanes; return the first of each, and the lanes.
+
+    Example:
+        >>> widened([(0, 32), (16, 48), (64, 96), (80, 112)], lanes=4, widest=16)
+        ([(0, 32), (64, 96)], 8)
+    """
+    together, size = widest // lanes, 4 * lanes
+    while together > 1 and not _runs(pixels, together, size):
+        together //= 2
+    return pixels[::together], together * lanes
+
+
+def _runs(pixels: list[Pair], together: int, size: int) -> bool:
+    """Whether the pixels are runs of ``together`` neighbours in both operands."""
+    firsts = [first for first in pixels[::together] for _ in range(together)]
+    steps = [size * (i % together) for i in range(len(firsts))]
+    return pixels == [(a + step, c + step) for (a, c), step in zip(firsts, steps, strict=True)]

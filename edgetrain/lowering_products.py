@@ -16,14 +16,12 @@ from edgetrain.arrays import ALIGNMENT, Layout
 from edgetrain.choice import Sizes, simd_lanes
 from edgetrain.graph import Node, Value
 from edgetrain.kernels.codes import CHANNELS, ROWS, SAMPLES
+from edgetrain.lowering_core import Pair, widened
 from edgetrain.lowering_sparse import SparseLowering
 from edgetrain.plan import Ref
 
 if TYPE_CHECKING:
     from edgetrain.ops.conv import Product
-
-Pair = tuple[int, int]
-
 
 def whole_gradient(weight: str) -> str:
     """Return the name of the memory that keeps the gradient of all of a sparse product's weights."""
@@ -303,26 +301,6 @@ def _lanes_of(places: list[int]) -> int:
     """Return the widest vector that ``places``, byte offsets of float32, consist of; 0 if they are no whole vectors."""
     lanes = next((lanes for lanes in (16, 8, 4) if lanes <= simd_lanes() and len(places) % lanes == 0), 0)
     return lanes if places == list(range(0, 4 * len(places), 4)) else 0
-
-
-def widened(pixels: list[Pair], lanes: int, widest: int) -> tuple[list[Pair], int]:
-    """Put as many neighbouring pixels into a vector as fit ``widest`` lanes; return the first of each, and the lanes.
-
-    Example:
-        >>> widened([(0, 32), (16, 48), (64, 96), (80, 112)], lanes=4, widest=16)
-        ([(0, 32), (64, 96)], 8)
-    """
-    together, size = widest // lanes, 4 * lanes
-    while together > 1 and not _runs(pixels, together, size):
-        together //= 2
-    return pixels[::together], together * lanes
-
-
-def _runs(pixels: list[Pair], together: int, size: int) -> bool:
-    """Whether the pixels are runs of ``together`` neighbours in both operands."""
-    firsts = [first for first in pixels[::together] for _ in range(together)]
-    steps = [size * (i % together) for i in range(len(firsts))]
-    return pixels == [(a + step, c + step) for (a, c), step in zip(firsts, steps, strict=True)]
 
 
 def _chunk(count: int, wanted: int, multiple: int) -> int:

@@ -15,14 +15,12 @@ from edgetrain.arrays import Layout
 from edgetrain.choice import target
 from edgetrain.graph import Node, Value
 from edgetrain.kernels.codes import ABSENT, SAMPLES
-from edgetrain.lowering_core import LoweringCore
+from edgetrain.lowering_core import LoweringCore, Pair
 from edgetrain.plan import Ref
 from edgetrain.sparse_index import SparseIndex
 
 if TYPE_CHECKING:
     from edgetrain.ops.conv import Phase, Product
-
-Pair = tuple[int, int]
 
 _ENTRY = 8  # bytes of an entry of a list: byte offset and weight
 _WANTED_JOBS = 16  # per kernel call, so that four threads find work; results do not depend on it

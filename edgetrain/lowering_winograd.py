@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from edgetrain.arrays import Layout
-from edgetrain.choice import winograd_tile
+from edgetrain.choice import simd_lanes, winograd_tile
 from edgetrain.graph import Node, Value
 from edgetrain.kernels.codes import SAMPLES
+from edgetrain.lowering_core import widened
 from edgetrain.plan import Ref
 
 if TYPE_CHECKING:
@@ -77,7 +78,7 @@ def _emit(
 ) -> None:  # fmt: skip
     source, out, size = low.layout(x), low.layout(y), 4 * low.lanes
     rows, columns = out.rows // _TILE, out.columns // _TILE
-    chunk, (channels, width) = winograd_tile(rows * columns, low.blocks, low.threads)
+    chunk, wide, (channels, width) = winograd_tile(rows * columns, low.blocks, low.threads, low.lanes)
     slots = min(low.threads, low.blocks * rows * columns // chunk)
     tiles = -(-f.outputs // channels)
     packed_position = 4 * tiles * channels * f.inputs
@@ -89,8 +90,8 @@ def _emit(
         tap_step=f.tap_step, packed_position=packed_position,
     )  # fmt: skip
     low.emit(
-        "winograd", (low.lanes, channels, width), slots, x=low.address(x) + start, y=low.address(y), packed=packed,
-        bias=bias or low.zeros(f.outputs), listed=listed or 0, scratch=scratch,
+        "winograd", (low.lanes, wide, channels, width), slots, x=low.address(x) + start, y=low.address(y),
+        packed=packed, bias=bias or low.zeros(f.outputs), listed=listed or 0, scratch=scratch,
         scratch_bytes=_POSITIONS * (v + m), slots=slots, blocks=low.blocks, tile_rows=rows, tile_columns=columns,
         inputs=f.inputs, outputs=f.outputs, chunk=chunk, x_block=source.block, x_channel=source.channel,
         x_row=source.row, y_block=out.block, y_channel=out.channel, y_row=out.row, packed_position=packed_position,
@@ -163,13 +164,15 @@ def _correlate(
     """Emit ``sums[position][o][c] = sum over tiles and lanes of z[position][o] * v[position][c]``."""
     (channel, v_position, z_position), size = strides, 4 * low.lanes
     rows, width = 4, 4
+    vectors, lanes = widened([(t * size, t * size) for t in range(tiles)], low.lanes, simd_lanes())
     low.emit(
-        "correlate", (low.lanes, rows, width, SAMPLES), _POSITIONS * -(-g.outputs // rows), x=v, grad_out=z,
-        grad_weight=sums, pixels=low.table([(t * size, t * size) for t in range(tiles)]),
-        terms=low.table([(c * channel, 4 * c) for c in range(g.inputs)]), pixel_count=tiles, term_count=g.inputs,
+        "correlate", (lanes, rows, width, SAMPLES), _POSITIONS * -(-g.outputs // rows), x=v, grad_out=z,
+        grad_weight=sums, pixels=low.table(vectors), terms=low.table([(c * channel, 4 * c) for c in range(g.inputs)]),
+        pixel_count=len(vectors), term_count=g.inputs,
         channel_count=g.outputs, x_block=0, grad_block=0, x_group=v_position, grad_group=z_position,
         weight_group=4 * g.inputs * g.outputs, grad_channel=channel, weight_channel=4 * g.inputs, blocks=1,
-        groups=_POSITIONS, pixel_chunk=tiles, term_chunk=g.inputs, term_chunks=1, channel_tiles=-(-g.outputs // rows),
+        groups=_POSITIONS, pixel_chunk=len(vectors), term_chunk=g.inputs, term_chunks=1,
+        channel_tiles=-(-g.outputs // rows),
     )  # fmt: skip
 
 

@@ -7,7 +7,7 @@ import pytest
 
 import edgetrain.lowering_winograd as winograd
 from edgetrain import reference
-from edgetrain.choice import winograd_tile
+from edgetrain.choice import Target, simd_lanes, winograd_tile
 from edgetrain.graph import Graph
 from tests.engine import assert_same, learner, wide_host
 
@@ -90,4 +90,13 @@ def test_results_do_not_depend_on_threads(threads):
     [(64, 2, 2, 4), (4, 2, 2, 4), (4, 1, 2, 2), (4, 1, 4, 1), (9, 2, 2, 1), (6, 4, 2, 2), (6, 3, 2, 1), (64, 1, 1, 4)],
 )
 def test_chunks_let_all_threads_finish_together(tiles, blocks, threads, chunk):
-    assert winograd_tile(tiles, blocks, threads)[0] == chunk
+    assert winograd_tile(tiles, blocks, threads, lanes=simd_lanes())[0] == chunk
+
+
+@pytest.mark.parametrize(
+    ("tiles", "lanes", "chunk", "wide"),
+    [(64, 4, 16, 16), (64, 8, 8, 16), (4, 4, 4, 16), (4, 8, 4, 16), (9, 4, 1, 4), (6, 4, 2, 8), (6, 16, 2, 16)],
+)
+def test_neighbouring_tiles_fill_the_widest_vector(tiles, lanes, chunk, wide, monkeypatch):
+    monkeypatch.setattr("edgetrain.choice._host", lambda: Target(lanes=16, registers=32))
+    assert winograd_tile(tiles, 4, 2, lanes)[:2] == (chunk, wide)

@@ -60,15 +60,16 @@ def winograd_weights(channels: int) -> Body:
     "inputs", "outputs", "chunk", "x_block", "x_channel", "x_row", "y_block", "y_channel", "y_row", "packed_position",
     "v_position", "m_position",
 )  # fmt: skip
-def winograd(lanes: int, channels: int, width: int) -> Body:
+def winograd(lanes: int, wide: int, channels: int, width: int) -> Body:
     """Write ``y = bias + weights * x``: transform a chunk of tiles, 36 products of matrices, transform back.
 
     Job: a slot of ``scratch``, with an equal share of all (block, chunk of ``chunk`` tiles). A chunk's numbers stay in
     the second-level cache. Positions must not lie a multiple of 4 KiB apart: writing 36 lines of one cache
     set made the kernel take 1.2 to 1.6 times as long (``lowering_winograd._apart``).
+    The products run on vectors of ``wide`` lanes: neighbouring tiles together where samples do not fill a vector.
     ``listed``: numbers of the input channels, or 0 for all.
     """
-    size = 4 * lanes
+    size, run = 4 * lanes, 4 * wide * width
 
     def body(args: int, first: int, last: int) -> None:
         (x, y, packed, bias, listed, scratch, scratch_bytes, slots, blocks, tile_rows, tile_columns, inputs, outputs,
@@ -91,10 +92,10 @@ def winograd(lanes: int, channels: int, width: int) -> Body:
                         )  # fmt: skip
                 for p in range(36):
                     for o in range(0, outputs, channels):
-                        for t in range(0, step, width * size):
+                        for t in range(0, step, run):
                             product_tile(
                                 v + p * v_position + t, step, packed + p * packed_position + 4 * o * inputs,
-                                4 * channels, m + p * m_position + o * step + t, step, inputs, channels, width, lanes,
+                                4 * channels, m + p * m_position + o * step + t, step, inputs, channels, width, wide,
                             )  # fmt: skip
                 for o in range(outputs):
                     target, shift = y + block * y_block + o * y_channel, load_f32(bias + 4 * o)

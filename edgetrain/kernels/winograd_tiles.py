@@ -247,7 +247,7 @@ def product_tile(
             for t in range(tr):
                 place = builder.add(row, ir.Constant(I64, 4 * n * t))
                 value = builder.load(slots[c * tr + t])
-                builder.store(value, pointer(builder, place, value.type), align=4 * n)
+                builder.store(value, pointer(builder, place, value.type), align=4)
         return context.get_dummy_value()
 
     return types.void(*([types.int64] * 7), channels, width, lanes), codegen
