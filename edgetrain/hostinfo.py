@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Host", "host_facts", "read_host"]
+__all__ = ["Host", "host_facts", "processor", "read_host"]
 
 Finding = tuple[Any, str]
 
@@ -98,6 +98,17 @@ def read_host(root: Path, cpus: Collection[int] | None = None, machine: str | No
             word for key, value in cpuinfo if key in ("flags", "Features") for word in value.split()
         ),
     )
+
+
+def processor(root: Path = Path("/")) -> list[str]:
+    """Return what machine code depends on: architecture, and which kinds of processor there are, with their features.
+
+    >>> processor() == sorted(processor())
+    True
+    """
+    keys = ("model name", "cpu family", "model", "stepping", "flags", "CPU implementer", "CPU part", "CPU variant",
+            "Features")  # fmt: skip
+    return sorted({_uname_machine(), *(f"{key}: {value}" for key, value in _cpuinfo(root) if key in keys)})
 
 
 def host_facts(root: str | os.PathLike[str] = "/") -> dict[str, Any]:

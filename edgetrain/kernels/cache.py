@@ -1,8 +1,7 @@
-"""Compiled kernels on disk, and loading them; needs LLVM (llvmlite), but neither Numba nor the kernels' source modules.
+"""Compiled kernels on disk; needs neither LLVM nor Numba nor the kernels' source modules.
 
-A process that finds all its kernels here never imports Numba: training LeNet-5 at batch size 32 then takes 91 MiB of
-resident memory instead of 147, and 0.5 s instead of 0.9 s to the first step (the x86 machine of docs/performance.md,
-busy). Of the 91 MiB, 39 are LLVM's library, most of it pages that processes share.
+A process that finds all its kernels here imports no compiler: training LeNet-5 at batch size 32 then takes 42 MiB of
+resident memory (the x86 machine of docs/performance.md).
 
 One file per kernel, a checksum and an ELF object, in a folder that is named by everything the machine code depends on;
 so nothing is ever out of date. Files are written under a temporary name and renamed: several processes may compile at
@@ -19,6 +18,8 @@ import shutil
 import sys
 from pathlib import Path
 from typing import Any
+
+from edgetrain.hostinfo import processor
 
 _PREFIX, _SUFFIX = "edgetrain-", ".kernel"
 # Folders kept: for other Python environments or machines that share the place, and to go back to a former version.
@@ -90,44 +91,10 @@ def fingerprint() -> str:
     That is the source of all kernels, the versions of Numba, llvmlite and Python, the processor and its features.
     Numba's own cache looks at a kernel's own file only and takes over changes of ``simd.py`` when it is emptied.
     """
-    import llvmlite
-    from llvmlite import binding
-
-    parts = [llvmlite.__version__, sys.version, binding.get_default_triple(), binding.get_host_cpu_name()]
-    parts += [binding.get_host_cpu_features().flatten(), *(os.environ.get(name, "") for name in _SETTINGS)]
-    sources = [_numba_version(), *(file.read_bytes() for file in sorted(Path(__file__).parent.glob("*.py")))]
+    parts = [sys.version, *processor(), *(os.environ.get(name, "") for name in _SETTINGS)]
+    sources = [_version_of("numba"), _version_of("llvmlite")]
+    sources += [file.read_bytes() for file in sorted(Path(__file__).parent.glob("*.py"))]
     return importlib.util.source_hash(b"\0".join([*(part.encode() for part in parts), *sources])).hex()
-
-
-def load(symbol: str, content: bytes) -> int:
-    """Load an ELF object, and return the address of one of its functions."""
-    from llvmlite import binding
-
-    engine = _engine()
-    engine.add_object_file(binding.ObjectFileRef.from_data(content))
-    engine.finalize_object()
-    return int(engine.get_function_address(symbol))
-
-
-def target_machine() -> Any:
-    """Return LLVM's description of this machine, as Numba's just-in-time compiler sets it up."""
-    from llvmlite import binding
-
-    target = binding.Target.from_default_triple()
-    return target.create_target_machine(
-        cpu=binding.get_host_cpu_name(), features=binding.get_host_cpu_features().flatten(), opt=3,
-        reloc="static" if target.name.startswith("x86") else "default", codemodel="jitdefault", jit=True,
-    )  # fmt: skip
-
-
-@functools.cache
-def _engine() -> Any:
-    """Return LLVM's loader; it lives as long as the process, and so does the code that it loads."""
-    from llvmlite import binding
-
-    binding.initialize_native_target()
-    binding.initialize_native_asmprinter()
-    return binding.create_mcjit_compiler(binding.parse_assembly(""), target_machine())
 
 
 def _folder_name() -> str:
@@ -139,9 +106,9 @@ def _checksum(name: str, content: bytes) -> bytes:
     return importlib.util.source_hash(name.encode() + b"\0" + content)
 
 
-def _numba_version() -> bytes:
-    """Return the file in which Numba says its version; importing Numba is what this module avoids."""
-    spec = importlib.util.find_spec("numba")
+def _version_of(package: str) -> bytes:
+    """Return the file in which a package says its version; importing compilers is what this module avoids."""
+    spec = importlib.util.find_spec(package)
     if spec is None or spec.origin is None:
         return b""
     return (Path(spec.origin).parent / "_version.py").read_bytes()

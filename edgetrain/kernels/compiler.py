@@ -8,6 +8,7 @@ each object gets a wrapper with that of C. Kernels raise nothing, so the status 
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable
 from typing import Any
@@ -19,7 +20,6 @@ from numba.core.compiler_lock import global_compiler_lock
 from numba.core.registry import cpu_target
 
 from edgetrain.errors import GraphError
-from edgetrain.kernels.cache import target_machine
 
 # What an object may need from the process: Python itself is linked with libc and libm.
 LIBRARY_FUNCTIONS = frozenset(
@@ -40,7 +40,19 @@ def compile_object(function: Callable[..., Any], symbol: str, parameters: int, r
     with global_compiler_lock:
         module = _compile(function, symbol, parameters, result)
     _isolate(module, symbol)
-    return bytes(target_machine().emit_object(module))
+    return bytes(_target_machine().emit_object(module))
+
+
+@functools.cache
+def _target_machine() -> Any:
+    """Return LLVM's description of this machine; code that can lie anywhere, its parts near each other (``loader``)."""
+    binding.initialize_native_target()
+    binding.initialize_native_asmprinter()
+    target = binding.Target.from_default_triple()
+    return target.create_target_machine(
+        cpu=binding.get_host_cpu_name(), features=binding.get_host_cpu_features().flatten(), opt=3, reloc="pic",
+        codemodel="small",
+    )  # fmt: skip
 
 
 def _compile(function: Callable[..., Any], symbol: str, parameters: int, result: Any) -> Any:

@@ -20,6 +20,7 @@ from collections.abc import Callable
 from edgetrain.errors import GraphError
 from edgetrain.forking import ForkLock
 from edgetrain.kernels import cache
+from edgetrain.kernels.loader import load
 
 Body = Callable[[int, int, int], None]
 Factory = Callable[..., Body]
@@ -105,7 +106,7 @@ def _kernel_address(key: tuple[str, tuple[int, ...]], number: int, total: int) -
 
         content = compile_object(load_factories()[key[0]][0](*key[1]), symbol, 3)
         cache.write(cache.file_name(label), content)
-    return cache.load(symbol, content)
+    return load(symbol, content)
 
 
 def _interpreter_address(function: str, parameters: int) -> int:
@@ -119,7 +120,7 @@ def _interpreter_address(function: str, parameters: int) -> int:
 
         content = compile_object(getattr(program, function), symbol, parameters, types.int64)
         cache.write(name, content)
-    return cache.load(symbol, content)
+    return load(symbol, content)
 
 
 @functools.cache
