@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import threading
+import time
 import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -19,12 +20,8 @@ from edgetrain.kernels.registry import compile_kernels, interpreter
 from edgetrain.plan import STAGES, KernelKey, Plan
 
 _STAMP: KernelKey = ("stamp", ())
-
-
-def _lead(program: int, rows: int, threads: int, sync: NDArray[np.int64]) -> bool:
-    """Run a program as its first thread, see ``kernels.program.lead``; return whether no guard stopped it."""
-    lead, _ = interpreter()
-    return lead(program, rows, threads, sync.ctypes.data, int(sync[ARRIVED // 8])) == 0
+# Seconds above which barriers do not matter; runs between two trials of the other number of threads; runs of a trial.
+_LONG, _PAUSE, _TRIAL = 2e-3, 200, 4
 
 
 class _Order:
@@ -60,6 +57,49 @@ def _serve(order: _Order, start: threading.Lock, number: int, ticket: int) -> No
             ticket = follow(order.sync.ctypes.data, number, ticket)
 
 
+class Pace:
+    """Decides how many threads run a short program: all, or one where that is measured to be faster.
+
+    Programs of a few dozen microseconds between two barriers are slower on two threads than on one when the threads
+    share a core's units or wait for other processes: a step of LeNet-5 at batch 8 took 201 us on two threads then and
+    147 on one, and 102 on two when both had a core of their own. Results do not depend on it. Now and then a few runs
+    of the other kind are timed; long programs always have all threads.
+    """
+
+    def __init__(self, threads: int) -> None:
+        self.threads = self._all = threads
+        self._runs, self._pause = 0, _PAUSE
+        self._seconds: dict[int, float] = {}
+
+    def took(self, seconds: float) -> None:
+        """Hear how long a run with ``threads`` threads took; ``threads`` is then what the next run should have."""
+        if self._all == 1:
+            return
+        if seconds > _LONG:
+            self.threads, self._runs = self._all, 0
+            return
+        self._runs += 1
+        if self._runs <= self._pause:
+            return
+        trial = self._runs - self._pause
+        if trial % _TRIAL != 1:  # the first run of a trial wakes threads, or lets them sleep
+            self._seconds[self.threads] = min(seconds, self._seconds.get(self.threads, seconds))
+        if trial == _TRIAL:
+            self.threads = self._all + 1 - self.threads
+        elif trial == 2 * _TRIAL:
+            self._decide()
+
+    def _decide(self) -> None:
+        """Keep the faster, and leave it alone the longer, the clearer it was."""
+        other = self.threads
+        usual = self._all + 1 - other
+        better = self._seconds[other] < 0.95 * self._seconds[usual]
+        clear = self._seconds[other] > 1.3 * self._seconds[usual]
+        self.threads = other if better else usual
+        self._pause = min(8 * _PAUSE, 2 * self._pause) if clear else _PAUSE
+        self._runs, self._seconds = 0, {}
+
+
 class Team:
     """Threads that run programs together.
 
@@ -71,6 +111,7 @@ class Team:
     def __init__(self, threads: int) -> None:
         self.threads = threads
         self._sync = aligned(SYNC_BYTES // 8, np.int64)
+        self._sync_address = int(self._sync.ctypes.data)
         self._pid, self._order = 0, _Order(self._sync)
         self._lock = threading.Lock()
 
@@ -79,19 +120,27 @@ class Team:
         """The words that threads meet at; kernels write the status word."""
         return self._sync
 
-    def run(self, program: int, rows: int) -> bool:
-        """Run ``rows`` rows of the program at address ``program``; return whether no guard stopped it."""
+    def run(self, program: int, rows: int, threads: int | None = None) -> bool:
+        """Run ``rows`` rows of the program at address ``program``; return whether no guard stopped it.
+
+        ``threads``: one or all of them; ``None`` for all.
+        """
         with self._lock:
-            if self.threads == 1 or rows == 0:
-                return _lead(program, rows, 1, self._sync)
+            if self.threads == 1 or threads == 1 or rows == 0:
+                return self._lead(program, rows, 1)
             self._start()
             self._order.wanted = int(self._sync[TICKET // 8]) + 1
             try:
                 self._order.wake()
                 # An interrupt strikes before or after this call, so either all threads take part or none does.
-                return _lead(program, rows, self.threads, self._sync)
+                return self._lead(program, rows, self.threads)
             finally:
                 self._order.wanted = int(self._sync[TICKET // 8])
+
+    def _lead(self, program: int, rows: int, threads: int) -> bool:
+        """Run a program as its first thread, see ``kernels.program.lead``."""
+        lead, _ = interpreter()
+        return lead(program, rows, threads, self._sync_address, int(self._sync[ARRIVED // 8])) == 0
 
     def _start(self) -> None:
         if self._pid == os.getpid():
@@ -112,17 +161,14 @@ class Arena:
 
     def __init__(self) -> None:
         self.memory: NDArray[np.uint8] = aligned(0, np.uint8)
+        self.address = 0  # of the first byte
 
     def reserve(self, nbytes: int) -> None:
         """Make the arena at least this large; its content is lost when it grows."""
         if nbytes > self.memory.size:
             self.memory = aligned(0, np.uint8)  # free the old one first
             self.memory = aligned(nbytes, np.uint8)
-
-    @property
-    def address(self) -> int:
-        """Address of the first byte."""
-        return int(self.memory.ctypes.data)
+            self.address = int(self.memory.ctypes.data)
 
 
 class Executor:
@@ -132,6 +178,9 @@ class Executor:
         self.plan, self._arena, self._team = plan, arena, team
         self._addresses = compile_kernels(plan.kernels)
         self._bound = -1
+        self._program_address = 0
+        self._paces: dict[int, Pace] = {}  # by how many rows of the program are run
+        self.masked = -1  # samples that the plan's mask tells apart at present
         self._sources: dict[str, list[int]] = {}
         self._program = self._arguments = aligned(0, np.int64)
         # Rows are sorted by stage: those up to a stage are the first so many.
@@ -149,7 +198,12 @@ class Executor:
         """
         self._bind()
         self._place(sources)
-        return self._team.run(self._program.ctypes.data, self._rows_until[until])
+        rows = self._rows_until[until]
+        pace = self._paces.setdefault(rows, Pace(self._team.threads))
+        start = time.perf_counter()
+        finished = self._team.run(self._program_address, rows, pace.threads)
+        pace.took(time.perf_counter() - start)
+        return finished
 
     def time_rows(self, sources: Mapping[str, NDArray[Any]]) -> NDArray[np.float64] | None:
         """Run a whole step as ``run`` does, with a look at the clock between all rows.
@@ -186,7 +240,7 @@ class Executor:
         self._bind()
         rows = self.plan.rows[: self._rows_until["backward"]]
         for number, row in enumerate(rows):
-            _lead(self._program.ctypes.data + ROW_BYTES * number, 1, 1, self._team.sync)
+            self._team.run(self._program_address + ROW_BYTES * number, 1, threads=1)
             if number + 1 == len(rows) or rows[number + 1].node != row.node:
                 yield row.node
 
@@ -221,3 +275,4 @@ class Executor:
         if self._bound != self._arena.address:
             self._bound = self._arena.address
             self._program, self._arguments, self._sources = self.plan.bind(self._bound, self._addresses)
+            self._program_address = int(self._program.ctypes.data)

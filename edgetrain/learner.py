@@ -470,8 +470,10 @@ class Learner:
         return labels_of(y, count, self.graph.output_shape[0])
 
     def _set_counters(self, executor: Executor, count: int) -> None:
-        executor.plan.fixed["mask"][:count] = 1
-        executor.plan.fixed["mask"][count:] = 0
+        if executor.masked != count:
+            executor.plan.fixed["mask"][:count] = 1
+            executor.plan.fixed["mask"][count:] = 0
+            executor.masked = count
         self._parameters.buffers["state"][:3] = count, self.step_count, self.seed
         if self._scaled_for is not self.graph.normalization:
             self._parameters.scale_input(self.graph.normalization)

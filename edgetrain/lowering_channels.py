@@ -101,7 +101,7 @@ class ChannelLowering(Lowering):
 
     def multiply(self, x: Ref, x_layout: Layout, y: Ref, y_layout: Layout, *, pixels: list[Pair], terms: list[int],
                  weight: Ref, sources: list[int], weight_channel: int, weight_group: int, groups: int, inputs: int,
-                 outputs: int, bias: Ref | None) -> None:  # fmt: skip
+                 outputs: int, bias: Ref | None, ranges: list[Pair] | None = None) -> None:  # fmt: skip
         """See ``Lowering.multiply``. A depthwise product runs over maps of vectors, its weights packed alike."""
         pixels, blocks = self.merge_blocks(pixels, x_layout, y_layout)
         lanes, depthwise = y_layout.lanes, groups > 1
@@ -113,7 +113,8 @@ class ChannelLowering(Lowering):
                 weights["weight_group"] = 4 * lanes * len(terms)
             self.emit_multiply(
                 x, y, pixels, tile, terms=self.table(terms), term_count=len(terms), kind=kind, lanes=lanes,
-                blocks=blocks, groups=maps, channel_count=channel_count, bias=bias or self.zeros(channels + tile[0]),
+                ranges=self.ranges((ranges or []) * (self.blocks // blocks), len(pixels), tile[1]), blocks=blocks,
+                groups=maps, channel_count=channel_count, bias=bias or self.zeros(channels + tile[0]),
                 x_block=x_layout.block, y_block=y_layout.block, x_group=x_layout.channel, y_group=y_layout.channel,
                 y_channel=y_layout.channel, **weights,
             )  # fmt: skip

@@ -50,7 +50,7 @@ class PrunedLowering(ProductLowering):
             return
         grad, out = self.layout(node.x), self.layout(node.y)
         weight = self.dense_weight(node.input(1), g)
-        for phase in g.phases():
+        for phase, few in zip(g.phases(), kept.phases(), strict=True):
             pixels, blocks, lanes = self.vectors(phase.pixels(grad, out), grad, out)
             terms, sources, count = self._listed_terms(node, g, phase)
             with self.chosen(Sizes("multiply", SAMPLES, lanes, g.channels_in, len(pixels), count, 1)) as tile:
@@ -67,6 +67,7 @@ class PrunedLowering(ProductLowering):
                     weight=packed, weight_group=0, weight_tile=4 * width * count, weight_step=4 * width,
                     bias=self.zeros(g.channels_in + width), x_block=grad.block, y_block=out.block, x_group=0, y_group=0,
                     y_channel=out.channel,
+                    ranges=self.ranges(few.ranges() * (self.blocks // blocks), len(pixels), tile[1]),
                 )  # fmt: skip
 
     def _listed_terms(self, node: Node, g: Product, phase: Phase) -> tuple[Ref, Ref, int]:
@@ -75,10 +76,11 @@ class PrunedLowering(ProductLowering):
         count = kept.size * taps
         terms, sources = self.workspace(8 * max(1, count)), self.workspace(8 * max(1, count))
         if count:
-            first = list(zip(phase.terms(grad)[:taps], phase.sources()[:taps], strict=True))
+            first = [(a * grad.row + b * grad.pixel, (i * g.kernel[1] + j) * g.weight_tap) for i, j, a, b in phase.taps]
             self.emit(
                 "listed_terms", (), kept.size, kept=self.address(kept), kept_count=kept.size, taps=self.table(first),
-                tap_count=taps, grad_channel=grad.channel, weight_channel=g.weight_out, terms=terms, sources=sources,
+                tap_count=taps, row_taps=sum(tap[0] == phase.taps[0][0] for tap in phase.taps),
+                grad_channel=grad.channel, weight_channel=g.weight_out, terms=terms, sources=sources,
             )  # fmt: skip
         return terms, sources, count
 

@@ -17,7 +17,7 @@ import pytest
 
 import edgetrain as et
 from edgetrain.errors import NumericalError
-from edgetrain.executor import Arena, Team
+from edgetrain.executor import Arena, Pace, Team
 from edgetrain.graph import Graph
 
 BUILDERS = {
@@ -399,3 +399,43 @@ def test_a_leader_that_is_late_finds_its_team(monkeypatch):
 
     monkeypatch.setattr(order, "wake", slowly)
     assert in_threads(lambda: late.partial_fit(*batch(late, seed=1))) == []
+
+
+# ---- how many threads run a short program
+
+
+def paced(seconds: dict[int, float], runs: int, pace: Pace | None = None) -> tuple[Pace, list[int]]:
+    """Run with given seconds by number of threads; return the pace and the threads of every run."""
+    pace, threads = pace or Pace(max(seconds)), []
+    for _ in range(runs):
+        threads.append(pace.threads)
+        pace.took(seconds[pace.threads])
+    return pace, threads
+
+
+def test_a_short_program_runs_on_one_thread_where_that_is_faster():
+    pace, threads = paced({1: 1e-4, 4: 2e-4}, 1000)
+    assert set(threads) == {1, 4}
+    assert threads[:200] == [4] * 200
+    assert threads.count(1) > 700
+    _, later = paced({1: 1e-4, 4: 0.5e-4}, 2000, pace)  # the machine has become quiet
+    assert later.count(4) > 1000
+
+
+def test_trials_are_rare_where_all_threads_are_much_faster():
+    _, threads = paced({1: 2e-4, 2: 1e-4}, 10_000)
+    assert threads[-1] == 2
+    assert 0 < threads.count(1) < 50
+
+
+def test_one_slow_run_decides_nothing():
+    pace, _ = paced({1: 1e-4, 2: 0.9e-4}, 203)
+    pace.took(5e-4)  # the trial of two threads meets another process
+    _, threads = paced({1: 1e-4, 2: 0.9e-4}, 20, pace)
+    assert threads[-1] == 2
+
+
+@pytest.mark.parametrize("seconds", [{1: 1.0, 2: 3.0}, {1: 1e-4}])
+def test_long_programs_and_single_threads_are_left_alone(seconds):
+    _, threads = paced(seconds, 1000)
+    assert set(threads) == {max(seconds)}

@@ -14,11 +14,12 @@ from edgetrain.kernels.registry import Body, kernel
 from edgetrain.kernels.simd import arguments, load_f32, load_i64, store_f32
 from edgetrain.kernels.tiles import correlate_tile, multiply_tile
 
-# pixels: table of int64 pairs (input, output byte offset); terms: table of int64 byte offsets.
+# pixels: table of int64 pairs (input, output byte offset); terms: table of int64 byte offsets; ranges: table of int64
+# pairs (first term, number of terms), one for every ``width`` pixels, or 0 if all have all terms.
 
 
 @kernel(
-    "x", "y", "weight", "bias", "pixels", "terms", "pixel_count", "term_count", "channel_count",
+    "x", "y", "weight", "bias", "pixels", "terms", "ranges", "pixel_count", "term_count", "channel_count",
     "x_block", "y_block", "x_group", "y_group", "weight_group", "weight_tile", "weight_step", "weight_channel",
     "y_channel", "groups", "pixel_chunk", "pixel_chunks", "channel_chunk", "channel_chunks", "f_low", "f_high",
 )  # fmt: skip
@@ -33,10 +34,10 @@ def multiply(lanes: int, channels: int, width: int, kind: int) -> Body:
     step = 1 if kind in (SAMPLES, ROWS) else lanes
 
     def body(args: int, first: int, last: int) -> None:
-        (x, y, weight, bias, pixels, terms, pixel_count, term_count, channel_count, x_block, y_block, x_group, y_group,
-         weight_group, weight_tile, weight_step, weight_channel, y_channel, groups, pixel_chunk, pixel_chunks,
-         channel_chunk, channel_chunks) = arguments(args, 23)  # fmt: skip
-        low, high = load_f32(args + 184), load_f32(args + 192)
+        (x, y, weight, bias, pixels, terms, ranges, pixel_count, term_count, channel_count, x_block, y_block, x_group,
+         y_group, weight_group, weight_tile, weight_step, weight_channel, y_channel, groups, pixel_chunk, pixel_chunks,
+         channel_chunk, channel_chunks) = arguments(args, 24)  # fmt: skip
+        low, high = load_f32(args + 192), load_f32(args + 200)
         for job in range(first, last):
             chunk_c = job % channel_chunks
             rest = job // channel_chunks
@@ -52,9 +53,14 @@ def multiply(lanes: int, channels: int, width: int, kind: int) -> Body:
             last_channel = min(channel_count, (chunk_c + 1) * channel_chunk)
             for c in range(chunk_c * channel_chunk, last_channel, channels):
                 for p in range(chunk_p * pixel_chunk, last_pixel, width):
+                    first_term, count = 0, term_count
+                    if ranges != 0:
+                        first_term = load_i64(ranges + 16 * (p // width))
+                        count = load_i64(ranges + 16 * (p // width) + 8)
+                    weights = packed + c // channels * weight_tile + first_term * weight_step
                     multiply_tile(
-                        source, target + c // step * y_channel, packed + c // channels * weight_tile, weight_step,
-                        weight_channel, biases + 4 * c, pixels + 16 * p, terms, term_count, y_channel,
+                        source, target + c // step * y_channel, weights, weight_step,
+                        weight_channel, biases + 4 * c, pixels + 16 * p, terms + 8 * first_term, count, y_channel,
                         channel_count - c, low, high, channels, width, lanes, kind,
                     )  # fmt: skip
 

@@ -25,15 +25,16 @@ from edgetrain.kernels.simd import (
     float_state,
     flush_bits,
     load_i64,
+    pause,
     set_float_state,
     store_i64,
 )
 
-# Looks before a waiting thread offers its core to others: about 20 us, longer than any gap between equal shares.
-_SPINS = 10000
+# Looks before a waiting thread offers its core to others: 20 us and more, longer than any gap between equal shares.
+_SPINS = 1000
 # Looks for another run before a thread sleeps: some 100 us more, longer than what Python does between two steps. To
 # wake a sleeping thread takes 50 us and more: a step of LeNet-5 at batch 8 took 442 us, and takes 310 so (2 threads).
-_PATIENCE = 10300
+_PATIENCE = 1300
 
 _yield_core = types.ExternalFunction("sched_yield", types.int32())
 
@@ -69,6 +70,7 @@ def follow(sync: int, number: int, ticket: int) -> int:
             looks = 0
         else:
             looks += 1
+            pause()
             if looks > _SPINS:
                 _yield_core()
     return ticket
@@ -92,6 +94,7 @@ def _take_part(program: int, rows: int, thread: int, threads: int, sync: int, ar
             wanted, spins = arrived + (row + 1) * threads, 0
             while atomic_load(sync + ARRIVED) < wanted:
                 spins += 1
+                pause()
                 if spins > _SPINS:
                     _yield_core()
         # Only the guarded row writes the status, so every thread reads what this run wrote: no thread can be late,

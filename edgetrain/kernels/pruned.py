@@ -105,19 +105,21 @@ def keep_channels() -> Body:
     return body
 
 
-@kernel("kept", "kept_count", "taps", "tap_count", "grad_channel", "weight_channel", "terms", "sources")
+@kernel("kept", "kept_count", "taps", "tap_count", "row_taps", "grad_channel", "weight_channel", "terms", "sources")
 def listed_terms() -> Body:
     """Write the tables of a gather-multiply over listed channels: int64 offsets of terms and of their weights.
 
-    Job: a listed channel. ``taps``: table of int64 pairs (offset of the term, offset of its weight) for channel 0.
+    Job: a listed channel. ``taps``: table of int64 pairs (offset of the term, offset of its weight) for channel 0,
+    ``row_taps`` of them per row of the kernel. The order is that of ``ops.conv.Phase.terms``.
     """
 
     def body(args: int, first: int, last: int) -> None:
-        kept, _kept_count, taps, tap_count, grad_channel, weight_channel, terms, sources = arguments(args, 8)
+        (kept, kept_count, taps, tap_count, row_taps, grad_channel, weight_channel, terms,
+         sources) = arguments(args, 9)  # fmt: skip
         for job in range(first, last):
             channel = int(load_f32(kept + 4 * job))
             for tap in range(tap_count):
-                place = 8 * (job * tap_count + tap)
+                place = 8 * ((tap // row_taps * kept_count + job) * row_taps + tap % row_taps)
                 store_i64(terms + place, channel * grad_channel + load_i64(taps + 16 * tap))
                 store_i64(sources + place, channel * weight_channel + load_i64(taps + 16 * tap + 8))
 

@@ -353,6 +353,21 @@ def set_float_state(typingctx: Any, state: Any) -> Any:
 
 
 @intrinsic
+def pause(typingctx: Any) -> Any:
+    """Tell the processor that this is a loop of waiting: a thread on the same core gets its resources meanwhile."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        machine = str(builder.module.triple)
+        if machine.startswith("x86_64"):
+            call_llvm(builder, "llvm.x86.sse2.pause", result=ir.VoidType())
+        elif machine.startswith("aarch64"):
+            call_llvm(builder, "llvm.aarch64.hint", ir.Constant(I32, 1), result=ir.VoidType())
+        return context.get_dummy_value()
+
+    return types.void(), codegen
+
+
+@intrinsic
 def flush_bits(typingctx: Any) -> Any:
     """Return the bits that make this machine treat subnormal numbers as zero (x86 FTZ and DAZ, Arm FZ)."""
 

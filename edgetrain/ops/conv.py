@@ -11,6 +11,7 @@ Every product is ``y[channel][pixel] = sum over terms of weight[term][channel] *
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
@@ -103,18 +104,33 @@ class Phase:
         return [(i, j, a, b) for i, a in _phase(g, 0, row) for j, b in _phase(g, 1, column)]
 
     def terms(self, grad: Layout) -> list[int]:
-        """Return the byte offset into ``grad`` of every (output channel of a group, kernel position)."""
-        channels = range(self.product.outputs)
-        return [grad.at(c) + a * grad.row + b * grad.pixel for c in channels for _, _, a, b in self.taps]
+        """Return the byte offset into ``grad`` of every term: (kernel row, output channel of a group, kernel column).
+
+        Rows come first, so that the terms of a pixel near the edge, whose windows lie partly outside, are neighbours.
+        """
+        return [grad.at(c) + a * grad.row + b * grad.pixel for c, _, _, a, b in self._in_order()]
 
     def sources(self) -> list[int]:
         """Return the byte offset into an input channel's weights of every term."""
         g = self.product
-        return [
-            c * g.weight_out + (i * g.kernel[1] + j) * g.weight_tap
-            for c in range(g.outputs)
-            for i, j, _, _ in self.taps
-        ]
+        return [c * g.weight_out + (i * g.kernel[1] + j) * g.weight_tap for c, i, j, _, _ in self._in_order()]
+
+    def ranges(self) -> list[Pair]:
+        """Return (first, behind the last) of the terms of every pixel; the others lie above or below the output."""
+        g, rows = self.product, [a for _, a in _phase(self.product, 0, self.first[0])]
+        size = g.outputs * len(self.taps) // max(1, len(rows))
+        found = []
+        for n in range(len(range(self.first[0], g.size[0], g.strides[0]))):
+            inside = [k for k, a in enumerate(rows) if 0 <= n + a < g.out[0]] or [0, -1]
+            pair = (inside[0] * size, (inside[-1] + 1) * size)
+            found += [pair] * len(range(self.first[1], g.size[1], g.strides[1]))
+        return found
+
+    def _in_order(self) -> list[tuple[int, int, int, int, int]]:
+        """Return (channel, kernel row and column, their offsets in the output) of every term."""
+        rows = itertools.groupby(self.taps, key=lambda tap: tap[0])
+        taps = [list(row) for _, row in rows]
+        return [(c, *tap) for row in taps for c in range(self.product.outputs) for tap in row]
 
     def pixels(self, grad: Layout, out: Layout) -> list[Pair]:
         """Return (output gradient, input gradient) byte offsets of every pixel of the phase."""
