@@ -81,7 +81,7 @@ def _emit(
     chunk, wide, (channels, width) = winograd_tile(rows * columns, low.blocks, low.threads, low.lanes)
     slots = min(low.threads, low.blocks * rows * columns // chunk)
     tiles = -(-f.outputs // channels)
-    packed_position = 4 * tiles * channels * f.inputs
+    packed_position = _apart(4 * tiles * channels * f.inputs)
     v, m = _apart(f.inputs * chunk * size), _apart(tiles * channels * chunk * size)
     packed, scratch = low.workspace(_POSITIONS * packed_position), low.workspace(slots * _POSITIONS * (v + m))
     low.emit(

@@ -16,7 +16,7 @@ import numpy as np
 from edgetrain.errors import UsageError
 from edgetrain.graph import Graph
 from edgetrain.optim import Optimizer
-from edgetrain.pruning import compress_activations
+from edgetrain.pruning import compress_activations, mask_activations
 from edgetrain.sparsity.layers import SparseLayer, entries, erdos_renyi_kernel, sparse_layers, uniform
 from edgetrain.sparsity.policy import Floats, Mask, SparsityPolicy, largest
 
@@ -43,6 +43,8 @@ class SWAT(SparsityPolicy):
             by Erdos-Renyi-kernel; ``"momentum"``: by the mean momentum of every layer's weights, anew at each refresh;
             ``"structured"``: whole kernels (output channel, input channel) by their L1 norm, uniform densities;
             fully connected layers stay unstructured.
+        group: what of the saved activations is kept or dropped together: ``"element"``: every number for itself, as
+            published; ``"lanes"``: vectors, one pixel of the samples that lie in the lanes, of convolutions only.
         refresh: steps between choices of the weights. (The reference code applies a threshold of 10 to 1000 steps ago
             to the present weights; here the pattern itself is kept in between, so the density is exact at every step.)
         dense_first: whether the first layer stays dense; ``None``: in the unstructured and structured variants.
@@ -61,6 +63,7 @@ class SWAT(SparsityPolicy):
 
     activations: float = 0.9
     variant: str = "unstructured"
+    group: str = "lanes"
     refresh: int = 100
     dense_first: bool | None = None
     dense_last: bool = False
@@ -73,6 +76,7 @@ class SWAT(SparsityPolicy):
         super().__post_init__()
         self._check_share("activations")
         self._check_one_of("variant", VARIANTS)
+        self._check_one_of("group", ("element", "lanes"))
         self._check_count("refresh")
 
     def check(self, optimizer: Optimizer) -> None:
@@ -121,6 +125,8 @@ class SWAT(SparsityPolicy):
     def rewrite(self, train: TrainingGraph, layers: Sequence[SparseLayer]) -> dict[str, int]:
         """Let weight gradients read pruned activations."""
         densities = {n: d for n, d in self.activation_densities(layers).items() if d < 1}
+        if self.group == "element":
+            return mask_activations(train, densities, self.refresh)
         return compress_activations(train, densities, self.refresh, 1.0 if self.variant == "momentum" else None)
 
     def before_step(self, topology: Topology, step: int) -> None:
