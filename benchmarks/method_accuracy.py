@@ -1,18 +1,22 @@
-"""Accuracy of sparse training on the full Fashion-MNIST, against dense training for fewer steps.
+"""Accuracy of every method on the full Fashion-MNIST, against dense training for fewer steps.
 
 Usage:
-    python benchmarks/sparse_accuracy.py run lenet5 [--only dense-20 rigl-90] [--seeds 3] [--limit 600]
-    python benchmarks/sparse_accuracy.py run resnet8 --seeds 2
-    python benchmarks/sparse_accuracy.py time lenet5        seconds per step of every setting, on a quiet machine
-    python benchmarks/sparse_accuracy.py document           docs/sparse_accuracy.md from what is stored
+    python benchmarks/method_accuracy.py run lenet5 [--only dense-20 rigl-90] [--seeds 3] [--limit 600]
+    python benchmarks/method_accuracy.py run resnet8 --seeds 2
+    python benchmarks/method_accuracy.py time lenet5        seconds of every setting, on a quiet machine
+    python benchmarks/method_accuracy.py document           two documents from what is stored
 
-Every training is one file in benchmarks/results/sparse_accuracy/; what is there is not done again, so the work can
-be interrupted and continued anywhere. ``--limit``: start no training after so many seconds.
+Every training is one file in benchmarks/results/method_accuracy/; what is there is not done again, so the work can
+be interrupted and continued anywhere, also by several processes with different ``--only``. ``--limit``: start no
+training after so many seconds.
 
 The judge is dense training for fewer steps with a schedule fitted to that length: its accuracy over the number of
-epochs, interpolated in log(epochs), is compared at the same operations and at the same seconds. Seconds are counted as
-steps times the median time of a step, measured side by side (``time``), as a shared machine would make those of a
-training meaningless; changes of topology are in it.
+epochs, interpolated in log(epochs), is compared at the same operations and at the same seconds. Seconds are batches
+offered times the median time of a batch, measured side by side (``time``), as a shared machine would make those of a
+training meaningless; changes of topology and the choice of instances are in it.
+
+docs/sparse_accuracy.md has the methods that thin out weights, docs/learning_accuracy.md those that choose instances or
+thin out the backward pass.
 """
 
 import argparse
@@ -20,6 +24,7 @@ import json
 import math
 import statistics
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -28,8 +33,8 @@ import edgetrain as et
 from edgetrain.data import Dataset, batches, load_dataset
 from edgetrain.policies import describe_policy, parse_policy
 
-RESULTS = Path(__file__).parent / "results" / "sparse_accuracy"
-DOCUMENT = Path(__file__).parent.parent / "docs" / "sparse_accuracy.md"
+RESULTS = Path(__file__).parent / "results" / "method_accuracy"
+DOCUMENTS = Path(__file__).parent.parent / "docs"
 DATA = "/usr/share/datasets/fashion-mnist"
 BATCH = 32
 
@@ -57,51 +62,99 @@ SPARSE = {
     "set-90": "set:weights=0.9",
     "static-90": "static:weights=0.9",
 }
+# Name -> filter, error pruning, sparsity.
+LEARNING = {
+    "random-50": ("random:rate=0.5", "none", "none"),
+    "random-30": ("random:rate=0.3", "none", "none"),
+    "eif-50": ("eif:rate=0.5", "none", "none"),
+    "eif-30": ("eif:rate=0.3", "none", "none"),
+    "selective-50": ("selective:rate=0.5", "none", "none"),
+    "selective-30": ("selective:rate=0.3", "none", "none"),
+    "error-maps-70": ("none", "channels:keep=0.7", "none"),
+    "error-maps-50": ("none", "channels:keep=0.5", "none"),
+    "random-channels-50": ("none", "channels:keep=0.5,importance=random", "none"),
+    "gradients-50": ("none", "gradients:rate=0.5,group=lanes", "none"),
+    "gradients-75": ("none", "gradients:rate=0.75,group=lanes", "none"),
+    "zeros": ("none", "zeros", "none"),
+    "eif-50-error-maps-70": ("eif:rate=0.5", "channels:keep=0.7", "none"),
+    "selective-50-gradients-50": ("selective:rate=0.5", "gradients:rate=0.5,group=lanes", "none"),
+    "selective-50-rigl-80": ("selective:rate=0.5", "none", "rigl:weights=0.8"),
+}
 
 
-INTRODUCTION = """Full Fashion-MNIST (60,000 training, 10,000 test images), batch size 32, SGD with Nesterov momentum
-0.9, weight decay 5e-4 (not on biases and normalisation), warm-up 10 % then cosine, no augmentation; gradients of SWAT
-clipped to norm 1, as on the command line; accuracy after the last epoch. SWAT's saved activations are pruned number by
-number, or ("lanes") as vectors of the samples that lie in the lanes. Operations are the multiply-accumulates executed in the forward pass and for both gradients, relative to
-dense training for as many epochs. Seconds are steps times the median time of a step, changes of topology included.
+RECIPE = """Full Fashion-MNIST (60,000 training, 10,000 test images), batch size 32, SGD with Nesterov momentum
+0.9, weight decay 5e-4 (not on biases and normalisation), warm-up 10 % then cosine, no augmentation; accuracy after the
+last epoch. Operations are the multiply-accumulates executed in the forward pass and for both gradients, relative to
+dense training for as many epochs. Seconds are batches offered times the median time of a batch.
 "Better than dense": in points, against dense training for fewer steps with a schedule fitted to that length,
 interpolated in log(epochs)."""
-
-
-COLUMNS = ("setting", "seeds", "epochs", "accuracy", "sd", "density", "operations", "ms per step", "seconds",
+INTRODUCTIONS = {
+    "sparse": """Methods that thin out weights. Changes of topology are in the seconds. Gradients of SWAT are clipped to
+norm 1, as on the command line. Its saved activations are pruned number by number or ("lanes", and in the momentum and
+structured variants) as vectors of the samples that lie in the lanes.""",
+    "learning": """Methods that choose instances (filter: `eif`, `selective`, `random`) or thin out the backward pass
+(`error-maps`, `random-channels`, `gradients` as vectors of lanes, `zeros`). All are offered the same instances; the
+cost of choosing is in the operations and in the seconds. The number is the share that is kept in percent, for gradients
+the paper's p.""",
+}
+METHODS = {"sparse": SPARSE, "learning": LEARNING}
+TITLES = {"sparse": "Accuracy of sparse training", "learning": "Accuracy of learning from less"}
+COLUMNS = ("setting", "seeds", "epochs", "accuracy", "sd", "density", "operations", "ms per batch", "seconds",
            "better than dense with as many operations", "better than dense in the same time")  # fmt: skip
 
 
-def settings_of(model: str) -> dict[str, tuple[int, str]]:
-    """Return (epochs, policy) of every setting by name."""
-    plan = MODELS[model]
-    dense = {f"dense-{epochs}": (epochs, "none") for epochs in reversed(plan["dense"])}
-    return dense | {name: (plan["epochs"], policy) for name, policy in SPARSE.items()}
+@dataclass(frozen=True)
+class Setting:
+    """How long to train, and with which methods."""
+
+    epochs: int
+    instance_filter: str = "none"
+    error_pruning: str = "none"
+    sparsity: str = "none"
 
 
-def make_learner(model: str, training: Dataset, epochs: int, policy: str, seed: int, threads: int) -> et.Learner:
+def dense_settings(model: str) -> dict[str, Setting]:
+    """Return the judge's settings by name."""
+    return {f"dense-{epochs}": Setting(epochs) for epochs in reversed(MODELS[model]["dense"])}
+
+
+def settings_of(model: str) -> dict[str, Setting]:
+    """Return all settings by name."""
+    epochs = MODELS[model]["epochs"]
+    sparse = {name: Setting(epochs, sparsity=policy) for name, policy in SPARSE.items()}
+    return dense_settings(model) | sparse | {name: Setting(epochs, *policies) for name, policies in LEARNING.items()}
+
+
+def make_learner(model: str, training: Dataset, setting: Setting, seed: int, threads: int) -> et.Learner:
     """Return a learner with the recipe that all settings share."""
     build = et.models.lenet5 if model == "lenet5" else lambda *a, **k: et.models.resnet(*a, depth=8, **k)
     schedule = et.Schedule("cosine", warmup=0.1, final=0.002)
-    clip = 1.0 if policy.startswith("swat") else None  # as on the command line: 90 % pruned number by number diverges
+    clip = 1.0 if setting.sparsity.startswith("swat") else None  # as on the command line; without it some diverge
     optimizer = et.SGD(lr=MODELS[model]["lr"], momentum=0.9, nesterov=True, weight_decay=5e-4,
                        decay_bias_and_norm=False, schedule=schedule, clip_norm=clip)  # fmt: skip
-    return et.Learner(build(training.input_shape, training.num_classes, seed=seed), batch_size=BATCH, seed=seed,
-                      threads=threads, optimizer=optimizer, sparsity=parse_policy("sparsity", policy))  # fmt: skip
+    return et.Learner(
+        build(training.input_shape, training.num_classes, seed=seed), batch_size=BATCH, seed=seed, threads=threads,
+        optimizer=optimizer, sparsity=parse_policy("sparsity", setting.sparsity),
+        error_pruning=parse_policy("error_pruning", setting.error_pruning),
+        instance_filter=parse_policy("filter", setting.instance_filter),
+    )  # fmt: skip
 
 
 def train(model: str, name: str, seed: int, threads: int, data: tuple[Dataset, Dataset]) -> dict:
     """Train once and return what is stored."""
-    epochs, policy = settings_of(model)[name]
-    learner = make_learner(model, data[0], epochs, policy, seed, threads)
-    history = learner.fit(data[0], epochs=epochs, validation=data[1])
-    total = {key: sum(history.column(key)) for key in ("macs_dense", "macs_done", "saved_weights", "saved_activations")}
+    setting = settings_of(model)[name]
+    learner = make_learner(model, data[0], setting, seed, threads)
+    history = learner.fit(data[0], epochs=setting.epochs, validation=data[1])
+    total = {key: sum(history.column(key)) for key in ("macs_dense", "macs_done")}
     densities = {layer.weight: learner.topology.indices[layer.weight].density for layer in learner.topology.layers}
     arrays = [array for array in learner.parameters().values() if array.ndim > 1]
     density = sum(np.count_nonzero(array) for array in arrays) / sum(array.size for array in arrays)
     return {
-        "model": model, "setting": name, "seed": seed, "epochs": epochs, "batch_size": BATCH,
-        "policy": describe_policy("sparsity", learner.sparsity), "steps": learner.step_count,
+        "model": model, "setting": name, "seed": seed, "epochs": setting.epochs, "batch_size": BATCH,
+        "sparsity": describe_policy("sparsity", learner.sparsity),
+        "error_pruning": describe_policy("error_pruning", learner.error_pruning),
+        "filter": describe_policy("filter", learner.instance_filter),
+        "steps": learner.step_count, "batches": setting.epochs * math.ceil(len(data[0]) / BATCH),
         "accuracies": history.column("validation_accuracy"), "densities": densities, "density": density, **total,
         "topology_changes": learner.topology.changes, "topology_seconds": learner.topology.seconds,
         "seconds": sum(history.column("seconds")),
@@ -126,28 +179,34 @@ def run(model: str, only: list[str] | None, seeds: int, threads: int, limit: flo
 
 
 def measure(model: str, threads: int, rounds: int = 40, steps: int = 10) -> None:
-    """Store the seconds of a step of every setting.
+    """Store the seconds that a batch of offered instances takes in every setting.
 
-    All settings take turns of a few steps, as the machine's speed swings within seconds; the median over the turns,
-    plus the time that changes of the topology took, per step.
+    All settings take turns of a few batches, as the machine's speed swings within seconds; the median over the turns,
+    plus the time that changes of the topology took, per batch.
     """
     training = load_dataset(DATA, split="train")
-    names = ["dense-1", *SPARSE]
-    learners = {name: make_learner(model, training, 1, settings_of(model)[name][1], 0, threads) for name in names}
+    names = ["dense-1", *SPARSE, *LEARNING]
+    learners = {name: make_learner(model, training, settings_of(model)[name], 0, threads) for name in names}
     for learner in learners.values():
         learner.optimizer = learner.optimizer.with_total_steps(10**6)
         learner.topology.total_steps = 10**6
     work = [batch for _, batch in zip(range(steps), batches(training, BATCH, seed=0, epoch=0), strict=False)]
+    for learner in learners.values():
+        if learner.instance_filter is not None:
+            learner.observe(*training.take(np.arange(4096)))  # at the beginning everything passes
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for _ in range(rounds):
         for name, learner in learners.items():
             start = time.perf_counter()
-            for x, y in work:
-                learner.partial_fit(x, y)
+            if learner.instance_filter is not None:
+                learner.observe(*(np.concatenate(parts) for parts in zip(*work, strict=True)))
+            else:
+                for x, y in work:
+                    learner.partial_fit(x, y)
             seconds[name].append((time.perf_counter() - start) / steps)
     changing = {name: learner.topology.seconds / learner.step_count for name, learner in learners.items()}
     table = {name: statistics.median(values[2:]) + changing[name] for name, values in seconds.items()}
-    result = {"threads": threads, "batch_size": BATCH, "seconds_per_step": table, "of_which_topology": changing}
+    result = {"threads": threads, "batch_size": BATCH, "seconds_per_batch": table, "of_which_topology": changing}
     (RESULTS / f"seconds-{model}.json").write_text(json.dumps(result, indent=1) + "\n")
     for name, value in table.items():
         print(f"{name:20s} {1e3 * value:7.3f} ms   dense / it = {table['dense-1'] / value:.2f}")
@@ -186,59 +245,56 @@ class Judge:
         return float(np.interp(math.log(epochs), np.log(self.epochs), self.accuracies))
 
 
-def write_document() -> None:
-    """Generate the document and its plot from all stored results."""
-    lines = ["# Accuracy of sparse training", "", "Generated by `benchmarks/sparse_accuracy.py document`; do not edit.",
-             "", *INTRODUCTION.splitlines(), ""]  # fmt: skip
-    for model, plan in MODELS.items():
-        lines += _model_lines(model, plan)
-    DOCUMENT.write_text("\n".join(lines))
+def write_documents() -> None:
+    """Generate both documents and their plots from all stored results."""
+    for kind, methods in METHODS.items():
+        lines = [f"# {TITLES[kind]}", "", "Generated by `benchmarks/method_accuracy.py document`; do not edit.", "",
+                 *INTRODUCTIONS[kind].splitlines(), "", *RECIPE.splitlines(), ""]  # fmt: skip
+        for model in MODELS:
+            lines += _model_lines(kind, model, [*dense_settings(model), *methods])
+        (DOCUMENTS / f"{kind}_accuracy.md").write_text("\n".join(lines))
 
 
-def _model_lines(model: str, plan: dict) -> list[str]:
-    found = stored(model)
-    if not found:
-        return [f"## {model}", "", "Nothing was run yet.", ""]
+def _model_lines(kind: str, model: str, names: list[str]) -> list[str]:
+    found = {name: results for name, results in stored(model).items() if name in names}
     judge = Judge(found)
     path = RESULTS / f"seconds-{model}.json"
-    timing = json.loads(path.read_text()) if path.exists() else {"seconds_per_step": {}, "threads": None}
+    timing = json.loads(path.read_text()) if path.exists() else {"seconds_per_batch": {}, "threads": None}
     lines = [f"## {model}", ""]
     if timing["threads"]:
-        lines += [
-            f"Time of a step: {timing['threads']} threads, median over turns of a few steps.",
-            "",
-        ]
+        lines += [f"Time of a batch: {timing['threads']} threads, median over turns of a few batches.", ""]
     lines += [f"| {' | '.join(COLUMNS)} |", "|" + "---|" * len(COLUMNS)]
-    rows = {name: _row(name, results, judge, timing["seconds_per_step"]) for name, results in found.items()}
+    rows = {name: _row(name, results, judge, timing["seconds_per_batch"]) for name, results in found.items()}
     lines += [row["text"] for row in rows.values()]
-    missing = [f"{name} ({plan['seeds'] - len(found.get(name, []))} seeds)" for name in settings_of(model)
-               if len(found.get(name, [])) < plan["seeds"]]  # fmt: skip
+    seeds = MODELS[model]["seeds"]
+    missing = [f"{name} ({seeds - len(found.get(name, []))} seeds)" for name in names
+               if len(found.get(name, [])) < seeds]  # fmt: skip
     lines += ["", f"Not run: {', '.join(missing)}." if missing else "All settings were run.", ""]
-    if _plot(model, rows):
-        lines += [f"![accuracy over operations and seconds](sparse_accuracy_{model}.svg)", ""]
-    return lines
+    plot = f"{kind}_accuracy_{model}.svg"
+    return lines + ([f"![accuracy over operations and seconds]({plot})", ""] if _plot(plot, model, rows) else [])
 
 
-def _row(name: str, results: list[dict], judge: Judge, seconds_per_step: dict[str, float]) -> dict:
-    epochs, steps = results[0]["epochs"], results[0]["steps"]
+def _row(name: str, results: list[dict], judge: Judge, seconds_per_batch: dict[str, float]) -> dict:
+    epochs = results[0]["epochs"]
+    count = epochs * math.ceil(60_000 / BATCH)
     accuracy, spread = mean_accuracy(results), 0.0
     if len(results) > 1:
         spread = 100 * statistics.stdev(r["accuracies"][-1] for r in results)
     operations = statistics.mean(r["macs_done"] / r["macs_dense"] for r in results)
-    dense_step = seconds_per_step.get("dense-1")
-    step = dense_step if name.startswith("dense-") else seconds_per_step.get(name)
+    dense = seconds_per_batch.get("dense-1")
+    batch = dense if name.startswith("dense-") else seconds_per_batch.get(name)
     by_operations = judge.at(operations * epochs)
-    by_time = judge.at(epochs * step / dense_step) if step and dense_step else None
+    by_time = judge.at(epochs * batch / dense) if batch and dense else None
     density = statistics.mean(r["density"] for r in results)
     cells = [name, len(results), epochs, f"{accuracy:.2f}", f"{spread:.2f}", f"{density:.3f}", f"{operations:.3f}",
-             *("-" if step is None else text for text in (f"{1e3 * (step or 0):.2f}", f"{steps * (step or 0):.0f}")),
+             *("-" if batch is None else text for text in (f"{1e3 * (batch or 0):.2f}", f"{count * (batch or 0):.0f}")),
              *("-" if name.startswith("dense-") or j is None else f"{accuracy - j:+.2f}"
                for j in (by_operations, by_time))]  # fmt: skip
     return {"text": f"| {' | '.join(map(str, cells))} |", "accuracy": accuracy, "operations": operations * epochs,
-            "seconds": None if step is None else steps * step}  # fmt: skip
+            "seconds": None if batch is None else count * batch}  # fmt: skip
 
 
-def _plot(model: str, rows: dict[str, dict]) -> bool:
+def _plot(file: str, model: str, rows: dict[str, dict]) -> bool:
     """Draw accuracy over operations and over seconds; False without matplotlib."""
     try:
         import matplotlib
@@ -264,7 +320,7 @@ def _plot(model: str, rows: dict[str, dict]) -> bool:
         axis.grid(alpha=0.3)
     axes[0].legend()
     figure.tight_layout()
-    figure.savefig(DOCUMENT.with_name(f"sparse_accuracy_{model}.svg"), metadata={"Date": None})
+    figure.savefig(DOCUMENTS / file, metadata={"Date": None})
     return True
 
 
@@ -283,7 +339,7 @@ def main() -> None:
         run(arguments.model, arguments.only, seeds, arguments.threads, arguments.limit)
     elif arguments.what == "time":
         measure(arguments.model, arguments.threads)
-    write_document()
+    write_documents()
 
 
 if __name__ == "__main__":
