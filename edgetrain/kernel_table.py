@@ -9,17 +9,21 @@ from typing import Any
 from edgetrain.bench_ops import describe_sizes
 from edgetrain.choice import planning_for
 from edgetrain.devices import DeviceProfile
-from edgetrain.graph import Graph
+from edgetrain.graph import Graph, Node
 from edgetrain.learner import Learner
 from edgetrain.ops import get_op
-from edgetrain.ops.conv import ProductGrad, ProductOp
+from edgetrain.ops.conv import ProductGrad, ProductInputGrad, ProductOp
 from edgetrain.plan import Plan, Row
+from edgetrain.pruning import ErrorPruning
+from edgetrain.sparsity import SparsityPolicy
 
-_PRODUCTS = {"ProductInputGrad": "input gradient", "ProductWeightGrad": "weight gradient"}
-# Kernels that multiply, compiled for (lanes, rows and columns of the tile, ...); others of a product's node prepare
-# operands or collect sums.
-_MULTIPLYING = ("multiply", "correlate", "correlate_listed", "winograd")
-_LISTED = ("multiply_csr", "correlate_csr")  # compiled for lanes and the cut of the maps, no tile of channels
+# Kernels that multiply, with the place of (lanes, rows and columns of the tile) among the sizes that they are compiled
+# for; other kernels of a product's node prepare operands or collect sums.
+_MULTIPLYING = {"multiply": 0, "correlate": 0, "correlate_listed": 0, "winograd": 1}
+# Compiled for lanes and the cut of the maps, no tile of channels.
+_LISTED = ("multiply_csr", "correlate_csr", "multiply_lists", "correlate_lists")
+# By a part of the name of a kernel of the product's node.
+_METHODS = {"winograd": "winograd", "csr": "csr", "_lists": "lists"}
 
 
 @dataclass(frozen=True)
@@ -30,7 +34,8 @@ class KernelUse:
         nodes: names of the products.
         product: ``forward``, ``input gradient`` or ``weight gradient``.
         sizes: the layer's sizes in words.
-        method: ``direct``, ``winograd``, or ``csr`` (lists of non-zeros); by rules alone, since it changes results.
+        method: ``direct``, ``winograd``, ``csr`` (lists of weights that are not zero) or ``lists`` (of vectors that are
+            not zero); by rules alone, since it changes results.
         kernel: its name.
         lanes, lanes_hold: numbers in a vector, and what they are.
         tile: (channels, pixels) of a multiply, (channels, terms) of a correlate, (channels, 4x4 tiles) of winograd.
@@ -54,17 +59,20 @@ class KernelUse:
         return asdict(self)
 
 
-def kernel_table(graph: Graph, profile: DeviceProfile, batch_size: int) -> list[KernelUse]:
+def kernel_table(graph: Graph, profile: DeviceProfile, batch_size: int, sparsity: SparsityPolicy | None = None,
+                 error_pruning: ErrorPruning | None = None) -> list[KernelUse]:  # fmt: skip
     """Return the kernels of all products of a training step, equal ones once; nothing is compiled.
 
     Args:
         graph: the network.
         profile: of the device; for another than ``host`` the table is what the rules do there.
         batch_size: samples of the step.
+        sparsity, error_pruning: as for a ``Learner``.
     """
     with planning_for(profile):
         threads = min(64, profile.threads)  # more are refused, and Winograd kernels have a job per thread
-        learner = Learner(graph, profile, batch_size=batch_size, threads=threads, memory_budget=0)
+        learner = Learner(graph, profile, batch_size=batch_size, threads=threads, memory_budget=0, sparsity=sparsity,
+                          error_pruning=error_pruning)  # fmt: skip
         plan = learner.plans.plan(True, batch_size)
     return merged(_use(plan, row) for row in plan.rows if _multiplies(plan, row))
 
@@ -79,20 +87,28 @@ def merged(uses: Iterable[KernelUse]) -> list[KernelUse]:
 
 def _multiplies(plan: Plan, row: Row) -> bool:
     product = isinstance(get_op(plan.graph.nodes[row.node].op_type), (ProductOp, ProductGrad))
-    return product and row.kernel[0] in _MULTIPLYING + _LISTED
+    return product and row.kernel[0] in (*_MULTIPLYING, *_LISTED)
 
 
 def _use(plan: Plan, row: Row) -> KernelUse:
-    node, (name, (lanes, *sizes)) = plan.graph.nodes[row.node], row.kernel
+    node, (name, sizes) = plan.graph.nodes[row.node], row.kernel
+    lanes, *tile = sizes[_MULTIPLYING.get(name, 0) :]
     return KernelUse(
-        nodes=(node.name,), product=_PRODUCTS.get(node.op_type, "forward"), sizes=describe_sizes(node),
-        method=_method(plan, row), kernel=name, lanes=lanes, lanes_hold="channels" if plan.by_channel else "samples",
-        tile=(sizes[0], sizes[1]) if name in _MULTIPLYING else None, jobs=row.jobs,
+        nodes=(node.name,), product=_product(node), sizes=describe_sizes(node), method=_method(plan, row), kernel=name,
+        lanes=lanes, lanes_hold="channels" if plan.by_channel else "samples",
+        tile=(tile[0], tile[1]) if name in _MULTIPLYING else None, jobs=row.jobs,
         reason=row.choice.reason if row.choice else "rule",
     )  # fmt: skip
 
 
+def _product(node: Node) -> str:
+    op = get_op(node.op_type)
+    if not isinstance(op, ProductGrad):
+        return "forward"
+    return "input gradient" if isinstance(op, ProductInputGrad) else "weight gradient"
+
+
 def _method(plan: Plan, row: Row) -> str:
     names = [other.kernel[0] for other in plan.rows if other.node == row.node]
-    found = [method for method in ("winograd", "csr") if any(method in name for name in names)]
+    found = [method for part, method in _METHODS.items() if any(part in name for name in names)]
     return found[0] if found else "direct"

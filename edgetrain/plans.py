@@ -139,6 +139,12 @@ class Plans:
         _ = self.training
         return self._macs["dense"]
 
+    @property
+    def forward_macs(self) -> int:
+        """Multiply-accumulates that one sample's forward pass executes with the present topology."""
+        plan = self.executor(False, self._batch_size).plan
+        return self.graph.macs() - _skipped_weights(plan)
+
     def macs(self, count: int, plan: Plan) -> tuple[int, dict[str, int]]:
         """Return the multiply-accumulates that a plan's latest step of ``count`` samples executed, and those saved.
 
@@ -146,7 +152,7 @@ class Plans:
         """
         saved = {
             "saved_error_maps": self._macs["dense"] - self.step_macs + self._skipped(*_LISTED),
-            "saved_weights": sum(macs * (i.size - i.count) // i.size for macs, i in plan.sparse_products),
+            "saved_weights": _skipped_weights(plan),
             "saved_activations": self._skipped("CompressedWeightGrad"),
         }
         done = self._macs["dense"] - sum(saved.values())
@@ -288,6 +294,11 @@ class Plans:
                 f"a step of {plan.capacity} samples needs {need.peak_bytes / 2**20:.1f} MiB ({parts}), the budget"
                 f" is {self._budget / 2**20:.1f} MiB; use a smaller batch size or network, or a larger budget"
             )
+
+
+def _skipped_weights(plan: Plan) -> int:
+    """Return the multiply-accumulates of a sample that products skip now because weights do not exist."""
+    return sum(macs * (index.size - index.count) // index.size for macs, index in plan.sparse_products)
 
 
 def _macs(train: TrainingGraph) -> int:

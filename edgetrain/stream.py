@@ -76,8 +76,9 @@ class InstanceStream:
 
     def observe(self, x: Images, y: NDArray[Any], predict: bool) -> StepResult:
         """Take instances of a stream and count them; arguments as for ``offer``."""
-        result = self.offer(x, y, predict)
+        # Counted first: who goes on after a step that was not finite must not learn from the same instances again.
         self.position += len(y)
+        result = self.offer(x, y, predict)
         judged = len(y) if predict else result.instances_trained
         self.totals["predict" if predict else "train"].add(result, result.seconds, judged)
         return result
@@ -97,6 +98,7 @@ class InstanceStream:
         steps, lessons = [step for step, _ in done], [lesson for _, lesson in done]
         kept, dense = int(choice.keep.sum()), learner.plans.dense_macs
         forward = count * learner.graph.macs() if predict else 0
+        executed = count * learner.plans.forward_macs if predict else 0
         selection = choice.macs + sum(lesson.macs for lesson in lessons)
         saved = (count - kept) * dense - selection
         trained = _sum(steps, "instances_trained")
@@ -108,13 +110,14 @@ class InstanceStream:
         return StepResult(
             loss, correct, count, trained,
             macs_dense=(count - kept) * dense + _sum(steps, "macs_dense") + forward,
-            macs_done=selection + _sum(steps, "macs_done") + forward,
+            macs_done=selection + _sum(steps, "macs_done") + executed,
             seconds=time.perf_counter() - start,
             instances_kept=kept,
             instances_uncertain=sum(lesson.uncertain for lesson in lessons),
             macs_selection=selection,
             saved_filter=saved,
-            **{name: _sum(steps, name) for name in ("saved_error_maps", "saved_weights", "saved_activations")},
+            saved_weights=_sum(steps, "saved_weights") + forward - executed,
+            **{name: _sum(steps, name) for name in ("saved_error_maps", "saved_activations")},
         )  # fmt: skip
 
     def flush(self) -> StepResult | None:
@@ -165,7 +168,8 @@ class InstanceStream:
         """Make the selector when it is first needed: its network takes memory."""
         if self._selector is None:
             learner = self._learner
-            judge = Judge(lambda x, y: _losses_of(learner, learner.logits(self._checked(x)), y), learner.graph.macs())
+            judge = Judge(lambda x, y: _losses_of(learner, learner.logits(self._checked(x)), y), learner.graph.macs(),
+                          lambda: learner.plans.forward_macs)  # fmt: skip
             self._selector = instance_filter.selector(learner, judge)
         return self._selector
 

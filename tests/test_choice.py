@@ -271,6 +271,25 @@ def test_command_prints_the_table(folder, capsys):
     assert all(use["tile"] for use in uses)
 
 
+@pytest.mark.parametrize(
+    ("flag", "method"),
+    [("--sparsity=rigl:weights=0.95", "csr"), ("--error-pruning=gradients:group=lanes", "lists"),
+     ("--error-pruning=channels:keep=0.5", "winograd")],
+)  # fmt: skip
+def test_command_prints_the_kernels_of_methods(folder, capsys, flag, method):
+    code, text, _ = run(capsys, "doctor", "--kernels", "--model", "resnet8", "--batch-size", "32", flag, "--json")
+    uses = [use for use in json.loads(text)["models"]["resnet8"] if use["method"] == method]
+    assert code == 0
+    assert {use["product"] for use in uses} >= {"input gradient", "weight gradient"}
+
+
+def test_a_winograd_kernel_is_shown_with_its_tile():
+    uses = kernel_table(et.models.resnet((3, 32, 32), depth=8), load_profile("host"), 32)
+    tiles = {use.tile for use in uses if use.kernel == "winograd"}
+    assert tiles
+    assert tiles <= set(choice._WINOGRAD[choice.target().registers].values())
+
+
 def test_command_calibrates_and_the_table_tells(folder, capsys, monkeypatch):
     monkeypatch.setattr(bench_tiles, "_CLEAR_GAIN", 0.0)  # whatever was best is kept, so that there is something
     flags = ("--model", "cnn1d", "--batch-size", "2")
@@ -292,6 +311,8 @@ ERRORS = {
     "both": (("--kernels", "--calibrate"), "--kernels and --calibrate are given, expected one of them"),
     "model alone": (("--model", "lenet5"), "add --kernels or --calibrate"),
     "unknown model": (("--kernels", "--model", "lenet6"), "unknown model 'lenet6'"),
+    "method alone": (("--sparsity", "rigl"), "say which kernels: add --kernels"),
+    "unknown method": (("--kernels", "--sparsity", "rogl"), "rogl"),
     "batch of nothing": (("--kernels", "--batch-size", "0"), "batch_size=0, expected an integer of at least 1"),
 }
 

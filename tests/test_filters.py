@@ -278,7 +278,7 @@ def test_a_network_too_small_for_a_filter_is_refused():
 
 
 def test_the_weight_of_an_instance_multiplies_its_squared_error():
-    selector = FILTERS["eif"].selector(learner(), Judge(lambda x, y: np.ones(len(y)), 10_000))
+    selector = FILTERS["eif"].selector(learner(), Judge(lambda x, y: np.ones(len(y)), 10_000, lambda: 10_000))
     tiny, x = selector._learner, instances(2)[0]
     roots, target = np.sqrt([3.0, 0.5]), np.array([0.9, 0.2])
     given = (roots * target).astype(np.float32)[:, None]

@@ -14,7 +14,7 @@ import pytest
 
 import edgetrain as et
 from edgetrain.data.streaming import _JsonLines, open_stream
-from edgetrain.errors import DataError
+from edgetrain.errors import DataError, NumericalError
 from tests.cli_support import ROOT
 from tests.test_filters import instances, learner
 
@@ -72,6 +72,22 @@ def test_the_two_modes_are_counted_apart():
     assert train.macs_done == train.instances_trained * step
     assert predict.judged == 40
     assert train.judged == train.instances_trained
+
+
+def test_predictions_of_sparse_networks_are_counted_as_executed():
+    some, (x, y, _) = learner(sparsity=et.StaticSparse(weights=0.9)), instances(8)
+    result = some.observe(x, y, predict=True)
+    assert result.macs_dense == 8 * some.graph.macs()
+    assert result.macs_done < 0.5 * result.macs_dense
+    assert result.saved_weights == result.macs_dense - result.macs_done
+
+
+def test_instances_of_a_block_are_not_repeated_after_a_step_that_was_not_finite():
+    some, (x, y, _) = learner(optimizer=et.SGD(lr=1e30)), instances(64)
+    with pytest.raises(NumericalError):
+        some.observe(x, y)
+    assert some.stream.position == 64
+    assert some.step_count + some.stream.waiting // 16 < 4
 
 
 def test_bad_instances_are_refused_at_the_door():

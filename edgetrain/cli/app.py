@@ -222,6 +222,8 @@ def doctor(
     model: Annotated[list[str], typer.Option(help="For these models only. [default: built-in ones]")] = [],  # noqa: B006
     batch_size: BatchSize = None,
     profile: Profile = None,
+    sparsity: Annotated[Text, typer.Option(help="With --kernels: weight sparsity, as for fit.")] = None,
+    error_pruning: Annotated[Text, typer.Option(help="With --kernels: error pruning, as for fit.")] = None,
     quiet: Quiet = False,
     json: Json = False,
 ) -> None:
@@ -231,7 +233,8 @@ def doctor(
     """
     from edgetrain.cli.machine import doctor_command
 
-    doctor_command(model, batch_size, profile, kernels=kernels, calibrate=calibrate, quiet=quiet, as_json=json)
+    methods = {"sparsity": sparsity, "error_pruning": error_pruning}
+    doctor_command(model, batch_size, profile, methods, kernels=kernels, calibrate=calibrate, quiet=quiet, as_json=json)
 
 
 @app.command()

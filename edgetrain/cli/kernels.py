@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from edgetrain import bench, calibration
@@ -16,16 +16,21 @@ from edgetrain.cli.warming import MODELS
 from edgetrain.devices import DeviceProfile, load_profile
 from edgetrain.errors import UsageError
 from edgetrain.kernel_table import KernelUse, kernel_table
+from edgetrain.policies import NONE, parse_policy
 
 
-def kernels_command(models: Sequence[str], batch_size: int | None, profile_name: str | None, *, as_json: bool) -> None:
-    """Print the table of a model, or of all built-in ones."""
+def kernels_command(
+    models: Sequence[str], batch_size: int | None, profile_name: str | None, methods: Mapping[str, str | None], *,
+    as_json: bool,
+) -> None:  # fmt: skip
+    """Print the table of a model, or of all built-in ones; ``methods``: policies as text, by kind."""
     profile = load_profile(profile_name or "host")
     size = profile.batch_size if batch_size is None else batch_size
-    tables = {name: kernel_table(build_model(name), profile, size) for name in models or MODELS}
+    policies = {kind: parse_policy(kind, text or NONE) for kind, text in methods.items()}
+    tables = {name: kernel_table(build_model(name), profile, size, **policies) for name in models or MODELS}
     state = calibration.describe()
     result = {
-        "profile": profile.name, "batch_size": size, "calibration": state,
+        "profile": profile.name, "batch_size": size, "calibration": state, "methods": dict(methods),
         "models": {name: [use.to_dict() for use in uses] for name, uses in tables.items()},
     }  # fmt: skip
     head = f"profile {profile.name}, batch size {size}; calibration: {state['state']}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,16 +35,18 @@ def show_profile_command(name: str, *, as_json: bool) -> None:
 
 
 def doctor_command(
-    models: Sequence[str], batch_size: int | None, profile: str | None, *, kernels: bool, calibrate: bool, quiet: bool,
-    as_json: bool,
+    models: Sequence[str], batch_size: int | None, profile: str | None, methods: Mapping[str, str | None], *,
+    kernels: bool, calibrate: bool, quiet: bool, as_json: bool,
 ) -> None:  # fmt: skip
-    """Examine the machine, or its kernels.
+    """Examine the machine, or its kernels; ``methods``: policies as text by kind, ``None`` where not given.
 
     Raises:
         UsageError: flags that do not go together.
     """
     if kernels and calibrate:
         raise UsageError("--kernels and --calibrate are given, expected one of them; calibrate first, then look")
+    if not kernels and any(methods.values()):
+        raise UsageError("--sparsity and --error-pruning say which kernels: add --kernels; calibration goes without")
     if not kernels and not calibrate and (models or profile or batch_size is not None):
         raise UsageError("--model, --batch-size and --profile say which kernels: add --kernels or --calibrate")
     if not kernels and not calibrate:
@@ -56,7 +58,7 @@ def doctor_command(
     if calibrate:
         calibrate_command(models, batch_size, profile, quiet=quiet, as_json=as_json)
     else:
-        kernels_command(models, batch_size, profile, as_json=as_json)
+        kernels_command(models, batch_size, profile, methods, as_json=as_json)
 
 
 def _examine(as_json: bool) -> None:

@@ -31,11 +31,13 @@ class Judge:
 
     Attributes:
         losses: float64 ``(N,)`` of samples (x, y) from a forward pass in inference mode.
-        macs: multiply-accumulates of that forward pass, per sample.
+        macs: multiply-accumulates of that forward pass with dense weights, per sample.
+        executed: returns those that it executes now; fewer where weights are sparse.
     """
 
     losses: Callable[[Images, Labels], Floats]
     macs: int
+    executed: Callable[[], int]
 
 
 @dataclass(frozen=True)

@@ -57,7 +57,7 @@ class _ByLoss(Selector):
         """Compare the losses with recent ones."""
         macs = 0
         if losses is None:
-            losses, macs = self._judge.losses(x, y), len(y) * self._judge.macs
+            losses, macs = self._judge.losses(x, y), len(y) * self._judge.executed()
         if self.settings.rule == "top":
             # Equal losses (all zero, say) are told apart by chance, else all of them would be kept.
             probabilities = self.share.probabilities(losses + 1e-9 * self.rng.random(len(y)), math.inf)

@@ -163,7 +163,7 @@ class _Early(Selector):
             target = (losses > self._threshold).astype(np.float64)
             weights = weights / np.where(target > 0, self.settings.rate, 1 - self.settings.rate)
         step = self._train(x, target, weights / weights.mean())
-        return Lesson(uncertain, uncertain * self._judge.macs + step.macs_done)
+        return Lesson(uncertain, uncertain * self._judge.executed() + step.macs_done)
 
     @property
     def facts(self) -> dict[str, float]:
