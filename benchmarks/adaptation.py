@@ -82,13 +82,13 @@ class Setting:
             learner.export_onnx(path)
         return path
 
-    def learner(self, policies: dict[str, str]) -> et.Learner:
-        """Return a learner that goes on from the exported network."""
+    def learner(self, policies: dict[str, str], threads: int = 1) -> et.Learner:
+        """Return a learner that goes on from the exported network; results do not depend on threads."""
         chosen = {{"filter": "instance_filter"}.get(kind, kind): parse_policy(kind, text)
                   for kind, text in policies.items()}  # fmt: skip
         optimizer = et.SGD(lr=LEARNING_RATES[self.model], momentum=0.9, weight_decay=5e-4)
-        return et.Learner(et.load_onnx(self.onnx), batch_size=BATCH, seed=self.seed, threads=2, optimizer=optimizer,
-                          memory_budget="4GiB", **chosen)  # fmt: skip
+        return et.Learner(et.load_onnx(self.onnx), batch_size=BATCH, seed=self.seed, threads=threads,
+                          optimizer=optimizer, memory_budget="4GiB", **chosen)  # fmt: skip
 
     def block(self, start: int) -> tuple[np.ndarray, np.ndarray]:
         """Return the instances of the stream from ``start`` on."""
@@ -137,7 +137,7 @@ def time_side_by_side(setting: Setting, selections: dict[str, dict[str, str]], i
 
     Every learner has seen ``instances`` of the stream before: compiled, warm, and past the start of the filter.
     """
-    learners = {name: setting.learner(policies) for name, policies in selections.items()}
+    learners = {name: setting.learner(policies, threads=2) for name, policies in selections.items()}
     blocks = [setting.block(start) for start in range(0, instances, BLOCK)]
     seconds: dict[str, list[float]] = {name: [] for name in learners}
     for turn in range(turns + 1):

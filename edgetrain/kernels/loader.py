@@ -25,7 +25,7 @@ _STUBS = {
     _AARCH64: bytes.fromhex("5000005800021fd6"),  # ldr x16, #8; br x16
 }
 _STUB = 16
-_MEMORY: list[mmap.mmap] = []  # code lives as long as the process
+_MMAP_ARGUMENTS = (ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long)  # behind the address
 
 
 @dataclass(frozen=True)
@@ -202,17 +202,20 @@ def load(symbol: str, content: bytes) -> int:
     Raises:
         GraphError: the object cannot be linked, or the system refuses memory that may be executed.
     """
-    linked = ElfObject(content)
-    memory = mmap.mmap(-1, linked.size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    base = ctypes.addressof(ctypes.c_char.from_buffer(memory))
-    memory[:] = linked.link(base, _library_address)
-    # From now on it is code: the kernel makes the processor's instruction cache agree when pages become executable.
-    library = ctypes.CDLL(None, use_errno=True)
+    linked, library = ElfObject(content), ctypes.CDLL(None, use_errno=True)
+    # Not an object of Python's module mmap: that would be unmapped when the interpreter ends, while waiting threads may
+    # still run the code.
+    library.mmap.restype, library.mmap.argtypes = ctypes.c_void_p, (ctypes.c_void_p, *_MMAP_ARGUMENTS)
     library.mprotect.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
-    if library.mprotect(base, linked.size, mmap.PROT_READ | mmap.PROT_EXEC):
+    writable, code = mmap.PROT_READ | mmap.PROT_WRITE, mmap.PROT_READ | mmap.PROT_EXEC
+    base = library.mmap(None, linked.size, writable, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1, 0)
+    if base == ctypes.c_void_p(-1).value:
+        raise GraphError(f"no memory for {linked.size} bytes of code (errno {ctypes.get_errno()})")
+    ctypes.memmove(base, linked.link(base, _library_address), linked.size)
+    # From now on it is code: the kernel makes the processor's instruction cache agree when pages become executable.
+    if library.mprotect(base, linked.size, code):
         raise GraphError(f"the system refuses executable memory (errno {ctypes.get_errno()}); kernels cannot run here")
-    _MEMORY.append(memory)
-    return base + linked.address(symbol)
+    return int(base) + linked.address(symbol)
 
 
 def _library_address(name: str) -> int:
