@@ -35,12 +35,14 @@ INSTANCES, BLOCK, BATCH, NEW_SHARE = 60_000, 128, 32, 0.1
 VARIANTS = ("rotated", "dark")
 LEARNING_RATES = {"lenet5": 0.01, "resnet8": 0.01}
 # Name -> policies as text. "random" is added per run, at the operations of the filter's run.
+# power=2: 70.5 % of the rotated images on three seeds, 68.4 with 1, as more of what is kept is of the new condition.
+FILTER = "eif:rate=0.25,power=2"
 SELECTIONS = {
     "everything": {},
-    "filter": {"filter": "eif:rate=0.25"},
-    "filter, error maps": {"filter": "eif:rate=0.25", "error_pruning": "channels:keep=0.7"},
+    "filter": {"filter": FILTER},
+    "filter, error maps": {"filter": FILTER, "error_pruning": "channels:keep=0.7"},
     "filter, error maps, sparse weights": {
-        "filter": "eif:rate=0.25", "error_pruning": "channels:keep=0.7", "sparsity": "swat:weights=0.8",
+        "filter": FILTER, "error_pruning": "channels:keep=0.7", "sparsity": "swat:weights=0.8,group=lanes",
     },
     "selective backprop": {"filter": "selective:rate=0.25"},
 }
