@@ -23,7 +23,7 @@ from edgetrain.errors import UnsupportedError, UsageError
 
 __all__ = [
     "BATCH_SIZES", "CONTENDERS", "DEFAULT_CONTENDERS", "MODELS", "THREADS", "Case", "Comparison", "Timing", "available",
-    "compare", "decayed", "geometric_mean", "is_torch", "measure", "ratio", "result_of", "scaling", "start_up",
+    "compare", "decayed", "geometric_mean", "is_torch", "measure", "race", "ratio", "result_of", "scaling", "start_up",
     "time_ops",
 ]  # fmt: skip
 
@@ -86,11 +86,19 @@ def compare(
         UsageError: a contender is unknown or not installed.
         UnsupportedError: edgetrain lacks what the model needs.
     """
-    return _race([(name, case) for name in contenders], turns, turn_seconds)
+    return race([(name, case) for name in contenders], turns, turn_seconds)
 
 
-def _race(entries: Sequence[tuple[str, Case]], turns: int, turn_seconds: float) -> Comparison:
-    """Time contenders that each have a case of their own, taking turns."""
+def race(entries: Sequence[tuple[str, Case]], turns: int = TURNS, turn_seconds: float = 0.1) -> Comparison:
+    """Time contenders that each have a case of their own, taking turns; otherwise as ``compare``.
+
+    Args:
+        entries: (contender, case) each.
+        turns, turn_seconds: as for ``compare``.
+
+    Returns:
+        The timings in the order of ``entries``, but for those that were left out.
+    """
     result, watch = Comparison(), Watch()
     with ExitStack() as stack:
         processes = []
@@ -258,7 +266,7 @@ def scaling(model: str, batch_size: int, turns: int = TURNS, turn_seconds: float
         BenchmarkError, UnsupportedError: as ``compare``.
     """
     cases = [Case(model, batch_size, threads) for threads in (1, 2)]
-    comparison = _race([(name, case) for name in ("edgetrain", "sgemm") for case in cases], turns, turn_seconds)
+    comparison = race([(name, case) for name in ("edgetrain", "sgemm") for case in cases], turns, turn_seconds)
     one, two, sgemm_one, sgemm_two = (timing.median for timing in comparison.timings)
     return {"model": model, "batch_size": batch_size, "gain": one / two, "sgemm_gain": sgemm_one / sgemm_two,
             "seconds": [one, two], **_load_of(comparison)}  # fmt: skip

@@ -21,6 +21,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from edgetrain.errors import BenchmarkError, EdgetrainError, UnsupportedError, UsageError
+from edgetrain.policies import NONE
 
 _COMMAND = [sys.executable, "-c", "from edgetrain.bench_contenders import serve; serve()"]
 _ANSWER_SECONDS = 900.0  # a first step compiles; on a small board that takes minutes
@@ -39,12 +40,14 @@ class Case:
         batch_size: samples per step.
         threads: of every contender.
         input_shape: without the batch dimension; the model's default if ``None``.
+        sparsity: of edgetrain's weights, a policy as text (``policies``); others train densely.
     """
 
     model: str
     batch_size: int
     threads: int
     input_shape: tuple[int, ...] | None = None
+    sparsity: str = NONE
 
     def __str__(self) -> str:
         return f"{self.model}, batch {self.batch_size}, {self.threads} thread{'s' * (self.threads > 1)}"
