@@ -35,8 +35,9 @@ class Sizes:
         kernel: ``multiply`` or ``correlate``, see ``kernels.dense``.
         kind: what the lanes hold, see ``kernels.codes``.
         lanes: numbers in a vector.
-        channels: output channels of a group; those of a map of vectors when the product is depthwise.
-        pixels: output pixels of a block; of all blocks where maps are small.
+        channels: output channels of a group; those of a map of vectors when the product is depthwise; numbers of a row
+            of weights when it is the outer product of a layer of one pixel, whose ``pixels`` are rows then.
+        pixels: vectors of output pixels of a block; of all blocks where maps are small.
         terms: numbers that one output pixel (``multiply``) or all of them (``correlate``) are multiplied with.
         groups: groups, or maps of vectors when the product is depthwise.
     """

@@ -68,15 +68,17 @@ class Pace:
 
     def __init__(self, threads: int) -> None:
         self.threads = self._all = threads
-        self._runs, self._pause = 0, _PAUSE
+        self._runs, self._pause, self._long = 0, _PAUSE, 0
         self._seconds: dict[int, float] = {}
 
     def took(self, seconds: float) -> None:
         """Hear how long a run with ``threads`` threads took; ``threads`` is then what the next run should have."""
         if self._all == 1:
             return
-        if seconds > _LONG:
-            self.threads, self._runs = self._all, 0
+        self._long = self._long + 1 if seconds > _LONG else 0
+        if self._long >= _TRIAL:  # not a run of a short program that another process interrupted
+            self.threads, self._runs, self._seconds = self._all, 0, {}
+        if self._long:
             return
         self._runs += 1
         if self._runs <= self._pause:
@@ -224,7 +226,8 @@ class Executor:
         looks = [(clock, targets.ctypes.data + 8 * number, 1, 0) for number in range(rows + 2)]
         program = aligned(4 * (2 * rows + 2), np.int64).reshape(-1, 4)
         program[0::2], program[1:-1:2], program[-1] = looks[:-1], self._program, looks[-1]
-        if not self._team.run(program.ctypes.data, len(program)):
+        pace = self._paces.get(rows)
+        if not self._team.run(program.ctypes.data, len(program), pace.threads if pace else None):
             return None
         seconds: NDArray[np.float64] = np.diff(stamps[:, 0]) + 1e-9 * np.diff(stamps[:, 1])
         return seconds

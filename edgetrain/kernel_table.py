@@ -10,6 +10,7 @@ from edgetrain.bench_ops import describe_sizes
 from edgetrain.choice import planning_for
 from edgetrain.devices import DeviceProfile
 from edgetrain.graph import Graph, Node
+from edgetrain.kernels.codes import CHANNELS
 from edgetrain.learner import Learner
 from edgetrain.ops import get_op
 from edgetrain.ops.conv import ProductGrad, ProductInputGrad, ProductOp
@@ -38,7 +39,8 @@ class KernelUse:
             not zero); by rules alone, since it changes results.
         kernel: its name.
         lanes, lanes_hold: numbers in a vector, and what they are.
-        tile: (channels, pixels) of a multiply, (channels, terms) of a correlate, (channels, 4x4 tiles) of winograd.
+        tile: (channels, vectors of pixels) of a multiply, (channels, terms) of a correlate, (channels, vectors of 4x4
+            tiles) of winograd.
         jobs: parts that threads share.
         reason: of the tile, ``rule`` or ``calibration``.
     """
@@ -95,10 +97,17 @@ def _use(plan: Plan, row: Row) -> KernelUse:
     lanes, *tile = sizes[_MULTIPLYING.get(name, 0) :]
     return KernelUse(
         nodes=(node.name,), product=_product(node), sizes=describe_sizes(node), method=_method(plan, row), kernel=name,
-        lanes=lanes, lanes_hold="channels" if plan.by_channel else "samples",
+        lanes=lanes, lanes_hold=_lanes_hold(plan, row),
         tile=(tile[0], tile[1]) if name in _MULTIPLYING else None, jobs=row.jobs,
         reason=row.choice.reason if row.choice else "rule",
     )  # fmt: skip
+
+
+def _lanes_hold(plan: Plan, row: Row) -> str:
+    if plan.by_channel:
+        return "channels"
+    outer = row.kernel[0] == "multiply" and row.kernel[1][-1] == CHANNELS
+    return "weights" if outer else "samples"
 
 
 def _product(node: Node) -> str:

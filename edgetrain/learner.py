@@ -359,25 +359,12 @@ class Learner:
         Raises:
             CheckpointError: it belongs to another network or optimizer.
         """
-        parameters = self._parameters
         streamed = {key[7:]: array for key, array in tensors.items() if key.startswith("stream/")}
         tensors = {key: array for key, array in tensors.items() if not key.startswith("stream/")}
         records = tensors.pop("records", None)
-        if meta["step_count"]:
-            _ = self.plans.training  # makes the buffers of moments and records
-        wanted = {f"weights/{name}": parameters.stored(name).shape for name in parameters.names()}
-        if meta["step_count"]:
-            moments = [(m, n) for m in self._optimizer.moments for n in self._trained()]
-            wanted |= {f"{moment}/{name}": parameters.stored(name).shape for moment, name in moments}
-        given = {key: np.shape(array) for key, array in tensors.items() if not key.startswith(TOPOLOGY)}
-        if given != wanted:
-            odd = sorted(key for key in wanted.keys() | given.keys() if wanted.get(key) != given.get(key))
-            reason = "missing, unknown or of another shape"
-            raise CheckpointError(f"the state belongs to another network or optimizer: {odd[:3]} {reason}")
-        if records is not None and records.shape != parameters.buffers["records"].shape:
-            raise CheckpointError("the state belongs to other pruned layers: its records have another size")
         with self._lock:
-            tensors = self.topology.restore(tensors, meta.get("topology"))
+            self._check_state(tensors, records, meta["step_count"])
+            parameters, tensors = self._parameters, self.topology.restore(tensors, meta.get("topology"))
             parameters.forget()
             if records is not None:
                 parameters.buffers["records"][:] = records
@@ -388,6 +375,27 @@ class Learner:
             self.stream = InstanceStream(self, self.instance_filter)
             if "stream" in meta:
                 self.stream.restore(streamed, meta["stream"])
+
+    def _check_state(self, tensors: Mapping[str, NDArray[Any]], records: NDArray[Any] | None, step_count: int) -> None:
+        """Compare names and shapes with what this learner has, before any of it is changed.
+
+        Raises:
+            CheckpointError: they differ.
+        """
+        parameters = self._parameters
+        if step_count:
+            _ = self.plans.training  # makes the buffers of moments and records
+        wanted = {f"weights/{name}": parameters.stored(name).shape for name in parameters.names()}
+        if step_count:
+            moments = [(m, n) for m in self._optimizer.moments for n in self._trained()]
+            wanted |= {f"{moment}/{name}": parameters.stored(name).shape for moment, name in moments}
+        given = {key: np.shape(array) for key, array in tensors.items() if not key.startswith(TOPOLOGY)}
+        if given != wanted:
+            odd = sorted(key for key in wanted.keys() | given.keys() if wanted.get(key) != given.get(key))
+            reason = "missing, unknown or of another shape"
+            raise CheckpointError(f"the state belongs to another network or optimizer: {odd[:3]} {reason}")
+        if records is not None and records.shape != parameters.buffers["records"].shape:
+            raise CheckpointError("the state belongs to other pruned layers: its records have another size")
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a checkpoint: everything needed to go on exactly."""

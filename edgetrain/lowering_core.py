@@ -195,7 +195,7 @@ def widened(pixels: list[Pair], lanes: int, widest: int) -> tuple[list[Pair], in
         >>> widened([(0, 32), (16, 48), (64, 96), (80, 112)], lanes=4, widest=16)
         ([(0, 32), (64, 96)], 8)
     """
-    together, size = widest // lanes, 4 * lanes
+    together, size = max(1, widest // lanes), 4 * lanes
     while together > 1 and not _runs(pixels, together, size):
         together //= 2
     return pixels[::together], together * lanes

@@ -23,6 +23,7 @@ from edgetrain.plan import Ref
 if TYPE_CHECKING:
     from edgetrain.ops.conv import Product
 
+
 def whole_gradient(weight: str) -> str:
     """Return the name of the memory that keeps the gradient of all of a sparse product's weights."""
     return f"whole gradient:{weight}"
@@ -140,7 +141,7 @@ class ProductLowering(SparseLowering):
         return dense
 
     def _direct_weight_grad(self, node: Node, g: Product, target: Ref) -> None:
-        """One gather-correlate."""
+        """One gather-correlate, or an outer product where there is one pixel."""
         x, grad = self.layout(node.x), self.layout(node.input(1))
         self.correlate(
             self.address(node.x), x, self.address(node.input(1)), grad, target,
@@ -170,26 +171,30 @@ class ProductLowering(SparseLowering):
                 weights = self.weights(weight, sources, tile[0], outputs, weight_channel, groups, weight_group)
             self.emit_multiply(
                 x, y, pixels, tile, terms=self.table(terms), term_count=len(terms), lanes=lanes,
-                ranges=self.ranges((ranges or []) * (self.blocks // blocks), len(pixels), tile[1]),
+                ranges=self.ranges(ranges or [], blocks, len(pixels), tile[1]),
                 kind=ROWS if by_row else SAMPLES, blocks=blocks, groups=groups, channel_count=outputs,
                 bias=bias or self.zeros(groups * outputs + tile[0]), **weights, x_block=x_layout.block,
                 y_block=y_layout.block, x_group=inputs * x_layout.channel, y_group=outputs * y_layout.channel,
                 y_channel=y_layout.channel,
             )  # fmt: skip
 
-    def ranges(self, ranges: list[Pair], vectors: int, width: int) -> Ref | int:
+    def ranges(self, ranges: list[Pair], blocks: int, vectors: int, width: int) -> Ref | int:
         """Return the table of the terms that tiles of ``width`` vectors need; 0 if that would save less than a tenth.
+
+        ``ranges``: (first, behind the last) term of every pixel of a block; ``vectors``: of pixels, in each of
+        ``blocks`` blocks (one where the pixels of all are one list).
 
         A convolution's input gradient without padding: the windows of a pixel near the edge lie partly outside.
         LeNet-5's second convolution at batch 8 took 17.0 us and takes 12 us so (2 threads).
         """
+        ranges = ranges * (self.blocks // blocks)
         size = max(1, len(ranges) // vectors * width)  # pixels of a tile
         tiles = [ranges[i : i + size] for i in range(0, len(ranges), size)]
         needed = [(min(a for a, _ in tile), max(b for _, b in tile)) for tile in tiles]
         most = max((b for _, b in ranges), default=0)
         if sum(b - a for a, b in needed) > _WORTHWHILE * most * len(needed):
             return 0
-        return self.table([(first, last - first) for first, last in needed]) if needed else 0
+        return self.table(needed) if needed else 0
 
     def weights(self, weight: Ref, sources: list[int], width: int, channels: int, channel_bytes: int, groups: int = 1,
                 weight_group: int = 0) -> dict[str, int | Ref]:  # fmt: skip
@@ -241,7 +246,7 @@ class ProductLowering(SparseLowering):
     def correlate(self, x: Ref, x_layout: Layout, grad: Ref, grad_layout: Layout, target: Ref, *, pixels: list[Pair],
                   terms: list[Pair], groups: int, inputs: int, outputs: int, weight_channel: int,
                   weight_group: int) -> None:  # fmt: skip
-        """Emit ``target[c][k] = sum grad[c][p] * x[p + term k]``; see ``kernels.dense.correlate``."""
+        """Emit ``target[c][k] = sum grad[c][p] * x[p + term k]``; see ``kernels.dense.correlate`` and ``_outer``."""
         if len(pixels) == 1 and groups == 1:
             columns, rows = [a for a, _ in terms], [grad_layout.at(c) for c in range(outputs)]
             across = [place for _, place in terms], [c * weight_channel for c in range(outputs)]
@@ -269,13 +274,13 @@ class ProductLowering(SparseLowering):
         """
         count, samples = len(columns), self.blocks * self.lanes
         lanes = _lanes_of(list(range(0, 4 * count, 4)))
-        turned = self.workspace(4 * samples * count)
-        self.emit(
-            "turn_samples", (self.lanes,), self.blocks * -(-count // _COLUMNS_PER_JOB), x=a, y=turned,
-            columns=self.table(columns), count=count, chunk=_COLUMNS_PER_JOB, x_block=a_layout.block,
-        )  # fmt: skip
         terms = [block * b_layout.block + 4 * lane for block in range(self.blocks) for lane in range(self.lanes)]
         with self.chosen(Sizes("multiply", CHANNELS, lanes, count, len(rows), samples)) as tile:
+            turned = self.workspace(4 * (samples * count + tile[0]))  # a tile may read behind the last column
+            self.emit(
+                "turn_samples", (self.lanes,), self.blocks * -(-count // _COLUMNS_PER_JOB), x=a, y=turned,
+                columns=self.table(columns), count=count, chunk=_COLUMNS_PER_JOB, x_block=a_layout.block,
+            )  # fmt: skip
             self.emit_multiply(
                 b, target, rows, tile, kind=CHANNELS, lanes=lanes, blocks=1, groups=1, channel_count=count,
                 terms=self.table(terms), term_count=samples, weight=turned, weight_group=0, weight_tile=4 * tile[0],

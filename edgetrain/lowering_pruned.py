@@ -67,7 +67,7 @@ class PrunedLowering(ProductLowering):
                     weight=packed, weight_group=0, weight_tile=4 * width * count, weight_step=4 * width,
                     bias=self.zeros(g.channels_in + width), x_block=grad.block, y_block=out.block, x_group=0, y_group=0,
                     y_channel=out.channel,
-                    ranges=self.ranges(few.ranges() * (self.blocks // blocks), len(pixels), tile[1]),
+                    ranges=self.ranges(few.ranges(), blocks, len(pixels), tile[1]),
                 )  # fmt: skip
 
     def _listed_terms(self, node: Node, g: Product, phase: Phase) -> tuple[Ref, Ref, int]:

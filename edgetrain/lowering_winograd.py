@@ -122,10 +122,8 @@ def weight_grad(low: LoweringCore, node: Node, g: Product, target: Ref, listed: 
     sums = low.workspace(len(parts) * _POSITIONS * position)
     start = -g.pads[0] * x.row - g.pads[1] * x.pixel
     for number, part in enumerate(parts):
-        _transform(low, 0, low.address(node.x) + start, x, part, columns, v, channel, v_position,
-                g.inputs, None)  # fmt: skip
-        _transform(low, 1, low.address(node.input(1)), grad, part, columns, z, channel, z_position,
-                g.outputs, listed)  # fmt: skip
+        _transform(low, 0, low.address(node.x) + start, x, part, columns, v, channel, v_position, g.inputs, None)
+        _transform(low, 1, low.address(node.input(1)), grad, part, columns, z, channel, z_position, g.outputs, listed)
         _correlate(low, g, v, z, sums + number * _POSITIONS * position, part.blocks * part.rows * columns,
                    (channel, v_position, z_position))  # fmt: skip
     low.emit(

@@ -87,6 +87,7 @@ class Plans:
         self.arena, self.team, self._whole_gradients = Arena(), Team(threads), whole_gradients
         self._rewrite = rewrite
         self._executors: dict[tuple[bool, int, bool, tuple[bool, ...]], Executor] = {}
+        self._forward_plans: dict[tuple[bool, ...], Plan] = {}  # the latest, by which weights run on lists
         self._macs: dict[str, int] = {}  # of one sample's step: before and after every policy has rewritten the graph
 
     def use_threads(self, threads: int) -> None:
@@ -142,8 +143,13 @@ class Plans:
     @property
     def forward_macs(self) -> int:
         """Multiply-accumulates that one sample's forward pass executes with the present topology."""
-        plan = self.executor(False, self._batch_size).plan
-        return self.graph.macs() - _skipped_weights(plan)
+        dense = self.graph.macs()
+        if not self.parameters.sparse:
+            return dense
+        key = self._listed()
+        if key not in self._forward_plans:
+            self._forward_plans = {key: self.plan(False, self._batch_size)}  # to be looked at, not run
+        return dense - _skipped_weights(self._forward_plans[key])
 
     def macs(self, count: int, plan: Plan) -> tuple[int, dict[str, int]]:
         """Return the multiply-accumulates that a plan's latest step of ``count`` samples executed, and those saved.

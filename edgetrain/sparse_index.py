@@ -121,19 +121,19 @@ class SparseIndex:
         self.places[count:] = 0
         self._transpose(owners, count)
 
-    def restore(self, starts: ArrayLike, columns: ArrayLike) -> None:
-        """Take the topology of which ``starts`` and the first ``count`` of ``columns`` were kept.
+    def mask_of(self, starts: ArrayLike, columns: ArrayLike) -> Mask:
+        """Return the topology of which ``starts`` and the first ``count`` of ``columns`` were kept, for ``set``.
 
         Raises:
             UsageError: they are those of another index.
         """
         first, places = np.asarray(starts), np.asarray(columns)
         fits = first.shape == self.starts.shape and places.shape == (first[-1],) and bool((np.diff(first) >= 0).all())
-        if not fits or not ((places >= 0) & (places < self.row_size)).all():
+        if not fits or len(places) > self.capacity or not ((places >= 0) & (places < self.row_size)).all():
             raise UsageError(f"sparse index: starts {first.shape} and columns {places.shape} of another index")
         rows = np.zeros((self.rows, self.row_size), bool)
         rows[np.repeat(np.arange(self.rows), np.diff(first)), places] = True
-        self.set(rows.T if self.inputs_first else rows.reshape(self.shape))
+        return rows.T if self.inputs_first else rows.reshape(self.shape)
 
     def _transpose(self, owners: NDArray[np.int64], count: int) -> None:
         """Write the entries by input channel; ``owners``: the row of every entry."""

@@ -386,3 +386,11 @@ def test_import_and_facts_load_no_heavy_package():
     )
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "[]"
+
+
+def test_what_machine_code_depends_on(tmp_path):
+    chip = "processor\t: {}\nFeatures\t: fp asimd\nCPU implementer\t: 0x41\nCPU part\t: {}\n\n"
+    write_tree(tmp_path, {"proc/cpuinfo": chip.format(0, "0xd05") + chip.format(1, "0xd0b")})
+    found = hostinfo.processor(tmp_path)
+    assert {"CPU part: 0xd05", "CPU part: 0xd0b", "CPU implementer: 0x41", "Features: fp asimd"} < set(found)
+    assert len(found) == 5  # and the architecture; nothing that changes from start to start, such as the clock

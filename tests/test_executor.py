@@ -428,11 +428,20 @@ def test_trials_are_rare_where_all_threads_are_much_faster():
     assert 0 < threads.count(1) < 50
 
 
-def test_one_slow_run_decides_nothing():
+@pytest.mark.parametrize("slow", [5e-4, 3e-3])
+def test_one_slow_run_decides_nothing(slow):
     pace, _ = paced({1: 1e-4, 2: 0.9e-4}, 203)
-    pace.took(5e-4)  # the trial of two threads meets another process
+    pace.took(slow)  # the trial of two threads meets another process
     _, threads = paced({1: 1e-4, 2: 0.9e-4}, 20, pace)
     assert threads[-1] == 2
+
+
+def test_interruptions_do_not_keep_a_program_on_all_threads():
+    pace, ones = Pace(2), 0
+    for number in range(10_000):
+        ones += pace.threads == 1
+        pace.took(3e-3 if number % 50 == 0 else 1e-4 * pace.threads)
+    assert ones > 8000
 
 
 @pytest.mark.parametrize("seconds", [{1: 1.0, 2: 3.0}, {1: 1e-4}])

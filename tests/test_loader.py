@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import re
 import struct
 
@@ -12,7 +13,7 @@ from llvmlite import binding
 from unicorn import arm64_const
 
 from edgetrain.errors import GraphError
-from edgetrain.kernels import compiler, registry, tiles
+from edgetrain.kernels import compiler, loader, registry, tiles
 from edgetrain.kernels.codes import SAMPLES, SIGMOID
 from edgetrain.kernels.loader import ElfObject
 
@@ -32,6 +33,13 @@ define void @code(ptr %arguments, i64 %first, i64 %last) {{
   ret void
 }}
 """
+
+
+ADDRESS = CALL.replace("""  %before = load float, ptr %place
+  %after = call float @expf(float %before)
+  store float %after, ptr %place
+""", """  store ptr @expf, ptr %place
+""")
 
 
 @pytest.fixture(scope="module")
@@ -105,6 +113,13 @@ def test_arm_code_calls_functions_of_the_process(cortex):
     assert machine.get(place, 1) == 3
 
 
+def test_arm_code_finds_addresses_in_its_table(cortex):
+    machine = Emulator(cortex.emit_object(binding.parse_assembly(ADDRESS)))
+    place = machine.put(np.zeros(2, np.int32))
+    machine.run([place], 1)
+    assert machine.get(place, 2).tobytes() == struct.pack("<Q", OUTSIDE)
+
+
 def test_arm_code_reads_its_constants(cortex):
     machine, x = Emulator(arm_kernel(cortex, "unary", 4, SIGMOID)), np.linspace(-5, 5, 16, dtype=np.float32)
     place = machine.put(x)
@@ -171,6 +186,26 @@ def test_another_file_and_another_machine_are_refused(cortex):
         ElfObject(b"MZ" + content[2:])
     with pytest.raises(GraphError, match=r"for machine 243, expected x86-64 \(62\) or AArch64 \(183\)"):
         ElfObject(content[:18] + struct.pack("<H", 243) + content[20:])
+
+
+def test_a_function_that_is_not_there_is_named(cortex):
+    linked = ElfObject(cortex.emit_object(binding.parse_assembly(CALL)))
+    with pytest.raises(GraphError, match="no function 'cod'"):
+        linked.address("cod")
+    with pytest.raises(GraphError, match="needs 'no_such_function', which this process does not have"):
+        loader._library_address("no_such_function")
+
+
+@pytest.mark.parametrize(("refused", "message"), [("mmap", "no memory for"), ("mprotect", "refuses executable memory")])
+def test_a_system_that_refuses_memory_for_code_is_named(monkeypatch, refused, message):
+    content = compiler.compile_object(lambda args, first, last: None, "nothing", 3)
+    library = ctypes.CDLL(None, use_errno=True)
+    setattr(library, refused, ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p, *[ctypes.c_long] * 5)(lambda *a: -1)
+            if refused == "mmap" else ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_long, ctypes.c_int)(
+                lambda *a: -1))  # fmt: skip
+    monkeypatch.setattr(loader.ctypes, "CDLL", lambda *a, **b: library)
+    with pytest.raises(GraphError, match=message):
+        loader.load("nothing", content)
 
 
 def test_a_relocation_that_is_not_known_is_named(cortex):

@@ -147,6 +147,38 @@ def test_a_state_that_does_not_fit_changes_nothing():
     assert_equal(patterns(made), pattern)
 
 
+def test_activations_are_pruned_number_by_number(tmp_path):
+    policy = et.SWAT(weights=0.5, activations=0.7, refresh=3, group="element")
+    made, plain, (x, y) = learner(policy), learner(replace(policy, activations=0.0)), batch(8)
+    got, wanted = made.gradients(x, y), plain.gradients(x, y)
+    assert {name for name in wanted if np.abs(got[name] - wanted[name]).max() > 0} == set(made.topology.records)
+    assert {"b.weight", "grouped.weight", "c.weight", "d.weight"} <= set(made.topology.records)
+    train(made, 5)
+    made.save(tmp_path / "c.safetensors")
+    assert train(et.Learner.load(tmp_path / "c.safetensors"), 4, 5) == train(made, 4, 5)
+    with pytest.raises(UsageError, match="group='vectors', expected one of element, lanes"):
+        et.SWAT(group="vectors")
+
+
+def test_a_state_from_before_a_setting_came_is_taken():
+    policy = et.SWAT(weights=0.8)
+    made, other = learner(policy), learner(policy)
+    train(made, 3)
+    tensors, meta = made.state()
+    meta["topology"]["policy"] = meta["topology"]["policy"].replace("group=lanes,", "")
+    other.restore(tensors, meta)
+    assert train(other, 3, 3) == train(made, 3, 3)
+
+
+def test_a_broken_pattern_of_one_layer_leaves_all_layers_alone():
+    made = learner(et.SWAT(weights=0.8))
+    tensors, meta = made.state()
+    before, name = patterns(made), next(key for key in reversed(tensors) if key.endswith("/columns"))
+    with pytest.raises(CheckpointError, match="another network"):
+        made.restore({**tensors, name: tensors[name] + 10_000}, meta)
+    assert_equal(patterns(made), before)
+
+
 def test_asking_for_gradients_leaves_thresholds_alone():
     one, other = (learner(ACTIVATIONS["erk"]) for _ in range(2))
     train(one, 2)

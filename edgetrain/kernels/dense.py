@@ -15,7 +15,7 @@ from edgetrain.kernels.simd import arguments, load_f32, load_i64, store_f32
 from edgetrain.kernels.tiles import correlate_tile, multiply_tile
 
 # pixels: table of int64 pairs (input, output byte offset); terms: table of int64 byte offsets; ranges: table of int64
-# pairs (first term, number of terms), one for every ``width`` pixels, or 0 if all have all terms.
+# pairs (first term, behind the last), one for every ``width`` pixels, or 0 if all have all terms.
 
 
 @kernel(
@@ -53,14 +53,15 @@ def multiply(lanes: int, channels: int, width: int, kind: int) -> Body:
             last_channel = min(channel_count, (chunk_c + 1) * channel_chunk)
             for c in range(chunk_c * channel_chunk, last_channel, channels):
                 for p in range(chunk_p * pixel_chunk, last_pixel, width):
-                    first_term, count = 0, term_count
+                    first_term, last_term = 0, term_count
                     if ranges != 0:
                         first_term = load_i64(ranges + 16 * (p // width))
-                        count = load_i64(ranges + 16 * (p // width) + 8)
+                        last_term = load_i64(ranges + 16 * (p // width) + 8)
                     weights = packed + c // channels * weight_tile + first_term * weight_step
                     multiply_tile(
                         source, target + c // step * y_channel, weights, weight_step,
-                        weight_channel, biases + 4 * c, pixels + 16 * p, terms + 8 * first_term, count, y_channel,
+                        weight_channel, biases + 4 * c, pixels + 16 * p, terms + 8 * first_term, last_term - first_term,
+                        y_channel,
                         channel_count - c, low, high, channels, width, lanes, kind,
                     )  # fmt: skip
 

@@ -105,6 +105,9 @@ _RELOCATIONS: dict[int, dict[int, Callable[[_Place], None]]] = {
 }
 
 
+_BY_TABLE = (311, 312)  # of AArch64: they read an address from a table, which only symbols outside have a place in
+
+
 class ElfObject:
     """A relocatable object of a 64-bit machine with low bytes first.
 
@@ -149,8 +152,15 @@ class ElfObject:
         return bytes(image)
 
     def address(self, symbol: str) -> int:
-        """Return the offset of a function in the image."""
-        return next(self.offsets[section] + value for name, section, value in self._symbols if name == symbol)
+        """Return the offset of a function in the image.
+
+        Raises:
+            GraphError: there is none of that name.
+        """
+        for name, section, value in self._symbols:
+            if name == symbol and section in self.offsets:
+                return self.offsets[section] + value
+        raise GraphError(f"compiled code: no function '{symbol}'")
 
     def _relocate(self, section: _Section, image: bytearray, base: int) -> None:
         for where, info, addend in struct.iter_unpack("<QQq", self._bytes(section)):
@@ -158,7 +168,7 @@ class ElfObject:
             stub = self._stubs.get(name, 0) if index == 0 else 0
             target = stub if index == 0 else self.offsets[index] + value
             kind, known = info & 0xFFFFFFFF, _RELOCATIONS[self.machine]
-            if kind not in known:
+            if kind not in known or (kind in _BY_TABLE and not stub):
                 raise GraphError(f"compiled code: relocation {kind} of machine {self.machine} is not known")
             known[kind](_Place(image, offset, base + offset, base + target + addend, base + stub + _STUB - 8))
 
@@ -219,5 +229,8 @@ def load(symbol: str, content: bytes) -> int:
 
 
 def _library_address(name: str) -> int:
-    address = ctypes.cast(getattr(ctypes.CDLL(None), name), ctypes.c_void_p).value
+    try:
+        address = ctypes.cast(getattr(ctypes.CDLL(None), name), ctypes.c_void_p).value
+    except AttributeError as error:
+        raise GraphError(f"compiled code needs '{name}', which this process does not have") from error
     return int(address or 0)

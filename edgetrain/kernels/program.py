@@ -30,7 +30,8 @@ from edgetrain.kernels.simd import (
     store_i64,
 )
 
-# Looks before a waiting thread offers its core to others: 20 us and more, longer than any gap between equal shares.
+# Looks before a waiting thread offers its core to others: some 20 us where a pause takes 60 cycles (AMD's Zen 5), more
+# or less elsewhere; longer than any gap between equal shares.
 _SPINS = 1000
 # Looks for another run before a thread sleeps: some 100 us more, longer than what Python does between two steps. To
 # wake a sleeping thread takes 50 us and more: a step of LeNet-5 at batch 8 took 442 us, and takes 310 so (2 threads).
@@ -77,6 +78,18 @@ def follow(sync: int, number: int, ticket: int) -> int:
 
 
 @register_jitable
+def _meet(sync: int, wanted: int) -> None:
+    """Wait until the threads have arrived ``wanted`` times in all."""
+    atomic_add(sync + ARRIVED, 1)
+    spins = 0
+    while atomic_load(sync + ARRIVED) < wanted:
+        spins += 1
+        pause()
+        if spins > _SPINS:
+            _yield_core()
+
+
+@register_jitable
 def _take_part(program: int, rows: int, thread: int, threads: int, sync: int, arrived: int) -> int:
     """Run this thread's share of all rows."""
     state = float_state()
@@ -90,17 +103,13 @@ def _take_part(program: int, rows: int, thread: int, threads: int, sync: int, ar
         if first < last:
             call_kernel(load_i64(entry), load_i64(entry + 8), first, last)
         if threads > 1:
-            atomic_add(sync + ARRIVED, 1)
-            wanted, spins = arrived + (row + 1) * threads, 0
-            while atomic_load(sync + ARRIVED) < wanted:
-                spins += 1
-                pause()
-                if spins > _SPINS:
-                    _yield_core()
-        # Only the guarded row writes the status, so every thread reads what this run wrote: no thread can be late,
-        # as the next run's guarded row lies behind a barrier that waits for it.
+            _meet(sync, arrived + (row + 1) * threads)
+        # Only the guarded row writes the status. A thread must have read it before the next run writes it again, which
+        # may have one thread and so no barrier that waits: all meet once more before they leave.
         if guard != 0 and atomic_load(sync + STATUS) != 0:
             stopped = 1
+            if threads > 1:
+                _meet(sync, arrived + (row + 2) * threads)
             break
     set_float_state(state)
     return stopped

@@ -17,7 +17,7 @@ from edgetrain.graph import Graph
 from edgetrain.kernels.codes import DENSITY, RECORD
 from edgetrain.optim import Optimizer
 from edgetrain.parameters import Parameters
-from edgetrain.policies import NONE, describe_policy
+from edgetrain.policies import NONE, describe_policy, parse_policy
 from edgetrain.sparse_index import SparseIndex
 from edgetrain.sparsity.layers import SparseLayer
 from edgetrain.sparsity.policy import Floats, Gradients, Mask, SparsityPolicy
@@ -194,19 +194,28 @@ class Topology:
         rest = {key: array for key, array in tensors.items() if not key.startswith(TOPOLOGY)}
         wanted = {f"{TOPOLOGY}{name}/{part}" for name in self.indices for part in ("starts", "columns")}
         policy = NONE if meta is None else meta["policy"]
-        if policy != self._described() or wanted | rest.keys() != tensors.keys():
+        if not self._is_policy(policy) or wanted | rest.keys() != tensors.keys():
             raise CheckpointError(
                 f"the state belongs to another sparsity policy: '{policy}', this learner has '{self._described()}'"
             )
         try:
-            for name, index in self.indices.items():
-                index.restore(*(tensors[f"{TOPOLOGY}{name}/{part}"] for part in ("starts", "columns")))
+            masks = {name: index.mask_of(*(tensors[f"{TOPOLOGY}{name}/{part}"] for part in ("starts", "columns")))
+                     for name, index in self.indices.items()}  # fmt: skip
         except UsageError as error:
             raise CheckpointError(f"the state belongs to another network: {error}") from error
+        for name, mask in masks.items():  # only now: a state that does not fit changes nothing
+            self.indices[name].set(mask)
         self.version += 1
         if meta is not None:
             self.total_steps, self.densities = meta["total_steps"], dict(meta["densities"])
         return rest
+
+    def _is_policy(self, text: str) -> bool:
+        """Whether a text describes this policy; it may be older than a setting that has its default here."""
+        try:
+            return bool(parse_policy("sparsity", text) == self.policy)
+        except UsageError:
+            return False
 
     @contextmanager
     def _measured(self) -> Iterator[None]:

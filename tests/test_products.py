@@ -1,0 +1,93 @@
+"""How products become kernel calls: outer products, terms that are left out, vectors that neighbouring pixels fill."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from edgetrain.choice import Target
+from edgetrain.graph import Graph
+from edgetrain.kernels.codes import CHANNELS
+from edgetrain.kernels.registry import argument_names
+from edgetrain.learner import Learner
+from edgetrain.lowering_core import widened
+from edgetrain.plan import Ref, Row
+from tests.engine import PROFILE, assert_all_close
+
+
+def network(kernel: int, pad: int, size: int = 10, transposed: bool = True) -> Graph:
+    """Two convolutions, of which the second has an input gradient, and a fully connected layer."""
+    rng = np.random.default_rng(0)
+    graph = Graph("products", input_shape=(2, size, size))
+    x = graph.add("Conv", ["input", graph.parameter("a", rng.normal(size=(4, 2, 3, 3)))], pads=[1] * 4)
+    weight = graph.parameter("b", 0.3 * rng.normal(size=(8, 4, kernel, kernel)))
+    x = graph.add("Flatten", [graph.add("Conv", [x, weight], pads=[pad] * 4)])
+    shape = (8, graph.values[x].size) if transposed else (graph.values[x].size, 8)
+    dense = graph.parameter("c", 0.1 * rng.normal(size=shape))
+    graph.set_outputs([graph.add("Gemm", [x, dense], transB=int(transposed))])
+    return graph
+
+
+def made(graph: Graph, count: int) -> Learner:
+    return Learner(graph, PROFILE, batch_size=count, threads=1)
+
+
+def rows_of(learner: Learner, count: int, op_type: str) -> list[Row]:
+    plan = learner.plans.plan(True, count)
+    return [row for row in plan.rows if plan.graph.nodes[row.node].op_type == op_type and row.stage == "backward"]
+
+
+def gradients(learner: Learner, count: int) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(1)
+    x = rng.normal(size=(count, *learner.graph.input_shape)).astype(np.float32)
+    return learner.gradients(x, rng.integers(0, 8, count))
+
+
+@pytest.mark.parametrize("transposed", [True, False])
+def test_gradients_of_layers_of_one_pixel_are_outer_products(transposed):
+    learner = made(network(3, 1, transposed=transposed), 8)
+    rows = rows_of(learner, 8, "ProductWeightGrad")
+    outer = {row.node for row in rows if row.kernel[0] == "turn_samples"}
+    assert len(outer) == 1
+    assert [row.kernel[1][-1] for row in rows if row.kernel[0] == "multiply" and row.node in outer] == [CHANNELS]
+
+
+@pytest.mark.parametrize(("kernel", "pad", "left_out"), [(5, 0, True), (5, 4, False), (3, 1, False), (1, 0, False)])
+def test_terms_outside_are_left_out_where_they_are_many(kernel, pad, left_out):
+    learner = made(network(kernel, pad), 8)
+    place = argument_names("multiply").index("ranges")
+    found = [row.arguments[place] for row in rows_of(learner, 8, "ProductInputGrad") if row.kernel[0] == "multiply"]
+    assert any(isinstance(argument, Ref) for argument in found) == left_out
+
+
+@pytest.mark.parametrize("kernel", [3, 5])
+@pytest.mark.parametrize("count", [1, 5, 8, 40])
+def test_leaving_terms_out_changes_nothing(kernel, count, monkeypatch):
+    graph = network(kernel, 0)
+    with_ranges = gradients(made(graph, count), count)
+    monkeypatch.setattr("edgetrain.lowering_products._WORTHWHILE", 0.0)
+    assert_all_close(gradients(made(graph, count), count), with_ranges, 1e-6)
+
+
+@pytest.mark.parametrize(("lanes", "registers"), [(4, 32), (8, 16), (16, 32)])
+@pytest.mark.parametrize("count", [4, 8])
+def test_wider_vectors_change_nothing(lanes, registers, count, monkeypatch):
+    graph = network(3, 1, size=8)
+    usual = gradients(made(graph, count), count)
+    monkeypatch.setattr("edgetrain.choice._host", lambda: Target(lanes, registers))
+    assert_all_close(gradients(made(graph, count), count), usual, 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("lanes", "widest", "together"), [(4, 16, 4), (8, 16, 2), (16, 16, 1), (16, 8, 1), (4, 4, 1), (8, 12, 1)]
+)
+def test_neighbours_fill_the_widest_vector(lanes, widest, together):
+    pixels = [(4 * lanes * p, 4 * lanes * p + 256) for p in range(8)]
+    assert widened(pixels, lanes, widest) == (pixels[::together], lanes * together)
+
+
+def test_pixels_that_are_no_neighbours_stay_apart():
+    strided = [(32 * p, 16 * p) for p in range(8)]
+    assert widened(strided, 4, 16) == (strided, 4)
+    odd = [(16 * p, 16 * p) for p in range(7)]
+    assert widened(odd, 4, 16) == (odd, 4)
