@@ -21,7 +21,6 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from edgetrain.errors import BenchmarkError, EdgetrainError, UnsupportedError, UsageError
-from edgetrain.policies import NONE
 
 _COMMAND = [sys.executable, "-c", "from edgetrain.bench_contenders import serve; serve()"]
 _ANSWER_SECONDS = 900.0  # a first step compiles; on a small board that takes minutes
@@ -47,7 +46,7 @@ class Case:
     batch_size: int
     threads: int
     input_shape: tuple[int, ...] | None = None
-    sparsity: str = NONE
+    sparsity: str = "none"
 
     def __str__(self) -> str:
         return f"{self.model}, batch {self.batch_size}, {self.threads} thread{'s' * (self.threads > 1)}"
