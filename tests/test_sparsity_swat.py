@@ -86,10 +86,10 @@ def test_the_momentum_variant_needs_momentum():
 # ---- pruned activations ----------------------------------------------------------------------------------------------
 
 ACTIVATIONS = {
-    "unstructured": et.SWAT(weights=0.8, activations=0.7, refresh=3),
-    "erk": et.SWAT(weights=0.8, activations=0.7, variant="erk", refresh=3),
-    "momentum": et.SWAT(weights=0.8, activations=0.7, variant="momentum", refresh=3),
-    "activations-only": et.SWAT(weights=0.0, activations=0.7, refresh=3),
+    "unstructured": et.SWAT(weights=0.8, activations=0.7, refresh=3, group="lanes"),
+    "erk": et.SWAT(weights=0.8, activations=0.7, variant="erk", refresh=3, group="lanes"),
+    "momentum": et.SWAT(weights=0.8, activations=0.7, variant="momentum", refresh=3, group="lanes"),
+    "activations-only": et.SWAT(weights=0.0, activations=0.7, refresh=3, group="lanes"),
 }
 EVERY_ACTIVATIONS = pytest.mark.parametrize("policy", ACTIVATIONS.values(), ids=ACTIVATIONS.keys())
 
@@ -165,7 +165,7 @@ def test_a_state_from_before_a_setting_came_is_taken():
     made, other = learner(policy), learner(policy)
     train(made, 3)
     tensors, meta = made.state()
-    meta["topology"]["policy"] = meta["topology"]["policy"].replace("group=lanes,", "")
+    meta["topology"]["policy"] = meta["topology"]["policy"].replace("dense_last=false,", "")
     other.restore(tensors, meta)
     assert train(other, 3, 3) == train(made, 3, 3)
 
@@ -210,25 +210,34 @@ def test_the_report_tells_what_every_layer_did_and_changes_nothing(policy):
     assert twin.partial_fit(*batch(8, 2)).loss == step.loss
 
 
-def test_gradients_are_pytorchs_with_masked_weights_and_masked_saved_activations():
+@pytest.mark.parametrize("group", ["element", "lanes"])
+def test_gradients_are_pytorchs_with_masked_weights_and_masked_saved_activations(group):
     torch = pytest.importorskip("torch")
     rng = np.random.default_rng(3)
     graph = Graph("small", input_shape=SHAPE)
     x = graph.add("Conv", ["input", graph.parameter("conv.weight", rng.normal(size=(6, 2, 3, 3)))], pads=[1] * 4)
     dense = graph.parameter("fc.weight", rng.normal(size=(CLASSES, 6 * 64)))
     graph.set_outputs([graph.add("Gemm", [graph.add("Flatten", [graph.add("Relu", [x])]), dense], transB=1)])
-    made = learner(et.SWAT(weights=0.7, activations=0.8, dense_first=False), graph=graph)
+    made = learner(et.SWAT(weights=0.7, activations=0.8, dense_first=False, group=group), graph=graph)
     images, labels = batch(24)
     got, weights = made.gradients(images, labels), made.parameters()
     conv, fc = (torch.tensor(weights[f"{name}.weight"], dtype=torch.float64) for name in ("conv", "fc"))
     out = torch.nn.functional.conv2d(torch.tensor(images, dtype=torch.float64), conv, padding=1).requires_grad_()
-    fc.requires_grad_()
-    loss = torch.nn.functional.cross_entropy(out.relu().flatten(1) @ fc.T, torch.tensor(labels))
-    error, wanted = torch.autograd.grad(loss, [out, fc])
-    saved = _largest_vectors(images, made.plans.lanes, made.topology.tally(made.topology.records["conv.weight"])[0])
+    hidden = out.relu().flatten(1)
+    logits = hidden @ fc.T
+    error, error_fc = torch.autograd.grad(
+        torch.nn.functional.cross_entropy(logits, torch.tensor(labels)), [out, logits]
+    )
+    kept = {name: made.topology.tally(record)[0] for name, record in made.topology.records.items()}
+    hidden = hidden.detach().numpy()
+    if group == "lanes":
+        saved = _largest_vectors(images, made.plans.lanes, kept["conv.weight"])
+    else:
+        saved = np.where(largest(np.abs(images), kept["conv.weight"]), images, 0)
+        hidden = np.where(largest(np.abs(hidden).astype(np.float32), kept["fc.weight"]), hidden, 0)
     saved = torch.tensor(saved, dtype=torch.float64)
     wanted_conv = torch.nn.grad.conv2d_weight(saved, conv.shape, error, padding=1).numpy()
-    for name, right in (("conv.weight", wanted_conv), ("fc.weight", wanted.numpy())):
+    for name, right in (("conv.weight", wanted_conv), ("fc.weight", error_fc.numpy().T @ hidden)):
         assert np.abs(got[name] - right).max() <= 1e-4 * np.abs(right).max(), name
     assert np.count_nonzero(got["conv.weight"][~patterns(made)["conv.weight"]]), "weights that do not exist learn too"
 

@@ -44,7 +44,9 @@ class SWAT(SparsityPolicy):
             ``"structured"``: whole kernels (output channel, input channel) by their L1 norm, uniform densities;
             fully connected layers stay unstructured.
         group: what of the saved activations is kept or dropped together: ``"element"``: every number for itself, as
-            published; ``"lanes"``: vectors, one pixel of the samples that lie in the lanes, of convolutions only.
+            published; ``"lanes"``: vectors, one pixel of the samples that lie in the lanes, of convolutions only. Lanes
+            save time and memory, numbers do not; but they cost more accuracy than that time is worth to dense training
+            (docs/sparse_accuracy.md).
         refresh: steps between choices of the weights. (The reference code applies a threshold of 10 to 1000 steps ago
             to the present weights; here the pattern itself is kept in between, so the density is exact at every step.)
         dense_first: whether the first layer stays dense; ``None``: in the unstructured and structured variants.
@@ -63,7 +65,7 @@ class SWAT(SparsityPolicy):
 
     activations: float = 0.9
     variant: str = "unstructured"
-    group: str = "lanes"
+    group: str = "element"
     refresh: int = 100
     dense_first: bool | None = None
     dense_last: bool = False
