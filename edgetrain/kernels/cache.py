@@ -1,6 +1,6 @@
 """Compiled kernels on disk; needs neither LLVM nor Numba nor the kernels' source modules.
 
-A process that finds all its kernels here imports no compiler: training LeNet-5 at batch size 32 then takes 42 MiB of
+A process that finds all its kernels here imports no compiler: training LeNet-5 at batch size 32 then takes 44 MiB of
 resident memory (the x86 machine of docs/performance.md).
 
 One file per kernel, a checksum and an ELF object, in a folder that is named by everything the machine code depends on;
