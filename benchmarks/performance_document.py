@@ -279,7 +279,8 @@ def _scaling(cases: Cases, scaling: dict) -> str:
     together = [
         f"In one run, taking turns: {entry['model']} at batch {entry['batch_size']} gains {entry['gain']:.2f} "
         f"({1e3 * entry['seconds'][0]:.1f} to {1e3 * entry['seconds'][1]:.1f} ms), the machine's sgemm "
-        f"{entry['sgemm_gain']:.2f}.\n"
+        f"{entry['sgemm_gain']:.2f}. Virtual processors that share a core gain little for either; the run shown may "
+        "have been repeated until sgemm gained.\n"
         for entry in scaling.values()
     ]
     parts = [*together, *([f"{text}measured in different runs:\n\n" + table(head, rows)] if rows else [])]

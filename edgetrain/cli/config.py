@@ -120,8 +120,8 @@ _USUAL_LR = {"sgd": 0.05, "adam": 0.001, "adamw": 0.001}
 
 METHODS = ("filter", "sparsity", "error_pruning")
 # What --recipe names; "edge" gives way to the profile's own recipe if that skips anything. It is what measured best on
-# streams whose data change (docs/streams.md). No profile names it: from scratch no method beat dense training for fewer
-# steps at equal time (docs/learning_accuracy.md, docs/sparse_accuracy.md).
+# streams whose data change (docs/streams.md). No profile names it: from scratch no method clearly beat dense training
+# for fewer steps at equal time (docs/learning_accuracy.md, docs/sparse_accuracy.md).
 RECIPES = {
     "edge": {"filter": "eif:rate=0.25,power=2", "sparsity": NONE, "error_pruning": "channels:keep=0.7"},
     "dense": dict.fromkeys(METHODS, NONE),
