@@ -113,6 +113,16 @@ def map_sizes(shape: tuple[int, ...]) -> tuple[int, int, int]:
     return channels, math.prod(shape[1:-1]), columns
 
 
+def packed_words(count: int, bits: int) -> int:
+    """Return how many words of 32 bits hold ``count`` numbers of ``bits`` bits, of which a word holds a whole number.
+
+    Example:
+        >>> packed_words(25, 2), packed_words(196, 1)
+        (2, 7)
+    """
+    return -(-count // (32 // bits))
+
+
 def aligned(count: int, dtype: Any = np.float32) -> NDArray[Any]:
     """Return ``count`` zeros that start at a multiple of ``ALIGNMENT`` bytes."""
     size = np.dtype(dtype).itemsize

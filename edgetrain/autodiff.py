@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from edgetrain.arrays import map_sizes, packed_words
 from edgetrain.errors import GraphError
 from edgetrain.graph import Graph, Node, Value
 from edgetrain.ops import get_op
@@ -26,7 +27,9 @@ _BOUNDS: dict[str, Callable[[Node], tuple[float, float]]] = {
     "Clip": lambda node: Clip().constants(node),
 }
 # Operators that behave differently while training.
-_TRAINING = {"BatchNormalization": "BatchNormalizationTraining", "Dropout": "DropoutTraining"}
+_TRAINING = {
+    "BatchNormalization": "BatchNormalizationTraining", "Dropout": "DropoutTraining", "MaxPool": "MaxPoolTraining",
+}  # fmt: skip
 
 
 @dataclass
@@ -112,6 +115,7 @@ def training_graph(graph: Graph, loss: str = "cross_entropy", label_smoothing: f
     result = TrainingGraph(train, len(train.nodes), losses, correct, graph.outputs[0])
     result.gradients = _backward(train)
     _compute_again(train, result.forward_count)
+    result.forward_count += _keep_masks(train, result.forward_count)
     return result
 
 
@@ -121,7 +125,7 @@ def _forward(graph: Graph) -> Graph:
     train.inputs, train.arrays, train.trainable = list(graph.inputs), dict(graph.arrays), set(graph.trainable)
     train.nodes, train.values = [], {n: v for n, v in graph.values.items() if graph.producer(n) is None}
     fused = {node.name: bound for node in graph.nodes if (bound := _fusable(graph, node))}
-    for number, node in enumerate(graph.nodes):
+    for number, node in enumerate(_pool_first(graph, list(fused.values()))):
         if any(node is bound for bound in fused.values()):
             continue
         op_type = _TRAINING.get(node.op_type, node.op_type)
@@ -130,11 +134,29 @@ def _forward(graph: Graph) -> Graph:
             attributes["stream"] = number
         if op_type == "BatchNormalizationTraining":
             outputs += [f"{node.y.name}.{part}" for part in ("mean", "variance", "inverse_std")]
+        if op_type == "MaxPoolTraining":
+            outputs += [f"{node.y.name}.positions"]
         if node.name in fused:
             outputs[0] = fused[node.name].y.name
             attributes["low"], attributes["high"] = _BOUNDS[fused[node.name].op_type](fused[node.name])
         train.add(op_type, [v.name if v else None for v in node.inputs], node.name, outputs, **attributes)
     return train
+
+
+def _pool_first(graph: Graph, fused: Sequence[Node]) -> list[Node]:
+    """Return the nodes with max pools before the Relus and Clips that they alone read, which then have less to do.
+
+    No bit of a result changes: both orders find the same value, and where the bound holds, no gradient passes.
+    """
+    nodes = list(graph.nodes)
+    for i, bound in enumerate(nodes):
+        readers = [] if bound in fused or bound.y.name in graph.outputs else graph.consumers(bound.y.name)
+        if bound.op_type in _BOUNDS and [reader.op_type for reader in readers] == ["MaxPool"]:
+            pool = readers[0]
+            pooled = Value(f"{pool.y.name}.unbounded", pool.y.shape)
+            nodes[i] = replace(pool, inputs=(bound.x,), outputs=(pooled,))
+            nodes[nodes.index(pool)] = replace(bound, inputs=(pooled,), outputs=(pool.y,))
+    return nodes
 
 
 def _fusable(graph: Graph, node: Node) -> Node | None:
@@ -164,6 +186,43 @@ def _compute_again(train: Graph, forward_count: int) -> None:
             backward[i] = replace(backward[i], inputs=inputs)
         backward.insert(readers[0], _repeated(node, again))
     train.nodes = forward + backward
+
+
+def _keep_masks(train: Graph, forward_count: int) -> int:
+    """Let a Relu keep one bit per number where the backward pass reads its output for nothing else.
+
+    Returns:
+        How many nodes were added to the forward pass.
+    """
+    added = 0
+    for node in train.nodes[:forward_count]:
+        slopes = _slopes(train, node, forward_count + added) if node.op_type == "Relu" else []
+        channels, rows, columns = map_sizes(node.y.shape)
+        words = packed_words(rows * columns, 1)
+        if not slopes or words == rows * columns:
+            continue
+        mask = Value(f"{node.y.name}.mask", (channels, words))
+        train.add_value(mask)
+        for slope in slopes:
+            inputs = (mask, slope.input(1))
+            kept = replace(slope, op_type="ReluMaskGrad", inputs=inputs, attributes={"like": slope.get("like")})
+            train.nodes[train.nodes.index(slope)] = kept
+        train.nodes.insert(train.nodes.index(node) + 1, Node("ReluMask", mask.name, (node.y,), (mask,), {}))
+        added += 1
+    return added
+
+
+def _slopes(train: Graph, node: Node, forward_count: int) -> list[Node]:
+    """Return the nodes for whose sake alone an activation's output would be kept; none if it is kept anyway."""
+    if node.y.name in train.outputs:
+        return []
+    names = {node.y.name}  # of the output and its reshapes, which share its memory
+    for reader in train.nodes[:forward_count]:
+        if reader.op_type in ("Reshape", "Flatten") and reader.x.name in names:
+            names.add(reader.y.name)
+    readers = [n for n in train.nodes[forward_count:] if any(v is not None and v.name in names for v in n.inputs)]
+    own = [n for n in readers if n.op_type == "ActivationGrad" and n.get("forward").name == node.name]
+    return own if own == readers else []
 
 
 def _repeated(node: Node, again: Value) -> Node:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from edgetrain.ops.pooling import Pool
 
 Place = tuple[int, int, int]
+_LARGEST_UNROLLED = 9  # pixels of a pool's window
 
 
 class Lowering(ListedLowering):
@@ -63,6 +64,21 @@ class Lowering(ListedLowering):
             grad_x=self.address(y), rows=rows, vectors=vectors, saved_plane=strides[0][0], saved_row=strides[0][1],
             grad_plane=strides[1][0], grad_row=strides[1][1], grad_x_plane=strides[2][0], grad_x_row=strides[2][1],
             f_a=a, f_b=b,
+        )  # fmt: skip
+
+    def keep_mask(self, y: Value, mask: Value) -> None:
+        """Emit one bit per number of ``y``: whether it is positive."""
+        x, out = self.layout(y), self.layout(mask)
+        self.emit("keep_mask", (x.lanes,), x.planes, y=self.address(y), mask=self.address(mask), rows=x.rows,
+                  vectors=x.columns, y_plane=x.channel, y_row=x.row, mask_plane=out.channel)  # fmt: skip
+
+    def apply_mask(self, mask: Value, grad: Value, y: Value) -> None:
+        """Emit ``y = grad`` where the bit is set, else 0."""
+        source, g, out = self.layout(mask), self.layout(grad), self.layout(y)
+        self.emit(
+            "apply_mask", (out.lanes,), out.planes, mask=self.address(mask), grad_out=self.address(grad),
+            grad_x=self.address(y), rows=out.rows, vectors=out.columns, mask_plane=source.channel, grad_plane=g.channel,
+            grad_row=g.row, grad_x_plane=out.channel, grad_x_row=out.row,
         )  # fmt: skip
 
     def _walk(self, *values: Value) -> tuple[int, int, int, list[Pair]]:
@@ -151,22 +167,32 @@ class Lowering(ListedLowering):
         else:
             self.emit("sum_samples", (self.lanes,), sizes[0], blocks=self.blocks, **shared)
 
-    def pool(self, kernel: str, x: Value, y: Value, pool: Pool) -> None:
-        """Emit a forward pool; see ``kernels.pooling``."""
+    def max_pool(self, x: Value, y: Value, pool: Pool, positions: Value | None = None) -> None:
+        """Emit a max pool, and the positions of what it found; see ``kernels.pooling``."""
         source, out = self.layout(x), self.layout(y)
+        kept, bits = (y, 0) if positions is None else (positions, pool.position_bits)
         self.emit(
-            kernel, (source.lanes,), source.planes, x=self.address(x), y=self.address(y),
+            "max_pool", (source.lanes, *_unrolled(pool, pool.inside), bits), source.planes, x=self.address(x),
+            y=self.address(y), positions=self.address(kept), positions_plane=self.layout(kept).channel,
             **self._windows(pool, source, out),
         )  # fmt: skip
 
-    def max_pool_gradient(self, x: Value, y: Value, grad: Value, target: Value, pool: Pool) -> None:
+    def max_pool_gradient(self, positions: Value, grad: Value, target: Value, pool: Pool) -> None:
         """Emit the max pool's input gradient."""
-        source, out, g, t = self.layout(x), self.layout(y), self.layout(grad), self.layout(target)
+        t = self.layout(target)
         self.emit(
-            "max_pool_gradient", (source.lanes,), source.planes, x=self.address(x), y=self.address(y),
-            grad_out=self.address(grad), grad_x=self.address(target), rows=source.rows, columns=source.columns,
-            x_row=source.row, grad_plane=g.channel, grad_row=g.row, grad_x_plane=t.channel, grad_x_row=t.row,
-            grad_tap_row=pool.dilations[0] * t.row, **self._windows(pool, source, out),
+            "max_pool_gradient", (t.lanes, *_unrolled(pool, pool.tiles), pool.position_bits), t.planes,
+            positions=self.address(positions), grad_out=self.address(grad), grad_x=self.address(target), rows=t.rows,
+            columns=t.columns, grad_x_row=t.row, positions_plane=self.layout(positions).channel,
+            **self._windows(pool, t, self.layout(grad)),
+        )  # fmt: skip
+
+    def average_pool(self, x: Value, y: Value, pool: Pool) -> None:
+        """Emit an average pool."""
+        source, out = self.layout(x), self.layout(y)
+        self.emit(
+            "average_pool", (source.lanes,), source.planes, x=self.address(x), y=self.address(y),
+            **self._windows(pool, source, out),
         )  # fmt: skip
 
     def average_pool_gradient(self, grad: Value, target: Value, pool: Pool) -> None:
@@ -331,6 +357,11 @@ class Lowering(ListedLowering):
             target=self.address(node.input(1)), grad_y=self.address(node.y), channels=y.channels, rows=y.rows,
             columns=y.columns, mask=Ref("mask"), state=Ref("state"), **strides(y=y, target=target, grad=out),
         )  # fmt: skip
+
+
+def _unrolled(pool: Pool, possible: bool) -> tuple[int, int]:
+    """Return the window of a kernel that is compiled for it, or 0 and 0 for one that reads it from its tables."""
+    return pool.kernel if possible and math.prod(pool.kernel) <= _LARGEST_UNROLLED else (0, 0)
 
 
 def maps_of(x: Layout) -> dict[str, int]:

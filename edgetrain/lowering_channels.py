@@ -24,8 +24,8 @@ _PLAIN = (
     "ActivationGrad", "AveragePool", "AveragePoolGrad", "BatchNormalization", "BatchNormalizationGrad",
     "BatchNormalizationAgain", "BatchNormalizationTraining", "ChannelSlice", "Clip", "Concat", "Dropout",
     "DropoutTraining", "Flatten", "GlobalAveragePool", "HardSigmoid", "HardSwish", "Identity", "LeakyRelu", "MaxPool",
-    "MaxPoolGrad", "MeanSquaredErrorLoss", "MeanSquaredErrorLossGrad", "Pad", "Relu", "Reshape", "Sigmoid",
-    "SoftmaxCrossEntropyLoss", "SoftmaxCrossEntropyLossGrad", "Tanh",
+    "MaxPoolGrad", "MaxPoolTraining", "MeanSquaredErrorLoss", "MeanSquaredErrorLossGrad", "Pad", "Relu", "ReluMask",
+    "ReluMaskGrad", "Reshape", "Sigmoid", "SoftmaxCrossEntropyLoss", "SoftmaxCrossEntropyLossGrad", "Tanh",
 )  # fmt: skip
 
 _COPIES = ("ChannelSlice", "Concat", "Flatten", "Reshape")

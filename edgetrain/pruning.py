@@ -173,7 +173,9 @@ class ZeroSkipping(ErrorPruning):
 
 
 # Gradient operators that hand zeros on, and which input the gradient is.
-_PASSING = {"ActivationGrad": 1, "MaxPoolGrad": 2, "AveragePoolGrad": 0, "Reshape": 0, "Flatten": 0}
+_PASSING = {
+    "ActivationGrad": 1, "ReluMaskGrad": 1, "MaxPoolGrad": 1, "AveragePoolGrad": 0, "Reshape": 0, "Flatten": 0,
+}  # fmt: skip
 
 
 def _source(train: TrainingGraph, value: Value) -> Value | None:

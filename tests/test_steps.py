@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from edgetrain.models import cnn1d
+from edgetrain.models import ds_cnn
 
-from edgetrain import reference
+from edgetrain import autodiff, reference
 from edgetrain.graph import Graph
 from edgetrain.learner import Learner
-from tests.engine import assert_all_close, assert_close, assert_same, channel_learner, learner, wide_host
+from tests.engine import assert_close, assert_same, channel_learner, learner, wide_host
 from tests.op_cases import Net
 
 pytestmark = pytest.mark.usefixtures(wide_host.__name__)
@@ -266,14 +266,51 @@ def test_dropout_does_nothing_when_predicting():
     assert_same({"out": dropped(0.5).logits(x)}, {"out": x})
 
 
-@pytest.mark.parametrize("make", [learner, channel_learner], ids=["samples", "channels"])
-def test_maps_computed_again_are_the_same_bit_for_bit(make):
-    """A max pool behind a normalisation finds the pixel of its maximum only if not one bit differs."""
-    graph, rng = cnn1d((6, 32)), np.random.default_rng(1)
+def shifted(graph: Graph) -> tuple[Graph, np.ndarray, np.ndarray]:
+    """Return a network whose normalisations do not only normalise, and a batch of three."""
+    rng = np.random.default_rng(1)
     for name in graph.trainable:
         if "bn" in name:
             graph.arrays[name] += rng.uniform(-0.5, 0.5, graph.arrays[name].shape).astype(np.float32)
-    x, y = rng.standard_normal((3, 6, 32)).astype(np.float32), rng.integers(0, 6, 3)
+    x = rng.standard_normal((3, *graph.input_shape)).astype(np.float32)
+    return graph, x, rng.integers(0, graph.output_shape[0], 3)
+
+
+@pytest.mark.parametrize("make", [learner, channel_learner], ids=["samples", "channels"])
+def test_maps_computed_again_are_the_same_bit_for_bit(make, monkeypatch):
+    graph, x, y = shifted(ds_cnn((1, 12, 8)))
     made = make(graph)
     assert any(name.endswith(".again") for name in made.training_plan().graph.values)
-    assert_all_close(made.gradients(x, y), reference.gradients(graph, x, y)[1], 1e-5)
+    found = made.gradients(x, y)
+    monkeypatch.setattr(autodiff, "_compute_again", lambda train, forward_count: None)
+    keeping = make(graph)
+    assert not any(name.endswith(".again") for name in keeping.training_plan().graph.values)
+    assert_same(found, keeping.gradients(x, y))
+
+
+@pytest.mark.parametrize("make", [learner, channel_learner], ids=["samples", "channels"])
+@pytest.mark.parametrize("part", ["_pool_first", "_keep_masks"])
+def test_masks_and_the_order_of_pools_change_no_bit(make, part, monkeypatch):
+    net = Net((3, 9, 10))
+    x = net.MaxPool(net.Relu(net.conv("input", 4, 3, 3, 3)), kernel_shape=[3, 2], strides=[2, 2], pads=[1, 0, 1, 1])
+    x = net.MaxPool(net.Clip(net.conv(x, 5, 4, 1, 1), min=-0.5, max=0.5), kernel_shape=[2, 2])
+    x = net.GlobalAveragePool(net.Relu(net.conv(x, 6, 5, 1, 1)))
+    net.graph.set_outputs([net.Flatten(x)])
+    graph, x, y = shifted(net.graph)
+    made, plain = make(graph), {"_pool_first": lambda graph, fused: graph.nodes, "_keep_masks": lambda *_: 0}[part]
+    found, nodes = made.gradients(x, y), [node.op_type for node in made.training_plan().graph.nodes]
+    monkeypatch.setattr(autodiff, part, plain)
+    without = make(graph)
+    assert nodes != [node.op_type for node in without.training_plan().graph.nodes]
+    assert_same(found, without.gradients(x, y))
+
+
+def test_a_mask_takes_the_place_of_an_output_that_only_the_slope_reads():
+    net = Net((3, 8, 8))
+    y = net.Relu(net.conv("input", 4, 3, 3, 3))
+    net.graph.set_outputs([net.Flatten(net.GlobalAveragePool(y))])
+    plan = learner(net.graph).training_plan()
+    positions = {node.op_type: i for i, node in enumerate(plan.graph.nodes)}
+    assert plan.lifetimes[plan.buffer(y)][1] <= positions["GlobalAveragePool"]
+    assert plan.lifetimes[plan.buffer(f"{y}.mask")][1] == positions["ReluMaskGrad"]
+    assert plan.sizes[plan.buffer(f"{y}.mask")] * 18 == plan.sizes[plan.buffer(y)]  # 36 pixels in two words

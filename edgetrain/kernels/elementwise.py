@@ -26,11 +26,15 @@ from edgetrain.kernels.simd import (
     load_f32,
     maximum,
     minimum,
+    pack,
     power_of_two,
     select_gt,
+    select_same,
     store,
     store_f32,
     sum_lanes,
+    unpack,
+    whole,
 )
 
 
@@ -155,6 +159,57 @@ def unary_gradient(lanes: int, function: int) -> Body:
                     else:
                         g = g * a
                     store(target + i * step, g)
+
+    return body
+
+
+@kernel("y", "mask", "rows", "vectors", "y_plane", "y_row", "mask_plane")
+def keep_mask(lanes: int) -> Body:
+    """Write one bit per number: whether it is positive; 32 pixels share a word. Job: plane."""
+    step = 4 * lanes
+
+    def body(args: int, first: int, last: int) -> None:
+        y, mask, rows, vectors, y_plane, y_row, mask_plane = arguments(args, 7)
+        zero, none, one = broadcast(0.0, lanes), whole(0, lanes), whole(1, lanes)
+        for plane in range(first, last):
+            word, packed, place = none, 0, mask + plane * mask_plane
+            for row in range(rows):
+                source = y + plane * y_plane + row * y_row
+                for i in range(vectors):
+                    word = pack(word, select_gt(load(source + i * step, lanes), zero, one, none), packed)
+                    packed += 1
+                    if packed == 32:
+                        store(place, word)
+                        word, packed, place = none, 0, place + step
+            if packed:
+                store(place, word)
+
+    return body
+
+
+@kernel("mask", "grad_out", "grad_x", "rows", "vectors", "mask_plane", "grad_plane", "grad_row", "grad_x_plane",
+        "grad_x_row")  # fmt: skip
+def apply_mask(lanes: int) -> Body:
+    """Write the gradient where the bit that ``keep_mask`` wrote is set, else 0. Job: plane."""
+    step = 4 * lanes
+
+    def body(args: int, first: int, last: int) -> None:
+        (mask, grad_out, grad_x, rows, vectors, mask_plane, grad_plane, grad_row, grad_x_plane,
+         grad_x_row) = arguments(args, 10)  # fmt: skip
+        zero, none = broadcast(0.0, lanes), whole(0, lanes)
+        for plane in range(first, last):
+            packed, place = 0, mask + plane * mask_plane
+            word = load(place, lanes)
+            for row in range(rows):
+                source, target = grad_out + plane * grad_plane + row * grad_row, grad_x + plane * grad_x_plane
+                for i in range(vectors):
+                    if packed == 32:
+                        packed, place = 0, place + step
+                        word = load(place, lanes)
+                    grad = load(source + i * step, lanes)
+                    share = select_same(unpack(word, packed, 1), none, zero, grad)
+                    store(target + row * grad_x_row + i * step, share)
+                    packed += 1
 
     return body
 

@@ -25,7 +25,9 @@ array([[[[21., 32.],
          [54., 75.]]]])
 >>> max_pool(x, g)
 array([[[[5., 7.]]]])
->>> max_pool_gradient(x, max_pool(x, g), grad_out, g)
+>>> max_pool_positions(x, g)
+array([[[[3, 3]]]])
+>>> max_pool_gradient(max_pool_positions(x, g), grad_out, g)
 array([[[[ 0.,  0.,  0.],
          [ 0.,  1., 10.]]]])
 >>> average_pool(x, g)
@@ -42,6 +44,7 @@ array([[ 6.],
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -126,21 +129,38 @@ def max_pool(x: Array, g: Any) -> Array:
     return np.max([view for _, _, view in taps(padded, g.kernel, g.strides, g.dilations, g.out)], axis=0)
 
 
-def max_pool_gradient(x: Array, y: Array, grad_out: Array, g: Any) -> Array:
-    """Each window's gradient goes to the first pixel that holds its maximum."""
+def max_pool_positions(x: Array, g: Any) -> Array:
+    """Number, row by row, of the first largest pixel of every window (the kernels count pixels inside the map only)."""
     padded = _pad_to_fit(x, g, -np.inf)
-    grad, left_over = np.zeros_like(padded), grad_out.copy()
-    views = zip(
-        taps(padded, g.kernel, g.strides, g.dilations, g.out),
-        taps(grad, g.kernel, g.strides, g.dilations, g.out),
-        strict=True,
-    )
-    for (_, _, values), (_, _, target) in views:
-        share = np.where(values == y, left_over, 0)
-        target += share
-        left_over = left_over - share
+    return np.argmax([view for _, _, view in taps(padded, g.kernel, g.strides, g.dilations, g.out)], axis=0)
+
+
+def max_pool_gradient(positions: Array, grad_out: Array, g: Any) -> Array:
+    """Each window's gradient goes to the pixel at its position."""
+    grad = _pad_to_fit(np.zeros((*grad_out.shape[:2], *g.size), grad_out.dtype), g)
+    for number, (_, _, target) in enumerate(taps(grad, g.kernel, g.strides, g.dilations, g.out)):
+        target += np.where(positions == number, grad_out, 0)
     top, left = g.pads[:2]
-    return grad[:, :, top : top + x.shape[2], left : left + x.shape[3]]
+    return grad[:, :, top : top + g.size[0], left : left + g.size[1]]
+
+
+def pack(numbers: Array, bits: int) -> Array:
+    """Pack whole numbers ``(N, C, ...)`` of ``bits`` bits into uint32 words ``(N, C, words)``, the first one lowest.
+
+    Example:
+        >>> pack(np.array([[[1, 0, 3]]]), 2), unpack(pack(np.array([[[1, 0, 3]]]), 2), 2, (1, 1, 3))
+        (array([[[49]]], dtype=uint32), array([[[1, 0, 3]]]))
+    """
+    per_word, flat = 32 // bits, numbers.reshape(*numbers.shape[:2], -1).astype(np.uint32)
+    padded = np.pad(flat, ((0, 0), (0, 0), (0, -flat.shape[2] % per_word)))
+    shifts = np.arange(0, 32, bits, dtype=np.uint32)
+    return np.bitwise_or.reduce(padded.reshape(*flat.shape[:2], -1, per_word) << shifts, axis=-1)
+
+
+def unpack(words: Array, bits: int, shape: tuple[int, ...]) -> Array:
+    """Return the numbers of a shape that ``pack`` packed, as int64."""
+    numbers = (words[..., None] >> np.arange(0, 32, bits, dtype=np.uint32)) & np.uint32((1 << bits) - 1)
+    return numbers.reshape(*shape[:2], -1)[:, :, : math.prod(shape[2:])].reshape(shape).astype(np.int64)
 
 
 def average_pool(x: Array, g: Any) -> Array:

@@ -226,7 +226,6 @@ def _comparison(predicate: str) -> Callable[..., Any]:
 
 
 select_gt = _comparison(">")
-select_eq = _comparison("==")
 
 
 @intrinsic
@@ -279,6 +278,64 @@ def power_of_two(typingctx: Any, a: Any) -> Any:
         return builder.bitcast(shifted, args[0].type)
 
     return a(a), codegen
+
+
+# --- bits -------------------------------------------------------------------
+# Vectors that hold whole numbers of 32 bits per lane, or several short ones, packed. Nothing calculates with them as
+# floats; they only share the registers.
+
+
+@intrinsic(prefer_literal=True)
+def whole(typingctx: Any, number: Any, width: Any) -> Any:
+    """Return a vector with the whole ``number`` in all lanes."""
+    lanes = literal(width)
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        vector = splat(builder, builder.trunc(args[0], I32), lanes)
+        return builder.bitcast(vector, ir.VectorType(F32, lanes))
+
+    return Vec(lanes)(types.int64, width), codegen
+
+
+def _as_whole(builder: Any, vector: ir.Value) -> ir.Value:
+    return builder.bitcast(vector, ir.VectorType(I32, vector.type.count))
+
+
+@intrinsic
+def pack(typingctx: Any, word: Any, number: Any, shift: Any) -> Any:
+    """Return ``word`` with ``number`` put above its ``shift`` lowest bits, which were free."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        words, numbers = _as_whole(builder, args[0]), _as_whole(builder, args[1])
+        bits = splat(builder, builder.trunc(args[2], I32), words.type.count)
+        return builder.bitcast(builder.or_(words, builder.shl(numbers, bits)), args[0].type)
+
+    return word(word, word, types.int64), codegen
+
+
+@intrinsic(prefer_literal=True)
+def unpack(typingctx: Any, word: Any, shift: Any, bits: Any) -> Any:
+    """Return the number of ``bits`` bits that lies above the ``shift`` lowest ones."""
+    mask = (1 << literal(bits)) - 1
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        words = _as_whole(builder, args[0])
+        down = builder.lshr(words, splat(builder, builder.trunc(args[1], I32), words.type.count))
+        masks = ir.Constant(words.type, [ir.Constant(I32, mask)] * words.type.count)
+        return builder.bitcast(builder.and_(down, masks), args[0].type)
+
+    return word(word, types.int64, bits), codegen
+
+
+@intrinsic
+def select_same(typingctx: Any, a: Any, b: Any, yes: Any, no: Any) -> Any:
+    """Return, per lane, ``yes`` where the whole numbers ``a`` and ``b`` are the same, else ``no``."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        same = builder.icmp_signed("==", _as_whole(builder, args[0]), _as_whole(builder, args[1]))
+        return builder.select(same, args[2], args[3])
+
+    return yes(a, a, yes, yes), codegen
 
 
 # --- threads and machine state ----------------------------------------------

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from edgetrain.arrays import map_sizes, packed_words
 from edgetrain.graph import Node, Shape, Value
-from edgetrain.kernels import codes
+from edgetrain.kernels import codes, reference
 from edgetrain.ops.registry import Array, Op, register
 
 if TYPE_CHECKING:
@@ -85,6 +86,54 @@ class ActivationGrad(Op):
         """One pass."""
         op = _activation(node)
         low.unary_gradient(node.x, node.input(1), node.y, op.code, *op.constants(node.get("forward")))
+
+
+@register
+class ReluMask(Op):
+    """y -> mask: one bit per number of a Relu's output, kept instead of the output where nobody else reads that.
+
+    32 pixels of a channel share a word; as a value the mask has the shape (C, words).
+    """
+
+    name = "ReluMask"
+    training_only = True
+
+    def infer(self, node: Node) -> Sequence[tuple[Shape, bool]]:
+        """Words per channel."""
+        channels, rows, columns = map_sizes(node.x.shape)
+        return [((channels, packed_words(rows * columns, 1)), True)]
+
+    def reference(self, node: Node, *inputs: Array) -> tuple[Array, ...]:
+        """Pack what is positive."""
+        return (reference.pack(inputs[0] > 0, 1),)
+
+    def lower(self, node: Node, low: Lowering) -> None:
+        """One pass."""
+        low.keep_mask(node.x, node.y)
+
+
+@register
+class ReluMaskGrad(Op):
+    """(mask, grad_out) -> grad_x."""
+
+    name = "ReluMaskGrad"
+    arity = (2, 2)
+    in_place = 1
+    training_only = True
+    attributes = ("like",)
+
+    def infer(self, node: Node) -> Sequence[tuple[Shape, bool]]:
+        """Shape of the forward input."""
+        like: Value = node.get("like")
+        return [(like.shape, like.batched)]
+
+    def reference(self, node: Node, *inputs: Array) -> tuple[Array, ...]:
+        """Multiply with the mask."""
+        return (inputs[1] * reference.unpack(inputs[0], 1, inputs[1].shape),)
+
+    def lower(self, node: Node, low: Lowering) -> None:
+        """One pass."""
+        low.apply_mask(node.x, node.input(1), node.y)
 
 
 def _activation(node: Node) -> Activation:
