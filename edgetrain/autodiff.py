@@ -26,6 +26,7 @@ _BOUNDS: dict[str, Callable[[Node], tuple[float, float]]] = {
     "Relu": lambda node: (0.0, math.inf),
     "Clip": lambda node: Clip().constants(node),
 }
+_AGAIN = ".again"  # ends the name of a value that the backward pass computes once more
 # Operators that behave differently while training.
 _TRAINING = {
     "BatchNormalization": "BatchNormalizationTraining", "Dropout": "DropoutTraining", "MaxPool": "MaxPoolTraining",
@@ -179,13 +180,18 @@ def _compute_again(train: Graph, forward_count: int) -> None:
         readers = [i for i, reader in enumerate(backward) if node.y in reader.inputs]
         if not readers:
             continue
-        again = Value(f"{node.y.name}.again", node.y.shape)
+        again = Value(f"{node.y.name}{_AGAIN}", node.y.shape)
         train.add_value(again)
         for i in readers:
             inputs = tuple(again if value == node.y else value for value in backward[i].inputs)
             backward[i] = replace(backward[i], inputs=inputs)
         backward.insert(readers[0], _repeated(node, again))
     train.nodes = forward + backward
+
+
+def first_made(train: TrainingGraph, value: Value) -> Value:
+    """Return the forward pass's value of a value that the backward pass computes again; any other one as it is."""
+    return train.graph.values[value.name.removesuffix(_AGAIN)]
 
 
 def _keep_masks(train: Graph, forward_count: int) -> int:

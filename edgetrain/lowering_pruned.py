@@ -125,7 +125,7 @@ class PrunedLowering(ProductLowering):
         x, pixels, lists = self.layout(node.x), g.size[0] * g.size[1], self._lists(node, g)
         self.plan.sizes[self.plan.buffer(node.y.name)] = lists.nbytes
         grad = self.layout(node.get("grad_out"))
-        norms, starts, threshold = self._choose_threshold(node, "vector_norms", pixels, lists.capacity)
+        norms, starts, threshold = self._vector_threshold(node, pixels, lists.capacity)
         tables = [_places(phase, grad, x) for phase in lists.phases]
         ends = [sum(len(table) for table in tables[:i]) for i in range(len(tables) + 1)]
         base = self.address(node.y)
@@ -137,24 +137,13 @@ class PrunedLowering(ProductLowering):
             x_block=x.block, x_channel=x.channel, other_block=grad.block, pixel_count=pixels,
         )  # fmt: skip
 
-    def mask_activation(self, node: Node) -> None:
-        """Emit sizes, the choice of a threshold, and the copy of the numbers that reach it."""
-        x, y = self.layout(node.x), self.layout(node.y)
-        numbers = x.rows * x.columns * x.lanes
-        norms, _, threshold = self._choose_threshold(node, "element_sizes", numbers, numbers * x.planes)
-        self.emit(
-            "keep_elements", (self.lanes,), x.planes, x=self.address(node.x), y=self.address(node.y), norms=norms,
-            threshold=threshold, channels=x.channels, rows=x.rows, columns=x.columns, x_block=x.block,
-            x_channel=x.channel, x_row=x.row, y_block=y.block, y_channel=y.channel, y_row=y.row,
-        )  # fmt: skip
-
-    def _choose_threshold(self, node: Node, kernel: str, pixels: int, capacity: int) -> tuple[Ref, Ref, Ref]:
+    def _vector_threshold(self, node: Node, pixels: int, capacity: int) -> tuple[Ref, Ref, Ref]:
         """Emit the norms of a plane's ``pixels`` vectors and the choice; return norms, channels' starts, threshold."""
-        x, record = self.layout(node.x), Ref("records", 4 * RECORD * int(node.get("record")))
+        x, record = self.layout(node.x), self.record_of(node)
         norms, counts = self.workspace(4 * pixels * x.planes), self.workspace(8 * x.planes)
         starts, threshold = self.workspace(8 * x.channels), self.kept(f"threshold:{node.y.name}", ALIGNMENT)
         self.emit(
-            kernel, (self.lanes,), x.planes, x=self.address(node.x), norms=norms, counts=counts, record=record,
+            "vector_norms", (self.lanes,), x.planes, x=self.address(node.x), norms=norms, counts=counts, record=record,
             mask=Ref("mask"), channels=x.channels, rows=x.rows, columns=x.columns, x_block=x.block,
             x_channel=x.channel, x_row=x.row,
         )  # fmt: skip
@@ -164,10 +153,18 @@ class PrunedLowering(ProductLowering):
             state=Ref("state"), blocks=self.blocks, channels=x.channels, pixels=pixels, capacity=capacity,
             refresh=int(node.get("refresh")),
         )  # fmt: skip
+        self.remember_threshold(record, threshold)
+        return norms, starts, threshold
+
+    def record_of(self, node: Node) -> Ref:
+        """Return what a layer remembers from step to step, see ``kernels.codes.RECORD``."""
+        return Ref("records", 4 * RECORD * int(node.get("record")))
+
+    def remember_threshold(self, record: Ref, threshold: Ref) -> None:
+        """Emit, in the update, the copy of this step's threshold to the record."""
         with self.stage("update"):
             self.emit("expand", (1,), 1, x=threshold, y=record + 4 * THRESHOLD, rows=1, columns=1, x_channel=0,
                       x_row=0, x_pixel=4)  # fmt: skip
-        return norms, starts, threshold
 
     def compressed_weight_grad(self, node: Node, g: Product) -> None:
         """Emit one correlation over lists per phase of the stride: a phase meets kernel positions of its own."""
@@ -176,9 +173,7 @@ class PrunedLowering(ProductLowering):
 
     def _compressed_weight_grad(self, node: Node, g: Product, target: Ref) -> None:
         grad, base, lists = self.layout(node.input(1)), self.address(node.x), self._lists(node, g)
-        if sum(len(phase.taps) for phase in lists.phases) < len(g.taps):  # positions that meet only padding
-            self.emit("fill", (1,), 1, y=target, channels=1, rows=1, vectors=node.y.size, f_value=0.0,
-                      y_block=0, y_channel=0, y_row=0)  # fmt: skip
+        self.clear_unmet(node, g, target)
         for number, phase in enumerate(lists.phases):
             terms = list(zip(phase.terms(grad), phase.sources(), strict=True))
             width = min(_LISTED_TERMS, len(terms))
@@ -191,6 +186,12 @@ class PrunedLowering(ProductLowering):
                 term_count=len(terms), term_chunk=chunk, term_chunks=chunks, value_channel=0,
                 target_channel=g.weight_in,
             )  # fmt: skip
+
+    def clear_unmet(self, node: Node, g: Product, target: Ref) -> None:
+        """Emit zeros where kernel positions meet nothing but padding: no phase computes their gradient."""
+        if sum(len(phase.taps) for phase in g.phases()) < len(g.taps):
+            self.emit("fill", (1,), 1, y=target, channels=1, rows=1, vectors=node.y.size, f_value=0.0,
+                      y_block=0, y_channel=0, y_row=0)  # fmt: skip
 
     def _lists(self, node: Node, g: Product) -> _Lists:
         vectors = self.blocks * g.channels_in * g.size[0] * g.size[1]

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from statistics import NormalDist
 from typing import Any
 
-from edgetrain.autodiff import TrainingGraph
+from edgetrain.autodiff import TrainingGraph, first_made
 from edgetrain.errors import UsageError
 from edgetrain.graph import Graph, Node, Value
 from edgetrain.ops.pruning import IMPORTANCE
@@ -267,15 +267,19 @@ def _pruned(node: Node, kept: Value) -> Node:
 
 # Room for vectors beyond the wanted density: thresholds hold for many steps while activations move.
 _SLACK = 1.25
+# Lists of numbers hold two words each and have one segment per channel. Where more than this share is kept, or maps
+# have fewer pixels, they save neither memory nor time.
+_DENSEST_LIST, _FEWEST_PIXELS = 0.4, 16
 
 
 def compress_activations(
-    train: TrainingGraph, densities: Mapping[str, float], refresh: int = 100, capacity: float | None = None
-) -> dict[str, int]:
-    """Let convolutions compute their weight gradient from the largest vectors of their input alone (SWAT).
+    train: TrainingGraph, densities: Mapping[str, float], refresh: int = 100, capacity: float | None = None,
+    group: str = "lanes",
+) -> dict[str, int]:  # fmt: skip
+    """Let convolutions compute their weight gradient from the largest part of their input alone (SWAT).
 
-    A vector is one pixel of the samples that lie in the lanes together; it is kept or dropped as a whole. What is kept
-    for the backward pass is the list, not the input, unless something else reads that.
+    What is kept for the backward pass is the list, not the input, unless something else reads that; a normalised map
+    is listed when it is made, and not computed again.
 
     Args:
         train: is changed: every ``ProductWeightGrad`` of a listed weight becomes a ``CompressActivation`` behind the
@@ -285,22 +289,24 @@ def compress_activations(
         refresh: steps after which thresholds are found anew.
         capacity: largest share there is memory for; 1.25 times the density by default. Give the largest density that
             will be set later.
+        group: ``"lanes"``: a vector, one pixel of the samples that lie in the lanes together, is kept or dropped as a
+            whole; ``"element"``: every number for itself, of convolutions where such lists pay.
 
     Returns:
         The number of every pruned weight's record. ``Parameters.buffers["records"]`` is float32
         ``(records * RECORD,)``; its number ``DENSITY`` (``kernels.codes``) of a record is the share to keep and may be
-        changed between steps; ``Parameters.buffers["tally"]`` is int64 ``(records * 2,)``: vectors kept in the latest
-        step, and all vectors.
+        changed between steps; ``Parameters.buffers["tally"]`` is int64 ``(records * 2,)``: what was kept in the latest
+        step, and all.
     """
     graph, records = train.graph, {}
     for error_map in error_maps(train):
         weight = error_map.conv.input(1)
         for node in [n for n in graph.nodes if n.op_type == "ProductWeightGrad" and error_map.read_by(n)]:
-            if weight.name in densities:
-                density = densities[weight.name]
-                room = min(1.0, _SLACK * density if capacity is None else capacity)
+            density = densities.get(weight.name, 0.0)
+            room = min(1.0, _SLACK * density if capacity is None else capacity)
+            if density and (group == "lanes" or (room <= _DENSEST_LIST and _pixels(node.x) >= _FEWEST_PIXELS)):
                 attributes = {
-                    **node.attributes, "density": density, "capacity": room, "refresh": refresh,
+                    **node.attributes, "unit": group, "density": density, "capacity": room, "refresh": refresh,
                     "record": train.records, "grad_out": error_map.value,
                 }  # fmt: skip
                 _compress(train, node, attributes)
@@ -309,11 +315,15 @@ def compress_activations(
     return records
 
 
-def mask_activations(train: TrainingGraph, densities: Mapping[str, float], refresh: int = 100) -> dict[str, int]:
-    """Let weight gradients see the largest numbers of their input alone (SWAT as published, number by number).
+def _pixels(value: Value) -> int:
+    return math.prod(value.shape[1:])
 
-    Kernels are the dense ones: this is for accuracy, it saves no time. Arguments and result as for
-    ``compress_activations``; all products can be masked, those with groups and fully connected layers, too.
+
+def mask_activations(train: TrainingGraph, densities: Mapping[str, float], refresh: int = 100) -> dict[str, int]:
+    """Let weight gradients see the largest numbers of their input alone, by a copy with zeros.
+
+    Kernels are the dense ones: for products whose lists ``compress_activations`` does not make. Arguments and result
+    as there; weight gradients that read lists already are left alone.
     """
     graph, records = train.graph, {}
     for node in [n for n in graph.nodes if n.op_type == "ProductWeightGrad"]:
@@ -332,11 +342,13 @@ def _compress(train: TrainingGraph, node: Node, attributes: Mapping[str, Any]) -
     """Replace a weight gradient by one from lists, which are made right behind the node that makes x."""
     graph, lists = train.graph, Value(f"{node.y.name}.lists", (1,), batched=False)
     graph.add_value(lists)
-    place = graph.nodes.index(node)
+    x, place = first_made(train, node.x), graph.nodes.index(node)
     graph.nodes[place] = replace(
-        node, op_type="CompressedWeightGrad", inputs=(lists, node.input(1)), attributes={**attributes, "source": node.x}
+        node, op_type="CompressedWeightGrad", inputs=(lists, node.input(1)), attributes={**attributes, "source": x}
     )
-    _insert_behind(train, node.x, Node("CompressActivation", lists.name, (node.x,), (lists,), attributes))
+    _insert_behind(train, x, Node("CompressActivation", lists.name, (x,), (lists,), attributes))
+    if x != node.x and not any(node.x in reader.inputs for reader in graph.nodes):
+        graph.nodes.remove(_producer(train, node.x))
 
 
 def _insert_behind(train: TrainingGraph, x: Value, node: Node) -> None:

@@ -10,7 +10,7 @@ import pytest
 from numpy.typing import NDArray
 
 import edgetrain as et
-from edgetrain import reference
+from edgetrain import lowering_elements, reference
 from edgetrain.arrays import aligned
 from edgetrain.autodiff import LABELS, TrainingGraph, training_graph
 from edgetrain.errors import UsageError
@@ -361,6 +361,9 @@ class Compressed(ErrorPruning):
     def __init__(self, density: float, **settings: Any) -> None:
         self.density, self.settings = density, settings
 
+    def __str__(self) -> str:
+        return f"{type(self).__name__}({self.density})"
+
     def rewrite(self, train: TrainingGraph) -> None:
         names = conv_weights(train.graph)
         self.records = compress_activations(train, dict.fromkeys(names, self.density), **self.settings)
@@ -384,8 +387,9 @@ def test_weight_gradient_from_pruned_activations(norm, density, count):
     assert_all_close(made.gradients(x, y), masked_gradients(graph, x, y, mask_input=keep_vectors(density)), TOLERANCE)
 
 
-def test_thresholds_hold_until_there_is_no_room():
-    (x, y), graph, policy = batch(8), network(), Compressed(0.2, refresh=1000)
+@pytest.mark.parametrize("group", ["lanes", "element"])
+def test_thresholds_hold_until_there_is_no_room(group):
+    (x, y), graph, policy = batch(8), network(), Compressed(0.2, refresh=1000, group=group)
     made = learner(graph, error_pruning=policy, optimizer=et.SGD(lr=0.0))
     tally, records = (made.plans.training, made._parameters.buffers)[1], made._parameters.buffers["records"]
     shares, limits = [], []
@@ -407,15 +411,16 @@ def test_gradients_leave_the_records_alone():
     assert not made._parameters.buffers["records"].reshape(-1, RECORD)[:, 1:].any()
 
 
-def test_lists_replace_activations_that_nothing_else_reads():
+@pytest.mark.parametrize(("group", "kernel"), [("lanes", "correlate_lists"), ("element", "correlate_elements")])
+def test_lists_replace_activations_that_nothing_else_reads(group, kernel):
     net = Net((4, 16, 16))
     h = net.AveragePool(net.conv("input", 16, 4, 3, 3, pads=SAME), kernel_shape=[2, 2], strides=[2, 2])
     h = net.Flatten(net.GlobalAveragePool(net.conv(h, 8, 16, 3, 3, pads=SAME)))
     net.graph.set_outputs([net.Gemm(h, net.parameter(5, 8), transB=1)])
     (x, y), graph = batch(4, (4, 16, 16)), net.graph
-    dense, listed = learner(graph), learner(graph, error_pruning=Compressed(0.1))
+    dense, listed = learner(graph), learner(graph, error_pruning=Compressed(0.1, group=group))
     assert_close(listed.logits(x), dense.logits(x), TOLERANCE)
-    assert "correlate_lists" in {row.kernel[0] for row in listed.training_plan().rows}
+    assert kernel in {row.kernel[0] for row in listed.training_plan().rows}
     kept = [sum(_kept_until_backward(made).values()) for made in (dense, listed)]
     assert kept[1] < 0.35 * kept[0]  # 0.1 of the vectors, a quarter more room, 16 bytes of offsets for 16 of numbers
     assert listed.partial_fit(x, y).saved_activations > 0
@@ -442,16 +447,80 @@ def keep_elements(density: float) -> Any:
     return mask
 
 
-@pytest.mark.parametrize("density", [1.0, 0.3])
-def test_weight_gradient_from_the_largest_numbers(density):
-    (x, y), graph = batch(8), network()
-    made = learner(graph, error_pruning=Masked(density))
-    assert_all_close(made.gradients(x, y), masked_gradients(graph, x, y, mask_input=keep_elements(density)), TOLERANCE)
+@pytest.mark.parametrize("count", [3, 8])
+@pytest.mark.parametrize("policy", [Masked(1.0), Masked(0.3), Compressed(0.3, group="element")], ids=str)
+@pytest.mark.parametrize("norm", [False, True], ids=["plain", "norm"])
+def test_weight_gradient_from_the_largest_numbers(norm, policy, count):
+    (x, y), graph = batch(count), network(norm)
+    made = learner(graph, error_pruning=policy)
+    wanted = masked_gradients(graph, x, y, mask_input=keep_elements(policy.density))
+    assert_all_close(made.gradients(x, y), wanted, TOLERANCE)
+
+
+GEOMETRIES = {
+    "3x3": (5, 9, (3, 3), {"pads": SAME}),
+    "stride above kernel": (3, 4, (2, 2), {"strides": [3, 4]}),
+    "asymmetric padding": (2, 18, (3, 2), {"pads": [0, 2, 1, 0], "strides": [2, 1]}),
+    "dilation": (3, 17, (3, 3), {"dilations": [2, 3], "pads": [1, 3, 2, 0]}),
+    "many terms and channels": (2, 70, (5, 6), {"pads": [2, 2, 2, 3]}),
+    "1x1, stride 2": (7, 3, (1, 1), {"strides": [2, 2]}),
+    "positions in the padding alone": (2, 3, (4, 1), {"pads": [3, 0, 3, 0], "strides": [4, 1]}),
+}
+
+
+@pytest.mark.parametrize("lanes", [4, 8, 16])
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+def test_lists_of_numbers_of_any_geometry(geometry, lanes, monkeypatch):
+    channels, outputs, kernel, attributes = GEOMETRIES[geometry]
+    monkeypatch.setattr(lowering_elements, "_STRIP_BYTES", 20_000)  # several strips
+    net = Net((channels, 9, 12))
+    net.graph.set_outputs([net.Flatten(net.conv("input", outputs, channels, *kernel, **attributes))])
+    rng, count = np.random.default_rng(0), lanes + 3
+    x = rng.normal(size=(count, channels, 9, 12)).astype(np.float32)
+    y = rng.integers(0, net.graph.output_shape[0], count)
+    made = learner(net.graph, lanes, error_pruning=Compressed(0.2, group="element"))
+    assert "correlate_elements" in {row.kernel[0] for row in made.training_plan().rows}
+    wanted = masked_gradients(net.graph, x, y, mask_input=keep_elements(0.2))
+    assert_all_close(made.gradients(x, y), wanted, TOLERANCE)
+    kept, numbers = made._parameters.buffers["tally"][:2]
+    assert (kept, numbers) == (np.ceil(0.2 * x.size), x.size)
+
+
+def test_equal_numbers_that_do_not_fit_are_left_out():
+    net = Net((2, 6, 6))
+    net.graph.set_outputs([net.Flatten(net.conv("input", 3, 2, 3, 3))])
+    x, y = np.ones((5, 2, 6, 6), np.float32), np.arange(5)
+    x[:, 0, 0] = 2.0
+    made = learner(net.graph, error_pruning=Compressed(0.2, group="element"))
+    wanted = masked_gradients(net.graph, x, y, mask_input=lambda x: np.where(x > 1, x, 0))
+    assert_all_close(made.gradients(x, y), wanted, TOLERANCE)
+
+
+def test_lists_are_made_of_normalised_maps_instead_of_computing_them_again():
+    net = Net((3, 8, 8))
+    h = net.Relu(net.norm(net.conv("input", 16, 3, 3, 3, pads=SAME)))
+    h = net.GlobalAveragePool(net.conv(h, 8, 16, 3, 3, pads=SAME))
+    net.graph.set_outputs([net.Flatten(h)])
+    dense, listed = (learner(net.graph, error_pruning=p) for p in (None, Compressed(0.2, group="element")))
+    again = [[n.op_type for n in made.training_plan().graph.nodes].count("BatchNormalizationAgain")
+             for made in (dense, listed)]  # fmt: skip
+    assert again == [1, 0]
+
+
+@pytest.mark.parametrize(("density", "shape"), [(0.5, (3, 8, 8)), (0.1, (3, 3, 5))])
+def test_lists_of_numbers_are_made_where_they_pay(density, shape):
+    net = Net(shape)
+    net.graph.set_outputs([net.Flatten(net.conv("input", 8, 3, 3, 3))])
+    made = learner(net.graph, error_pruning=Compressed(density, group="element"))
+    assert "correlate_elements" not in {row.kernel[0] for row in made.training_plan().rows}
+
+
+METHODS = ("element_lists", "error_lists", "pruned", "stochastic", "vector_lists")
 
 
 def test_every_kernel_of_pruning_is_used():
-    modules = [f"edgetrain.kernels.{name}" for name in ("error_lists", "pruned", "stochastic", "vector_lists")]
+    modules = [f"edgetrain.kernels.{name}" for name in METHODS]
     ours = {name for name, (made, _) in load_factories().items() if made.__module__ in modules}
-    policies = [*POLICIES, Compressed(0.5), Masked(0.5)]
+    policies = [*POLICIES, Compressed(0.5), Masked(0.5), Compressed(0.2, group="element")]
     plans = [learner(network(), error_pruning=policy).training_plan() for policy in policies]
     assert ours <= {row.kernel[0] for plan in plans for row in plan.rows}

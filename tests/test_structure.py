@@ -45,6 +45,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("lowering_winograd", "lowering_sparse"),
     ("lowering_products",),
     ("lowering_pruned", "pruning"),
+    ("lowering_elements",),
     ("lowering_listed",),
     ("lowering",),
     ("lowering_channels", "sparsity"),

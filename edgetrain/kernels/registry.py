@@ -30,8 +30,9 @@ Factory = Callable[..., Body]
 on_compile: list[Callable[[str, int, int], None]] = []
 
 _MODULES = (
-    "channels", "clock", "csr", "dense", "elementwise", "error_lists", "layout", "loss", "normalization", "pooling",
-    "pruned", "random", "sparse_storage", "stochastic", "update", "vector_lists", "winograd",
+    "channels", "clock", "csr", "dense", "element_lists", "elementwise", "error_lists", "layout", "loss",
+    "normalization", "pooling", "pruned", "random", "sparse_storage", "stochastic", "update", "vector_lists",
+    "winograd",
 )  # fmt: skip
 _FACTORIES: dict[str, tuple[Factory, tuple[str, ...]]] = {}
 _ADDRESSES: dict[tuple[str, tuple[int, ...]], int] = {}

@@ -17,7 +17,6 @@ from numba import njit
 from edgetrain.kernels.codes import DENSITY, SAMPLES, THRESHOLD
 from edgetrain.kernels.registry import Body, kernel
 from edgetrain.kernels.simd import (
-    absolute,
     arguments,
     broadcast,
     fma,
@@ -25,7 +24,6 @@ from edgetrain.kernels.simd import (
     load_f32,
     load_i32,
     load_i64,
-    select_gt,
     store,
     store_f32,
     store_i64,
@@ -65,60 +63,14 @@ def vector_norms(lanes: int) -> Body:
     return body
 
 
-@kernel("x", "norms", "counts", "record", "mask", *_MAPS)
-def element_sizes(lanes: int) -> Body:
-    """Write the size of every number, 0 in lanes without a sample, and count those that reach the threshold.
-
-    Job: (block, channel). For ``choose_threshold`` numbers are vectors of one lane.
-    """
-    step = 4 * lanes
-
-    def body(args: int, first: int, last: int) -> None:
-        (x, norms, counts, record, mask, channels, rows, columns, x_block, x_channel, x_row) = arguments(args, 11)
-        limit = broadcast(load_f32(record + 4 * THRESHOLD), lanes)
-        zero, one = broadcast(0.0, lanes), broadcast(1.0, lanes)
-        for job in range(first, last):
-            block, channel = job // channels, job % channels
-            alive = load(mask + block * step, lanes)
-            target, count = norms + job * rows * columns * step, 0
-            for row in range(rows):
-                source, part = x + block * x_block + channel * x_channel + row * x_row, zero
-                for i in range(columns):
-                    size = absolute(load(source + i * step, lanes)) * alive
-                    store(target, size)
-                    target += step
-                    part = part + select_gt(limit, size, zero, one)
-                count += int(sum_lanes(part))
-            store_i64(counts + 8 * job, count)
-
-    return body
-
-
-@kernel("x", "y", "norms", "threshold", *_MAPS, "y_block", "y_channel", "y_row")
-def keep_elements(lanes: int) -> Body:
-    """Copy the numbers whose size reaches the threshold, 0 for the others. Job: (block, channel)."""
-    step = 4 * lanes
-
-    def body(args: int, first: int, last: int) -> None:
-        (x, y, norms, threshold, channels, rows, columns, x_block, x_channel, x_row, y_block, y_channel,
-         y_row) = arguments(args, 13)  # fmt: skip
-        limit, zero = broadcast(load_f32(threshold), lanes), broadcast(0.0, lanes)
-        for job in range(first, last):
-            block, channel = job // channels, job % channels
-            sizes = norms + job * rows * columns * step
-            for row in range(rows):
-                source = x + block * x_block + channel * x_channel + row * x_row
-                target = y + block * y_block + channel * y_channel + row * y_row
-                for i in range(columns):
-                    value = load(source + i * step, lanes)
-                    store(target + i * step, select_gt(limit, load(sizes, lanes), zero, value))
-                    sizes += step
-
-    return body
+@njit
+def share_of(total: Any, density: Any) -> Any:
+    """Return ``total * density`` rounded up, at least 1; not by what a float32 lies above the number that was meant."""
+    return max(1, math.ceil(total * density * (1.0 - 2.0**-23)))
 
 
 @njit
-def _kth_largest(norms: Any, total: Any, wanted: Any, counters: Any) -> Any:
+def kth_largest(norms: Any, total: Any, wanted: Any, counters: Any) -> Any:
     """Return the bits of the ``wanted``-th largest of ``total`` float32 that are not negative.
 
     Radix selection by digits of 11, 11 and 10 bits: three passes, whatever the numbers.
@@ -143,7 +95,7 @@ def _kth_largest(norms: Any, total: Any, wanted: Any, counters: Any) -> Any:
 
 
 @njit
-def _float_of(bits: Any, scratch: Any) -> Any:
+def float_of(bits: Any, scratch: Any) -> Any:
     """Return the float32 with these bits."""
     store_i64(scratch, bits)
     return load_f32(scratch)
@@ -182,12 +134,12 @@ def choose_threshold() -> Body:
         for plane in range(planes):
             total += load_i64(counts + 8 * plane)
         if limit <= 0.0 or total > capacity or load_i64(state + 8) % refresh == 0:
-            wanted = min(capacity, max(1, math.ceil(load_f32(record + 4 * DENSITY) * all_norms)))
-            bits = max(1, _kth_largest(norms, all_norms, wanted, counters))
-            limit = _float_of(bits, counters)
+            wanted = min(capacity, share_of(all_norms, load_f32(record + 4 * DENSITY)))
+            bits = max(1, kth_largest(norms, all_norms, wanted, counters))
+            limit = float_of(bits, counters)
             total = _count(norms, limit, counts, planes, pixels)
             if total > capacity:
-                limit = _float_of(bits + 1, counters)
+                limit = float_of(bits + 1, counters)
                 total = _count(norms, limit, counts, planes, pixels)
         store_f32(threshold, limit)
         store_i64(tally, total)

@@ -8,12 +8,12 @@ Error maps, by channels (``edgetrain.pruning.ErrorMapPruning``):
 
 Saved activations (``edgetrain.pruning.compress_activations`` inserts them, for SWAT):
 
-- ``CompressActivation``: x -> the vectors of lanes of x with the largest norm, as lists
-  (``kernels/vector_lists.py``). It stands right behind whatever makes x, so the dense x is given up when its last
-  other reader is done;
+- ``CompressActivation``: x -> its largest numbers (``kernels/element_lists.py``), or the vectors of lanes with the
+  largest norm (``kernels/vector_lists.py``), as lists. It stands right behind whatever makes x, so the dense x is given
+  up when its last other reader is done;
 - ``CompressedWeightGrad``: (lists, grad_out) -> gradient of all weights;
-- ``MaskActivation``: x -> x with zeros instead of its smaller numbers, for the dense weight gradient: what was
-  published, number by number, which no kernel for lanes of samples can make use of.
+- ``MaskActivation``: x -> x with zeros instead of its smaller numbers, for dense weight gradients where lists of
+  numbers do not pay.
 
 Only products of one group: a depthwise convolution has nothing to share out between channels.
 """
@@ -173,21 +173,21 @@ class PrunedBiasGrad(Op):
 
 @register
 class CompressActivation(Op):
-    """x -> lists of its vectors of lanes with the largest L2 norm, for ``CompressedWeightGrad``.
+    """x -> lists of its largest numbers, or vectors of lanes by their L2 norm, for ``CompressedWeightGrad``.
 
     A threshold is found every ``refresh`` steps, and in between whenever more vectors than there is room for reach it;
     in all other steps the old one holds, so the density drifts a little (Raihan and Aamodt 2020, whose code keeps
     thresholds likewise). Vectors of zeros are never kept.
 
-    Attributes: ``density``: share of the vectors to keep, the initial one: kernels read it from the layer's record;
-    ``capacity``: largest share there is room for; ``refresh`` in steps; ``record``: number of the record; ``like``: the
-    weights; ``grad_out``: the value that the product will be computed with; ``forward`` and the attributes of the
-    product.
+    Attributes: ``unit``: ``"element"`` or ``"lanes"``; ``density``: share of them to keep, the initial one: kernels
+    read it from the layer's record; ``capacity``: largest share there is room for; ``refresh`` in steps; ``record``:
+    number of the record; ``like``: the weights; ``grad_out``: the value that the product will be computed with;
+    ``forward`` and the attributes of the product.
     """
 
     name = "CompressActivation"
     training_only = True
-    attributes = (*ProductGrad.attributes, "density", "capacity", "refresh", "record", "grad_out")
+    attributes = (*ProductGrad.attributes, "unit", "density", "capacity", "refresh", "record", "grad_out")
 
     def product(self, node: Node) -> Product:
         """Return the sizes of the product that reads x."""
@@ -200,14 +200,15 @@ class CompressActivation(Op):
     def reference(self, node: Node, *inputs: Array) -> tuple[Array, ...]:
         """The input with zeros where it is not kept, the whole batch being one vector."""
         (x,) = inputs
-        norms = (x**2).sum(0)
+        norms = np.abs(x) if node.get("unit") == "element" else (x**2).sum(0)
         count = max(1, math.ceil(float(node.get("density")) * norms.size))
         limit = max(np.sort(norms, axis=None)[-count], np.finfo(np.float32).tiny)
         return (np.where(norms >= limit, x, 0),)
 
     def lower(self, node: Node, low: Lowering) -> None:
         """See ``lowering_pruned``."""
-        low.compress_activation(node, self.product(node))
+        compress = low.list_elements if node.get("unit") == "element" else low.compress_activation
+        compress(node, self.product(node))
 
 
 @register
@@ -224,11 +225,13 @@ class CompressedWeightGrad(ProductWeightGrad):
 
     def borders(self, node: Node) -> Sequence[Border]:
         """Zeros around the output gradient: an input pixel at the edge meets windows that do not exist."""
-        return [NO_BORDER, self.product(node).grad_border]
+        by_element = node.get("unit") == "element"  # has zeros around a copy of its own
+        return [NO_BORDER, NO_BORDER if by_element else self.product(node).grad_border]
 
     def lower(self, node: Node, low: Lowering) -> None:
-        """See ``lowering_pruned``."""
-        low.compressed_weight_grad(node, self.product(node))
+        """See ``lowering_pruned`` and ``lowering_elements``."""
+        compute = low.element_weight_grad if node.get("unit") == "element" else low.compressed_weight_grad
+        compute(node, self.product(node))
 
 
 @register
@@ -251,5 +254,5 @@ class MaskActivation(Op):
         return (np.where(sizes >= limit, inputs[0], 0),)
 
     def lower(self, node: Node, low: Lowering) -> None:
-        """See ``lowering_pruned``."""
+        """See ``lowering_elements``."""
         low.mask_activation(node)

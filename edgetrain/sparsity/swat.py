@@ -44,9 +44,11 @@ class SWAT(SparsityPolicy):
             ``"structured"``: whole kernels (output channel, input channel) by their L1 norm, uniform densities;
             fully connected layers stay unstructured.
         group: what of the saved activations is kept or dropped together: ``"element"``: every number for itself, as
-            published; ``"lanes"``: vectors, one pixel of the samples that lie in the lanes, of convolutions only. Lanes
-            save time and memory, numbers do not; but they cost more accuracy than that time is worth to dense training
-            (docs/sparse_accuracy.md).
+            published; ``"lanes"``: vectors, one pixel of the samples that lie in the lanes, of convolutions only, which
+            costs more accuracy (docs/sparse_accuracy.md). Both are stored, and skipped, as lists. Single numbers are
+            listed for convolutions of one group on maps of 16 pixels and more, with at most a third of the numbers
+            kept (never for ``momentum``, which may keep any share); otherwise they are zeros in a copy, which saves
+            neither time nor memory.
         refresh: steps between choices of the weights. (The reference code applies a threshold of 10 to 1000 steps ago
             to the present weights; here the pattern itself is kept in between, so the density is exact at every step.)
         dense_first: whether the first layer stays dense; ``None``: in the unstructured and structured variants.
@@ -127,9 +129,11 @@ class SWAT(SparsityPolicy):
     def rewrite(self, train: TrainingGraph, layers: Sequence[SparseLayer]) -> dict[str, int]:
         """Let weight gradients read pruned activations."""
         densities = {n: d for n, d in self.activation_densities(layers).items() if d < 1}
+        densest = 1.0 if self.variant == "momentum" else None
+        records = compress_activations(train, densities, self.refresh, densest, self.group)
         if self.group == "element":
-            return mask_activations(train, densities, self.refresh)
-        return compress_activations(train, densities, self.refresh, 1.0 if self.variant == "momentum" else None)
+            records |= mask_activations(train, {n: d for n, d in densities.items() if n not in records}, self.refresh)
+        return records
 
     def before_step(self, topology: Topology, step: int) -> None:
         """Choose the largest weights of every layer anew, every ``refresh`` steps."""

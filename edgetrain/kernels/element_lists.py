@@ -1,0 +1,373 @@
+"""Lists of numbers: the operand of a weight gradient of which single numbers are kept (SWAT as published).
+
+Lanes of samples cannot skip single numbers: at 90 % zeros four of five vectors of 16 still hold one that counts. So
+the other operand is turned first, output channels next to each other (``turn_maps``); then one number of the input
+meets a vector of channels at every kernel position (``correlate_elements``).
+
+A *segment* lists the kept numbers of one channel, of all samples: an int32 byte offset into the turned maps and the
+float32 itself, in two arrays. ``segments`` holds int64 pairs (first number, how many).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llvmlite import ir
+from numba import njit
+from numba.core import cgutils, types
+
+from edgetrain.kernels.codes import DENSITY, THRESHOLD
+from edgetrain.kernels.registry import Body, kernel
+from edgetrain.kernels.simd import (
+    F32,
+    I32,
+    I64,
+    absolute,
+    arguments,
+    broadcast,
+    call_llvm,
+    intrinsic,
+    literal,
+    load,
+    load_f32,
+    load_i64,
+    pointer,
+    select_gt,
+    splat,
+    store,
+    store_f32,
+    store_i32,
+    store_i64,
+    suffix,
+    sum_lanes,
+)
+from edgetrain.kernels.tiles import _accumulators, _existing, _fma, _offsets, _scatter, _vector_load
+from edgetrain.kernels.vector_lists import float_of, kth_largest, share_of
+
+_MAPS = ("channels", "rows", "columns", "x_block", "x_channel", "x_row")
+
+
+@njit
+def _count_plane(x: Any, limit: Any, alive: Any, rows: Any, columns: Any, x_row: Any, width: Any) -> Any:
+    """Return how many numbers of a plane reach the limit, lanes without a sample left out."""
+    zero, one, count = broadcast(0.0, width), broadcast(1.0, width), 0
+    for row in range(rows):
+        part = zero
+        for i in range(columns):
+            size = absolute(load(x + row * x_row + i * 4 * width, width)) * alive
+            part = part + select_gt(limit, size, zero, one)
+        count += int(sum_lanes(part))
+    return count
+
+
+@kernel("x", "counts", "record", "mask", *_MAPS)
+def count_elements(lanes: int) -> Body:
+    """Write how many numbers of every plane reach the record's threshold, int64. Job: (block, channel)."""
+
+    def body(args: int, first: int, last: int) -> None:
+        x, counts, record, mask, channels, rows, columns, x_block, x_channel, x_row = arguments(args, 10)
+        limit = broadcast(load_f32(record + 4 * THRESHOLD), lanes)
+        for job in range(first, last):
+            block, channel = job // channels, job % channels
+            alive = load(mask + block * 4 * lanes, lanes)
+            plane = x + block * x_block + channel * x_channel
+            store_i64(counts + 8 * job, _count_plane(plane, limit, alive, rows, columns, x_row, lanes))
+
+    return body
+
+
+@kernel(
+    "x", "magnitudes", "counts", "starts", "counters", "record", "mask", "threshold", "tally", "state", "blocks",
+    *_MAPS, "capacity", "refresh",
+)  # fmt: skip
+def element_threshold(lanes: int) -> Body:
+    """Do as ``vector_lists.choose_threshold`` for single numbers, whose sizes it computes only when it needs them.
+
+    ``magnitudes``: scratch for all of them. ``starts`` has one entry more than there are channels. One job.
+    """
+    step = 4 * lanes
+
+    def body(args: int, first: int, last: int) -> None:
+        (x, magnitudes, counts, starts, counters, record, mask, threshold, tally, state, blocks, channels, rows,
+         columns, x_block, x_channel, x_row, capacity, refresh) = arguments(args, 19)  # fmt: skip
+        planes = blocks * channels
+        total, limit, room = 0, load_f32(record + 4 * THRESHOLD), planes * rows * columns * lanes
+        numbers = load_i64(state) * channels * rows * columns  # without those of lanes that hold no sample
+        for plane in range(planes):
+            total += load_i64(counts + 8 * plane)
+        if limit <= 0.0 or total > capacity or load_i64(state + 8) % refresh == 0:
+            target = magnitudes
+            for plane in range(planes):
+                alive = load(mask + plane // channels * step, lanes)
+                for row in range(rows):
+                    source = x + plane // channels * x_block + plane % channels * x_channel + row * x_row
+                    for i in range(columns):
+                        store(target, absolute(load(source + i * step, lanes)) * alive)
+                        target += step
+            wanted = min(capacity, share_of(numbers, load_f32(record + 4 * DENSITY)))
+            bits = max(1, kth_largest(magnitudes, room, wanted, counters))
+            for more in range(2):  # what is as large as the last one is kept too, if there is room for all of it
+                limit, total = float_of(bits + more, counters), 0
+                for plane in range(planes):
+                    alive = load(mask + plane // channels * step, lanes)
+                    source = x + plane // channels * x_block + plane % channels * x_channel
+                    count = _count_plane(source, broadcast(limit, lanes), alive, rows, columns, x_row, lanes)
+                    store_i64(counts + 8 * plane, count)
+                    total += count
+                if total <= capacity:
+                    break
+        store_f32(threshold, limit)
+        store_i64(tally, total)
+        store_i64(tally + 8, numbers)
+        start = 0
+        for channel in range(channels):
+            store_i64(starts + 8 * channel, start)
+            for block in range(blocks):
+                start += load_i64(counts + 8 * (block * channels + channel))
+        store_i64(starts + 8 * channels, start)
+
+    return body
+
+
+@kernel("x", "y", "threshold", *_MAPS, "y_block", "y_channel", "y_row")
+def keep_elements(lanes: int) -> Body:
+    """Copy the numbers whose size reaches the threshold, 0 for the others. Job: (block, channel)."""
+    step = 4 * lanes
+
+    def body(args: int, first: int, last: int) -> None:
+        (x, y, threshold, channels, rows, columns, x_block, x_channel, x_row, y_block, y_channel,
+         y_row) = arguments(args, 12)  # fmt: skip
+        limit, zero = broadcast(load_f32(threshold), lanes), broadcast(0.0, lanes)
+        for job in range(first, last):
+            block, channel = job // channels, job % channels
+            for row in range(rows):
+                source = x + block * x_block + channel * x_channel + row * x_row
+                target = y + block * y_block + channel * y_channel + row * y_row
+                for i in range(columns):
+                    value = load(source + i * step, lanes)
+                    store(target + i * step, select_gt(limit, absolute(value), zero, value))
+
+    return body
+
+
+def _packs(context: Any, builder: Any, lanes: int) -> bool:
+    """Whether the machine that is compiled for can pack the lanes of such a vector (AVX-512)."""
+    _, _, features = context.codegen().magic_tuple()
+    return lanes >= 4 and str(builder.module.triple).startswith("x86_64") and "+avx512vl" in features
+
+
+@intrinsic
+def append(
+    typingctx: Any, values: Any, places: Any, vector: Any, alive: Any, limit: Any, base: Any, lane_step: Any
+) -> Any:
+    """Write the lanes of ``vector`` that count to ``values``, and their places; return how many these are.
+
+    A lane counts where ``alive`` is 1 and its size reaches ``limit``; its place is ``base + lane * lane_step``, int32.
+    What is behind the lanes that count is overwritten by up to a whole vector.
+
+    Where no instruction packs lanes, every lane is stored, and the next one over it if it does not count: no branch
+    that could be guessed wrong.
+    """
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        values_, places_, vector_, alive_, limit_, base_, step_ = args[:7]
+        lanes = vector_.type.count
+        whole = ir.VectorType(I32, lanes)
+        size = builder.fmul(call_llvm(builder, f"llvm.fabs.{suffix(vector_.type)}", vector_), alive_)
+        counted = builder.fcmp_ordered(">=", size, splat(builder, limit_, lanes))
+        steps = builder.mul(splat(builder, builder.trunc(step_, I32), lanes), ir.Constant(whole, list(range(lanes))))
+        numbers = builder.add(splat(builder, builder.trunc(base_, I32), lanes), steps)
+        if _packs(context, builder, lanes):
+            for vector, target in ((vector_, values_), (numbers, places_)):
+                kind = "f32" if vector is vector_ else "i32"
+                name = f"llvm.x86.avx512.mask.compress.v{lanes}{kind}"
+                kept = call_llvm(builder, name, vector, ir.Constant(vector.type, ir.Undefined), counted)
+                builder.store(kept, pointer(builder, target, kept.type), align=4)
+            bits = builder.bitcast(counted, ir.IntType(lanes))
+            return builder.zext(call_llvm(builder, f"llvm.ctpop.i{lanes}", bits), I64)
+        count: Any = ir.Constant(I64, 0)
+        for lane in range(lanes):
+            number, place = (builder.extract_element(v, ir.Constant(I32, lane)) for v in (vector_, numbers))
+            behind = builder.mul(count, ir.Constant(I64, 4))
+            builder.store(number, pointer(builder, builder.add(values_, behind), F32))
+            builder.store(place, pointer(builder, builder.add(places_, behind), I32))
+            flag = builder.extract_element(counted, ir.Constant(I32, lane))
+            count = builder.add(count, builder.zext(flag, I64))
+        return count
+
+    return types.int64(types.int64, types.int64, vector, vector, types.float32, types.int64, types.int64), codegen
+
+
+@kernel(
+    "x", "starts", "threshold", "mask", "segments", "places", "values", "pixels", "strip_starts", "strips", "blocks",
+    "channels", "x_block", "x_channel", "other_sample",
+)  # fmt: skip
+def list_elements(lanes: int) -> Body:
+    """List the numbers whose size reaches the threshold. Job: channel.
+
+    ``pixels``: table of int64 pairs (offset in a sample of the turned maps, offset in ``x``), strip after strip from
+    ``strip_starts`` on. Segments are ``[strip][channel]``.
+    """
+
+    def body(args: int, first: int, last: int) -> None:
+        (x, starts, threshold, mask, segments, places, values, pixels, strip_starts, strips, blocks, channels, x_block,
+         x_channel, other_sample) = arguments(args, 15)  # fmt: skip
+        limit = load_f32(threshold)
+        for channel in range(first, last):
+            at, end = load_i64(starts + 8 * channel), load_i64(starts + 8 * channel + 8)
+            for strip in range(strips):
+                segment = segments + 16 * (strip * channels + channel)
+                store_i64(segment, at)
+                for block in range(blocks):
+                    alive = load(mask + block * 4 * lanes, lanes)
+                    source, sample = x + block * x_block + channel * x_channel, block * lanes * other_sample
+                    for i in range(load_i64(strip_starts + 8 * strip), load_i64(strip_starts + 8 * strip + 8)):
+                        pixel, base = source + load_i64(pixels + 16 * i + 8), sample + load_i64(pixels + 16 * i)
+                        if at + lanes <= end:
+                            at += append(values + 4 * at, places + 4 * at, load(pixel, lanes), alive, limit, base,
+                                         other_sample)  # fmt: skip
+                        else:  # a whole vector would reach into the next channel's segment
+                            for lane in range(lanes):
+                                number = load_f32(pixel + 4 * lane)
+                                if abs(number) * load_f32(mask + 4 * (block * lanes + lane)) >= limit:
+                                    store_f32(values + 4 * at, number)
+                                    store_i32(places + 4 * at, base + lane * other_sample)
+                                    at += 1
+                store_i64(segment + 8, at - load_i64(segment))
+
+    return body
+
+
+@intrinsic(prefer_literal=True)
+def turn_tile(typingctx: Any, x: Any, x_channel: Any, channels: Any, y: Any, y_sample: Any, lanes: Any) -> Any:
+    """Turn ``lanes`` channels x ``lanes`` samples: ``y[sample][channel] = x[channel][sample]``.
+
+    Of the channels ``channels`` exist; the others get copies of the last one.
+    """
+    n = literal(lanes)
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        x_, x_channel_, channels_, y_, y_sample_ = args[:5]
+        rows = [
+            _vector_load(builder, builder.add(x_, builder.mul(x_channel_, number)), n)
+            for number in _existing(builder, channels_, n, 1)
+        ]
+        half = n // 2
+        while half:  # blocks of half x half beside the diagonal change places
+            for i in (i for i in range(n) if not i & half):
+                a, b = rows[i], rows[i + half]
+                upper = [lane if not lane & half else n + lane - half for lane in range(n)]
+                lower = [lane + half if not lane & half else n + lane for lane in range(n)]
+                masks = [ir.Constant(ir.VectorType(I32, n), order) for order in (upper, lower)]
+                rows[i], rows[i + half] = (builder.shuffle_vector(a, b, mask) for mask in masks)
+            half //= 2
+        for sample, row in enumerate(rows):
+            place = builder.add(y_, builder.mul(y_sample_, ir.Constant(I64, sample)))
+            builder.store(row, pointer(builder, place, row.type), align=4)
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 5, lanes), codegen
+
+
+@kernel(
+    "x", "y", "channels", "rows", "columns", "top", "left", "bottom", "right", "x_block", "x_channel", "x_row",
+    "y_sample", "y_pixel",
+)  # fmt: skip
+def turn_maps(lanes: int) -> Body:
+    """Write ``y[sample][top + row][left + column][channel]`` from lanes of samples, zeros around. Job: (block, row).
+
+    ``y_pixel`` is a whole number of vectors; what is behind the last channel is anything finite.
+    """
+    step = 4 * lanes
+
+    def body(args: int, first: int, last: int) -> None:
+        (x, y, channels, rows, columns, top, left, bottom, right, x_block, x_channel, x_row, y_sample,
+         y_pixel) = arguments(args, 14)  # fmt: skip
+        height, y_row, zero = top + rows + bottom, (left + columns + right) * y_pixel, broadcast(0.0, lanes)
+        for job in range(first, last):
+            block, row = job // height, job % height - top
+            start = y + block * lanes * y_sample + job % height * y_row
+            if row < 0 or row >= rows:
+                for sample in range(lanes):
+                    for i in range(0, y_row, step):
+                        store(start + sample * y_sample + i, zero)
+                continue
+            for sample in range(lanes):
+                for i in range(0, left * y_pixel, step):
+                    store(start + sample * y_sample + i, zero)
+                for i in range((left + columns) * y_pixel, y_row, step):
+                    store(start + sample * y_sample + i, zero)
+            for column in range(columns):
+                source = x + block * x_block + row * x_row + column * step
+                target = start + (left + column) * y_pixel
+                for c in range(0, channels, lanes):
+                    turn_tile(source + c * x_channel, x_channel, channels - c, target + 4 * c, y_sample, lanes)
+
+    return body
+
+
+@intrinsic(prefer_literal=True)
+def element_tile(
+    typingctx: Any, other: Any, places: Any, values: Any, count: Any, terms: Any, target: Any, channel: Any, rows: Any,
+    columns: Any, adds: Any, vectors: Any, width: Any, lanes: Any,
+) -> Any:  # fmt: skip
+    """Write ``target[c][k] = sum over a list of value * other[its place + term k][c]``, channels in the lanes.
+
+    Args:
+        other: address of the turned maps, first channel of the tile.
+        places, values: the list: int32 byte offsets and float32, ``count`` of each.
+        terms: table of ``width`` int64 pairs (offset in ``other``, offset in ``target``).
+        target, channel: address of the first channel's weights, bytes between channels.
+        rows, columns: how many channels and terms exist.
+        adds: whether the sums are added to what is there.
+        vectors, width, lanes: compile-time sizes: ``vectors * width`` accumulators of ``lanes``.
+    """
+    cv, kw, n = literal(vectors), literal(width), literal(lanes)
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        other_, places_, values_, count_, terms_, target_, channel_, rows_, columns_, adds_ = args[:10]
+        table = _offsets(builder, terms_, 2 * kw)
+        inputs = [builder.add(other_, offset) for offset in table[0::2]]
+        slots = _accumulators(builder, cv * kw, n)
+        with cgutils.for_range(builder, count_) as loop:
+            at = builder.mul(loop.index, ir.Constant(I64, 4))
+            place = builder.sext(builder.load(pointer(builder, builder.add(places_, at), I32)), I64)
+            value = splat(builder, builder.load(pointer(builder, builder.add(values_, at), F32)), n)
+            for k, base in enumerate(inputs):
+                for v in range(cv):
+                    source = builder.add(builder.add(base, place), ir.Constant(I64, 4 * n * v))
+                    _fma(builder, value, _vector_load(builder, source, n), slots[v * kw + k])
+        sums = [builder.load(slot) for slot in slots]
+        kept = builder.icmp_signed("!=", adds_, ir.Constant(I64, 0))
+        _scatter(builder, sums, kw, target_, channel_, table[1::2], rows_, columns_, kept)
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 10, vectors, width, lanes), codegen
+
+
+@kernel(
+    "other", "segments", "places", "values", "target", "terms", "term_count", "term_parts", "channel_count",
+    "channel_parts", "weight_out", "weight_in", "adds",
+)  # fmt: skip
+def correlate_elements(lanes: int, vectors: int, width: int) -> Body:
+    """Write ``target[c][i][k] = sum over the listed numbers of input channel i of number * other[place + term k][c]``.
+
+    Job: (input channel, part of the output channels, part of the terms). ``terms``: table of int64 pairs (offset in
+    ``other``, offset in ``target``), whole multiples of ``width``. ``adds``: 1 to add to what is there.
+    """
+    channels = lanes * vectors
+
+    def body(args: int, first: int, last: int) -> None:
+        (other, segments, places, values, target, terms, term_count, term_parts, channel_count, channel_parts,
+         weight_out, weight_in, adds) = arguments(args, 13)  # fmt: skip
+        for job in range(first, last):
+            k, part = job % term_parts * width, job // term_parts
+            c, channel = part % channel_parts * channels, part // channel_parts
+            start, count = load_i64(segments + 16 * channel), load_i64(segments + 16 * channel + 8)
+            element_tile(
+                other + 4 * c, places + 4 * start, values + 4 * start, count, terms + 16 * k,
+                target + channel * weight_in + c * weight_out, weight_out, channel_count - c, term_count - k,
+                adds, vectors, width, lanes,
+            )  # fmt: skip
+
+    return body
