@@ -115,6 +115,7 @@ def training_graph(graph: Graph, loss: str = "cross_entropy", label_smoothing: f
     *_, losses, correct = (value.name for value in train.nodes[-1].outputs)
     result = TrainingGraph(train, len(train.nodes), losses, correct, graph.outputs[0])
     result.gradients = _backward(train)
+    _merge_sums(train, result.forward_count)
     _compute_again(train, result.forward_count)
     result.forward_count += _keep_masks(train, result.forward_count)
     return result
@@ -125,23 +126,76 @@ def _forward(graph: Graph) -> Graph:
     train = copy.copy(graph)  # the arrays stay shared: a second copy would count in no memory plan
     train.inputs, train.arrays, train.trainable = list(graph.inputs), dict(graph.arrays), set(graph.trainable)
     train.nodes, train.values = [], {n: v for n, v in graph.values.items() if graph.producer(n) is None}
-    fused = {node.name: bound for node in graph.nodes if (bound := _fusable(graph, node))}
-    for number, node in enumerate(_pool_first(graph, list(fused.values()))):
-        if any(node is bound for bound in fused.values()):
-            continue
-        op_type = _TRAINING.get(node.op_type, node.op_type)
-        attributes, outputs = dict(node.attributes), [v.name for v in node.outputs]
-        if op_type == "DropoutTraining":
-            attributes["stream"] = number
-        if op_type == "BatchNormalizationTraining":
-            outputs += [f"{node.y.name}.{part}" for part in ("mean", "variance", "inverse_std")]
-        if op_type == "MaxPoolTraining":
-            outputs += [f"{node.y.name}.positions"]
-        if node.name in fused:
-            outputs[0] = fused[node.name].y.name
-            attributes["low"], attributes["high"] = _BOUNDS[fused[node.name].op_type](fused[node.name])
-        train.add(op_type, [v.name if v else None for v in node.inputs], node.name, outputs, **attributes)
+    fusions = _fusions(graph)
+    fused = [node for fusion in fusions for node in fusion.nodes]
+    for number, node in enumerate(_pool_first(graph, fused)):
+        fusion = next((fusion for fusion in fusions if node is fusion.last), None)
+        if fusion is not None:
+            _add_normalisation(train, fusion)
+        elif not any(node is part for part in fused):
+            op_type = _TRAINING.get(node.op_type, node.op_type)
+            attributes, outputs = dict(node.attributes), [v.name for v in node.outputs]
+            if op_type == "DropoutTraining":
+                attributes["stream"] = number
+            if op_type == "MaxPoolTraining":
+                outputs += [f"{node.y.name}.positions"]
+            train.add(op_type, [v.name if v else None for v in node.inputs], node.name, outputs, **attributes)
     return train
+
+
+@dataclass(frozen=True)
+class _Fusion:
+    """A batch normalisation and what is done in its pass: the sum with another branch, and a Relu or Clip.
+
+    Attributes:
+        nodes: the normalisation, then what is fused with it, in order.
+        addend: the other branch's value.
+    """
+
+    nodes: tuple[Node, ...]
+    addend: Value | None
+
+    @property
+    def last(self) -> Node:
+        """The node whose output the fused one has."""
+        return self.nodes[-1]
+
+
+def _fusions(graph: Graph) -> list[_Fusion]:
+    found, added = [], set()
+    for norm in reversed(graph.nodes):  # of two branches that meet in a sum, the later one takes it
+        if norm.op_type != "BatchNormalization":
+            continue
+        nodes, addend, reader = [norm], None, _only_reader(graph, norm)
+        if reader is not None and reader.op_type == "Add" and reader.name not in added:
+            addend = next((v for v in reader.inputs if v != norm.y), None)
+            if addend is not None and addend.batched and addend.shape == norm.y.shape:
+                nodes.append(reader)
+                added.add(reader.name)
+                reader = _only_reader(graph, reader)
+            else:
+                addend = None
+        if reader is not None and reader.op_type in _BOUNDS:
+            nodes.append(reader)
+        found.append(_Fusion(tuple(nodes), addend))
+    return found
+
+
+def _only_reader(graph: Graph, node: Node) -> Node | None:
+    """Return the node that alone reads another one's output."""
+    readers = [] if node.y.name in graph.outputs else graph.consumers(node.y.name)
+    return readers[0] if len(readers) == 1 else None
+
+
+def _add_normalisation(train: Graph, fusion: _Fusion) -> None:
+    norm, last = fusion.nodes[0], fusion.last
+    attributes, inputs = dict(norm.attributes), [v.name if v else None for v in norm.inputs]
+    if last.op_type in _BOUNDS:
+        attributes["low"], attributes["high"] = _BOUNDS[last.op_type](last)
+    if fusion.addend is not None:
+        inputs.append(fusion.addend.name)
+    outputs = [last.y.name, *(f"{norm.y.name}.{part}" for part in ("mean", "variance", "inverse_std"))]
+    train.add("BatchNormalizationTraining", inputs, norm.name, outputs, **attributes)
 
 
 def _pool_first(graph: Graph, fused: Sequence[Node]) -> list[Node]:
@@ -160,21 +214,15 @@ def _pool_first(graph: Graph, fused: Sequence[Node]) -> list[Node]:
     return nodes
 
 
-def _fusable(graph: Graph, node: Node) -> Node | None:
-    """Return the Relu or Clip that alone reads a batch normalisation's output, to be done in the same pass."""
-    if node.op_type != "BatchNormalization" or node.y.name in graph.outputs:
-        return None
-    readers = graph.consumers(node.y.name)
-    return readers[0] if len(readers) == 1 and readers[0].op_type in _BOUNDS else None
-
-
 def _compute_again(train: Graph, forward_count: int) -> None:
     """Let the backward pass compute normalised maps (and activations of them) again instead of keeping them.
 
     What is kept is the normalisation's input, which its own gradient needs anyway.
     """
     forward, backward = train.nodes[:forward_count], train.nodes[forward_count:]
-    normalised = {node.y.name for node in forward if node.op_type == "BatchNormalizationTraining"}
+    normalised = {
+        node.y.name for node in forward if node.op_type == "BatchNormalizationTraining" and node.optional(5) is None
+    }
     activated = [n for n in forward if isinstance(get_op(n.op_type), Activation) and n.x.name in normalised]
     for node in [*activated, *(n for n in forward if n.y.name in normalised)]:
         readers = [i for i, reader in enumerate(backward) if node.y in reader.inputs]
@@ -192,6 +240,23 @@ def _compute_again(train: Graph, forward_count: int) -> None:
 def first_made(train: TrainingGraph, value: Value) -> Value:
     """Return the forward pass's value of a value that the backward pass computes again; any other one as it is."""
     return train.graph.values[value.name.removesuffix(_AGAIN)]
+
+
+def _merge_sums(train: Graph, forward_count: int) -> None:
+    """Let the gradient of a normalisation with an addend add up what it gets itself, if nobody else reads the sum."""
+    for place, node in enumerate(train.nodes):
+        if place < forward_count or node.op_type != "ResidualNormalizationGrad":
+            continue
+        total = next((n for n in train.nodes[forward_count:place] if n.y == node.input(1)), None)
+        if total is None or total.op_type != "Add" or len(train.consumers(total.y.name)) != 1:
+            continue
+        first, second = total.inputs
+        train.nodes[place] = replace(node, inputs=(node.x, first, *node.inputs[2:6], second))
+    used = {v.name for n in train.nodes for v in n.inputs if v is not None}
+    train.nodes = [
+        n for i, n in enumerate(train.nodes) if i < forward_count or n.op_type != "Add" or not n.y.batched
+        or n.y.name in used
+    ]  # fmt: skip
 
 
 def _keep_masks(train: Graph, forward_count: int) -> int:

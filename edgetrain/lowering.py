@@ -214,13 +214,15 @@ class Lowering(ListedLowering):
 
     def batch_norm(self, node: Node, epsilon: float, momentum: float, bounds: tuple[float, float]) -> None:
         """Emit training batch normalisation, and the move of the running statistics in the update."""
-        x, y, outs = self.layout(node.x), self.layout(node.y), node.outputs
+        x, y, outs, addend = self.layout(node.x), self.layout(node.y), node.outputs, node.optional(5)
+        other = node.x if addend is None else addend
         self.emit(
-            "batch_norm", (self.lanes,), x.channels, x=self.address(node.x), y=self.address(node.y),
-            scale=self.address(node.input(1)), bias=self.address(node.input(2)), mean=self.address(outs[1]),
-            variance=self.address(outs[2]), inverse_std=self.address(outs[3]), mask=Ref("mask"), state=Ref("state"),
-            f_epsilon=epsilon, f_low=bounds[0], f_high=bounds[1], **maps_of(x), **border_of(y),
-            **strides(x=x, y=y),
+            "batch_norm", (self.lanes, int(addend is not None)), x.channels, x=self.address(node.x),
+            y=self.address(node.y), addend=self.address(other), scale=self.address(node.input(1)),
+            bias=self.address(node.input(2)), mean=self.address(outs[1]), variance=self.address(outs[2]),
+            inverse_std=self.address(outs[3]), mask=Ref("mask"), state=Ref("state"), f_epsilon=epsilon,
+            f_low=bounds[0], f_high=bounds[1], **maps_of(x), **border_of(y),
+            **strides(x=x, y=y, addend=self.layout(other)),
         )  # fmt: skip
         self.move_running_averages(node, momentum)
 
@@ -259,6 +261,25 @@ class Lowering(ListedLowering):
             state=Ref("state"), f_low=bounds[0], f_high=bounds[1], **maps_of(x), **border_of(out),
             **strides(x=x, grad=grad, grad_x=out),
         )  # fmt: skip
+
+    def residual_norm_gradient(self, node: Node, bounds: tuple[float, float]) -> None:
+        """Emit the gradients of a normalisation with an addend."""
+        x, out = self.layout(node.x), self.layout(node.outputs[1])
+        self.emit(
+            "residual_norm_gradient", (self.lanes, int(node.optional(6) is not None)), x.channels, mask=Ref("mask"),
+            state=Ref("state"), **border_of(out), **self.residual_arguments(node, bounds),
+        )  # fmt: skip
+
+    def residual_arguments(self, node: Node, bounds: tuple[float, float]) -> dict[str, float | Ref]:
+        """Return what the kernels of both kinds of lanes share."""
+        grad, more, (grad_sum, grad_x, grad_scale, grad_bias) = node.input(1), node.optional(6), node.outputs
+        values = {"x": node.x, "y": node.input(3), "grad_out": grad, "more": more or grad, "grad_sum": grad_sum,
+                  "grad_x": grad_x, "scale": node.input(2), "mean": node.input(4), "inverse_std": node.input(5),
+                  "grad_scale": grad_scale, "grad_bias": grad_bias}  # fmt: skip
+        layouts = {name: self.layout(values[name]) for name in ("x", "y", "more", "grad_sum", "grad_x")}
+        addresses = {name: self.address(value) for name, value in values.items()}
+        sizes = maps_of(layouts["x"]) | strides(**layouts, grad=self.layout(grad))
+        return {**addresses, **sizes, "f_low": bounds[0], "f_high": bounds[1]}
 
     def dropout(self, x: Value, y: Value, ratio: float, stream: int) -> None:
         """Emit dropout, of values or of gradients."""

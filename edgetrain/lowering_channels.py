@@ -25,7 +25,8 @@ _PLAIN = (
     "BatchNormalizationAgain", "BatchNormalizationTraining", "ChannelSlice", "Clip", "Concat", "Dropout",
     "DropoutTraining", "Flatten", "GlobalAveragePool", "HardSigmoid", "HardSwish", "Identity", "LeakyRelu", "MaxPool",
     "MaxPoolGrad", "MaxPoolTraining", "MeanSquaredErrorLoss", "MeanSquaredErrorLossGrad", "Pad", "Relu", "ReluMask",
-    "ReluMaskGrad", "Reshape", "Sigmoid", "SoftmaxCrossEntropyLoss", "SoftmaxCrossEntropyLossGrad", "Tanh",
+    "ReluMaskGrad", "Reshape", "ResidualNormalizationGrad", "Sigmoid", "SoftmaxCrossEntropyLoss",
+    "SoftmaxCrossEntropyLossGrad", "Tanh",
 )  # fmt: skip
 
 _COPIES = ("ChannelSlice", "Concat", "Flatten", "Reshape")
@@ -197,12 +198,14 @@ class ChannelLowering(Lowering):
 
     def batch_norm(self, node: Node, epsilon: float, momentum: float, bounds: tuple[float, float]) -> None:
         """See ``Lowering.batch_norm``."""
-        x, y, outs = self.layout(node.x), self.layout(node.y), node.outputs
+        x, y, outs, addend = self.layout(node.x), self.layout(node.y), node.outputs, node.optional(5)
+        other = node.x if addend is None else addend
         self.emit(
-            "batch_norm_channels", (x.lanes,), x.maps, x=self.address(node.x), y=self.address(node.y),
-            scale=self.address(node.input(1)), bias=self.address(node.input(2)), mean=self.address(outs[1]),
-            variance=self.address(outs[2]), inverse_std=self.address(outs[3]), f_epsilon=epsilon, f_low=bounds[0],
-            f_high=bounds[1], **maps_of(x), **strides(x=x, y=y),
+            "batch_norm_channels", (x.lanes, int(addend is not None)), x.maps, x=self.address(node.x),
+            y=self.address(node.y), addend=self.address(other), scale=self.address(node.input(1)),
+            bias=self.address(node.input(2)), mean=self.address(outs[1]), variance=self.address(outs[2]),
+            inverse_std=self.address(outs[3]), f_epsilon=epsilon, f_low=bounds[0], f_high=bounds[1], **maps_of(x),
+            **strides(x=x, y=y, addend=self.layout(other)),
         )  # fmt: skip
         self.move_running_averages(node, momentum)
 
@@ -229,6 +232,12 @@ class ChannelLowering(Lowering):
             grad_scale=self.address(node.outputs[1]), grad_bias=self.address(node.outputs[2]), f_low=bounds[0],
             f_high=bounds[1], **maps_of(x), **strides(x=x, grad=grad, grad_x=out),
         )  # fmt: skip
+
+    def residual_norm_gradient(self, node: Node, bounds: tuple[float, float]) -> None:
+        """See ``Lowering.residual_norm_gradient``."""
+        x, more = self.layout(node.x), node.optional(6)
+        self.emit("residual_norm_gradient_channels", (x.lanes, int(more is not None)), x.maps,
+                  **self.residual_arguments(node, bounds))  # fmt: skip
 
     def emit_copy(self, x: Value, y: Value, table: list[Pair]) -> None:
         """See ``Lowering.emit_copy``; numbers move one by one, since a channel may change its lane."""

@@ -248,6 +248,21 @@ def normalizations() -> Iterable[Case]:
     yield Case("batchnorm-epsilon", (3, 4, 5), lambda net, x: net.norm(x, epsilon=0.01, momentum=0.5))
     yield Case("batchnorm-between-convolutions", (3, 6, 6), lambda net, x: net.conv(
         net.Relu(net.norm(net.conv(x, 4, 3, 3, 3, pads=[1] * 4, bias=False))), 5, 4, 3, 3, pads=[1] * 4))  # fmt: skip
+    same3 = [1] * 4
+
+    def block(net: Net, x: str) -> str:
+        inner = net.Relu(net.norm(net.conv(x, 5, 4, 3, 3, pads=same3, bias=False)))
+        return net.Relu(net.Add(net.norm(net.conv(inner, 4, 5, 3, 3, pads=same3, bias=False)), x))
+
+    yield Case("residual-relu", (3, 5, 6), lambda net, x: net.Relu(net.Add(net.norm(
+        net.conv(x, 3, 3, 1, 1, bias=False)), x)), wide=True)  # fmt: skip
+    yield Case("residual-clip", (3, 4, 5), lambda net, x: net.Clip(net.Add(x, net.norm(x)), min=-0.5, max=1.0))
+    yield Case("residual-sum", (3, 4, 5), lambda net, x: net.conv(net.Add(net.norm(x), net.Tanh(x)), 4, 3, 3, 3))
+    yield Case("residual-two-norms", (3, 4, 5), lambda net, x: net.Relu(net.Add(net.norm(x), net.norm(net.Tanh(x)))))
+    yield Case("residual-blocks", (4, 6, 7), lambda net, x: block(net, block(net, x)), wide=True)
+    yield Case("residual-repeated", (3, 4, 5), lambda net, x: net.Relu(net.Add(net.norm(x), net.GlobalAveragePool(x))))
+    yield Case("residual-itself", (3, 4, 5), lambda net, x: (lambda y: net.Relu(net.Add(y, y)))(net.norm(x)))
+    yield Case("residual-of-vectors", (6,), lambda net, x: net.Relu(net.Add(net.norm(x), net.Tanh(x))), least=4)
     yield Case("batchnorm-twice", (3, 4, 4), lambda net, x: net.norm(net.Relu(net.norm(x))))
 
 

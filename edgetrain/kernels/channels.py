@@ -93,18 +93,18 @@ def sum_samples_channels(lanes: int) -> Body:
 
 
 @kernel(
-    "x", "y", "scale", "bias", "mean", "variance", "inverse_std", *_MAPS,
-    "x_block", "x_channel", "x_row", "y_block", "y_channel", "y_row", "f_epsilon", "f_low", "f_high",
+    "x", "y", "addend", "scale", "bias", "mean", "variance", "inverse_std", *_MAPS, "x_block", "x_channel", "x_row",
+    "y_block", "y_channel", "y_row", "addend_block", "addend_channel", "addend_row", "f_epsilon", "f_low", "f_high",
 )  # fmt: skip
-def batch_norm_channels(lanes: int) -> Body:
+def batch_norm_channels(lanes: int, adds: int) -> Body:
     """Normalise with the batch's own statistics; see ``normalization.batch_norm``. Job: map."""
     step = 4 * lanes
 
     def body(args: int, first: int, last: int) -> None:
-        (x, y, scale, bias, mean, variance, inverse_std, blocks, rows, columns, x_block, x_channel, x_row,
-         y_block, y_channel, y_row) = arguments(args, 16)  # fmt: skip
-        epsilon = broadcast(load_f32(args + 128), lanes)
-        low, high = broadcast(load_f32(args + 136), lanes), broadcast(load_f32(args + 144), lanes)
+        (x, y, addend, scale, bias, mean, variance, inverse_std, blocks, rows, columns, x_block, x_channel, x_row,
+         y_block, y_channel, y_row, addend_block, addend_channel, addend_row) = arguments(args, 20)  # fmt: skip
+        epsilon = broadcast(load_f32(args + 160), lanes)
+        low, high = broadcast(load_f32(args + 168), lanes), broadcast(load_f32(args + 176), lanes)
         share = broadcast(1.0 / (blocks * rows * columns), lanes)
         one = broadcast(1.0, lanes)
         for group in range(first, last):
@@ -136,9 +136,12 @@ def batch_norm_channels(lanes: int) -> Body:
             for block in range(blocks):
                 for row in range(rows):
                     source = x + block * x_block + group * x_channel + row * x_row
+                    other = addend + block * addend_block + group * addend_channel + row * addend_row
                     target = y + block * y_block + group * y_channel + row * y_row
                     for i in range(columns):
                         value = fma(load(source + i * step, lanes) - middle, factor, offset)
+                        if adds:
+                            value = value + load(other + i * step, lanes)
                         store(target + i * step, minimum(maximum(value, low), high))
 
     return body
@@ -223,6 +226,61 @@ def batch_norm_gradient_channels(lanes: int) -> Body:
                         grad = load(grads + i * step, lanes)
                         grad = select_gt(value, low, select_gt(high, value, grad, zero), zero)
                         store(target + i * step, (grad - shift - away * slope) * factor)
+
+    return body
+
+
+@kernel(
+    "x", "y", "grad_out", "more", "grad_sum", "grad_x", "scale", "mean", "inverse_std", "grad_scale", "grad_bias",
+    *_MAPS, "x_block", "x_channel", "x_row", "y_block", "y_channel", "y_row", "grad_block", "grad_channel", "grad_row",
+    "more_block", "more_channel", "more_row", "grad_sum_block", "grad_sum_channel", "grad_sum_row", "grad_x_block",
+    "grad_x_channel", "grad_x_row", "f_low", "f_high",
+)  # fmt: skip
+def residual_norm_gradient_channels(lanes: int, sums: int) -> Body:
+    """Write the gradients of ``y = clip(norm(x) + addend)``; see ``normalization.residual_norm_gradient``. Job: map."""
+    step = 4 * lanes
+
+    def body(args: int, first: int, last: int) -> None:
+        (x, y, grad_out, more, grad_sum, grad_x, scale, mean, inverse_std, grad_scale, grad_bias, blocks, rows, columns,
+         x_block, x_channel, x_row, y_block, y_channel, y_row, grad_block, grad_channel, grad_row, more_block,
+         more_channel, more_row, grad_sum_block, grad_sum_channel, grad_sum_row, grad_x_block, grad_x_channel,
+         grad_x_row) = arguments(args, 32)  # fmt: skip
+        low, high = broadcast(load_f32(args + 256), lanes), broadcast(load_f32(args + 264), lanes)
+        zero = broadcast(0.0, lanes)
+        share = broadcast(1.0 / (blocks * rows * columns), lanes)
+        for group in range(first, last):
+            middle, inverse = load(mean + group * step, lanes), load(inverse_std + group * step, lanes)
+            total, product = zero, zero
+            for block in range(blocks):
+                for row in range(rows):
+                    source = x + block * x_block + group * x_channel + row * x_row
+                    result = y + block * y_block + group * y_channel + row * y_row
+                    grads = grad_out + block * grad_block + group * grad_channel + row * grad_row
+                    others = more + block * more_block + group * more_channel + row * more_row
+                    target = grad_sum + block * grad_sum_block + group * grad_sum_channel + row * grad_sum_row
+                    part, along = zero, zero
+                    for i in range(columns):
+                        away, value = load(source + i * step, lanes) - middle, load(result + i * step, lanes)
+                        grad = load(grads + i * step, lanes)
+                        if sums:
+                            grad = grad + load(others + i * step, lanes)
+                        grad = select_gt(value, low, select_gt(high, value, grad, zero), zero)
+                        store(target + i * step, grad)
+                        part = part + grad
+                        along = fma(grad, away, along)
+                    total, product = total + part, product + along
+            store(grad_bias + group * step, total)
+            store(grad_scale + group * step, product * inverse)
+            factor = load(scale + group * step, lanes) * inverse
+            shift, slope = total * share, product * inverse * inverse * share
+            for block in range(blocks):
+                for row in range(rows):
+                    source = x + block * x_block + group * x_channel + row * x_row
+                    grads = grad_sum + block * grad_sum_block + group * grad_sum_channel + row * grad_sum_row
+                    target = grad_x + block * grad_x_block + group * grad_x_channel + row * grad_x_row
+                    for i in range(columns):
+                        away = load(source + i * step, lanes) - middle
+                        store(target + i * step, (load(grads + i * step, lanes) - shift - away * slope) * factor)
 
     return body
 

@@ -7,8 +7,10 @@ none; ``state`` starts with the number of samples (int64).
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
+from numba import njit
 
 from edgetrain.kernels.registry import Body, kernel
 from edgetrain.kernels.simd import (
@@ -32,68 +34,98 @@ _MAPS = ("blocks", "rows", "columns")
 _BORDER = ("top", "left", "bottom", "right")
 
 
-@kernel(
-    "x", "y", "scale", "bias", "mean", "variance", "inverse_std", "mask", "state", *_MAPS,
-    "x_block", "x_channel", "x_row", "y_block", "y_channel", "y_row", *_BORDER, "f_epsilon", "f_low", "f_high",
-)  # fmt: skip
-def batch_norm(lanes: int) -> Body:
-    """Normalise with the batch's own statistics, and clip to ``low``, ``high`` (a fused Relu or Clip).
+# Squares around a pivot that cancel more than this share when they are moved to the mean are summed up anew.
+_MOST_CANCELLED = 15.0 / 16.0
 
-    Also writes mean, biased variance and ``1 / sqrt(variance + epsilon)``.
+
+@njit
+def _moments(x: Any, pivot: Any, rows: Any, columns: Any, x_row: Any, width: Any) -> Any:
+    """Return the sums of a map's distances from the pivot and of their squares, by lane."""
+    whole = wholly = broadcast(0.0, width)
+    for row in range(rows):
+        part = along = broadcast(0.0, width)
+        for i in range(columns):
+            away = load(x + row * x_row + i * 4 * width, width) - pivot
+            part = part + away
+            along = fma(away, away, along)
+        whole, wholly = whole + part, wholly + along
+    return whole, wholly
+
+
+@njit
+def _map_statistics(x: Any, alive: Any, rows: Any, columns: Any, x_row: Any, width: Any) -> Any:
+    """Return the mean of a map and the sum of squares around it, lanes without a sample left out.
+
+    One pass around a pivot near the mean, that of the first row: E[x^2] - E[x]^2 would cancel where the mean is large
+    against the deviation. Where the first row is no guide, a second pass follows.
+    """
+    zero, samples = broadcast(0.0, width), sum_lanes(alive)
+    first, _ = _moments(x, zero, 1, columns, x_row, width)
+    pivot = sum_lanes(first * alive) / (samples * columns)
+    whole, wholly = _moments(x, broadcast(pivot, width), rows, columns, x_row, width)
+    distance, squares = sum_lanes(whole * alive) / (samples * rows * columns), sum_lanes(wholly * alive)
+    surplus = distance * distance * samples * rows * columns
+    if surplus > _MOST_CANCELLED * squares:
+        pivot, distance, surplus = pivot + distance, 0.0, 0.0
+        _, wholly = _moments(x, broadcast(pivot, width), rows, columns, x_row, width)
+        squares = sum_lanes(wholly * alive)
+    return pivot + distance, squares - surplus
+
+
+@kernel(
+    "x", "y", "addend", "scale", "bias", "mean", "variance", "inverse_std", "mask", "state", *_MAPS,
+    "x_block", "x_channel", "x_row", "y_block", "y_channel", "y_row", "addend_block", "addend_channel", "addend_row",
+    *_BORDER, "f_epsilon", "f_low", "f_high",
+)  # fmt: skip
+def batch_norm(lanes: int, adds: int) -> Body:
+    """Normalise with the batch's own statistics, add ``addend`` if ``adds``, and clip to ``low``, ``high``.
+
+    So a residual branch and a Relu or Clip behind a normalisation are done in its pass. Also writes mean, biased
+    variance and ``1 / sqrt(variance + epsilon)``.
     """
     step = 4 * lanes
 
     def body(args: int, first: int, last: int) -> None:
-        (x, y, scale, bias, mean, variance, inverse_std, mask, _state, blocks, rows, columns, x_block, x_channel, x_row,
-         y_block, y_channel, y_row, top, left, bottom, right) = arguments(args, 22)  # fmt: skip
-        epsilon = load_f32(args + 176)
-        low, high = broadcast(load_f32(args + 184), lanes), broadcast(load_f32(args + 192), lanes)
-        zero, pixels = broadcast(0.0, lanes), rows * columns
+        (x, y, addend, scale, bias, mean, variance, inverse_std, mask, _state, blocks, rows, columns, x_block,
+         x_channel, x_row, y_block, y_channel, y_row, addend_block, addend_channel, addend_row, top, left, bottom,
+         right) = arguments(args, 26)  # fmt: skip
+        epsilon = load_f32(args + 208)
+        low, high = broadcast(load_f32(args + 216), lanes), broadcast(load_f32(args + 224), lanes)
+        zero = broadcast(0.0, lanes)
         for channel in range(first, last):
             count, centre, total = 0.0, 0.0, 0.0
-            # Two passes over every block's map, which stays in the second-level cache, instead of E[x^2] - E[x]^2:
-            # float32 would cancel where the mean is large against the deviation. Blocks are put together as in
-            # Chan, Golub and LeVeque, Algorithms for computing the sample variance (1983), equation 2.1.
+            # Blocks are put together as in Chan, Golub and LeVeque, Algorithms for computing the sample variance
+            # (1983), equation 2.1.
             for block in range(blocks):
                 alive = load(mask + block * step, lanes)
                 source = x + block * x_block + channel * x_channel
-                whole = zero
-                for row in range(rows):
-                    part = zero
-                    for i in range(columns):
-                        part = part + load(source + row * x_row + i * step, lanes)
-                    whole = whole + part
-                more = sum_lanes(alive) * float(pixels)
-                own = sum_lanes(whole * alive) / more
-                middle, whole = broadcast(own, lanes), zero
-                for row in range(rows):
-                    part = zero
-                    for i in range(columns):
-                        away = load(source + row * x_row + i * step, lanes) - middle
-                        part = fma(away, away, part)
-                    whole = whole + part
+                own, squares = _map_statistics(source, alive, rows, columns, x_row, lanes)
+                more = sum_lanes(alive) * float(rows * columns)
                 apart, both = own - centre, count + more
-                total += sum_lanes(whole * alive) + apart * apart * count * more / both
+                total += squares + apart * apart * count * more / both
                 centre, count = centre + apart * more / both, both
-            middle, spread = broadcast(centre, lanes), total / count
+            spread = total / count
             # An overflow would give 1 / inf = 0: a finite loss, and running statistics that are lost for good.
             inverse = 1.0 / math.sqrt(spread + epsilon) if spread < math.inf else math.nan
             store_f32(mean + 4 * channel, centre)
             store_f32(variance + 4 * channel, spread)
             store_f32(inverse_std + 4 * channel, inverse)
-            # As stored, in float32: the backward pass computes y again and must find the same bits (a max pool
-            # looks for the pixel that equals its maximum).
+            # As stored, in float32: the backward pass computes y again and must find the same bits.
+            middle = broadcast(centre, lanes)
             factor = broadcast(load_f32(scale + 4 * channel) * load_f32(inverse_std + 4 * channel), lanes)
             offset = broadcast(load_f32(bias + 4 * channel), lanes)
             for block in range(blocks):
                 for row in range(-top, rows + bottom):
                     source = x + block * x_block + channel * x_channel + row * x_row
+                    other = addend + block * addend_block + channel * addend_channel + row * addend_row
                     target = y + block * y_block + channel * y_channel + row * y_row
                     inside = columns if 0 <= row < rows else 0
                     for i in range(-left, 0):
                         store(target + i * step, zero)
                     for i in range(inside):
                         value = fma(load(source + i * step, lanes) - middle, factor, offset)
+                        if adds:
+                            value = value + load(other + i * step, lanes)
                         store(target + i * step, minimum(maximum(value, low), high))
                     for i in range(inside, columns + right):
                         store(target + i * step, zero)
@@ -204,6 +236,76 @@ def batch_norm_gradient(lanes: int) -> Body:
                         grad = load(grads + i * step, lanes)
                         grad = select_gt(value, low, select_gt(high, value, grad, zero), zero)
                         store(target + i * step, (grad - shift - away * slope) * alive)
+                    for i in range(inside, columns + right):
+                        store(target + i * step, zero)
+
+    return body
+
+
+@kernel(
+    "x", "y", "grad_out", "more", "grad_sum", "grad_x", "scale", "mean", "inverse_std", "grad_scale", "grad_bias",
+    "mask", "state", *_MAPS, "x_block", "x_channel", "x_row", "y_block", "y_channel", "y_row", "grad_block",
+    "grad_channel", "grad_row", "more_block", "more_channel", "more_row", "grad_sum_block", "grad_sum_channel",
+    "grad_sum_row", "grad_x_block", "grad_x_channel", "grad_x_row", *_BORDER, "f_low", "f_high",
+)  # fmt: skip
+def residual_norm_gradient(lanes: int, sums: int) -> Body:
+    """Write the gradients of ``y = clip(norm(x) + addend)``: of the addend (``grad_sum``), input, scale and bias.
+
+    ``grad_sum`` is ``grad_out``, plus ``more`` if ``sums``, where y was not clipped; it may be the memory of either.
+    The rest is as in ``batch_norm_gradient``.
+    """
+    step = 4 * lanes
+
+    def body(args: int, first: int, last: int) -> None:
+        (x, y, grad_out, more, grad_sum, grad_x, scale, mean, inverse_std, grad_scale, grad_bias, mask, state, blocks,
+         rows, columns, x_block, x_channel, x_row, y_block, y_channel, y_row, grad_block, grad_channel, grad_row,
+         more_block, more_channel, more_row, grad_sum_block, grad_sum_channel, grad_sum_row, grad_x_block,
+         grad_x_channel, grad_x_row, top, left, bottom, right) = arguments(args, 38)  # fmt: skip
+        low, high = broadcast(load_f32(args + 304), lanes), broadcast(load_f32(args + 312), lanes)
+        zero = broadcast(0.0, lanes)
+        count = load_i64(state) * rows * columns
+        for channel in range(first, last):
+            middle = broadcast(load_f32(mean + 4 * channel), lanes)
+            inverse = load_f32(inverse_std + 4 * channel)
+            total, product = 0.0, 0.0
+            for block in range(blocks):
+                whole, wholly = zero, zero
+                for row in range(rows):
+                    source = x + block * x_block + channel * x_channel + row * x_row
+                    result = y + block * y_block + channel * y_channel + row * y_row
+                    grads = grad_out + block * grad_block + channel * grad_channel + row * grad_row
+                    others = more + block * more_block + channel * more_channel + row * more_row
+                    target = grad_sum + block * grad_sum_block + channel * grad_sum_channel + row * grad_sum_row
+                    part, along = zero, zero
+                    for i in range(columns):
+                        away, value = load(source + i * step, lanes) - middle, load(result + i * step, lanes)
+                        grad = load(grads + i * step, lanes)
+                        if sums:
+                            grad = grad + load(others + i * step, lanes)
+                        grad = select_gt(value, low, select_gt(high, value, grad, zero), zero)
+                        store(target + i * step, grad)
+                        part = part + grad
+                        along = fma(grad, away, along)
+                    whole, wholly = whole + part, wholly + along
+                total += sum_lanes(whole)
+                product += sum_lanes(wholly)
+            store_f32(grad_bias + 4 * channel, total)
+            store_f32(grad_scale + 4 * channel, product * inverse)
+            factor = broadcast(load_f32(scale + 4 * channel) * inverse, lanes)
+            shift = broadcast(total / count, lanes)
+            slope = broadcast(product * inverse * inverse / count, lanes)
+            for block in range(blocks):
+                alive = load(mask + block * step, lanes) * factor
+                for row in range(-top, rows + bottom):
+                    source = x + block * x_block + channel * x_channel + row * x_row
+                    grads = grad_sum + block * grad_sum_block + channel * grad_sum_channel + row * grad_sum_row
+                    target = grad_x + block * grad_x_block + channel * grad_x_channel + row * grad_x_row
+                    inside = columns if 0 <= row < rows else 0
+                    for i in range(-left, 0):
+                        store(target + i * step, zero)
+                    for i in range(inside):
+                        away = load(source + i * step, lanes) - middle
+                        store(target + i * step, (load(grads + i * step, lanes) - shift - away * slope) * alive)
                     for i in range(inside, columns + right):
                         store(target + i * step, zero)
 

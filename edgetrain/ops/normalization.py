@@ -40,7 +40,7 @@ class BatchNormalization(Op):
     """
 
     name = "BatchNormalization"
-    writes_border = True
+    writes_border = 0
     arity = (5, 5)
     in_place = 0
     attributes = ("epsilon", "momentum", "spatial", "training_mode")
@@ -74,15 +74,16 @@ def bounds_of(node: Node) -> tuple[float, float]:
 
 @register
 class BatchNormalizationTraining(Op):
-    """(x, scale, bias, running mean, running variance) -> (y, mean, variance, 1 / std) with the batch's statistics.
+    """(x, scale, bias, running mean, running variance[, addend]) -> (y, mean, variance, 1 / std) of this batch.
 
     Ioffe and Szegedy 2015, algorithm 1. The running statistics move when the step is applied.
-    Attributes ``low`` and ``high`` clip y: autodiff fuses a Relu or Clip that follows.
+    Attributes ``low`` and ``high`` clip y: autodiff fuses a Relu or Clip that follows, and the sum with another
+    branch before it.
     """
 
     name = "BatchNormalizationTraining"
-    writes_border = True
-    arity = (5, 5)
+    writes_border = 0
+    arity = (5, 6)
     training_only = True
     attributes = (*BatchNormalization.attributes, "low", "high")
 
@@ -98,20 +99,24 @@ class BatchNormalizationTraining(Op):
     def reference(self, node: Node, *inputs: Array) -> tuple[Array, ...]:
         """See ``kernels.reference.batch_norm``."""
         y, *statistics = reference.batch_norm(inputs[0], inputs[1], inputs[2], epsilon_of(node))
-        return np.clip(y, *bounds_of(node)), *statistics
+        return np.clip(y + sum(inputs[5:]), *bounds_of(node)), *statistics
 
     def gradient(self, node: Node, grad_out: Sequence[str | None], tape: Tape) -> Sequence[str | None]:
-        """All three gradients in one node: they share their sums."""
+        """All gradients in one node: they share their sums."""
         x, scale, bias, mean, inverse = node.x, node.input(1), node.input(2), node.outputs[1], node.outputs[3]
-        grads = tape.add_many(
-            "BatchNormalizationGrad", [x.name, grad_out[0], scale.name, bias.name, mean.name, inverse.name], 3, like=x,
-            low=bounds_of(node)[0], high=bounds_of(node)[1],
-        )  # fmt: skip
-        return [grads[0] if tape.needs(x) else None, grads[1] if tape.needs(scale) else None,
-                grads[2] if tape.needs(bias) else None, None, None]  # fmt: skip
+        (low, high), addend = bounds_of(node), node.optional(5)
+        if addend is None:
+            inputs = [x.name, grad_out[0], scale.name, bias.name, mean.name, inverse.name]
+            grads = tape.add_many("BatchNormalizationGrad", inputs, 3, like=x, low=low, high=high)
+        else:
+            inputs = [x.name, grad_out[0], scale.name, node.y.name, mean.name, inverse.name]
+            grad_sum, *grads = tape.add_many("ResidualNormalizationGrad", inputs, 4, like=x, low=low, high=high)
+        own = [grads[0] if tape.needs(x) else None, grads[1] if tape.needs(scale) else None,
+               grads[2] if tape.needs(bias) else None, None, None]  # fmt: skip
+        return own if addend is None else [*own, grad_sum if tape.needs(addend) else None]
 
     def lower(self, node: Node, low: Lowering) -> None:
-        """Three passes per channel, and the move of the running statistics in the update."""
+        """Two passes per channel, and the move of the running statistics in the update."""
         low.batch_norm(node, epsilon_of(node), float(node.get("momentum", 0.9)), bounds_of(node))
 
 
@@ -123,7 +128,7 @@ class BatchNormalizationAgain(Op):
     """
 
     name = "BatchNormalizationAgain"
-    writes_border = True
+    writes_border = 0
     arity = (5, 5)
     training_only = True
     attributes = ("low", "high")
@@ -150,7 +155,7 @@ class BatchNormalizationGrad(Op):
     """(x, grad_out, scale, bias, mean, 1 / std) -> (grad_x, grad_scale, grad_bias)."""
 
     name = "BatchNormalizationGrad"
-    writes_border = True
+    writes_border = 0
     arity = (6, 6)
     in_place = 1
     training_only = True
@@ -175,6 +180,42 @@ class BatchNormalizationGrad(Op):
     def lower(self, node: Node, low: Lowering) -> None:
         """Two passes per channel."""
         low.batch_norm_gradient(node, bounds_of(node))
+
+
+@register
+class ResidualNormalizationGrad(Op):
+    """(x, grad_out, scale, y, mean, 1 / std[, more]) -> (grad of addend, grad_x, grad_scale, grad_bias).
+
+    The gradient of ``y = clip(norm(x) + addend)`` for ``grad_out + more``: autodiff hands over the parts of a sum that
+    nobody else reads. ResNet-20 at batch 32 takes 4 % less time than with sum, clip and normalisation one by one.
+    """
+
+    name = "ResidualNormalizationGrad"
+    writes_border = 1
+    arity = (6, 7)
+    in_place = 1
+    training_only = True
+    attributes = ("like", "low", "high")
+
+    def output_count(self, node: Node) -> int:
+        """Four."""
+        return 4
+
+    def infer(self, node: Node) -> Sequence[tuple[Shape, bool]]:
+        """Same shape twice, and two vectors of channels."""
+        like: Value = node.get("like")
+        return [(like.shape, True)] * 2 + [((channels_of(like),), False)] * 2
+
+    def reference(self, node: Node, *inputs: Array) -> tuple[Array, ...]:
+        """See ``kernels.reference.batch_norm_gradient``; no gradient where the output was clipped."""
+        x, grad_out, scale, y, mean, inverse, *more = inputs
+        low, high = bounds_of(node)
+        grad_sum = (grad_out + sum(more)) * ((y > low) & (y < high))
+        return grad_sum, *reference.batch_norm_gradient(x, grad_sum, scale, mean, inverse)
+
+    def lower(self, node: Node, low: Lowering) -> None:
+        """Two passes per channel."""
+        low.residual_norm_gradient(node, bounds_of(node))
 
 
 @register
