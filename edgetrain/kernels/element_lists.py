@@ -41,7 +41,8 @@ from edgetrain.kernels.simd import (
     suffix,
     sum_lanes,
 )
-from edgetrain.kernels.tiles import _accumulators, _existing, _fma, _offsets, _scatter, _vector_load
+from edgetrain.kernels.tiles import _accumulators, _fma, _offsets, _scatter, _vector_load
+from edgetrain.kernels.turning import turn_tile
 from edgetrain.kernels.vector_lists import float_of, kth_largest, share_of
 
 _MAPS = ("channels", "rows", "columns", "x_block", "x_channel", "x_row")
@@ -236,37 +237,6 @@ def list_elements(lanes: int) -> Body:
                 store_i64(segment + 8, at - load_i64(segment))
 
     return body
-
-
-@intrinsic(prefer_literal=True)
-def turn_tile(typingctx: Any, x: Any, x_channel: Any, channels: Any, y: Any, y_sample: Any, lanes: Any) -> Any:
-    """Turn ``lanes`` channels x ``lanes`` samples: ``y[sample][channel] = x[channel][sample]``.
-
-    Of the channels ``channels`` exist; the others get copies of the last one.
-    """
-    n = literal(lanes)
-
-    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        x_, x_channel_, channels_, y_, y_sample_ = args[:5]
-        rows = [
-            _vector_load(builder, builder.add(x_, builder.mul(x_channel_, number)), n)
-            for number in _existing(builder, channels_, n, 1)
-        ]
-        half = n // 2
-        while half:  # blocks of half x half beside the diagonal change places
-            for i in (i for i in range(n) if not i & half):
-                a, b = rows[i], rows[i + half]
-                upper = [lane if not lane & half else n + lane - half for lane in range(n)]
-                lower = [lane + half if not lane & half else n + lane for lane in range(n)]
-                masks = [ir.Constant(ir.VectorType(I32, n), order) for order in (upper, lower)]
-                rows[i], rows[i + half] = (builder.shuffle_vector(a, b, mask) for mask in masks)
-            half //= 2
-        for sample, row in enumerate(rows):
-            place = builder.add(y_, builder.mul(y_sample_, ir.Constant(I64, sample)))
-            builder.store(row, pointer(builder, place, row.type), align=4)
-        return context.get_dummy_value()
-
-    return types.void(*[types.int64] * 5, lanes), codegen
 
 
 @kernel(

@@ -2,8 +2,30 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+from numba import njit
+
 from edgetrain.kernels.registry import Body, kernel
-from edgetrain.kernels.simd import arguments, broadcast, load, load_f32, load_i64, store, store_f32
+from edgetrain.kernels.simd import (
+    arguments,
+    broadcast,
+    lane_numbers,
+    load,
+    load_f32,
+    load_i64,
+    select_gt,
+    store,
+    store_f32,
+)
+from edgetrain.kernels.turning import pack_tile
+
+
+@njit
+def _existing_lanes(value: Any, count: Any, width: Any) -> Any:
+    """Return a vector with ``value`` in the first ``count`` lanes, 0 in the others."""
+    limit, zero = broadcast(float(count), width), broadcast(0.0, width)
+    return select_gt(limit, lane_numbers(width), broadcast(value, width), zero)
 
 
 @kernel(
@@ -14,24 +36,37 @@ def pack_input(lanes: int) -> Body:
 
     ``x`` is dense float32 ``(N, C, H, W)``; lanes without a sample become 0. Job: (block,
     channel). ``state`` starts with the number of samples N (int64).
+
+    By tiles that turn ``lanes`` pixels of ``lanes`` samples where rows are long enough, the last one over the one
+    before: 128 images of 28x28 take 9 us, 31 number by number.
     """
+    step = 4 * lanes
 
     def body(args: int, first: int, last: int) -> None:
         x, y, scale, shift, state, channels, rows, columns, y_block, y_channel, y_row = arguments(args, 11)
-        count = load_i64(state)
+        count, pixels, gap = load_i64(state), rows * columns, y_row - columns * step
         for job in range(first, last):
             block, channel = job // channels, job % channels
             factor, offset = load_f32(scale + 4 * channel), load_f32(shift + 4 * channel)
+            samples = min(lanes, count - block * lanes)
+            source = x + 4 * pixels * (block * lanes * channels + channel)
+            target = y + block * y_block + channel * y_channel
+            if samples > 0 and pixels >= lanes and (columns >= lanes or gap == 0):
+                factors, offsets = _existing_lanes(factor, samples, lanes), _existing_lanes(offset, samples, lanes)
+                for tile in range(0, pixels, lanes):
+                    pixel = min(tile, pixels - lanes)
+                    row, column = pixel // columns, pixel % columns
+                    pack_tile(source + 4 * pixel, 4 * pixels * channels, samples, target + row * y_row + column * step,
+                              columns - column, gap, factors, offsets, lanes)  # fmt: skip
+                continue
             for lane in range(lanes):
-                sample = block * lanes + lane
-                source = x + 4 * rows * columns * (sample * channels + channel)
-                target = y + block * y_block + channel * y_channel + 4 * lane
                 for row in range(rows):
                     for column in range(columns):
                         value = 0.0
-                        if sample < count:
-                            value = load_f32(source + 4 * (row * columns + column)) * factor + offset
-                        store_f32(target + row * y_row + column * 4 * lanes, value)
+                        if lane < samples:
+                            place = source + 4 * (lane * pixels * channels + row * columns + column)
+                            value = load_f32(place) * factor + offset
+                        store_f32(target + row * y_row + column * step + 4 * lane, value)
 
     return body
 

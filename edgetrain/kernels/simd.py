@@ -165,6 +165,17 @@ def broadcast(typingctx: Any, scalar: Any, width: Any) -> Any:
     return Vec(lanes)(types.float32, width), codegen
 
 
+@intrinsic(prefer_literal=True)
+def lane_numbers(typingctx: Any, width: Any) -> Any:
+    """Return the vector 0, 1, 2, ..."""
+    lanes = literal(width)
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        return ir.Constant(ir.VectorType(F32, lanes), [float(lane) for lane in range(lanes)])
+
+    return Vec(lanes)(width), codegen
+
+
 def _vector_operator(function: Any, build: Callable[[Any, Any, Any], Any]) -> None:
     """Let ``Vec op Vec`` mean a lane-wise operation."""
 

@@ -1,0 +1,79 @@
+"""Register tiles that turn: what was the lane becomes the vector, and the other way round."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llvmlite import ir
+from numba.core import types
+
+from edgetrain.kernels.simd import I32, I64, call_llvm, intrinsic, literal, pointer, suffix
+from edgetrain.kernels.tiles import _existing, _vector_load
+
+
+def _turned(builder: Any, x: Any, step: Any, count: Any, lanes: int) -> list[Any]:
+    """Load ``lanes`` vectors that are ``step`` bytes apart, of which ``count`` exist, and turn them.
+
+    The vectors that do not exist are copies of the last one that does.
+    """
+    rows = [
+        _vector_load(builder, builder.add(x, builder.mul(step, number)), lanes)
+        for number in _existing(builder, count, lanes, 1)
+    ]
+    half = lanes // 2
+    while half:  # blocks of half x half beside the diagonal change places
+        for i in (i for i in range(lanes) if not i & half):
+            a, b = rows[i], rows[i + half]
+            upper = [lane if not lane & half else lanes + lane - half for lane in range(lanes)]
+            lower = [lane + half if not lane & half else lanes + lane for lane in range(lanes)]
+            masks = [ir.Constant(ir.VectorType(I32, lanes), order) for order in (upper, lower)]
+            rows[i], rows[i + half] = (builder.shuffle_vector(a, b, mask) for mask in masks)
+        half //= 2
+    return rows
+
+
+@intrinsic(prefer_literal=True)
+def turn_tile(typingctx: Any, x: Any, x_channel: Any, channels: Any, y: Any, y_sample: Any, lanes: Any) -> Any:
+    """Turn ``lanes`` channels x ``lanes`` samples: ``y[sample][channel] = x[channel][sample]``.
+
+    Of the channels ``channels`` exist; the others get copies of the last one.
+    """
+    n = literal(lanes)
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        x_, x_channel_, channels_, y_, y_sample_ = args[:5]
+        for sample, row in enumerate(_turned(builder, x_, x_channel_, channels_, n)):
+            place = builder.add(y_, builder.mul(y_sample_, ir.Constant(I64, sample)))
+            builder.store(row, pointer(builder, place, row.type), align=4)
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 5, lanes), codegen
+
+
+@intrinsic(prefer_literal=True)
+def pack_tile(
+    typingctx: Any, x: Any, x_sample: Any, samples: Any, y: Any, left: Any, gap: Any, scale: Any, shift: Any,
+    lanes: Any,
+) -> Any:  # fmt: skip
+    """Interleave ``lanes`` pixels of ``lanes`` samples: ``y[pixel][sample] = x[sample][pixel] * scale + shift``.
+
+    Args:
+        x, x_sample: address of the first sample's pixels, bytes between samples.
+        samples: how many of them exist; the others get numbers of the last one.
+        y: address of the first pixel.
+        left, gap: how many pixels are left in the row of the first one, and the bytes between the end of a row and the
+            beginning of the next; the pixels lie in two rows at most.
+        scale, shift: vectors, 0 in lanes without a sample.
+    """
+    n = literal(lanes)
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        x_, x_sample_, samples_, y_, left_, gap_, scale_, shift_ = args[:8]
+        for pixel, row in enumerate(_turned(builder, x_, x_sample_, samples_, n)):
+            below = builder.icmp_signed("<=", left_, ir.Constant(I64, pixel))
+            place = builder.add(y_, builder.select(below, gap_, ir.Constant(I64, 0)))
+            target = pointer(builder, builder.add(place, ir.Constant(I64, 4 * n * pixel)), row.type)
+            builder.store(call_llvm(builder, f"llvm.fma.{suffix(row.type)}", row, scale_, shift_), target, align=4)
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 6, scale, scale, lanes), codegen
