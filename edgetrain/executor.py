@@ -263,9 +263,9 @@ class Executor:
         lanes = lanes.reshape(layout.blocks, layout.maps, height, width, layout.lanes)
         inside = lanes[:, :, top : top + layout.rows, left : left + layout.columns]
         if layout.by_channel:
-            maps = np.moveaxis(inside, 4, 2).reshape(layout.blocks, -1, layout.rows, layout.columns)
+            maps = inside.transpose(0, 1, 4, 2, 3).reshape(layout.blocks, -1, layout.rows, layout.columns)
             return maps[:count, : layout.channels].reshape(-1, *value.shape).copy()
-        return np.moveaxis(inside, 4, 1).reshape(-1, *value.shape)[:count].copy()
+        return inside.transpose(0, 4, 1, 2, 3).reshape(-1, *value.shape)[:count].copy()
 
     def kept(self, name: str, shape: Sequence[int]) -> NDArray[np.float32]:
         """Return memory that the plan keeps to the end of a step (``LoweringCore.kept``), as a float32 view."""

@@ -451,8 +451,8 @@ class Learner:
 
     def _end_step(self, executor: Executor) -> None:
         """Count a step that was taken; the topology may change after it."""
-        shapes = {layer.weight: layer.shape for layer in self.topology.layers}
-        self.topology.end_step(self.step_count, lambda name: executor.kept(whole_gradient(name), shapes[name]))
+        shapes = self.graph.values
+        self.topology.end_step(self.step_count, lambda name: executor.kept(whole_gradient(name), shapes[name].shape))
         self.step_count += 1
 
     def _prepare(self, x: Inputs, y: ArrayLike, whole_gradients: bool = False) -> tuple[Executor, Arrays, int]:

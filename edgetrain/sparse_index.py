@@ -33,6 +33,7 @@ class SparseIndex:
 
     Attributes:
         shape, inputs_first, groups, compact, capacity: as given.
+        count: number of weights that exist.
         input_rows: input channels, over all groups.
         rows, row_size: output channels; weights of one of them.
         taps: weights of one (output channel, input channel): ``KH * KW``, 1 for Gemm and MatMul.
@@ -73,6 +74,7 @@ class SparseIndex:
         if self.rows % groups:
             raise UsageError(f"sparse index: {self.rows} output channels, not divisible by groups={groups}")
         self.input_rows = groups * self.row_size // self.taps
+        self.count = 0  # read for every layer in every step
         self.starts, self.columns, self.places = (
             aligned(size, np.int32) for size in (self.rows + 1, self.capacity, self.capacity)
         )
@@ -84,11 +86,6 @@ class SparseIndex:
     def size(self) -> int:
         """Number of weights of the dense array."""
         return self.rows * self.row_size
-
-    @property
-    def count(self) -> int:
-        """Number of weights that exist."""
-        return int(self.starts[-1])
 
     @property
     def density(self) -> float:
@@ -114,7 +111,7 @@ class SparseIndex:
         count = len(columns)
         if count > self.capacity:
             raise UsageError(f"sparse index: {count} weights given, there is room for {self.capacity}")
-        self.starts[0] = 0
+        self.count, self.starts[0] = count, 0
         self.starts[1:] = np.cumsum(np.bincount(owners, minlength=self.rows))
         self.columns[:count], self.columns[count:] = columns, 0
         self.places[:count] = np.arange(count) if self.compact else self._flat(owners, columns)
