@@ -80,22 +80,23 @@ class ListedLowering(ElementLowering):
                       count=pixels * (x.channels if by_element else x.planes), per_sample=int(by_element))  # fmt: skip
 
     def error_lists(self, node: Node, g: Product) -> None:
-        """Emit both lists, and how long they are."""
-        x, grad = self.layout(node.get("like")), self.layout(node.x)
+        """Emit the lists that are read, and how long they are."""
+        x, grad, by_pixel = self.layout(node.get("like")), self.layout(node.x), bool(node.get("by_pixel"))
         lists, base = self._error_lists(g), self.address(node.y)
         self.plan.sizes[self.plan.buffer(node.y.name)] = lists.nbytes
-        flags = self.workspace(4 * lists.vectors)
+        flags = self.workspace(4 * lists.vectors if by_pixel else 0)
         self.emit(
-            "list_pixels", (self.lanes,), g.channels_out, grad=self.address(node.x), flags=flags, segments=base,
-            pairs=base + lists.pairs, pixels=self.table(g.forward_pixels(x, grad)), pixel_count=lists.pixels,
+            "list_pixels", (self.lanes, int(by_pixel)), g.channels_out, grad=self.address(node.x), flags=flags,
+            segments=base, pairs=base + lists.pairs, pixels=self.table(g.forward_pixels(x, grad)), pixel_count=lists.pixels,
             blocks=self.blocks, grad_block=grad.block, grad_channel=grad.channel, x_block=x.block,
         )  # fmt: skip
-        chunks = -(-lists.pixels // _PIXELS_PER_JOB)
-        self.emit(
-            "list_channels", (), self.blocks * chunks, flags=flags, entries=base + lists.entries,
-            counts=base + lists.counts, pixel_count=lists.pixels, channels=g.channels_out, pixel_chunk=_PIXELS_PER_JOB,
-            pixel_chunks=chunks,
-        )  # fmt: skip
+        if by_pixel:
+            chunks = -(-lists.pixels // _PIXELS_PER_JOB)
+            self.emit(
+                "list_channels", (), self.blocks * chunks, flags=flags, entries=base + lists.entries,
+                counts=base + lists.counts, pixel_count=lists.pixels, channels=g.channels_out,
+                pixel_chunk=_PIXELS_PER_JOB, pixel_chunks=chunks,
+            )  # fmt: skip
         self.emit("count_listed", (), 1, segments=base, tally=Ref("tally", TALLY_BYTES * int(node.get("record"))),
                   channels=g.channels_out, vectors=lists.vectors)  # fmt: skip
 

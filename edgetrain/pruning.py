@@ -217,7 +217,9 @@ def list_errors(train: TrainingGraph, error_map: ErrorMap) -> None:
             node, op_type=_LISTED[node.op_type], inputs=(*node.inputs, lists),
             attributes={**node.attributes, "record": train.records},
         )  # fmt: skip
-    attributes = {**conv.attributes, "forward": conv.op_type, "like": conv.x, "record": train.records}
+    by_pixel = any(graph.nodes[i].op_type == "ListedInputGrad" for i in readers)
+    attributes = {**conv.attributes, "forward": conv.op_type, "like": conv.x, "record": train.records,
+                  "by_pixel": by_pixel}  # fmt: skip
     made = Node("ErrorLists", lists.name, (error_map.value, conv.input(1)), (lists,), attributes)
     graph.nodes.insert(readers[0], made)
     train.records += 1

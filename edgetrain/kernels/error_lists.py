@@ -45,8 +45,8 @@ def is_nonzero(typingctx: Any, address: Any, width: Any) -> Any:
 @kernel(
     "grad", "flags", "segments", "pairs", "pixels", "pixel_count", "blocks", "grad_block", "grad_channel", "x_block",
 )  # fmt: skip
-def list_pixels(lanes: int) -> Body:
-    """List the pixels of a channel whose vector is not zero, and flag them. Job: channel.
+def list_pixels(lanes: int, flagged: int) -> Body:
+    """List the pixels of a channel whose vector is not zero, and flag them if ``flagged``. Job: channel.
 
     ``pixels``: table of int64 pairs (offset in x, offset in the error map). Segments are ``[channel]``.
     ``flags``: int32 ``[block][channel][pixel]``.
@@ -68,7 +68,8 @@ def list_pixels(lanes: int) -> Body:
                     store_i64(at, load_i64(pixels + 16 * i) + block * x_block)
                     store_i64(at + 8, offset + block * grad_block)
                     at += 16 * found
-                    store_i32(flag + 4 * i, found)
+                    if flagged:
+                        store_i32(flag + 4 * i, found)
             store_i64(segments + 16 * channel, start)
             store_i64(segments + 16 * channel + 8, (at - pairs) // 16 - start)
 

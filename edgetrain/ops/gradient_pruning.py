@@ -31,7 +31,7 @@ class PrunedGradient(Op):
     name = "PrunedGradient"
     in_place = 0
     training_only = True
-    attributes = ("group", "factor", "record", "stream", "density")
+    attributes = ("group", "factor", "record", "stream")
 
     def infer(self, node: Node) -> Sequence[tuple[Shape, bool]]:
         """Same shape."""
@@ -48,12 +48,16 @@ class PrunedGradient(Op):
 
 @register
 class ErrorLists(Op):
-    """An error map -> lists of its vectors that are not zero; attributes: those of the product, and ``like``, its x."""
+    """An error map -> lists of its vectors that are not zero.
+
+    Attributes: those of the product; ``like``, its x; ``record``; ``by_pixel``: whether an input gradient will read
+    them, which goes by the channels of every pixel.
+    """
 
     name = "ErrorLists"
     arity = (2, 2)
     training_only = True
-    attributes = (*ProductGrad.attributes, "record", "density")
+    attributes = (*ProductGrad.attributes, "record", "by_pixel")
 
     def infer(self, node: Node) -> Sequence[tuple[Shape, bool]]:
         """An opaque array, whose size depends on the number of samples."""
@@ -68,7 +72,7 @@ class ErrorLists(Op):
         return ProductWeightGrad().geometry(node, node.get("like"), node.input(1))
 
     def lower(self, node: Node, low: Lowering) -> None:
-        """Two passes."""
+        """One pass, or two."""
         low.error_lists(node, self.product(node))
 
 
