@@ -87,8 +87,9 @@ class ListedLowering(ElementLowering):
         flags = self.workspace(4 * lists.vectors if by_pixel else 0)
         self.emit(
             "list_pixels", (self.lanes, int(by_pixel)), g.channels_out, grad=self.address(node.x), flags=flags,
-            segments=base, pairs=base + lists.pairs, pixels=self.table(g.forward_pixels(x, grad)), pixel_count=lists.pixels,
-            blocks=self.blocks, grad_block=grad.block, grad_channel=grad.channel, x_block=x.block,
+            segments=base, pairs=base + lists.pairs, pixels=self.table(g.forward_pixels(x, grad)),
+            pixel_count=lists.pixels, blocks=self.blocks, grad_block=grad.block, grad_channel=grad.channel,
+            x_block=x.block,
         )  # fmt: skip
         if by_pixel:
             chunks = -(-lists.pixels // _PIXELS_PER_JOB)
