@@ -6,6 +6,8 @@ Usage:
     python benchmarks/performance.py --threads 1                     the half with one thread, 1 to 2 threads included
     python benchmarks/performance.py --only resnet20 --batches 32    some cells
     python benchmarks/performance.py --parts decayed commands        some parts
+    python benchmarks/performance.py --parts peers --peers tinygrad --threads 2 --batches 8 32
+                                                                     a further peer, in the environment that has it
     python benchmarks/performance.py --again                         measure those cells anew
     python benchmarks/performance.py --document                      the document from the stored results alone
 
@@ -49,6 +51,7 @@ _COMMANDS = {
     "warmup": ("-m", "edgetrain", "warmup", "--quiet", "--json"),
 }  # fmt: skip
 _COMMAND_REPEATS = 7
+_EVERY_PART = ("cases", "kernels", "scaling", "start_up", "decayed", "commands", "peers")
 
 
 def main() -> None:
@@ -56,8 +59,9 @@ def main() -> None:
     arguments = _arguments()
     stored = load()
     if not arguments.document:
-        contenders = bench.available((*bench.DEFAULT_CONTENDERS, *arguments.peers))
-        stored["machine"], stored["versions"] = machine(), versions()
+        contenders, parts = bench.available(), arguments.parts or parts_of(arguments.threads)
+        if parts != ["peers"]:  # those have environments of their own, with other versions
+            stored["machine"], stored["versions"] = machine(), versions()
         measures = {
             "cases": lambda: measure_cases(stored, arguments, contenders),
             "start_up": lambda: measure_start_up(stored, arguments, contenders),
@@ -65,8 +69,9 @@ def main() -> None:
             "scaling": lambda: measure_scaling(stored, arguments),
             "decayed": lambda: measure_decayed(stored, arguments),
             "commands": lambda: measure_commands(stored, arguments),
+            "peers": lambda: measure_peers(stored, arguments),
         }
-        for part in arguments.parts or parts_of(arguments.threads):
+        for part in parts:
             measures[part]()
     DOCUMENT.write_text(document(stored), encoding="utf-8")
     print(f"written: {DOCUMENT}")
@@ -77,8 +82,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", default=bench.MODELS, choices=bench.MODELS, metavar="MODEL")
     parser.add_argument("--batches", nargs="+", type=int, default=bench.BATCH_SIZES)
     parser.add_argument("--threads", nargs="+", type=int, default=bench.THREADS)
-    parser.add_argument("--parts", nargs="+", choices=sorted({part for parts in _PARTS.values() for part in parts}))
-    parser.add_argument("--peers", nargs="+", default=(), choices=["jax"], help="contenders besides PyTorch")
+    parser.add_argument("--parts", nargs="+", choices=_EVERY_PART)
+    parser.add_argument("--peers", nargs="+", choices=bench.PEERS, help="of the part peers [default: the installed]")
     parser.add_argument("--turns", type=int, default=bench.TURNS)
     parser.add_argument("--again", action="store_true", help="measure cells that have a result too")
     parser.add_argument("--document", action="store_true", help="write the document, measure nothing")
@@ -87,7 +92,7 @@ def _arguments() -> argparse.Namespace:
 
 def load() -> dict:
     """Return the stored results."""
-    empty = {"machine": {}, "versions": {}, **{part: {} for part in parts_of(bench.THREADS)}}
+    empty = {"machine": {}, "versions": {}, **{part: {} for part in _EVERY_PART}}
     return {**empty, **json.loads(RESULTS.read_text())} if RESULTS.exists() else empty
 
 
@@ -115,7 +120,7 @@ def machine() -> dict:
 
 def versions() -> dict:
     """Return the versions of what takes part."""
-    names = ("edgetrain", "numpy", "numba", "llvmlite", "torch", "jax")
+    names = ("edgetrain", "numpy", "numba", "llvmlite", "torch")
     found = {distribution.metadata["Name"]: distribution.version for distribution in metadata.distributions()}
     python = ".".join(map(str, sys.version_info[:3]))
     return {"python": python} | {name: found[name] for name in names if name in found}
@@ -180,6 +185,19 @@ def measure_commands(stored: dict, arguments: argparse.Namespace) -> None:
             if name == "warmup":
                 result["kernels"] = json.loads(runs[0][1])["compiled"]
             store(stored, "commands", name, result, f"{result['seconds']:.2f} s")
+
+
+def measure_peers(stored: dict, arguments: argparse.Namespace) -> None:
+    """Time further peers, each beside edgetrain alone."""
+    for peer in arguments.peers or bench.available(bench.PEERS):
+        for model in arguments.only:
+            for batch_size in arguments.batches:
+                for threads in arguments.threads:
+                    key = f"{peer}/{model}/{batch_size}/{threads}"
+                    if _needed(stored["peers"].get(key), arguments):
+                        result = bench.against(peer, bench.Case(model, batch_size, threads), arguments.turns)
+                        result["version"] = metadata.version(peer)
+                        store(stored, "peers", key, result, result["left_out"] or f"ratio {result['ratio']:.2f}")
 
 
 def run_command(words: Sequence[str]) -> tuple[float, str]:

@@ -23,7 +23,28 @@ is of PyTorch's smaller one. GFLOP/s count two per multiply-accumulate of a plai
 # Model, batch size, least ratio with 2 threads.
 CELL_BARS = (("resnet20", 32, 2.2), ("resnet20", 1, 2.5), ("lenet5", 8, 6.0), ("lenet5", 32, 4.0))
 
-_MEASURED = ("cases", "start_up", "kernels", "scaling", "decayed", "commands")
+_MEASURED = ("cases", "start_up", "kernels", "scaling", "decayed", "commands", "peers")
+
+# How each further peer takes part; what cannot, and why.
+PEERS_TEXT = """Each beside edgetrain alone, in an environment of its own with the extra of that name, taking turns as
+above. *Ratio* is the peer's time over edgetrain's. All compute the same step on the same batch; where one does less, it
+says so here.
+
+- **jax**: one jitted function whose state is donated; the process is bound to as many processors as threads.
+- **tinygrad**: one step captured by TinyJit, C compiled by clang. Its CPU backend runs the parts of a kernel one after
+  the other on one worker thread, so a second thread changes nothing. BEAM is off: with BEAM=1 the search took 102 s for
+  LeNet-5 and 452 s for ResNet-20 at batch 8, and made their steps 2.1 and 1.3 times as fast.
+- **mnn**: expressions and the optimizer of its Python package. What has no gradient there is put differently: padding
+  as concatenation with zeros, global pooling as average pooling.
+- **onert**: its trainer, on one thread whatever it is told. It has no gradient of BatchNormalization, so LeNet-5 is the
+  only one of the five networks that it can train; its SGD has **no momentum**.
+- **onnxruntime-training**: its on-device training of the network that edgetrain exports; its SGD has **no momentum**.
+
+In tests/test_bench_peers.py the losses of four steps on small networks are edgetrain's to 0.1 %. On the networks
+measured here, at batch 8, the losses of eight steps are PyTorch's to 0.2 %, but for MobileNet: there rounding grows so
+fast that at the second step PyTorch's own float32 is 1.2 % above its float64, and the peers lie from 0.5 % below to
+1.2 % above.
+"""
 
 Cases = dict[str, dict]
 Row = Sequence[str]
@@ -37,6 +58,7 @@ def document(stored: dict) -> str:
     parts += [_ratios(cases, threads) for threads in THREADS]
     parts += [_steps(cases), _memory(cases), _start_up(stored["start_up"]), _commands(stored["commands"])]
     parts += [_scaling(cases, stored["scaling"]), _decayed(stored["decayed"]), _kernels(stored["kernels"])]
+    parts += [_peers(stored["peers"])]
     return "\n".join(part for part in parts if part)
 
 
@@ -311,6 +333,29 @@ def _kernels(kernels: dict) -> str:
     )
     head = ("channels@map", "kernel", "GFLOP/s", "share of sgemm", "layers")
     return f"## Convolutions\n\n{text}\n" + table(head, rows)
+
+
+def _peers(peers: dict) -> str:
+    """Return the peers' times, a row for each peer, model and batch, in the order in which they are stored."""
+    head = ("peer", "model", "batch", "threads", "edgetrain, ms/step", "peer, ms/step", "ratio")
+    rows = [
+        (f"{entry['peer']} {entry['version']}", entry["model"], str(entry["batch_size"]), str(entry["threads"]),
+         *(f"{1e3 * seconds:.3f}" for seconds in entry["seconds"] or ()), _shown(entry["ratio"], "{:.2f}"))
+        for entry in peers.values() if entry["ratio"]
+    ]  # fmt: skip
+    reasons = {f"{e['peer']}, {e['model']}": e["left_out"] for e in peers.values() if not e["ratio"]}
+    without = "".join(f"\nLeft out: {what}: {why}.\n" for what, why in reasons.items())
+    means = [f"{name} {geometric_mean(ratios):.2f}" for name, ratios in _ratios_by_peer(peers).items()]
+    mean = f"\nGeometric means of the ratios: {', '.join(means)}.\n" if means else ""
+    return f"## Other peers\n\n{PEERS_TEXT}" + ("\n" + table(head, rows) if rows else "") + mean + without
+
+
+def _ratios_by_peer(peers: dict) -> dict[str, list[float]]:
+    found: dict[str, list[float]] = {}
+    for entry in peers.values():
+        if entry["ratio"]:
+            found.setdefault(entry["peer"], []).append(entry["ratio"])
+    return found
 
 
 def _in_order(cases: Cases) -> list[dict]:

@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 from edgetrain.bench_load import Load, Watch
@@ -22,17 +23,22 @@ from edgetrain.bench_process import Case, ContenderProcess, Timing
 from edgetrain.errors import UnsupportedError, UsageError
 
 __all__ = [
-    "BATCH_SIZES", "CONTENDERS", "DEFAULT_CONTENDERS", "MODELS", "THREADS", "Case", "Comparison", "Timing", "available",
-    "compare", "decayed", "geometric_mean", "is_torch", "measure", "race", "ratio", "result_of", "scaling", "start_up",
-    "time_ops",
+    "BATCH_SIZES", "CONTENDERS", "DEFAULT_CONTENDERS", "MODELS", "PEERS", "THREADS", "Case", "Comparison", "Timing",
+    "against", "available", "compare", "decayed", "geometric_mean", "is_torch", "measure", "race", "ratio", "result_of",
+    "scaling", "start_up", "time_ops",
 ]  # fmt: skip
 
 # The models' own input shapes: 1x28x28, 3x32x32, 3x96x96, 1x49x10, 6x128.
 MODELS = ("lenet5", "resnet20", "mobilenet_v1_0.25", "ds_cnn", "cnn1d")
 BATCH_SIZES, THREADS = (1, 8, 32, 128), (1, 2)
-# Contender -> the package that it needs; "edgetrain" itself always takes part.
-CONTENDERS = {"edgetrain": "edgetrain", "torch": "torch", "torch-channels-last": "torch", "jax": "jax"}
 DEFAULT_CONTENDERS = ("edgetrain", "torch", "torch-channels-last")
+# Further contenders, each an extra of this package, named as the distribution that it installs.
+PEERS = ("jax", "tinygrad", "mnn", "onert", "onnxruntime-training")
+# Contender -> the package that it needs; "edgetrain" itself always takes part.
+CONTENDERS = {
+    "edgetrain": "edgetrain", "torch": "torch", "torch-channels-last": "torch", "jax": "jax", "tinygrad": "tinygrad",
+    "mnn": "MNN", "onert": "onert", "onnxruntime-training": "onnxruntime.training",
+}  # fmt: skip
 TURNS = 15
 # Idle between turns: longer than most thread pools spin (libgomp a few milliseconds).
 _GAP_SECONDS = 0.05
@@ -67,7 +73,16 @@ def available(contenders: Iterable[str] = DEFAULT_CONTENDERS) -> list[str]:
     for name in wanted:
         if name not in CONTENDERS:
             raise UsageError(f"contender '{name}' is unknown; expected one of {', '.join(CONTENDERS)}")
-    return [name for name in wanted if importlib.util.find_spec(CONTENDERS[name]) is not None]
+    return [name for name in wanted if _is_installed(CONTENDERS[name])]
+
+
+def _is_installed(package: str) -> bool:
+    """Return whether there is a package, or a folder of that name inside one: onnxruntime comes with it or without."""
+    top, *inner = package.split(".")
+    spec = importlib.util.find_spec(top)
+    if spec is None or not inner:
+        return spec is not None
+    return any(Path(place, *inner).is_dir() for place in spec.submodule_search_locations or ())
 
 
 def compare(
@@ -289,6 +304,30 @@ def decayed(case: Case, turns: int = TURNS, turn_seconds: float = 0.1) -> dict[s
     usual, faint = (timing.median for timing in comparison.timings)
     return {"model": case.model, "batch_size": case.batch_size, "threads": case.threads, "ratio": faint / usual,
             "seconds": [usual, faint], **_load_of(comparison)}  # fmt: skip
+
+
+def against(peer: str, case: Case, turns: int = TURNS, turn_seconds: float = 0.1) -> dict[str, Any]:
+    """Compare a step of edgetrain with one of a single other contender.
+
+    Args:
+        peer: the other contender.
+        case, turns, turn_seconds: as for ``compare``.
+
+    Returns:
+        ``ratio`` (the peer's time over ours) and ``seconds`` (ours, the peer's), both ``None`` when it cannot train the
+        model, and ``left_out`` says why then; ``load``, ``busy``.
+
+    Raises:
+        BenchmarkError, UsageError, UnsupportedError: as ``compare``.
+    """
+    with ContenderProcess("edgetrain", case):  # compiles the kernels
+        pass
+    comparison = compare(case, ["edgetrain", peer], turns, turn_seconds)
+    seconds = [timing.median for timing in comparison.timings]
+    took_part = len(seconds) == 2
+    return {"peer": peer, "model": case.model, "batch_size": case.batch_size, "threads": case.threads,
+            "ratio": seconds[1] / seconds[0] if took_part else None, "seconds": seconds if took_part else None,
+            "left_out": comparison.left_out.get(peer), **_load_of(comparison)}  # fmt: skip
 
 
 def _load_of(comparison: Comparison) -> dict[str, Any]:

@@ -100,10 +100,35 @@ def _jax(graph: Graph, case: Case, x: Any, y: Any) -> Step:
     return JaxStep(graph, x, y, threads=case.threads)
 
 
+def _tinygrad(graph: Graph, case: Case, x: Any, y: Any) -> Step:
+    from edgetrain.bench_tinygrad import TinygradStep
+
+    return TinygradStep(graph, x, y, threads=case.threads)
+
+
+def _mnn(graph: Graph, case: Case, x: Any, y: Any) -> Step:
+    from edgetrain.bench_mnn import MnnStep
+
+    return MnnStep(graph, x, y, threads=case.threads)
+
+
+def _onnxruntime(graph: Graph, case: Case, x: Any, y: Any) -> Step:
+    from edgetrain.bench_onnxruntime import OnnxruntimeStep
+
+    return OnnxruntimeStep(graph, x, y, threads=case.threads)
+
+
+def _onert(graph: Graph, case: Case, x: Any, y: Any) -> Step:
+    from edgetrain.bench_onert import OnertStep
+
+    return OnertStep(graph, x, y, threads=case.threads)
+
+
 Maker = Callable[[Graph, Case, Any, Any], Step]
 _MAKERS: dict[str, Maker] = {
     "edgetrain": _own, "edgetrain-rows": _rows, "edgetrain-restored": _restored, "edgetrain-decayed": _decayed,
-    "torch": _torch, "torch-channels-last": _torch_channels_last, "jax": _jax,
+    "torch": _torch, "torch-channels-last": _torch_channels_last, "jax": _jax, "tinygrad": _tinygrad,
+    "mnn": _mnn, "onert": _onert, "onnxruntime-training": _onnxruntime,
 }  # fmt: skip
 
 

@@ -56,10 +56,11 @@ class JaxStep:
         self._batch = (jax.numpy.asarray(x), jax.numpy.asarray(y.astype(np.int32)))
         self._step = jax.jit(_step_of(jax, graph), donate_argnums=0)
 
-    def __call__(self) -> None:
-        """Take one step and wait for its end."""
+    def __call__(self) -> float:
+        """Take one step, wait for its end and return the loss."""
         self._state, loss = self._step(self._state, *self._batch)
         self._wait((self._state, loss))
+        return float(loss)
 
     def facts(self) -> dict[str, Any]:
         """Return nothing: JAX tells of no plan."""

@@ -329,7 +329,7 @@ def sample(performance) -> dict:
     return {"machine": performance.machine(), "versions": {"edgetrain": "0"}, "cases": cases,
             "start_up": {"lenet5": entry}, "kernels": {"resnet20": {**kernels, "date": "2026-01-03"}},
             "scaling": {"resnet20/32": scaling}, "decayed": {"lenet5/32/2": decayed},
-            "commands": commands}  # fmt: skip
+            "commands": commands, "peers": {}}  # fmt: skip
 
 
 def bars(performance, stored: dict) -> dict[str, bool | None]:

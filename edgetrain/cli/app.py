@@ -183,16 +183,22 @@ def bench(
     model: Annotated[list[str], typer.Option(help="A built-in model or an .onnx file. [default: five models]")] = [],  # noqa: B006
     batch_size: Annotated[list[int], typer.Option(min=1, help="Instances per step. [default: 1, 8, 32, 128]")] = [],  # noqa: B006
     threads: Annotated[list[int], typer.Option(min=1, help="Threads of every contender. [default: 1, 2]")] = [],  # noqa: B006
-    contenders: Annotated[list[str], typer.Option(help="torch, torch-channels-last or jax. [default: PyTorch]")] = [],  # noqa: B006
+    contenders: Annotated[
+        list[str],
+        typer.Option(
+            help="torch, torch-channels-last, jax, tinygrad, mnn, onert or onnxruntime-training. [default: PyTorch]"
+        ),
+    ] = [],  # noqa: B006
     turns: Annotated[int, typer.Option(min=1, help="Turns of every contender.")] = 15,
     per_op: Annotated[bool, typer.Option("--per-op", help="Time every node of the step instead.")] = False,
     start_up: Annotated[bool, typer.Option(help="Time the start with and without compiled kernels.")] = True,
     json: Json = False,
     out: Annotated[File, typer.Option(help="A file that gets the JSON document too.")] = None,
 ) -> None:
-    """Time training steps against PyTorch.
+    """Time training steps against PyTorch or further peers.
 
-    Options with several values may be repeated. Leave the machine alone meanwhile.
+    Options with several values may be repeated. Leave the machine alone meanwhile. Every contender but PyTorch is an
+    extra of its own: pip install "edgetrain[tinygrad]".
     """
     from edgetrain.cli.benchmarking import bench_command
 
