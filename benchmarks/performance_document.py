@@ -33,7 +33,7 @@ says so here.
 - **jax**: one jitted function whose state is donated; the process is bound to as many processors as threads.
 - **tinygrad**: one step captured by TinyJit, C compiled by clang. Its CPU backend runs the parts of a kernel one after
   the other on one worker thread, so a second thread changes nothing. BEAM is off: with BEAM=1 the search took 102 s for
-  LeNet-5 and 452 s for ResNet-20 at batch 8, and made their steps 2.1 and 1.3 times as fast.
+  LeNet-5 and 452 s for ResNet-20 at batch 8, and made their steps about 2.1 and 1.3 times as fast.
 - **mnn**: expressions and the optimizer of its Python package. What has no gradient there is put differently: padding
   as concatenation with zeros, global pooling as average pooling.
 - **onert**: its trainer, on one thread whatever it is told. It has no gradient of BatchNormalization, so LeNet-5 is the
@@ -343,8 +343,8 @@ def _peers(peers: dict) -> str:
          *(f"{1e3 * seconds:.3f}" for seconds in entry["seconds"] or ()), _shown(entry["ratio"], "{:.2f}"))
         for entry in peers.values() if entry["ratio"]
     ]  # fmt: skip
-    reasons = {f"{e['peer']}, {e['model']}": e["left_out"] for e in peers.values() if not e["ratio"]}
-    without = "".join(f"\nLeft out: {what}: {why}.\n" for what, why in reasons.items())
+    reasons = dict.fromkeys((e["peer"], e["left_out"], e["model"]) for e in peers.values() if not e["ratio"])
+    without = "".join(f"\nLeft out: {peer}, {model}: {why}.\n" for peer, why, model in reasons)
     means = [f"{name} {geometric_mean(ratios):.2f}" for name, ratios in _ratios_by_peer(peers).items()]
     mean = f"\nGeometric means of the ratios: {', '.join(means)}.\n" if means else ""
     return f"## Other peers\n\n{PEERS_TEXT}" + ("\n" + table(head, rows) if rows else "") + mean + without

@@ -138,8 +138,8 @@ def _conv(mnn: Any, network: Any, graph: Graph, node: Node) -> Callable[..., Any
     expr, weight, bias = mnn.expr, node.input(1), node.optional(2)
     axes = len(weight.shape) - 2
     pads = list(node.get("pads") or [0] * 2 * axes)
-    even = pads[:axes] == pads[axes:]
-    inside, sides = ([0, 0], _sides(pads)) if not even else (_two(pads[:axes], 0), [])
+    begins, ends = pads[:axes], pads[axes:]
+    inside, sides = (_two(begins, 0), []) if begins == ends else ([0, 0], _sides(pads))
     strides, dilations = (_two(node.get(name) or [1] * axes, 1) for name in ("strides", "dilations"))
     if node.get("group", 1) not in (1, node.x.shape[0]) or node.get("group", 1) not in (1, weight.shape[0]):
         raise UnsupportedError(f"node '{node.name}': MNN's gradient of grouped convolutions is wrong")
@@ -183,11 +183,12 @@ def _batch_norm(mnn: Any, network: Any, graph: Graph, node: Node) -> Callable[..
         raise UnsupportedError(f"node '{node.name}': the benchmark's MNN side has BatchNormalization of images alone")
     keep, epsilon = float(node.get("momentum", 0.9)), float(node.get("epsilon", 1e-5))
     module = mnn.nn.batch_norm(node.x.shape[0], 4, keep, epsilon)
-    arrays = [graph.arrays[node.input(i).name].reshape(1, -1, 1, 1) for i in range(1, 5)]
-    scale, shift, mean, variance = (_const(mnn, array) for array in arrays)
-    scale.fix_as_trainable()
-    shift.fix_as_trainable()
-    module.load_parameters([scale, shift, variance, mean])
+    names = [node.input(i).name for i in (1, 2, 4, 3)]  # scale, shift, variance, mean: the module's order
+    variables = [_const(mnn, graph.arrays[name].reshape(1, -1, 1, 1)) for name in names]
+    for name, variable in zip(names, variables, strict=True):
+        if name in graph.trainable:
+            variable.fix_as_trainable()
+    module.load_parameters(variables)
     setattr(network, f"norm {node.name}", module)  # its parameters become the network's
     return module.forward  # type: ignore[no-any-return]
 

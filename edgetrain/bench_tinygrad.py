@@ -10,7 +10,6 @@ import importlib
 import importlib.util
 import os
 import shutil
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from numpy.typing import NDArray
 
 from edgetrain.errors import UnsupportedError, UsageError
 from edgetrain.graph import Graph, Node
+from edgetrain.kernels.cache import places
 
 _MOMENTUM, _LR = 0.9, 0.01
 # Running averages of BatchNormalization: share of the new value, as PyTorch counts it.
@@ -38,12 +38,13 @@ def import_tinygrad(threads: int) -> Any:
         tinygrad = importlib.import_module("tinygrad")
     except ModuleNotFoundError:
         raise UsageError("tinygrad is not installed: pip install tinygrad, or leave that contender out") from None
-    os.environ.setdefault("CC", _compiler())
+    if "CC" not in os.environ:
+        os.environ["CC"] = _compiler()
     return tinygrad
 
 
 def _compiler() -> str:
-    """Return the path of a clang; that of ziglang is called through a file of two lines.
+    """Return the path of a clang; that of ziglang is called through a file of two lines in the cache folder.
 
     Raises:
         UsageError: there is none.
@@ -53,9 +54,12 @@ def _compiler() -> str:
     zig = importlib.util.find_spec("ziglang")
     if zig is None or zig.origin is None:
         raise UsageError("tinygrad needs clang: install it or pip install ziglang, or leave that contender out")
-    script = Path(tempfile.mkdtemp(prefix="clang-")) / "clang"
-    script.write_text(f'#!/bin/sh\nexec "{Path(zig.origin).parent / "zig"}" clang "$@"\n', encoding="utf-8")
-    script.chmod(0o700)
+    script = places()[-1] / "clang"
+    script.parent.mkdir(parents=True, exist_ok=True)
+    draft = script.with_suffix(f".{os.getpid()}")  # nobody runs it while it is written
+    draft.write_text(f'#!/bin/sh\nexec "{Path(zig.origin).parent / "zig"}" clang "$@"\n', encoding="utf-8")
+    draft.chmod(0o700)
+    draft.replace(script)
     return str(script)
 
 
