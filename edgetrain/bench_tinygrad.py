@@ -79,10 +79,13 @@ class TinygradStep:
     def __init__(self, graph: Graph, x: NDArray[np.float32], y: NDArray[np.int64], threads: int) -> None:
         tinygrad = import_tinygrad(threads)
         self._step = tinygrad.TinyJit(_step_of(tinygrad, graph, x, y))
+        self._device = tinygrad.Device["CPU"]
 
-    def __call__(self) -> float:
-        """Take one step and return the loss."""
-        return float(self._step().item())
+    def __call__(self) -> Any:
+        """Take one step, wait for its end and return the loss, a tensor: reading it would take a copy's time."""
+        loss = self._step()
+        self._device.synchronize()
+        return loss
 
     def facts(self) -> dict[str, Any]:
         """Return nothing: tinygrad tells of no plan."""

@@ -43,7 +43,7 @@ losses = []
 for _ in range({STEPS}):
     before = step.loss() if hasattr(step, "loss") else None
     after = step()
-    losses.append(after if before is None else before)
+    losses.append(before or (after.item() if hasattr(after, "item") else after))
 print("\\n" + json.dumps({{"losses": losses, "facts": step.facts()}}))
 """
 
