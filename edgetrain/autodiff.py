@@ -234,12 +234,36 @@ def _compute_again(train: Graph, forward_count: int) -> None:
             inputs = tuple(again if value == node.y else value for value in backward[i].inputs)
             backward[i] = replace(backward[i], inputs=inputs)
         backward.insert(readers[0], _repeated(node, again))
+    for node in [n for n in backward if n.op_type == "BatchNormalizationAgain"]:
+        _merge_again(backward, node)
     train.nodes = forward + backward
+
+
+def _merge_again(backward: list[Node], again: Node) -> None:
+    """Let the gradient of a normalisation compute its output again, if what it needs is there early enough."""
+    place = backward.index(again)
+    grad = next((n for n in backward if n.op_type == "BatchNormalizationGrad" and n.x == again.x), None)
+    made = {value for n in backward[:place] for value in n.outputs}
+    if grad is not None and grad.input(1) in made:
+        backward[place] = replace(grad, op_type="BatchNormalizationGradAgain", outputs=(*grad.outputs, again.y))
+        backward.remove(grad)
 
 
 def first_made(train: TrainingGraph, value: Value) -> Value:
     """Return the forward pass's value of a value that the backward pass computes again; any other one as it is."""
     return train.graph.values[value.name.removesuffix(_AGAIN)]
+
+
+def forget_again(train: TrainingGraph, value: Value) -> None:
+    """Do not compute a value again that nobody reads any more."""
+    nodes = train.graph.nodes
+    if any(value in reader.inputs for reader in nodes):
+        return
+    place, node = next((i, n) for i, n in enumerate(nodes) if value in n.outputs)
+    if node.op_type == "BatchNormalizationGradAgain":
+        nodes[place] = replace(node, op_type="BatchNormalizationGrad", outputs=node.outputs[:3])
+    else:
+        del nodes[place]
 
 
 def _merge_sums(train: Graph, forward_count: int) -> None:

@@ -251,16 +251,24 @@ class Lowering(ListedLowering):
         )  # fmt: skip
 
     def batch_norm_gradient(self, node: Node, bounds: tuple[float, float]) -> None:
-        """Emit the gradients of input, scale and bias."""
-        x, grad, out = self.layout(node.x), self.layout(node.input(1)), self.layout(node.y)
+        """Emit the gradients of input, scale and bias, and the output once more if the node has it."""
+        out, again = self.layout(node.y), node.outputs[3:]
         self.emit(
-            "batch_norm_gradient", (self.lanes,), x.channels, x=self.address(node.x),
-            grad_out=self.address(node.input(1)), grad_x=self.address(node.y), scale=self.address(node.input(2)),
-            bias=self.address(node.input(3)), mean=self.address(node.input(4)), inverse_std=self.address(node.input(5)),
-            grad_scale=self.address(node.outputs[1]), grad_bias=self.address(node.outputs[2]), mask=Ref("mask"),
-            state=Ref("state"), f_low=bounds[0], f_high=bounds[1], **maps_of(x), **border_of(out),
-            **strides(x=x, grad=grad, grad_x=out),
+            "batch_norm_gradient", (self.lanes, len(again)), out.channels, mask=Ref("mask"), state=Ref("state"),
+            **border_of(out), **border_of(self.layout(again[0]) if again else out, "y_"),
+            **self.gradient_arguments(node, bounds),
         )  # fmt: skip
+
+    def gradient_arguments(self, node: Node, bounds: tuple[float, float]) -> dict[str, float | Ref]:
+        """Return what the kernels of both kinds of lanes share."""
+        again = node.outputs[3] if len(node.outputs) > 3 else node.x
+        maps = {"x": node.x, "y": again, "grad_x": node.y}
+        values = {**maps, "grad_out": node.input(1), "scale": node.input(2), "bias": node.input(3),
+                  "mean": node.input(4), "inverse_std": node.input(5), "grad_scale": node.outputs[1],
+                  "grad_bias": node.outputs[2]}  # fmt: skip
+        sizes = strides(**{name: self.layout(value) for name, value in maps.items()}, grad=self.layout(node.input(1)))
+        addresses = {name: self.address(value) for name, value in values.items()}
+        return {**addresses, **maps_of(self.layout(node.x)), **sizes, "f_low": bounds[0], "f_high": bounds[1]}
 
     def residual_norm_gradient(self, node: Node, bounds: tuple[float, float]) -> None:
         """Emit the gradients of a normalisation with an addend."""
@@ -390,9 +398,9 @@ def maps_of(x: Layout) -> dict[str, int]:
     return {"blocks": x.blocks, "rows": x.rows, "columns": x.columns}
 
 
-def border_of(y: Layout) -> dict[str, int]:
-    """Return the pixels around the maps of a layout: ``top``, ``left``, ``bottom``, ``right``."""
-    return dict(zip(("top", "left", "bottom", "right"), y.border, strict=True))
+def border_of(y: Layout, prefix: str = "") -> dict[str, int]:
+    """Return the pixels around the maps of a layout: ``top``, ``left``, ``bottom``, ``right``, with a prefix."""
+    return {f"{prefix}{side}": n for side, n in zip(("top", "left", "bottom", "right"), y.border, strict=True)}
 
 
 def strides(**layouts: Layout) -> dict[str, int]:

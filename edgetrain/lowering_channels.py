@@ -21,12 +21,12 @@ from edgetrain.ops.conv import ProductGrad, ProductOp
 from edgetrain.plan import Ref
 
 _PLAIN = (
-    "ActivationGrad", "AveragePool", "AveragePoolGrad", "BatchNormalization", "BatchNormalizationGrad",
-    "BatchNormalizationAgain", "BatchNormalizationTraining", "ChannelSlice", "Clip", "Concat", "Dropout",
-    "DropoutTraining", "Flatten", "GlobalAveragePool", "HardSigmoid", "HardSwish", "Identity", "LeakyRelu", "MaxPool",
-    "MaxPoolGrad", "MaxPoolTraining", "MeanSquaredErrorLoss", "MeanSquaredErrorLossGrad", "Pad", "Relu", "ReluMask",
-    "ReluMaskGrad", "Reshape", "ResidualNormalizationGrad", "Sigmoid", "SoftmaxCrossEntropyLoss",
-    "SoftmaxCrossEntropyLossGrad", "Tanh",
+    "ActivationGrad", "AveragePool", "AveragePoolGrad", "BatchNormalization", "BatchNormalizationAgain",
+    "BatchNormalizationGrad", "BatchNormalizationGradAgain", "BatchNormalizationTraining", "ChannelSlice", "Clip",
+    "Concat", "Dropout", "DropoutTraining", "Flatten", "GlobalAveragePool", "HardSigmoid", "HardSwish", "Identity",
+    "LeakyRelu", "MaxPool", "MaxPoolGrad", "MaxPoolTraining", "MeanSquaredErrorLoss", "MeanSquaredErrorLossGrad",
+    "Pad", "Relu", "ReluMask", "ReluMaskGrad", "Reshape", "ResidualNormalizationGrad", "Sigmoid",
+    "SoftmaxCrossEntropyLoss", "SoftmaxCrossEntropyLossGrad", "Tanh",
 )  # fmt: skip
 
 _COPIES = ("ChannelSlice", "Concat", "Flatten", "Reshape")
@@ -224,14 +224,8 @@ class ChannelLowering(Lowering):
 
     def batch_norm_gradient(self, node: Node, bounds: tuple[float, float]) -> None:
         """See ``Lowering.batch_norm_gradient``."""
-        x, grad, out = self.layout(node.x), self.layout(node.input(1)), self.layout(node.y)
-        self.emit(
-            "batch_norm_gradient_channels", (x.lanes,), x.maps, x=self.address(node.x),
-            grad_out=self.address(node.input(1)), grad_x=self.address(node.y), scale=self.address(node.input(2)),
-            bias=self.address(node.input(3)), mean=self.address(node.input(4)), inverse_std=self.address(node.input(5)),
-            grad_scale=self.address(node.outputs[1]), grad_bias=self.address(node.outputs[2]), f_low=bounds[0],
-            f_high=bounds[1], **maps_of(x), **strides(x=x, grad=grad, grad_x=out),
-        )  # fmt: skip
+        x, again = self.layout(node.x), int(len(node.outputs) > 3)
+        self.emit("batch_norm_gradient_channels", (x.lanes, again), x.maps, **self.gradient_arguments(node, bounds))
 
     def residual_norm_gradient(self, node: Node, bounds: tuple[float, float]) -> None:
         """See ``Lowering.residual_norm_gradient``."""

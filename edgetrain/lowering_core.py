@@ -108,8 +108,8 @@ class LoweringCore:
                 self._reserve(buffer, 4 * value.size)
         else:
             self._reserve(buffer, self.layout(value).nbytes)
-            written = get_op(self.node.op_type).writes_border if self.kind == SAMPLES else None
-            if written is None or value is not self.node.outputs[written]:
+            written = get_op(self.node.op_type).writes_border if self.kind == SAMPLES else ()
+            if not any(value is self.node.outputs[i] for i in written):
                 self._clear_border(value)
 
     def _reserve(self, name: str, nbytes: int) -> None:

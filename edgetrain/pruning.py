@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from statistics import NormalDist
 from typing import Any
 
-from edgetrain.autodiff import TrainingGraph, first_made
+from edgetrain.autodiff import TrainingGraph, first_made, forget_again
 from edgetrain.errors import UsageError
 from edgetrain.graph import Graph, Node, Value
 from edgetrain.ops.pruning import IMPORTANCE
@@ -349,8 +349,8 @@ def _compress(train: TrainingGraph, node: Node, attributes: Mapping[str, Any]) -
         node, op_type="CompressedWeightGrad", inputs=(lists, node.input(1)), attributes={**attributes, "source": x}
     )
     _insert_behind(train, x, Node("CompressActivation", lists.name, (x,), (lists,), attributes))
-    if x != node.x and not any(node.x in reader.inputs for reader in graph.nodes):
-        graph.nodes.remove(_producer(train, node.x))
+    if x != node.x:
+        forget_again(train, node.x)
 
 
 def _insert_behind(train: TrainingGraph, x: Value, node: Node) -> None:

@@ -179,19 +179,19 @@ def batch_norm_inference_channels(lanes: int, inverted: int) -> Body:
 
 
 @kernel(
-    "x", "grad_out", "grad_x", "scale", "bias", "mean", "inverse_std", "grad_scale", "grad_bias", *_MAPS,
-    "x_block", "x_channel", "x_row", "grad_block", "grad_channel", "grad_row",
+    "x", "y", "grad_out", "grad_x", "scale", "bias", "mean", "inverse_std", "grad_scale", "grad_bias", *_MAPS,
+    "x_block", "x_channel", "x_row", "y_block", "y_channel", "y_row", "grad_block", "grad_channel", "grad_row",
     "grad_x_block", "grad_x_channel", "grad_x_row", "f_low", "f_high",
 )  # fmt: skip
-def batch_norm_gradient_channels(lanes: int) -> Body:
-    """Write the gradients of input, scale and bias; see ``normalization.batch_norm_gradient``. Job: map."""
+def batch_norm_gradient_channels(lanes: int, again: int) -> Body:
+    """Write the gradients of input, scale and bias, and y; see ``normalization.batch_norm_gradient``. Job: map."""
     step = 4 * lanes
 
     def body(args: int, first: int, last: int) -> None:
-        (x, grad_out, grad_x, scale, bias, mean, inverse_std, grad_scale, grad_bias, blocks, rows, columns,
-         x_block, x_channel, x_row, grad_block, grad_channel, grad_row, grad_x_block, grad_x_channel,
-         grad_x_row) = arguments(args, 21)  # fmt: skip
-        low, high = broadcast(load_f32(args + 168), lanes), broadcast(load_f32(args + 176), lanes)
+        (x, y, grad_out, grad_x, scale, bias, mean, inverse_std, grad_scale, grad_bias, blocks, rows, columns,
+         x_block, x_channel, x_row, y_block, y_channel, y_row, grad_block, grad_channel, grad_row, grad_x_block,
+         grad_x_channel, grad_x_row) = arguments(args, 25)  # fmt: skip
+        low, high = broadcast(load_f32(args + 200), lanes), broadcast(load_f32(args + 208), lanes)
         zero = broadcast(0.0, lanes)
         share = broadcast(1.0 / (blocks * rows * columns), lanes)
         for group in range(first, last):
@@ -220,9 +220,12 @@ def batch_norm_gradient_channels(lanes: int) -> Body:
                     source = x + block * x_block + group * x_channel + row * x_row
                     grads = grad_out + block * grad_block + group * grad_channel + row * grad_row
                     target = grad_x + block * grad_x_block + group * grad_x_channel + row * grad_x_row
+                    result = y + block * y_block + group * y_channel + row * y_row
                     for i in range(columns):
                         away = load(source + i * step, lanes) - middle
                         value = fma(away, factor, offset)
+                        if again:
+                            store(result + i * step, minimum(maximum(value, low), high))
                         grad = load(grads + i * step, lanes)
                         grad = select_gt(value, low, select_gt(high, value, grad, zero), zero)
                         store(target + i * step, (grad - shift - away * slope) * factor)

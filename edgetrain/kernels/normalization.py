@@ -175,13 +175,12 @@ def batch_norm_inference(lanes: int, inverted: int) -> Body:
 
 
 @kernel(
-    "x", "grad_out", "grad_x", "scale", "bias", "mean", "inverse_std", "grad_scale", "grad_bias", "mask", "state",
-    *_MAPS,
-    "x_block", "x_channel", "x_row", "grad_block", "grad_channel", "grad_row",
-    "grad_x_block", "grad_x_channel", "grad_x_row", *_BORDER, "f_low", "f_high",
+    "x", "y", "grad_out", "grad_x", "scale", "bias", "mean", "inverse_std", "grad_scale", "grad_bias", "mask", "state",
+    *_MAPS, "x_block", "x_channel", "x_row", "y_block", "y_channel", "y_row", "grad_block", "grad_channel", "grad_row",
+    "grad_x_block", "grad_x_channel", "grad_x_row", *_BORDER, *(f"y_{side}" for side in _BORDER), "f_low", "f_high",
 )  # fmt: skip
-def batch_norm_gradient(lanes: int) -> Body:
-    """Write the gradients of input, scale and bias (Ioffe and Szegedy 2015, section 3).
+def batch_norm_gradient(lanes: int, again: int) -> Body:
+    """Write the gradients of input, scale and bias (Ioffe and Szegedy 2015, section 3), and y if ``again``.
 
     Where the output was clipped the gradient stops; that is found out again from ``x``, so
     nothing but ``x`` is kept. ``grad_x`` is 0 in lanes without a sample, as every gradient must be.
@@ -189,10 +188,11 @@ def batch_norm_gradient(lanes: int) -> Body:
     step = 4 * lanes
 
     def body(args: int, first: int, last: int) -> None:
-        (x, grad_out, grad_x, scale, bias, mean, inverse_std, grad_scale, grad_bias, mask, state, blocks, rows, columns,
-         x_block, x_channel, x_row, grad_block, grad_channel, grad_row, grad_x_block, grad_x_channel,
-         grad_x_row, top, left, bottom, right) = arguments(args, 27)  # fmt: skip
-        low, high = broadcast(load_f32(args + 216), lanes), broadcast(load_f32(args + 224), lanes)
+        (x, y, grad_out, grad_x, scale, bias, mean, inverse_std, grad_scale, grad_bias, mask, state, blocks, rows,
+         columns, x_block, x_channel, x_row, y_block, y_channel, y_row, grad_block, grad_channel, grad_row,
+         grad_x_block, grad_x_channel, grad_x_row, top, left, bottom, right, y_top, y_left, y_bottom,
+         y_right) = arguments(args, 35)  # fmt: skip
+        low, high = broadcast(load_f32(args + 280), lanes), broadcast(load_f32(args + 288), lanes)
         zero = broadcast(0.0, lanes)
         count = load_i64(state) * rows * columns
         for channel in range(first, last):
@@ -237,6 +237,17 @@ def batch_norm_gradient(lanes: int) -> Body:
                         grad = select_gt(value, low, select_gt(high, value, grad, zero), zero)
                         store(target + i * step, (grad - shift - away * slope) * alive)
                     for i in range(inside, columns + right):
+                        store(target + i * step, zero)
+                for row in range(-y_top, rows + y_bottom if again else -y_top):
+                    source = x + block * x_block + channel * x_channel + row * x_row
+                    target = y + block * y_block + channel * y_channel + row * y_row
+                    inside = columns if 0 <= row < rows else 0
+                    for i in range(-y_left, 0):
+                        store(target + i * step, zero)
+                    for i in range(inside):
+                        value = fma(load(source + i * step, lanes) - middle, factor, offset)
+                        store(target + i * step, minimum(maximum(value, low), high))
+                    for i in range(inside, columns + y_right):
                         store(target + i * step, zero)
 
     return body

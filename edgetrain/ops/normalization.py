@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
@@ -40,7 +40,7 @@ class BatchNormalization(Op):
     """
 
     name = "BatchNormalization"
-    writes_border = 0
+    writes_border = (0,)
     arity = (5, 5)
     in_place = 0
     attributes = ("epsilon", "momentum", "spatial", "training_mode")
@@ -82,7 +82,7 @@ class BatchNormalizationTraining(Op):
     """
 
     name = "BatchNormalizationTraining"
-    writes_border = 0
+    writes_border = (0,)
     arity = (5, 6)
     training_only = True
     attributes = (*BatchNormalization.attributes, "low", "high")
@@ -128,7 +128,7 @@ class BatchNormalizationAgain(Op):
     """
 
     name = "BatchNormalizationAgain"
-    writes_border = 0
+    writes_border = (0,)
     arity = (5, 5)
     training_only = True
     attributes = ("low", "high")
@@ -155,7 +155,7 @@ class BatchNormalizationGrad(Op):
     """(x, grad_out, scale, bias, mean, 1 / std) -> (grad_x, grad_scale, grad_bias)."""
 
     name = "BatchNormalizationGrad"
-    writes_border = 0
+    writes_border: ClassVar[tuple[int, ...]] = (0,)
     arity = (6, 6)
     in_place = 1
     training_only = True
@@ -183,6 +183,31 @@ class BatchNormalizationGrad(Op):
 
 
 @register
+class BatchNormalizationGradAgain(BatchNormalizationGrad):
+    """As ``BatchNormalizationGrad``, and y as ``BatchNormalizationAgain`` gives it: x is read once for both.
+
+    MobileNetV1 (width 0.25, batch 32) takes 3 % less time than with two nodes.
+    """
+
+    name = "BatchNormalizationGradAgain"
+    writes_border = (0, 3)
+
+    def output_count(self, node: Node) -> int:
+        """Four."""
+        return 4
+
+    def infer(self, node: Node) -> Sequence[tuple[Shape, bool]]:
+        """Same shape, two vectors of channels, and the same shape again."""
+        return [*super().infer(node), (node.x.shape, True)]
+
+    def reference(self, node: Node, *inputs: Array) -> tuple[Array, ...]:
+        """See ``BatchNormalizationGrad`` and ``BatchNormalizationAgain``."""
+        x, _, scale, bias, mean, inverse = inputs
+        again = BatchNormalizationAgain().reference(node, x, scale, bias, mean, inverse)
+        return *super().reference(node, *inputs), *again
+
+
+@register
 class ResidualNormalizationGrad(Op):
     """(x, grad_out, scale, y, mean, 1 / std[, more]) -> (grad of addend, grad_x, grad_scale, grad_bias).
 
@@ -191,7 +216,7 @@ class ResidualNormalizationGrad(Op):
     """
 
     name = "ResidualNormalizationGrad"
-    writes_border = 1
+    writes_border = (1,)
     arity = (6, 7)
     in_place = 1
     training_only = True

@@ -34,7 +34,7 @@ class Op:
         in_place: index of the input whose memory the first output may take over, or ``None``.
         attributes: names of the attributes that are understood.
         training_only: whether it exists only in training graphs (not in ONNX files).
-        writes_border: index of the output around which its kernel for lanes of samples writes the zeros, too.
+        writes_border: indices of the outputs around which its kernel for lanes of samples writes the zeros, too.
         takes_parameters: whether the first input may be a parameter instead of one array per sample.
     """
 
@@ -43,7 +43,7 @@ class Op:
     in_place: ClassVar[int | None] = None
     attributes: ClassVar[tuple[str, ...]] = ()
     training_only: ClassVar[bool] = False
-    writes_border: ClassVar[int | None] = None
+    writes_border: ClassVar[tuple[int, ...]] = ()
     takes_parameters: ClassVar[bool] = False
 
     def check(self, node: Node) -> None:
