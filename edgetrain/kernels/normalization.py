@@ -34,6 +34,50 @@ _MAPS = ("blocks", "rows", "columns")
 _BORDER = ("top", "left", "bottom", "right")
 
 
+# Inlined, as calls with so many vectors made the gradients of MobileNetV1 8 % slower.
+@njit(inline="always")
+def _write_normalised(
+    x: Any, y: Any, addend: Any, adds: Any, middle: Any, factor: Any, offset: Any, low: Any, high: Any, rows: Any,
+    columns: Any, x_row: Any, y_row: Any, addend_row: Any, top: Any, left: Any, bottom: Any, right: Any, width: Any,
+) -> None:  # fmt: skip
+    """Write ``y = clip((x - middle) * factor + offset [+ addend])`` of a map, and the zeros around it."""
+    step, zero = 4 * width, broadcast(0.0, width)
+    for row in range(-top, rows + bottom):
+        source, other, target = x + row * x_row, addend + row * addend_row, y + row * y_row
+        inside = columns if 0 <= row < rows else 0
+        for i in range(-left, 0):
+            store(target + i * step, zero)
+        for i in range(inside):
+            value = fma(load(source + i * step, width) - middle, factor, offset)
+            if adds:
+                value = value + load(other + i * step, width)
+            store(target + i * step, minimum(maximum(value, low), high))
+        for i in range(inside, columns + right):
+            store(target + i * step, zero)
+
+
+@njit(inline="always")
+def _write_gradient(
+    x: Any, grad: Any, grad_x: Any, middle: Any, factor: Any, offset: Any, low: Any, high: Any, shift: Any, slope: Any,
+    alive: Any, rows: Any, columns: Any, x_row: Any, grad_row: Any, grad_x_row: Any, top: Any, left: Any, bottom: Any,
+    right: Any, width: Any,
+) -> None:  # fmt: skip
+    """Write a map's input gradient, and the zeros around it; ``grad`` counts where y lies between the bounds."""
+    step, zero = 4 * width, broadcast(0.0, width)
+    for row in range(-top, rows + bottom):
+        source, grads, target = x + row * x_row, grad + row * grad_row, grad_x + row * grad_x_row
+        inside = columns if 0 <= row < rows else 0
+        for i in range(-left, 0):
+            store(target + i * step, zero)
+        for i in range(inside):
+            away = load(source + i * step, width) - middle
+            value, own = fma(away, factor, offset), load(grads + i * step, width)
+            own = select_gt(value, low, select_gt(high, value, own, zero), zero)
+            store(target + i * step, (own - shift - away * slope) * alive)
+        for i in range(inside, columns + right):
+            store(target + i * step, zero)
+
+
 # Squares around a pivot that cancel more than this share when they are moved to the mean are summed up anew.
 _MOST_CANCELLED = 15.0 / 16.0
 
@@ -91,7 +135,6 @@ def batch_norm(lanes: int, adds: int) -> Body:
          right) = arguments(args, 26)  # fmt: skip
         epsilon = load_f32(args + 208)
         low, high = broadcast(load_f32(args + 216), lanes), broadcast(load_f32(args + 224), lanes)
-        zero = broadcast(0.0, lanes)
         for channel in range(first, last):
             count, centre, total = 0.0, 0.0, 0.0
             # Blocks are put together as in Chan, Golub and LeVeque, Algorithms for computing the sample variance
@@ -115,20 +158,11 @@ def batch_norm(lanes: int, adds: int) -> Body:
             factor = broadcast(load_f32(scale + 4 * channel) * load_f32(inverse_std + 4 * channel), lanes)
             offset = broadcast(load_f32(bias + 4 * channel), lanes)
             for block in range(blocks):
-                for row in range(-top, rows + bottom):
-                    source = x + block * x_block + channel * x_channel + row * x_row
-                    other = addend + block * addend_block + channel * addend_channel + row * addend_row
-                    target = y + block * y_block + channel * y_channel + row * y_row
-                    inside = columns if 0 <= row < rows else 0
-                    for i in range(-left, 0):
-                        store(target + i * step, zero)
-                    for i in range(inside):
-                        value = fma(load(source + i * step, lanes) - middle, factor, offset)
-                        if adds:
-                            value = value + load(other + i * step, lanes)
-                        store(target + i * step, minimum(maximum(value, low), high))
-                    for i in range(inside, columns + right):
-                        store(target + i * step, zero)
+                _write_normalised(
+                    x + block * x_block + channel * x_channel, y + block * y_block + channel * y_channel,
+                    addend + block * addend_block + channel * addend_channel, adds, middle, factor, offset, low, high,
+                    rows, columns, x_row, y_row, addend_row, top, left, bottom, right, lanes,
+                )  # fmt: skip
 
     return body
 
@@ -143,14 +177,11 @@ def batch_norm_inference(lanes: int, inverted: int) -> Body:
     ``spread`` is the variance, or ``1 / std`` as ``batch_norm`` wrote it when ``inverted``:
     then the result is the same bit for bit.
     """
-    step = 4 * lanes
-
     def body(args: int, first: int, last: int) -> None:
         (x, y, scale, bias, mean, spread, blocks, rows, columns, x_block, x_channel, x_row, y_block, y_channel,
          y_row, top, left, bottom, right) = arguments(args, 19)  # fmt: skip
         epsilon = load_f32(args + 152)
         low, high = broadcast(load_f32(args + 160), lanes), broadcast(load_f32(args + 168), lanes)
-        zero = broadcast(0.0, lanes)
         for channel in range(first, last):
             inverse = load_f32(spread + 4 * channel)
             if inverted == 0:
@@ -159,17 +190,11 @@ def batch_norm_inference(lanes: int, inverted: int) -> Body:
             factor = broadcast(load_f32(scale + 4 * channel) * inverse, lanes)
             offset = broadcast(load_f32(bias + 4 * channel), lanes)
             for block in range(blocks):
-                for row in range(-top, rows + bottom):
-                    source = x + block * x_block + channel * x_channel + row * x_row
-                    target = y + block * y_block + channel * y_channel + row * y_row
-                    inside = columns if 0 <= row < rows else 0
-                    for i in range(-left, 0):
-                        store(target + i * step, zero)
-                    for i in range(inside):
-                        value = fma(load(source + i * step, lanes) - middle, factor, offset)
-                        store(target + i * step, minimum(maximum(value, low), high))
-                    for i in range(inside, columns + right):
-                        store(target + i * step, zero)
+                source = x + block * x_block + channel * x_channel
+                _write_normalised(
+                    source, y + block * y_block + channel * y_channel, source, 0, middle, factor, offset, low, high,
+                    rows, columns, x_row, y_row, x_row, top, left, bottom, right, lanes,
+                )  # fmt: skip
 
     return body
 
@@ -222,33 +247,18 @@ def batch_norm_gradient(lanes: int, again: int) -> Body:
             shift = broadcast(total / count, lanes)
             slope = broadcast(product * inverse * inverse / count, lanes)
             for block in range(blocks):
-                alive = load(mask + block * step, lanes) * factor
-                for row in range(-top, rows + bottom):
-                    source = x + block * x_block + channel * x_channel + row * x_row
-                    grads = grad_out + block * grad_block + channel * grad_channel + row * grad_row
-                    target = grad_x + block * grad_x_block + channel * grad_x_channel + row * grad_x_row
-                    inside = columns if 0 <= row < rows else 0
-                    for i in range(-left, 0):
-                        store(target + i * step, zero)
-                    for i in range(inside):
-                        away = load(source + i * step, lanes) - middle
-                        value = fma(away, factor, offset)
-                        grad = load(grads + i * step, lanes)
-                        grad = select_gt(value, low, select_gt(high, value, grad, zero), zero)
-                        store(target + i * step, (grad - shift - away * slope) * alive)
-                    for i in range(inside, columns + right):
-                        store(target + i * step, zero)
-                for row in range(-y_top, rows + y_bottom if again else -y_top):
-                    source = x + block * x_block + channel * x_channel + row * x_row
-                    target = y + block * y_block + channel * y_channel + row * y_row
-                    inside = columns if 0 <= row < rows else 0
-                    for i in range(-y_left, 0):
-                        store(target + i * step, zero)
-                    for i in range(inside):
-                        value = fma(load(source + i * step, lanes) - middle, factor, offset)
-                        store(target + i * step, minimum(maximum(value, low), high))
-                    for i in range(inside, columns + y_right):
-                        store(target + i * step, zero)
+                source = x + block * x_block + channel * x_channel
+                _write_gradient(
+                    source, grad_out + block * grad_block + channel * grad_channel,
+                    grad_x + block * grad_x_block + channel * grad_x_channel, middle, factor, offset, low, high, shift,
+                    slope, load(mask + block * step, lanes) * factor, rows, columns, x_row, grad_row, grad_x_row, top,
+                    left, bottom, right, lanes,
+                )  # fmt: skip
+                if again:
+                    _write_normalised(
+                        source, y + block * y_block + channel * y_channel, source, 0, middle, factor, offset, low, high,
+                        rows, columns, x_row, y_row, x_row, y_top, y_left, y_bottom, y_right, lanes,
+                    )  # fmt: skip
 
     return body
 
@@ -273,7 +283,7 @@ def residual_norm_gradient(lanes: int, sums: int) -> Body:
          more_block, more_channel, more_row, grad_sum_block, grad_sum_channel, grad_sum_row, grad_x_block,
          grad_x_channel, grad_x_row, top, left, bottom, right) = arguments(args, 38)  # fmt: skip
         low, high = broadcast(load_f32(args + 304), lanes), broadcast(load_f32(args + 312), lanes)
-        zero = broadcast(0.0, lanes)
+        zero, least, most = broadcast(0.0, lanes), broadcast(-math.inf, lanes), broadcast(math.inf, lanes)
         count = load_i64(state) * rows * columns
         for channel in range(first, last):
             middle = broadcast(load_f32(mean + 4 * channel), lanes)
@@ -306,19 +316,13 @@ def residual_norm_gradient(lanes: int, sums: int) -> Body:
             shift = broadcast(total / count, lanes)
             slope = broadcast(product * inverse * inverse / count, lanes)
             for block in range(blocks):
-                alive = load(mask + block * step, lanes) * factor
-                for row in range(-top, rows + bottom):
-                    source = x + block * x_block + channel * x_channel + row * x_row
-                    grads = grad_sum + block * grad_sum_block + channel * grad_sum_channel + row * grad_sum_row
-                    target = grad_x + block * grad_x_block + channel * grad_x_channel + row * grad_x_row
-                    inside = columns if 0 <= row < rows else 0
-                    for i in range(-left, 0):
-                        store(target + i * step, zero)
-                    for i in range(inside):
-                        away = load(source + i * step, lanes) - middle
-                        store(target + i * step, (load(grads + i * step, lanes) - shift - away * slope) * alive)
-                    for i in range(inside, columns + right):
-                        store(target + i * step, zero)
+                _write_gradient(
+                    x + block * x_block + channel * x_channel,
+                    grad_sum + block * grad_sum_block + channel * grad_sum_channel,
+                    grad_x + block * grad_x_block + channel * grad_x_channel, middle, factor, zero, least, most, shift,
+                    slope, load(mask + block * step, lanes) * factor, rows, columns, x_row, grad_sum_row, grad_x_row,
+                    top, left, bottom, right, lanes,
+                )  # fmt: skip
 
     return body
 
