@@ -235,8 +235,8 @@ def write_document() -> None:
              "deviation over the seeds. Operations and time are those of training on everything = 1; the filter's own",
              "network, its training and its labels are counted. *random, as X* keeps instances by chance, as many as X",
              "had operations for. Time is that of the first variant, in turns on one machine with two threads.",
-             "The filter's settings were chosen on rotated images, for LeNet-5 with the seeds shown (that table flatters",
-             "it), for ResNet-8 with two others.", ""]  # fmt: skip
+             "The filter's settings were chosen on rotated images, for LeNet-5 with the seeds shown (that table",
+             "flatters it), for ResNet-8 with two others.", ""]  # fmt: skip
     for path in sorted(RESULTS.glob("adaptation-*.json")):
         model, results = path.stem.removeprefix("adaptation-"), json.loads(path.read_text())
         for variant in VARIANTS:
