@@ -242,7 +242,8 @@ def _compute_again(train: Graph, forward_count: int) -> None:
 def _merge_again(backward: list[Node], again: Node) -> None:
     """Let the gradient of a normalisation compute its output again, if what it needs is there early enough."""
     place = backward.index(again)
-    grad = next((n for n in backward if n.op_type == "BatchNormalizationGrad" and n.x == again.x), None)
+    mean = again.input(3)  # which normalisation it is: several may read the same value
+    grad = next((n for n in backward if n.op_type == "BatchNormalizationGrad" and n.input(4) == mean), None)
     made = {value for n in backward[:place] for value in n.outputs}
     if grad is not None and grad.input(1) in made:
         backward[place] = replace(grad, op_type="BatchNormalizationGradAgain", outputs=(*grad.outputs, again.y))

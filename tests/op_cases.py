@@ -260,6 +260,8 @@ def normalizations() -> Iterable[Case]:
     yield Case("residual-sum", (3, 4, 5), lambda net, x: net.conv(net.Add(net.norm(x), net.Tanh(x)), 4, 3, 3, 3))
     yield Case("residual-two-norms", (3, 4, 5), lambda net, x: net.Relu(net.Add(net.norm(x), net.norm(net.Tanh(x)))))
     yield Case("residual-blocks", (4, 6, 7), lambda net, x: block(net, block(net, x)), wide=True)
+    yield Case("batchnorms-of-one-value", (3, 6, 6), lambda net, x: net.Add(
+        net.conv(net.Relu(net.norm(x)), 4, 3, 3, 3), net.conv(net.norm(x), 4, 3, 3, 3)))  # fmt: skip
     yield Case("residual-repeated", (3, 4, 5), lambda net, x: net.Relu(net.Add(net.norm(x), net.GlobalAveragePool(x))))
     yield Case("residual-itself", (3, 4, 5), lambda net, x: (lambda y: net.Relu(net.Add(y, y)))(net.norm(x)))
     yield Case("residual-of-vectors", (6,), lambda net, x: net.Relu(net.Add(net.norm(x), net.Tanh(x))), least=4)
