@@ -13,11 +13,11 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from edgetrain.arrays import map_sizes, packed_words
 from edgetrain.errors import GraphError
 from edgetrain.graph import Graph, Node, Value
+from edgetrain.keeping import keep_less
 from edgetrain.ops import get_op
-from edgetrain.ops.activation import Activation, Clip
+from edgetrain.ops.activation import Clip
 
 # Names that no exporter gives to a value of its own.
 LABELS, TARGET = "edgetrain.labels", "edgetrain.target"
@@ -26,7 +26,6 @@ _BOUNDS: dict[str, Callable[[Node], tuple[float, float]]] = {
     "Relu": lambda node: (0.0, math.inf),
     "Clip": lambda node: Clip().constants(node),
 }
-_AGAIN = ".again"  # ends the name of a value that the backward pass computes once more
 # Operators that behave differently while training.
 _TRAINING = {
     "BatchNormalization": "BatchNormalizationTraining", "Dropout": "DropoutTraining", "MaxPool": "MaxPoolTraining",
@@ -43,6 +42,7 @@ class TrainingGraph:
         losses, correct: names of the per-sample loss and of the per-sample 1 for a right answer.
         logits: name of the network's output.
         gradients: name of the gradient of every trainable array.
+        again: by the name of a value that the backward pass computes once more, the forward pass's value.
         records: how many layers remember something from step to step, see ``kernels.codes.RECORD``.
     """
 
@@ -52,6 +52,7 @@ class TrainingGraph:
     correct: str
     logits: str
     gradients: dict[str, str] = field(default_factory=dict)
+    again: dict[str, Value] = field(default_factory=dict)
     records: int = 0
 
 
@@ -115,9 +116,8 @@ def training_graph(graph: Graph, loss: str = "cross_entropy", label_smoothing: f
     *_, losses, correct = (value.name for value in train.nodes[-1].outputs)
     result = TrainingGraph(train, len(train.nodes), losses, correct, graph.outputs[0])
     result.gradients = _backward(train)
-    _merge_sums(train, result.forward_count)
-    _compute_again(train, result.forward_count)
-    result.forward_count += _keep_masks(train, result.forward_count)
+    result.again, added = keep_less(train, result.forward_count)
+    result.forward_count += added
     return result
 
 
@@ -212,122 +212,6 @@ def _pool_first(graph: Graph, fused: Sequence[Node]) -> list[Node]:
             nodes[i] = replace(pool, inputs=(bound.x,), outputs=(pooled,))
             nodes[nodes.index(pool)] = replace(bound, inputs=(pooled,), outputs=(pool.y,))
     return nodes
-
-
-def _compute_again(train: Graph, forward_count: int) -> None:
-    """Let the backward pass compute normalised maps (and activations of them) again instead of keeping them.
-
-    What is kept is the normalisation's input, which its own gradient needs anyway.
-    """
-    forward, backward = train.nodes[:forward_count], train.nodes[forward_count:]
-    normalised = {
-        node.y.name for node in forward if node.op_type == "BatchNormalizationTraining" and node.optional(5) is None
-    }
-    activated = [n for n in forward if isinstance(get_op(n.op_type), Activation) and n.x.name in normalised]
-    for node in [*activated, *(n for n in forward if n.y.name in normalised)]:
-        readers = [i for i, reader in enumerate(backward) if node.y in reader.inputs]
-        if not readers:
-            continue
-        again = Value(f"{node.y.name}{_AGAIN}", node.y.shape)
-        train.add_value(again)
-        for i in readers:
-            inputs = tuple(again if value == node.y else value for value in backward[i].inputs)
-            backward[i] = replace(backward[i], inputs=inputs)
-        backward.insert(readers[0], _repeated(node, again))
-    for node in [n for n in backward if n.op_type == "BatchNormalizationAgain"]:
-        _merge_again(backward, node)
-    train.nodes = forward + backward
-
-
-def _merge_again(backward: list[Node], again: Node) -> None:
-    """Let the gradient of a normalisation compute its output again, if what it needs is there early enough."""
-    place = backward.index(again)
-    mean = again.input(3)  # which normalisation it is: several may read the same value
-    grad = next((n for n in backward if n.op_type == "BatchNormalizationGrad" and n.input(4) == mean), None)
-    made = {value for n in backward[:place] for value in n.outputs}
-    if grad is not None and grad.input(1) in made:
-        backward[place] = replace(grad, op_type="BatchNormalizationGradAgain", outputs=(*grad.outputs, again.y))
-        backward.remove(grad)
-
-
-def first_made(train: TrainingGraph, value: Value) -> Value:
-    """Return the forward pass's value of a value that the backward pass computes again; any other one as it is."""
-    return train.graph.values[value.name.removesuffix(_AGAIN)]
-
-
-def forget_again(train: TrainingGraph, value: Value) -> None:
-    """Do not compute a value again that nobody reads any more."""
-    nodes = train.graph.nodes
-    if any(value in reader.inputs for reader in nodes):
-        return
-    place, node = next((i, n) for i, n in enumerate(nodes) if value in n.outputs)
-    if node.op_type == "BatchNormalizationGradAgain":
-        nodes[place] = replace(node, op_type="BatchNormalizationGrad", outputs=node.outputs[:3])
-    else:
-        del nodes[place]
-
-
-def _merge_sums(train: Graph, forward_count: int) -> None:
-    """Let the gradient of a normalisation with an addend add up what it gets itself, if nobody else reads the sum."""
-    for place, node in enumerate(train.nodes):
-        if place < forward_count or node.op_type != "ResidualNormalizationGrad":
-            continue
-        total = next((n for n in train.nodes[forward_count:place] if n.y == node.input(1)), None)
-        if total is None or total.op_type != "Add" or len(train.consumers(total.y.name)) != 1:
-            continue
-        first, second = total.inputs
-        train.nodes[place] = replace(node, inputs=(node.x, first, *node.inputs[2:6], second))
-    used = {v.name for n in train.nodes for v in n.inputs if v is not None}
-    train.nodes = [
-        n for i, n in enumerate(train.nodes) if i < forward_count or n.op_type != "Add" or not n.y.batched
-        or n.y.name in used
-    ]  # fmt: skip
-
-
-def _keep_masks(train: Graph, forward_count: int) -> int:
-    """Let a Relu keep one bit per number where the backward pass reads its output for nothing else.
-
-    Returns:
-        How many nodes were added to the forward pass.
-    """
-    added = 0
-    for node in train.nodes[:forward_count]:
-        slopes = _slopes(train, node, forward_count + added) if node.op_type == "Relu" else []
-        channels, rows, columns = map_sizes(node.y.shape)
-        words = packed_words(rows * columns, 1)
-        if not slopes or words == rows * columns:
-            continue
-        mask = Value(f"{node.y.name}.mask", (channels, words))
-        train.add_value(mask)
-        for slope in slopes:
-            inputs = (mask, slope.input(1))
-            kept = replace(slope, op_type="ReluMaskGrad", inputs=inputs, attributes={"like": slope.get("like")})
-            train.nodes[train.nodes.index(slope)] = kept
-        train.nodes.insert(train.nodes.index(node) + 1, Node("ReluMask", mask.name, (node.y,), (mask,), {}))
-        added += 1
-    return added
-
-
-def _slopes(train: Graph, node: Node, forward_count: int) -> list[Node]:
-    """Return the nodes for whose sake alone an activation's output would be kept; none if it is kept anyway."""
-    if node.y.name in train.outputs:
-        return []
-    names = {node.y.name}  # of the output and its reshapes, which share its memory
-    for reader in train.nodes[:forward_count]:
-        if reader.op_type in ("Reshape", "Flatten") and reader.x.name in names:
-            names.add(reader.y.name)
-    readers = [n for n in train.nodes[forward_count:] if any(v is not None and v.name in names for v in n.inputs)]
-    own = [n for n in readers if n.op_type == "ActivationGrad" and n.get("forward").name == node.name]
-    return own if own == readers else []
-
-
-def _repeated(node: Node, again: Value) -> Node:
-    """Return the node that computes a forward node's first output once more."""
-    if node.op_type != "BatchNormalizationTraining":
-        return replace(node, name=again.name, outputs=(again,))
-    inputs = (node.x, node.input(1), node.input(2), node.outputs[1], node.outputs[3])
-    bounds = {key: node.attributes[key] for key in ("low", "high") if key in node.attributes}
-    return Node("BatchNormalizationAgain", again.name, inputs, (again,), bounds)
 
 
 def _backward(train: Graph) -> dict[str, str]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from edgetrain.arrays import ALIGNMENT, Layout
 from edgetrain.choice import simd_lanes, target
+from edgetrain.errors import GraphError
 from edgetrain.graph import Node, Value
 from edgetrain.kernels.codes import TALLY_BYTES
 from edgetrain.lowering_core import Pair
@@ -120,7 +121,9 @@ class ElementLowering(PrunedLowering):
     def _turn(self, node: Node, g: Product) -> Ref:
         """Emit the error map with its channels next to each other; return the address of the first pixel."""
         grad, turned = self.layout(node.input(1)), self._turned(g)
-        memory = self.workspace(turned.nbytes)
+        # The last tile of channels may read behind those of the last pixel; what it finds there is not stored.
+        tiles = [_tile(g, len(phase.taps))[0] * simd_lanes() for phase in g.phases() if phase.taps]
+        memory = self.workspace(turned.nbytes + 4 * max((-turned.lanes % tile for tile in tiles), default=0))
         top, left, bottom, right = turned.border
         self.emit(
             "turn_maps", (self.lanes,), self.blocks * (top + grad.rows + bottom), x=self.address(node.input(1)),
@@ -156,6 +159,9 @@ class ElementLowering(PrunedLowering):
     def _element_lists(self, node: Node, g: Product, x: Value) -> _Lists:
         numbers = self.plan.capacity * g.channels_in * g.size[0] * g.size[1]
         capacity = min(numbers, max(1, math.ceil(float(node.get("capacity")) * numbers)))
+        if self._turned(g).nbytes >= 2**31:
+            raise GraphError(f"node '{node.name}': no lists of numbers for error maps of 2 GiB and more; use a smaller "
+                             "batch size, or group='lanes'")  # fmt: skip
         strips = [strip for phase in g.phases() if phase.taps for strip in self._strips(phase, self.layout(x))]
         return _Lists(strips, g.channels_in, capacity)
 

@@ -83,8 +83,8 @@ class ListedLowering(ElementLowering):
         """Emit the lists that are read, and how long they are."""
         x, grad, by_pixel = self.layout(node.get("like")), self.layout(node.x), bool(node.get("by_pixel"))
         lists, base = self._error_lists(g), self.address(node.y)
-        self.plan.sizes[self.plan.buffer(node.y.name)] = lists.nbytes
-        flags = self.workspace(4 * lists.vectors if by_pixel else 0)
+        self.plan.sizes[self.plan.buffer(node.y.name)] = lists.nbytes if by_pixel else lists.entries
+        flags = self.workspace(4 * lists.vectors) if by_pixel else base
         self.emit(
             "list_pixels", (self.lanes, int(by_pixel)), g.channels_out, grad=self.address(node.x), flags=flags,
             segments=base, pairs=base + lists.pairs, pixels=self.table(g.forward_pixels(x, grad)),

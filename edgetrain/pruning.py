@@ -13,9 +13,10 @@ from dataclasses import dataclass, replace
 from statistics import NormalDist
 from typing import Any
 
-from edgetrain.autodiff import TrainingGraph, first_made, forget_again
+from edgetrain.autodiff import TrainingGraph
 from edgetrain.errors import UsageError
 from edgetrain.graph import Graph, Node, Value
+from edgetrain.keeping import forget_again
 from edgetrain.ops.pruning import IMPORTANCE
 
 _PRUNED = {"ProductInputGrad": "PrunedInputGrad", "ProductWeightGrad": "PrunedWeightGrad", "SumTo": "PrunedBiasGrad"}
@@ -286,13 +287,14 @@ def compress_activations(
     Args:
         train: is changed: every ``ProductWeightGrad`` of a listed weight becomes a ``CompressActivation`` behind the
             node that makes x, and a ``CompressedWeightGrad``.
-        densities: share of the vectors to keep, above 0 and at most 1, by the name of a convolution's weights.
-            Convolutions with groups or shared weights and fully connected layers stay as they are.
+        densities: share of the vectors or numbers to keep, above 0 and at most 1, by the name of a convolution's
+            weights. Convolutions with groups or shared weights and fully connected layers stay as they are, with
+            ``"element"`` also those where lists do not pay: their weights are not in the result.
         refresh: steps after which thresholds are found anew.
         capacity: largest share there is memory for; 1.25 times the density by default. Give the largest density that
             will be set later.
         group: ``"lanes"``: a vector, one pixel of the samples that lie in the lanes together, is kept or dropped as a
-            whole; ``"element"``: every number for itself, of convolutions where such lists pay.
+            whole; ``"element"``: every number for itself.
 
     Returns:
         The number of every pruned weight's record. ``Parameters.buffers["records"]`` is float32
@@ -344,13 +346,12 @@ def _compress(train: TrainingGraph, node: Node, attributes: Mapping[str, Any]) -
     """Replace a weight gradient by one from lists, which are made right behind the node that makes x."""
     graph, lists = train.graph, Value(f"{node.y.name}.lists", (1,), batched=False)
     graph.add_value(lists)
-    x, place = first_made(train, node.x), graph.nodes.index(node)
+    x, place = train.again.get(node.x.name, node.x), graph.nodes.index(node)
     graph.nodes[place] = replace(
         node, op_type="CompressedWeightGrad", inputs=(lists, node.input(1)), attributes={**attributes, "source": x}
     )
     _insert_behind(train, x, Node("CompressActivation", lists.name, (x,), (lists,), attributes))
-    if x != node.x:
-        forget_again(train, node.x)
+    forget_again(graph, train.again, node.x)
 
 
 def _insert_behind(train: TrainingGraph, x: Value, node: Node) -> None:

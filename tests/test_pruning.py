@@ -13,7 +13,7 @@ import edgetrain as et
 from edgetrain import lowering_elements, reference
 from edgetrain.arrays import aligned
 from edgetrain.autodiff import LABELS, TrainingGraph, training_graph
-from edgetrain.errors import UsageError
+from edgetrain.errors import NumericalError, UsageError
 from edgetrain.graph import Graph
 from edgetrain.kernels.codes import MEAN_COUNT, MEANS, RECORD
 from edgetrain.kernels.registry import argument_names, compile_kernels, load_factories
@@ -502,9 +502,49 @@ def test_lists_are_made_of_normalised_maps_instead_of_computing_them_again():
     h = net.GlobalAveragePool(net.conv(h, 8, 16, 3, 3, pads=SAME))
     net.graph.set_outputs([net.Flatten(h)])
     dense, listed = (learner(net.graph, error_pruning=p) for p in (None, Compressed(0.2, group="element")))
-    again = [[value.name.endswith(".again") for node in made.training_plan().graph.nodes for value in node.outputs]
-             for made in (dense, listed)]  # fmt: skip
-    assert [sum(found) for found in again] == [1, 0]
+    for made, count in ((dense, 1), (listed, 0)):
+        values = [value.name for node in made.training_plan().graph.nodes for value in node.outputs]
+        assert sum(name.startswith("edgetrain.again.") for name in values) == count
+
+
+def test_fewer_numbers_than_wanted_are_all_kept_and_no_zero():
+    net = Net((2, 16, 16))
+    h = net.Relu(net.conv("input", 8, 2, 3, 3, pads=SAME))
+    net.graph.set_outputs([net.Flatten(net.conv(h, 2, 8, 3, 3, pads=SAME))])
+    x, y = np.zeros((20, 2, 16, 16), np.float32), np.zeros(20, int)
+    x[:, :, 5:8, 5:8] = np.random.default_rng(0).normal(size=(20, 2, 3, 3))
+    for group in ("element", "lanes"):
+        policy = Compressed(0.3, group=group)
+        made = learner(net.graph, 16, error_pruning=policy)
+        dense = {name: grad for name, grad in learner(net.graph, 16).gradients(x, y).items() if name.startswith("p0")}
+        assert_all_close({name: made.gradients(x, y)[name] for name in dense}, dense, TOLERANCE)
+        kept = made._parameters.buffers["tally"][2 * policy.records["p0"]]
+        assert kept == ((x != 0).sum() if group == "element" else 2 * 2 * 9)
+    assert made.gradients(np.zeros_like(x), y)  # nothing at all is kept
+
+
+def test_numbers_that_are_not_finite_end_with_a_message():
+    net = Net((2, 16, 16))
+    h = net.Relu(net.conv("input", 8, 2, 3, 3, pads=SAME))
+    net.graph.set_outputs([net.Flatten(net.conv(h, 2, 8, 3, 3, pads=SAME))])
+    net.graph.arrays["p0"] = np.full((8, 2, 3, 3), 1e38, np.float32)
+    x, y = np.full((20, 2, 16, 16), 100.0, np.float32), np.zeros(20, int)
+    with pytest.raises(NumericalError):
+        learner(net.graph, 16, error_pruning=Compressed(0.2, group="element")).partial_fit(x, y)
+
+
+@pytest.mark.parametrize("outputs", [48, 400])
+def test_a_tile_of_channels_stays_inside_the_turned_maps(outputs):
+    net = Net((3, 6, 6))
+    net.graph.set_outputs([net.Flatten(net.conv("input", outputs, 3, 1, 1))])
+    plan = learner(net.graph, 16, error_pruning=Compressed(0.2, group="element")).training_plan()
+    correlation = next(row for row in plan.rows if row.kernel[0] == "correlate_elements")
+    turned = next(row for row in plan.rows if row.kernel[0] == "turn_maps")
+    arguments = dict(zip(argument_names("turn_maps"), turned.arguments, strict=True))
+    lanes, vectors, _ = correlation.kernel[1]
+    parts = dict(zip(argument_names("correlate_elements"), correlation.arguments, strict=True))["channel_parts"]
+    last = plan.capacity * arguments["y_sample"] - arguments["y_pixel"] + 4 * lanes * vectors * parts
+    assert plan.sizes[arguments["y"].buffer] >= last
 
 
 @pytest.mark.parametrize(("density", "shape"), [(0.5, (3, 8, 8)), (0.1, (3, 3, 5))])

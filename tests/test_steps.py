@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from edgetrain.models import ds_cnn
 
-from edgetrain import autodiff, reference
+from edgetrain import autodiff, keeping, reference
 from edgetrain.graph import Graph
 from edgetrain.learner import Learner
 from tests.engine import assert_all_close, assert_close, assert_same, channel_learner, learner, wide_host
@@ -280,16 +280,16 @@ def shifted(graph: Graph) -> tuple[Graph, np.ndarray, np.ndarray]:
 def test_maps_computed_again_are_the_same_bit_for_bit(make, monkeypatch):
     graph, x, y = shifted(ds_cnn((1, 12, 8)))
     made = make(graph)
-    assert any(name.endswith(".again") for name in made.training_plan().graph.values)
+    assert any(name.startswith("edgetrain.again.") for name in made.training_plan().graph.values)
     found = made.gradients(x, y)
-    monkeypatch.setattr(autodiff, "_compute_again", lambda train, forward_count: None)
-    keeping = make(graph)
-    assert not any(name.endswith(".again") for name in keeping.training_plan().graph.values)
-    assert_same(found, keeping.gradients(x, y))
+    monkeypatch.setattr(keeping, "compute_again", lambda train, forward_count: {})
+    dense = make(graph)
+    assert not any(name.startswith("edgetrain.again.") for name in dense.training_plan().graph.values)
+    assert_same(found, dense.gradients(x, y))
 
 
 @pytest.mark.parametrize("make", [learner, channel_learner], ids=["samples", "channels"])
-@pytest.mark.parametrize("part", ["_pool_first", "_keep_masks"])
+@pytest.mark.parametrize("part", ["_pool_first", "keep_masks"])
 def test_masks_and_the_order_of_pools_change_no_bit(make, part, monkeypatch):
     net = Net((3, 9, 10))
     x = net.MaxPool(net.Relu(net.conv("input", 4, 3, 3, 3)), kernel_shape=[3, 2], strides=[2, 2], pads=[1, 0, 1, 1])
@@ -297,9 +297,9 @@ def test_masks_and_the_order_of_pools_change_no_bit(make, part, monkeypatch):
     x = net.GlobalAveragePool(net.Relu(net.conv(x, 6, 5, 1, 1)))
     net.graph.set_outputs([net.Flatten(x)])
     graph, x, y = shifted(net.graph)
-    made, plain = make(graph), {"_pool_first": lambda graph, fused: graph.nodes, "_keep_masks": lambda *_: 0}[part]
+    made, plain = make(graph), {"_pool_first": lambda graph, fused: graph.nodes, "keep_masks": lambda *_: 0}[part]
     found, nodes = made.gradients(x, y), [node.op_type for node in made.training_plan().graph.nodes]
-    monkeypatch.setattr(autodiff, part, plain)
+    monkeypatch.setattr(autodiff if part in vars(autodiff) else keeping, part, plain)
     without = make(graph)
     assert nodes != [node.op_type for node in without.training_plan().graph.nodes]
     assert_same(found, without.gradients(x, y))
@@ -312,8 +312,8 @@ def test_a_mask_takes_the_place_of_an_output_that_only_the_slope_reads():
     plan = learner(net.graph).training_plan()
     positions = {node.op_type: i for i, node in enumerate(plan.graph.nodes)}
     assert plan.lifetimes[plan.buffer(y)][1] <= positions["GlobalAveragePool"]
-    assert plan.lifetimes[plan.buffer(f"{y}.mask")][1] == positions["ReluMaskGrad"]
-    assert plan.sizes[plan.buffer(f"{y}.mask")] * 18 == plan.sizes[plan.buffer(y)]  # 36 pixels in two words
+    assert plan.lifetimes[plan.buffer(f"edgetrain.mask.{y}")][1] == positions["ReluMaskGrad"]
+    assert plan.sizes[plan.buffer(f"edgetrain.mask.{y}")] * 18 == plan.sizes[plan.buffer(y)]  # 36 pixels in two words
 
 
 @pytest.mark.parametrize("row", [0, 3], ids=["first-row-far-away", "another-row-far-away"])

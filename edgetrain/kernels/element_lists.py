@@ -32,6 +32,7 @@ from edgetrain.kernels.simd import (
     load_f32,
     load_i64,
     pointer,
+    select_ge,
     select_gt,
     splat,
     store,
@@ -43,7 +44,7 @@ from edgetrain.kernels.simd import (
 )
 from edgetrain.kernels.tiles import _accumulators, _fma, _offsets, _scatter, _vector_load
 from edgetrain.kernels.turning import turn_tile
-from edgetrain.kernels.vector_lists import float_of, kth_largest, share_of
+from edgetrain.kernels.vector_lists import SMALLEST, float_of, kth_largest, share_of
 
 _MAPS = ("channels", "rows", "columns", "x_block", "x_channel", "x_row")
 
@@ -56,7 +57,7 @@ def _count_plane(x: Any, limit: Any, alive: Any, rows: Any, columns: Any, x_row:
         part = zero
         for i in range(columns):
             size = absolute(load(x + row * x_row + i * 4 * width, width)) * alive
-            part = part + select_gt(limit, size, zero, one)
+            part = part + select_ge(size, limit, one, zero)  # a NaN does not reach it, nor does anything a NaN
         count += int(sum_lanes(part))
     return count
 
@@ -84,6 +85,8 @@ def count_elements(lanes: int) -> Body:
 def element_threshold(lanes: int) -> Body:
     """Do as ``vector_lists.choose_threshold`` for single numbers, whose sizes it computes only when it needs them.
 
+    That is one job of up to five passes over all numbers, once in ``refresh`` steps; else it adds up the counts.
+
     ``magnitudes``: scratch for all of them. ``starts`` has one entry more than there are channels. One job.
     """
     step = 4 * lanes
@@ -106,7 +109,7 @@ def element_threshold(lanes: int) -> Body:
                         store(target, absolute(load(source + i * step, lanes)) * alive)
                         target += step
             wanted = min(capacity, share_of(numbers, load_f32(record + 4 * DENSITY)))
-            bits = max(1, kth_largest(magnitudes, room, wanted, counters))
+            bits = max(SMALLEST, kth_largest(magnitudes, room, wanted, counters))
             for more in range(2):  # what is as large as the last one is kept too, if there is room for all of it
                 limit, total = float_of(bits + more, counters), 0
                 for plane in range(planes):

@@ -237,6 +237,7 @@ def _comparison(predicate: str) -> Callable[..., Any]:
 
 
 select_gt = _comparison(">")
+select_ge = _comparison(">=")
 
 
 @intrinsic

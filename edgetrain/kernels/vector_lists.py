@@ -32,6 +32,7 @@ from edgetrain.kernels.simd import (
 from edgetrain.kernels.tiles import correlate_tile
 
 _MAPS = ("channels", "rows", "columns", "x_block", "x_channel", "x_row")
+SMALLEST = 0x00800000  # bits of the smallest number that is not subnormal: below, all compare as 0
 _DIGIT = 2048  # values of a digit of the radix selection: 11 bits
 
 
@@ -135,7 +136,7 @@ def choose_threshold() -> Body:
             total += load_i64(counts + 8 * plane)
         if limit <= 0.0 or total > capacity or load_i64(state + 8) % refresh == 0:
             wanted = min(capacity, share_of(all_norms, load_f32(record + 4 * DENSITY)))
-            bits = max(1, kth_largest(norms, all_norms, wanted, counters))
+            bits = max(SMALLEST, kth_largest(norms, all_norms, wanted, counters))
             limit = float_of(bits, counters)
             total = _count(norms, limit, counts, planes, pixels)
             if total > capacity:

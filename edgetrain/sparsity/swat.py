@@ -46,7 +46,7 @@ class SWAT(SparsityPolicy):
         group: what of the saved activations is kept or dropped together: ``"element"``: every number for itself, as
             published; ``"lanes"``: vectors, one pixel of the samples that lie in the lanes, of convolutions only, which
             costs more accuracy (docs/sparse_accuracy.md). Both are stored, and skipped, as lists. Single numbers are
-            listed for convolutions of one group on maps of 16 pixels and more, with at most a third of the numbers
+            listed for convolutions of one group on maps of 16 pixels and more, with at most 0.32 of the numbers
             kept (never for ``momentum``, which may keep any share); otherwise they are zeros in a copy, which saves
             neither time nor memory.
         refresh: steps between choices of the weights. (The reference code applies a threshold of 10 to 1000 steps ago
