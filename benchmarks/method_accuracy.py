@@ -75,6 +75,7 @@ LEARNING = {
     "random-channels-50": ("none", "channels:keep=0.5,importance=random", "none"),
     "gradients-50": ("none", "gradients:rate=0.5,group=lanes", "none"),
     "gradients-75": ("none", "gradients:rate=0.75,group=lanes", "none"),
+    "gradients-80": ("none", "gradients:rate=0.8,group=lanes", "none"),
     "zeros": ("none", "zeros", "none"),
     "eif-50-error-maps-70": ("eif:rate=0.5", "channels:keep=0.7", "none"),
     "selective-50-gradients-50": ("selective:rate=0.5", "gradients:rate=0.5,group=lanes", "none"),

@@ -31,7 +31,7 @@ RESULTS = Path(__file__).parent / "results" / "pruning.json"
 DOCUMENT = Path(__file__).parent.parent / "docs" / "pruning.md"
 FULL = Path("/usr/share/datasets/fashion-mnist")
 ROUNDS, WARM_UP, BATCH, THREADS = 25, 60, 32, 2
-KEEPS, RATES, DENSITIES = (0.7, 0.5, 0.3), (0.5, 0.75, 0.9), (0.3, 0.2, 0.1)
+KEEPS, RATES, DENSITIES = (0.7, 0.5, 0.3), (0.5, 0.75, 0.8, 0.9), (0.3, 0.2, 0.1)
 # Images and seeds of the trained networks.
 EPOCHS, TRAINED = 5, {"LeNet-5": (60_000, (0, 1, 2)), "plain": (15_000, (0,))}
 
