@@ -264,7 +264,7 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=1000, help="at most so many in this process")
     parser.add_argument("--timing", action="store_true")
     parser.add_argument("--instances", type=int, default=6400, help="of a turn of --timing")
-    parser.add_argument("--turns", type=int, default=5)
+    parser.add_argument("--turns", type=int, default=41)
     parser.add_argument("--document", action="store_true")
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "edgetrain-adaptation",
                         help="folder of the pretrained networks")  # fmt: skip
