@@ -43,7 +43,8 @@ losses = []
 for _ in range({STEPS}):
     before = step.loss() if hasattr(step, "loss") else None
     after = step()
-    losses.append(before or (after.item() if hasattr(after, "item") else after))
+    after = after.item() if hasattr(after, "item") else after
+    losses.append(after if before is None else before)
 print("\\n" + json.dumps({{"losses": losses, "facts": step.facts()}}))
 """
 
