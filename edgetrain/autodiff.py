@@ -138,7 +138,7 @@ def _forward(graph: Graph) -> Graph:
             if op_type == "DropoutTraining":
                 attributes["stream"] = number
             if op_type == "MaxPoolTraining":
-                outputs += [f"{node.y.name}.positions"]
+                outputs += [f"edgetrain.positions.{node.y.name}"]
             train.add(op_type, [v.name if v else None for v in node.inputs], node.name, outputs, **attributes)
     return train
 
@@ -162,6 +162,7 @@ class _Fusion:
 
 
 def _fusions(graph: Graph) -> list[_Fusion]:
+    """Return every batch normalisation with what can be done in its pass."""
     found, added = [], set()
     for norm in reversed(graph.nodes):  # of two branches that meet in a sum, the later one takes it
         if norm.op_type != "BatchNormalization":
@@ -208,7 +209,7 @@ def _pool_first(graph: Graph, fused: Sequence[Node]) -> list[Node]:
         readers = [] if bound in fused or bound.y.name in graph.outputs else graph.consumers(bound.y.name)
         if bound.op_type in _BOUNDS and [reader.op_type for reader in readers] == ["MaxPool"]:
             pool = readers[0]
-            pooled = Value(f"{pool.y.name}.unbounded", pool.y.shape)
+            pooled = Value(f"edgetrain.unbounded.{pool.y.name}", pool.y.shape)
             nodes[i] = replace(pool, inputs=(bound.x,), outputs=(pooled,))
             nodes[nodes.index(pool)] = replace(bound, inputs=(pooled,), outputs=(pool.y,))
     return nodes

@@ -133,8 +133,7 @@ def keep_masks(train: Graph, forward_count: int) -> int:
         train.add_value(mask)
         for slope in slopes:
             inputs = (mask, slope.input(1))
-            kept = replace(slope, op_type="ReluMaskGrad", inputs=inputs, attributes={"like": slope.get("like")})
-            train.nodes[train.nodes.index(slope)] = kept
+            train.nodes[train.nodes.index(slope)] = replace(slope, op_type="ReluMaskGrad", inputs=inputs)
         train.nodes.insert(train.nodes.index(node) + 1, Node("ReluMask", mask.name, (node.y,), (mask,), {}))
         added += 1
     return added

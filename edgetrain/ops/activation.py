@@ -113,19 +113,10 @@ class ReluMask(Op):
 
 
 @register
-class ReluMaskGrad(Op):
+class ReluMaskGrad(ActivationGrad):
     """(mask, grad_out) -> grad_x."""
 
     name = "ReluMaskGrad"
-    arity = (2, 2)
-    in_place = 1
-    training_only = True
-    attributes = ("like",)
-
-    def infer(self, node: Node) -> Sequence[tuple[Shape, bool]]:
-        """Shape of the forward input."""
-        like: Value = node.get("like")
-        return [(like.shape, like.batched)]
 
     def reference(self, node: Node, *inputs: Array) -> tuple[Array, ...]:
         """Multiply with the mask."""
