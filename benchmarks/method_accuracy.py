@@ -90,9 +90,10 @@ dense training for as many epochs. Seconds are batches offered times the median 
 "Better than dense": in points, against dense training for fewer steps with a schedule fitted to that length,
 interpolated in log(epochs)."""
 INTRODUCTIONS = {
-    "sparse": """Methods that thin out weights. Changes of topology are in the seconds, SWAT's choices of thresholds (one step in 100,
-some 2 % of ResNet-20's time) are not. Gradients of SWAT are clipped to norm 1, as on the command line. Its saved activations are pruned number by number or ("lanes", and in the momentum and
-structured variants) as vectors of the samples that lie in the lanes.""",
+    "sparse": """Methods that thin out weights. Changes of topology are in the seconds, SWAT's choices of
+thresholds (one step in 100, some 2 % of ResNet-20's time) are not. Gradients of SWAT are clipped to norm 1, as on the
+command line. Its saved activations are pruned number by number or ("lanes", and in the momentum and structured
+variants) as vectors of the samples that lie in the lanes.""",
     "learning": """Methods that choose instances (filter: `eif`, `selective`, `random`) or thin out the backward pass
 (`error-maps`, `random-channels`, `gradients` as vectors of lanes, `zeros`). All are offered the same instances; the
 cost of choosing is in the operations and in the seconds. The number is the share that is kept in percent, for gradients
