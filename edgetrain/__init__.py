@@ -35,7 +35,6 @@ _PUBLIC = {
     "RandomFilter": "edgetrain.filters",
     "ErrorMapPruning": "edgetrain.pruning",
     "GradientPruning": "edgetrain.pruning",
-    "ZeroSkipping": "edgetrain.pruning",
     "Dataset": "edgetrain.data",
     "Augmentation": "edgetrain.data",
     "load_dataset": "edgetrain.data",

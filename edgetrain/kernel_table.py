@@ -22,9 +22,9 @@ from edgetrain.sparsity import SparsityPolicy
 # for; other kernels of a product's node prepare operands or collect sums.
 _MULTIPLYING = {"multiply": 0, "correlate": 0, "correlate_listed": 0, "winograd": 1}
 # Compiled for lanes and the cut of the maps, no tile of channels.
-_LISTED = ("multiply_csr", "correlate_csr", "multiply_lists", "correlate_lists")
+_LISTED = ("multiply_csr", "correlate_csr", "multiply_lists", "correlate_lists", "correlate_pooled", "spread_elements")
 # By a part of the name of a kernel of the product's node.
-_METHODS = {"winograd": "winograd", "csr": "csr", "_lists": "lists"}
+_METHODS = {"winograd": "winograd", "csr": "csr", "_lists": "lists", "pooled": "lists", "spread": "lists"}
 
 
 @dataclass(frozen=True)
@@ -35,8 +35,8 @@ class KernelUse:
         nodes: names of the products.
         product: ``forward``, ``input gradient`` or ``weight gradient``.
         sizes: the layer's sizes in words.
-        method: ``direct``, ``winograd``, ``csr`` (lists of weights that are not zero) or ``lists`` (of vectors that are
-            not zero); by rules alone, since it changes results.
+        method: ``direct``, ``winograd``, ``csr`` (lists of weights that are not zero) or ``lists`` (of what is not
+            zero in an error map); by rules alone, since it changes results.
         kernel: its name.
         lanes, lanes_hold: numbers in a vector, and what they are.
         tile: (channels, vectors of pixels) of a multiply, (channels, terms) of a correlate, (channels, vectors of 4x4
@@ -104,7 +104,7 @@ def _use(plan: Plan, row: Row) -> KernelUse:
 
 
 def _lanes_hold(plan: Plan, row: Row) -> str:
-    if plan.by_channel:
+    if plan.by_channel or row.kernel[0] in ("correlate_pooled", "spread_elements"):
         return "channels"
     outer = row.kernel[0] == "multiply" and row.kernel[1][-1] == CHANNELS
     return "weights" if outer else "samples"

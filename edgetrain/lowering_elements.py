@@ -14,6 +14,7 @@ from edgetrain.graph import Node, Value
 from edgetrain.kernels.codes import TALLY_BYTES
 from edgetrain.lowering_core import Pair
 from edgetrain.lowering_pruned import PrunedLowering
+from edgetrain.ops.registry import Border
 from edgetrain.plan import Ref
 
 if TYPE_CHECKING:
@@ -110,51 +111,58 @@ class ElementLowering(PrunedLowering):
         return starts, threshold
 
     def element_weight_grad(self, node: Node, g: Product) -> None:
-        """Emit the turned error map, and one correlation per strip of the lists: strips add up."""
+        """Emit the turned error map, and a correlation per phase of the stride, which meets positions of its own."""
         with self.whole_gradient(node, g) as place:
             self.clear_unmet(node, g, place)
-            turned, lists, begun = self._turn(node, g), self._element_lists(node, g, node.get("source")), set[Pair]()
-            for number, (phase, _) in enumerate(lists.strips):
-                self._correlate_elements(node, place, turned, lists, number, phase.first in begun)
-                begun.add(phase.first)
+            turned, lists = self._turn(node, g), self._element_lists(node, g, node.get("source"))
+            for phase in dict.fromkeys(phase for phase, _ in lists.strips):
+                strips = [number for number, (of, _) in enumerate(lists.strips) if of == phase]
+                self._correlate_phase(node, place, turned, lists, strips)
 
     def _turn(self, node: Node, g: Product) -> Ref:
         """Emit the error map with its channels next to each other; return the address of the first pixel."""
-        grad, turned = self.layout(node.input(1)), self._turned(g)
+        turned = self._turned(g)
         # The last tile of channels may read behind those of the last pixel; what it finds there is not stored.
         tiles = [_tile(g, len(phase.taps))[0] * simd_lanes() for phase in g.phases() if phase.taps]
-        memory = self.workspace(turned.nbytes + 4 * max((-turned.lanes % tile for tile in tiles), default=0))
-        top, left, bottom, right = turned.border
+        return self.turn(node.input(1), turned, max((-turned.lanes % tile for tile in tiles), default=0))
+
+    def turn(self, value: Value, turned: Layout, more: int = 0) -> Ref:
+        """Emit a copy of a value with its channels next to each other; return the address of the first pixel.
+
+        ``more``: numbers that may be read behind the last pixel.
+        """
+        x, (top, left, bottom, right) = self.layout(value), turned.border
+        memory = self.workspace(turned.nbytes + 4 * more)
         self.emit(
-            "turn_maps", (self.lanes,), self.blocks * (top + grad.rows + bottom), x=self.address(node.input(1)),
-            y=memory, channels=grad.channels, rows=grad.rows, columns=grad.columns, top=top, left=left, bottom=bottom,
-            right=right, x_block=grad.block, x_channel=grad.channel, x_row=grad.row, y_sample=turned.block,
+            "turn_maps", (self.lanes, min(self.lanes, turned.lanes)), self.blocks * (top + x.rows + bottom),
+            x=self.address(value), y=memory, channels=x.channels, rows=x.rows, columns=x.columns, top=top, left=left,
+            bottom=bottom, right=right, x_block=x.block, x_channel=x.channel, x_row=x.row, y_sample=turned.block,
             y_pixel=turned.pixel,
         )  # fmt: skip
         return memory + turned.origin
 
-    def _correlate_elements(
-        self, node: Node, place: Ref, other: Ref, lists: _Lists, number: int, adds: bool
-    ) -> None:
-        """Emit the correlation of one strip."""
-        phase, base, lanes = lists.strips[number][0], self.address(node.x), simd_lanes()
+    def _correlate_phase(self, node: Node, place: Ref, other: Ref, lists: _Lists, strips: list[int]) -> None:
+        """Emit the correlation of a phase, whose strips follow one another."""
+        phase, base = lists.strips[strips[0]][0], self.address(node.x)
         g, turned = phase.product, self._turned(phase.product)
         terms = [(a * turned.row + b * turned.pixel, (i * g.kernel[1] + j) * g.weight_tap) for i, j, a, b in phase.taps]
-        vectors, width = _tile(g, len(terms))
+        lanes, (vectors, width) = simd_lanes(), _tile(g, len(terms))
         parts, channel_parts = -(-len(terms) // width), -(-g.channels_out // (vectors * lanes))
         self.emit(
             "correlate_elements", (lanes, vectors, width), g.channels_in * channel_parts * parts, other=other,
-            segments=base + number * lists.strip_bytes, places=base + lists.places, values=base + lists.values,
+            segments=base + strips[0] * lists.strip_bytes, places=base + lists.places, values=base + lists.values,
             target=place, terms=self.table(terms + [terms[-1]] * (-len(terms) % width)), term_count=len(terms),
             term_parts=parts, channel_count=g.channels_out, channel_parts=channel_parts, weight_out=g.weight_out,
-            weight_in=g.weight_in, adds=int(adds),
+            weight_in=g.weight_in, strips=len(strips), strip_segments=lists.strip_bytes,
         )  # fmt: skip
 
     def _turned(self, g: Product) -> Layout:
-        """Return the layout of the turned error map: a block is a sample, lanes are all channels."""
-        vector = max(simd_lanes(), self.lanes)
-        channels = -(-g.channels_out // vector) * vector
-        return Layout(self.plan.capacity, channels, 1, *g.out, g.grad_border)
+        """Return the layout of the turned error map."""
+        return self.turned_layout(g.channels_out, max(simd_lanes(), self.lanes), g.out, g.grad_border)
+
+    def turned_layout(self, channels: int, vector: int, size: Pair, border: Border) -> Layout:
+        """Return the layout of turned maps: a block is a sample, lanes are all channels, in whole vectors."""
+        return Layout(self.plan.capacity, -(-channels // vector) * vector, 1, *size, border)
 
     def _element_lists(self, node: Node, g: Product, x: Value) -> _Lists:
         numbers = self.plan.capacity * g.channels_in * g.size[0] * g.size[1]
@@ -181,7 +189,7 @@ class ElementLowering(PrunedLowering):
         ]
 
 
-def _tile(g: Product, terms: int) -> tuple[int, int]:
+def _tile(g: Product, terms: int) -> Pair:
     """Return the accumulators of a correlation: vectors of output channels, terms."""
     room = 3 * target().registers // 4
     parts = -(-terms // room)

@@ -9,7 +9,7 @@ from edgetrain.arrays import ALIGNMENT, Layout
 from edgetrain.choice import target
 from edgetrain.graph import Node
 from edgetrain.kernels.codes import RECORD, TALLY_BYTES
-from edgetrain.lowering_elements import ElementLowering
+from edgetrain.lowering_pooled import PooledLowering
 from edgetrain.plan import Ref
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ class _Lists:
         return self.counts + 4 * self.pixels * self.blocks + ALIGNMENT
 
 
-class ListedLowering(ElementLowering):
+class ListedLowering(PooledLowering):
     """Lowers gradient pruning, and products that skip vectors of zeros; lanes hold samples."""
 
     def pruned_gradient(self, node: Node) -> None:

@@ -26,6 +26,7 @@ from edgetrain.ops import get_op
 from edgetrain.optim import Optimizer
 from edgetrain.parameters import Parameters
 from edgetrain.plan import KernelKey, Plan, Ref
+from edgetrain.pooled_errors import list_pooled
 from edgetrain.pruning import ErrorPruning
 from edgetrain.sparse_index import SparseIndex
 
@@ -121,6 +122,8 @@ class Plans:
             self._rewrite(made)
         if self._error_pruning is not None:
             self._error_pruning.rewrite(made)
+        if not self.by_channel:
+            list_pooled(made, self._batch_size, self.parameters.sparse)
         self.parameters.start_records(made.graph.nodes, made.records)
         self._macs["done"] = _macs(made)
         return made

@@ -30,7 +30,6 @@ _POLICIES: dict[str, dict[str, str]] = {
     "error_pruning": {
         "channels": "edgetrain.pruning:ErrorMapPruning",
         "gradients": "edgetrain.pruning:GradientPruning",
-        "zeros": "edgetrain.pruning:ZeroSkipping",
     },
 }
 

@@ -152,27 +152,6 @@ class GradientPruning(ErrorPruning):
         train.records += 1
 
 
-@dataclass(frozen=True)
-class ZeroSkipping(ErrorPruning):
-    """Skip, without approximating, the vectors of zeros that a max pool and a Relu leave in an error map before them.
-
-    Of LeNet-5's error maps 65 to 87 % of the vectors of samples are not zero; a step takes 6 to 18 % less time
-    (docs/pruning.md). Convolutions that Winograd kernels take stay dense: those need fewer multiplications still.
-
-    Example:
-        >>> ZeroSkipping()
-        ZeroSkipping()
-    """
-
-    def rewrite(self, train: TrainingGraph) -> None:
-        """List the error maps that come through a max pool."""
-        for error_map in error_maps(train):
-            conv = error_map.conv
-            winograd = conv.input(1).shape[2:] == (3, 3) and set(conv.get("strides", (1, 1))) == {1}
-            if not winograd and "MaxPoolGrad" in _path(train, error_map.value):
-                list_errors(train, error_map)
-
-
 # Gradient operators that hand zeros on, and which input the gradient is.
 _PASSING = {
     "ActivationGrad": 1, "ReluMaskGrad": 1, "MaxPoolGrad": 1, "AveragePoolGrad": 0, "Reshape": 0, "Flatten": 0,
@@ -186,15 +165,6 @@ def _source(train: TrainingGraph, value: Value) -> Value | None:
         value = node.input(_PASSING[node.op_type])
         node = _producer(train, value)
     return None if node.op_type.endswith("LossGrad") else value
-
-
-def _path(train: TrainingGraph, value: Value) -> set[str]:
-    """Return the operators through which an error map's zeros come."""
-    node, found = _producer(train, value), set()
-    while node.op_type in _PASSING:
-        found.add(node.op_type)
-        node = _producer(train, node.input(_PASSING[node.op_type]))
-    return found
 
 
 def _producer(train: TrainingGraph, value: Value) -> Node:

@@ -286,16 +286,7 @@ def test_skipped_vectors_are_counted():
     assert all(s.macs_dense - s.macs_done == s.saved_error_maps for s in steps)
 
 
-def test_exact_zeros_behind_a_pool_are_skipped_without_changing_the_gradients():
-    graph, rng = et.models.lenet5(), np.random.default_rng(0)
-    x, y = rng.normal(size=(6, 1, 28, 28)).astype(np.float32), rng.integers(10, size=6)
-    made = learner(graph, error_pruning=et.ZeroSkipping())
-    assert_all_close(made.gradients(x, y), reference.gradients(graph, x, y)[1], TOLERANCE)
-    step = made.partial_fit(x, y)
-    assert 0.1 < step.saved_error_maps / step.macs_dense < 0.5
-
-
-@pytest.mark.parametrize("policy", [et.ZeroSkipping(), ErrorMapPruning(keep=0.5)], ids=str)
+@pytest.mark.parametrize("policy", [None, ErrorMapPruning(keep=0.5)], ids=str)
 def test_convolutions_that_share_weights_stay_dense(policy):
     net = Net((4, 12, 12))
     weight, x = net.parameter(4, 4, 3, 3, spread=0.2), net.graph.inputs[0]
@@ -308,7 +299,6 @@ def test_convolutions_that_share_weights_stay_dense(policy):
 
 
 POLICIES = [
-    et.ZeroSkipping(),
     ErrorMapPruning(keep=0.5),
     ErrorMapPruning(keep=0.5, importance="random"),
     GradientPruning(rate=0.8),

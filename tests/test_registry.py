@@ -275,7 +275,8 @@ def test_the_operator_cases_use_every_kernel():
                 used |= {row.kernel[0] for row in low.plan.rows}
     elsewhere = {"sgd", "adam", "sum_of_squares", "check_step", "stamp"}  # the update of a step, and timing
     # Those of methods are tested with the methods.
-    methods = ("csr", "element_lists", "error_lists", "pruned", "sparse_storage", "stochastic", "vector_lists")
+    methods = ("csr", "element_lists", "error_lists", "pooled_errors", "pruned", "sparse_storage", "stochastic",
+               "vector_lists")  # fmt: skip
     elsewhere |= {name for name, (made, _) in factories().items() if made.__module__.rpartition(".")[2] in methods}
     assert set(KERNELS) - elsewhere == used
 

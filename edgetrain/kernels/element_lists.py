@@ -160,6 +160,36 @@ def _packs(context: Any, builder: Any, lanes: int) -> bool:
     return lanes >= 4 and str(builder.module.triple).startswith("x86_64") and "+avx512vl" in features
 
 
+def append_where(
+    context: Any, builder: Any, values: Any, places: Any, vector: Any, numbers: Any, counted: Any
+) -> Any:
+    """Emit the writing of the lanes of ``vector`` and ``numbers`` that are ``counted``; return how many these are.
+
+    What is behind the lanes that count is overwritten by up to a whole vector.
+
+    Where no instruction packs lanes, every lane is stored, and the next one over it if it does not count: no branch
+    that could be guessed wrong.
+    """
+    lanes = vector.type.count
+    if _packs(context, builder, lanes):
+        for operand, target in ((vector, values), (numbers, places)):
+            kind = "f32" if operand is vector else "i32"
+            name = f"llvm.x86.avx512.mask.compress.v{lanes}{kind}"
+            kept = call_llvm(builder, name, operand, ir.Constant(operand.type, ir.Undefined), counted)
+            builder.store(kept, pointer(builder, target, kept.type), align=4)
+        bits = builder.bitcast(counted, ir.IntType(lanes))
+        return builder.zext(call_llvm(builder, f"llvm.ctpop.i{lanes}", bits), I64)
+    count: Any = ir.Constant(I64, 0)
+    for lane in range(lanes):
+        number, place = (builder.extract_element(v, ir.Constant(I32, lane)) for v in (vector, numbers))
+        behind = builder.mul(count, ir.Constant(I64, 4))
+        builder.store(number, pointer(builder, builder.add(values, behind), F32))
+        builder.store(place, pointer(builder, builder.add(places, behind), I32))
+        flag = builder.extract_element(counted, ir.Constant(I32, lane))
+        count = builder.add(count, builder.zext(flag, I64))
+    return count
+
+
 @intrinsic
 def append(
     typingctx: Any, values: Any, places: Any, vector: Any, alive: Any, limit: Any, base: Any, lane_step: Any
@@ -167,37 +197,18 @@ def append(
     """Write the lanes of ``vector`` that count to ``values``, and their places; return how many these are.
 
     A lane counts where ``alive`` is 1 and its size reaches ``limit``; its place is ``base + lane * lane_step``, int32.
-    What is behind the lanes that count is overwritten by up to a whole vector.
-
-    Where no instruction packs lanes, every lane is stored, and the next one over it if it does not count: no branch
-    that could be guessed wrong.
+    See ``append_where`` for what is overwritten behind them.
     """
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         values_, places_, vector_, alive_, limit_, base_, step_ = args[:7]
         lanes = vector_.type.count
-        whole = ir.VectorType(I32, lanes)
         size = builder.fmul(call_llvm(builder, f"llvm.fabs.{suffix(vector_.type)}", vector_), alive_)
         counted = builder.fcmp_ordered(">=", size, splat(builder, limit_, lanes))
-        steps = builder.mul(splat(builder, builder.trunc(step_, I32), lanes), ir.Constant(whole, list(range(lanes))))
+        lane_numbers = ir.Constant(ir.VectorType(I32, lanes), list(range(lanes)))
+        steps = builder.mul(splat(builder, builder.trunc(step_, I32), lanes), lane_numbers)
         numbers = builder.add(splat(builder, builder.trunc(base_, I32), lanes), steps)
-        if _packs(context, builder, lanes):
-            for vector, target in ((vector_, values_), (numbers, places_)):
-                kind = "f32" if vector is vector_ else "i32"
-                name = f"llvm.x86.avx512.mask.compress.v{lanes}{kind}"
-                kept = call_llvm(builder, name, vector, ir.Constant(vector.type, ir.Undefined), counted)
-                builder.store(kept, pointer(builder, target, kept.type), align=4)
-            bits = builder.bitcast(counted, ir.IntType(lanes))
-            return builder.zext(call_llvm(builder, f"llvm.ctpop.i{lanes}", bits), I64)
-        count: Any = ir.Constant(I64, 0)
-        for lane in range(lanes):
-            number, place = (builder.extract_element(v, ir.Constant(I32, lane)) for v in (vector_, numbers))
-            behind = builder.mul(count, ir.Constant(I64, 4))
-            builder.store(number, pointer(builder, builder.add(values_, behind), F32))
-            builder.store(place, pointer(builder, builder.add(places_, behind), I32))
-            flag = builder.extract_element(counted, ir.Constant(I32, lane))
-            count = builder.add(count, builder.zext(flag, I64))
-        return count
+        return append_where(context, builder, values_, places_, vector_, numbers, counted)
 
     return types.int64(types.int64, types.int64, vector, vector, types.float32, types.int64, types.int64), codegen
 
@@ -246,17 +257,18 @@ def list_elements(lanes: int) -> Body:
     "x", "y", "channels", "rows", "columns", "top", "left", "bottom", "right", "x_block", "x_channel", "x_row",
     "y_sample", "y_pixel",
 )  # fmt: skip
-def turn_maps(lanes: int) -> Body:
+def turn_maps(lanes: int, width: int) -> Body:
     """Write ``y[sample][top + row][left + column][channel]`` from lanes of samples, zeros around. Job: (block, row).
 
-    ``y_pixel`` is a whole number of vectors; what is behind the last channel is anything finite.
+    ``y_pixel`` is a whole number of vectors of ``width`` channels, as many as lanes if there is more than one; what is
+    behind the last channel is anything finite.
     """
-    step = 4 * lanes
+    step = 4 * width
 
     def body(args: int, first: int, last: int) -> None:
         (x, y, channels, rows, columns, top, left, bottom, right, x_block, x_channel, x_row, y_sample,
          y_pixel) = arguments(args, 14)  # fmt: skip
-        height, y_row, zero = top + rows + bottom, (left + columns + right) * y_pixel, broadcast(0.0, lanes)
+        height, y_row, zero = top + rows + bottom, (left + columns + right) * y_pixel, broadcast(0.0, width)
         for job in range(first, last):
             block, row = job // height, job % height - top
             start = y + block * lanes * y_sample + job % height * y_row
@@ -271,10 +283,10 @@ def turn_maps(lanes: int) -> Body:
                 for i in range((left + columns) * y_pixel, y_row, step):
                     store(start + sample * y_sample + i, zero)
             for column in range(columns):
-                source = x + block * x_block + row * x_row + column * step
+                source = x + block * x_block + row * x_row + column * 4 * lanes
                 target = start + (left + column) * y_pixel
-                for c in range(0, channels, lanes):
-                    turn_tile(source + c * x_channel, x_channel, channels - c, target + 4 * c, y_sample, lanes)
+                for c in range(0, channels, width):
+                    turn_tile(source + c * x_channel, x_channel, channels - c, target + 4 * c, y_sample, width, lanes)
 
     return body
 
@@ -320,27 +332,30 @@ def element_tile(
 
 @kernel(
     "other", "segments", "places", "values", "target", "terms", "term_count", "term_parts", "channel_count",
-    "channel_parts", "weight_out", "weight_in", "adds",
+    "channel_parts", "weight_out", "weight_in", "strips", "strip_segments",
 )  # fmt: skip
 def correlate_elements(lanes: int, vectors: int, width: int) -> Body:
     """Write ``target[c][i][k] = sum over the listed numbers of input channel i of number * other[place + term k][c]``.
 
     Job: (input channel, part of the output channels, part of the terms). ``terms``: table of int64 pairs (offset in
-    ``other``, offset in ``target``), whole multiples of ``width``. ``adds``: 1 to add to what is there.
+    ``other``, offset in ``target``), whole multiples of ``width``. ``strips`` of the list, whose segments are
+    ``strip_segments`` bytes apart, follow one another, so that what a strip meets stays in the cache.
     """
     channels = lanes * vectors
 
     def body(args: int, first: int, last: int) -> None:
         (other, segments, places, values, target, terms, term_count, term_parts, channel_count, channel_parts,
-         weight_out, weight_in, adds) = arguments(args, 13)  # fmt: skip
-        for job in range(first, last):
-            k, part = job % term_parts * width, job // term_parts
-            c, channel = part % channel_parts * channels, part // channel_parts
-            start, count = load_i64(segments + 16 * channel), load_i64(segments + 16 * channel + 8)
-            element_tile(
-                other + 4 * c, places + 4 * start, values + 4 * start, count, terms + 16 * k,
-                target + channel * weight_in + c * weight_out, weight_out, channel_count - c, term_count - k,
-                adds, vectors, width, lanes,
-            )  # fmt: skip
+         weight_out, weight_in, strips, strip_segments) = arguments(args, 14)  # fmt: skip
+        for strip in range(strips):
+            for job in range(first, last):
+                k, part = job % term_parts * width, job // term_parts
+                c, channel = part % channel_parts * channels, part // channel_parts
+                segment = segments + strip * strip_segments + 16 * channel
+                start, count = load_i64(segment), load_i64(segment + 8)
+                element_tile(
+                    other + 4 * c, places + 4 * start, values + 4 * start, count, terms + 16 * k,
+                    target + channel * weight_in + c * weight_out, weight_out, channel_count - c, term_count - k,
+                    strip, vectors, width, lanes,
+                )  # fmt: skip
 
     return body

@@ -31,8 +31,8 @@ on_compile: list[Callable[[str, int, int], None]] = []
 
 _MODULES = (
     "channels", "clock", "csr", "dense", "element_lists", "elementwise", "error_lists", "layout", "loss",
-    "normalization", "pooling", "pruned", "random", "sparse_storage", "stochastic", "update", "vector_lists",
-    "winograd",
+    "normalization", "pooled_errors", "pooling", "pruned", "random", "sparse_storage", "stochastic", "update",
+    "vector_lists", "winograd",
 )  # fmt: skip
 _FACTORIES: dict[str, tuple[Factory, tuple[str, ...]]] = {}
 _ADDRESSES: dict[tuple[str, tuple[int, ...]], int] = {}

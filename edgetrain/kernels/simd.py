@@ -314,6 +314,18 @@ def _as_whole(builder: Any, vector: ir.Value) -> ir.Value:
 
 
 @intrinsic
+def add_whole(typingctx: Any, vector: Any, number: Any) -> Any:
+    """Return the whole numbers of ``vector``, each plus ``number``."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        words = _as_whole(builder, args[0])
+        more = splat(builder, builder.trunc(args[1], I32), words.type.count)
+        return builder.bitcast(builder.add(words, more), args[0].type)
+
+    return vector(vector, types.int64), codegen
+
+
+@intrinsic
 def pack(typingctx: Any, word: Any, number: Any, shift: Any) -> Any:
     """Return ``word`` with ``number`` put above its ``shift`` lowest bits, which were free."""
 

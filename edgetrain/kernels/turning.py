@@ -33,17 +33,41 @@ def _turned(builder: Any, x: Any, step: Any, count: Any, lanes: int) -> list[Any
 
 
 @intrinsic(prefer_literal=True)
-def turn_tile(typingctx: Any, x: Any, x_channel: Any, channels: Any, y: Any, y_sample: Any, lanes: Any) -> Any:
+def turn_tile(
+    typingctx: Any, x: Any, x_channel: Any, channels: Any, y: Any, y_sample: Any, width: Any, lanes: Any
+) -> Any:
     """Turn ``lanes`` channels x ``lanes`` samples: ``y[sample][channel] = x[channel][sample]``.
 
-    Of the channels ``channels`` exist; the others get copies of the last one.
+    Of the channels ``channels`` exist, the others get copies of the last one; the first ``width`` are written.
+    """
+    kept, n = literal(width), literal(lanes)
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        x_, x_channel_, channels_, y_, y_sample_ = args[:5]
+        first = ir.Constant(ir.VectorType(I32, kept), list(range(kept)))
+        for sample, row in enumerate(_turned(builder, x_, x_channel_, channels_, n)):
+            place = builder.add(y_, builder.mul(y_sample_, ir.Constant(I64, sample)))
+            part = builder.shuffle_vector(row, ir.Constant(row.type, ir.Undefined), first)
+            builder.store(part, pointer(builder, place, part.type), align=4)
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 5, width, lanes), codegen
+
+
+@intrinsic(prefer_literal=True)
+def turn_back_tile(typingctx: Any, x: Any, x_sample: Any, y: Any, y_channel: Any, channels: Any, lanes: Any) -> Any:
+    """Turn ``lanes`` samples x ``lanes`` channels: ``y[channel][sample] = x[sample][channel]``.
+
+    Of the channels ``channels`` exist in ``y``; the numbers of the others, which may be anything, are not kept.
     """
     n = literal(lanes)
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        x_, x_channel_, channels_, y_, y_sample_ = args[:5]
-        for sample, row in enumerate(_turned(builder, x_, x_channel_, channels_, n)):
-            place = builder.add(y_, builder.mul(y_sample_, ir.Constant(I64, sample)))
+        x_, x_sample_, y_, y_channel_, channels_ = args[:5]
+        turned = _turned(builder, x_, x_sample_, ir.Constant(I64, n), n)
+        # Those that do not exist go to the place of the last one that does, which is written after them.
+        for row, number in reversed(list(zip(turned, _existing(builder, channels_, n, 1), strict=True))):
+            place = builder.add(y_, builder.mul(y_channel_, number))
             builder.store(row, pointer(builder, place, row.type), align=4)
         return context.get_dummy_value()
 

@@ -1,6 +1,17 @@
 """Operators: one file per family, from simple to tricky; importing the package registers them all."""
 
-from edgetrain.ops import activation, arithmetic, conv, gradient_pruning, loss, normalization, pooling, pruning, shape
+from edgetrain.ops import (
+    activation,
+    arithmetic,
+    conv,
+    gradient_pruning,
+    loss,
+    normalization,
+    pooled_gradient,
+    pooling,
+    pruning,
+    shape,
+)
 from edgetrain.ops.registry import NO_BORDER, Border, Op, describe, get_op, known_ops, register
 
 __all__ = [
@@ -16,6 +27,7 @@ __all__ = [
     "known_ops",
     "loss",
     "normalization",
+    "pooled_gradient",
     "pooling",
     "pruning",
     "register",

@@ -152,7 +152,7 @@ class PoolGrad(Op):
     """Shared by pool gradients; attribute ``forward`` is the forward node."""
 
     training_only = True
-    attributes = ("forward", "like")
+    attributes: ClassVar[tuple[str, ...]] = ("forward", "like")
 
     def infer(self, node: Node) -> Sequence[tuple[Shape, bool]]:
         """Shape of the forward input."""
@@ -181,7 +181,7 @@ class MaxPoolGrad(PoolGrad):
         pool, grad_out = self.pool(node), as_maps(inputs[1])
         positions = reference.unpack(inputs[0], pool.position_bits, grad_out.shape)
         grad = reference.max_pool_gradient(positions, grad_out, pool)
-        return (grad.reshape(grad.shape[0], *node.y.shape),)
+        return (grad.reshape(grad.shape[0], *node.get("like").shape),)
 
     def lower(self, node: Node, low: Lowering) -> None:
         """One pass."""

@@ -1,0 +1,92 @@
+"""Gradients of convolutions before max pools, from lists of the few numbers of their error map that are not 0.
+
+A max pool hands each gradient to one pixel of a window, a Relu stops about half of them: of LeNet-5's second error map
+9 to 12 % are not 0. Batch normalisation fills such maps; then nothing is done here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection
+from dataclasses import replace
+
+from edgetrain.autodiff import TrainingGraph
+from edgetrain.choice import simd_lanes
+from edgetrain.graph import Graph, Node, Value
+from edgetrain.ops.conv import Conv, Product
+from edgetrain.ops.pooling import MaxPoolGrad, Pool
+
+# Share of the windows that a Relu leaves a gradient, for the estimate.
+_ALIVE = 0.5
+# Cycles on AVX-512 (LeNet-5, batch 32): dense kernels do 1.4 multiply-accumulates of vectors in one, Winograd's
+# as many as 3.2; a list's number takes 4, and this much per vector that it meets; turning a vector takes 6, listing 25.
+_DENSE, _WINOGRAD = 1.4, 3.2
+_NUMBER, _READ, _SPREAD, _TURN, _LIST = 4.0, 0.55, 1.15, 6.0, 25.0
+# Lists must promise to be faster by this factor.
+_MARGIN = 0.9
+
+
+def list_pooled(train: TrainingGraph, batch_size: int, sparse: Collection[str]) -> None:
+    """Let convolutions compute their gradients from lists of what comes to the max pool behind them.
+
+    Args:
+        train: is changed: the pool's gradient becomes ``PooledErrors``, its readers ``PooledInputGrad`` and
+            ``PooledWeightGrad``; the bias gets the sum of what comes to the pool.
+        batch_size: samples of a step.
+        sparse: names of weights that do not all exist; their products skip zeros already.
+    """
+    for node in [n for n in train.graph.nodes if n.op_type == "MaxPoolGrad"]:
+        readers = train.graph.consumers(node.y.name)
+        conv = train.graph.producer(node.get("like").name)
+        if conv is None or conv.op_type != "Conv" or conv.input(1).name in sparse:
+            continue
+        kinds = sorted(reader.op_type for reader in readers)
+        if "ProductWeightGrad" not in kinds or not set(kinds) <= {"ProductInputGrad", "ProductWeightGrad", "SumTo"}:
+            continue
+        pool = MaxPoolGrad().pool(node)
+        bounded = train.graph.producer(node.input(1).name)
+        alive = _ALIVE if bounded is not None and bounded.op_type in ("ReluMaskGrad", "ActivationGrad") else 1.0
+        if pool.inside and pays(Conv().product(conv), pool, "ProductInputGrad" in kinds, batch_size, alive):
+            _rewrite(train.graph, node, conv, readers, math.prod(pool.out))
+
+
+def pays(g: Product, pool: Pool, with_input: bool, batch_size: int, alive: float) -> bool:
+    """Whether lists promise to be faster than dense kernels.
+
+    Args:
+        g: the convolution.
+        pool: the max pool behind it.
+        with_input: whether the gradient of its input is wanted.
+        batch_size: samples of a step.
+        alive: share of the windows that get a gradient.
+    """
+    lanes, taps = simd_lanes(), len(g.taps)
+    vectors, windows = -(-g.channels_in // lanes), math.prod(pool.out)
+    pixels = (g.size[0] + g.border[0] + g.border[2]) * (g.size[1] + g.border[1] + g.border[3])
+    if g.groups != 1 or 4 * batch_size * pixels * lanes * vectors >= 2**31:  # places are int32
+        return False
+    winograd = g.kernel == (3, 3) and g.strides == (1, 1) and all(size % 4 == 0 for size in g.out)
+    dense = (1 + with_input) * g.macs / lanes / (_WINOGRAD if winograd else _DENSE)
+    numbers = alive * windows * g.channels_out
+    listed = numbers * (_NUMBER + _READ * taps * vectors) + _LIST * windows * g.channels_out / lanes
+    listed += _TURN * pixels * vectors
+    if with_input:
+        listed += numbers * (_NUMBER + _SPREAD * taps * vectors) + _TURN * pixels * vectors
+    return listed < _MARGIN * dense
+
+
+def _rewrite(graph: Graph, node: Node, conv: Node, readers: list[Node], windows: int) -> None:
+    lists = Value(f"{node.y.name}.lists", (1,), batched=False)
+    graph.add_value(lists)
+    attributes = {**node.attributes, "conv": conv}
+    graph.nodes[graph.nodes.index(node)] = Node("PooledErrors", node.name, node.inputs, (lists,), attributes)
+    for reader in readers:
+        place, more = graph.nodes.index(reader), {**reader.attributes, "windows": windows}
+        if reader.op_type == "SumTo":
+            graph.nodes[place] = replace(reader, inputs=(node.input(1),))
+        elif reader.op_type == "ProductInputGrad":
+            inputs = (lists, reader.input(1))
+            graph.nodes[place] = replace(reader, op_type="PooledInputGrad", inputs=inputs, attributes=more)
+        else:
+            inputs = (reader.x, lists)
+            graph.nodes[place] = replace(reader, op_type="PooledWeightGrad", inputs=inputs, attributes=more)
