@@ -63,20 +63,22 @@ class ListedLowering(PooledLowering):
     """Lowers gradient pruning, and products that skip vectors of zeros; lanes hold samples."""
 
     def pruned_gradient(self, node: Node) -> None:
-        """Emit the pruning, and the record of this step's mean in the update."""
+        """Emit the pruning, and the record of this step's mean and counts in the update."""
         x, y, by_element = self.layout(node.x), self.layout(node.y), node.get("group") == "element"
         magnitudes = self.kept(f"magnitudes:{node.y.name}", 8 * x.planes)
-        record = Ref("records", 4 * RECORD * int(node.get("record")))
+        counts, number = self.kept(f"counts:{node.y.name}", 16 * x.planes), int(node.get("record"))
+        record = Ref("records", 4 * RECORD * number)
         self.emit(
             "prune_elements" if by_element else "prune_vectors", (self.lanes,), x.planes, grad=self.address(node.x),
-            y=self.address(node.y), magnitudes=magnitudes, record=record, state=Ref("state"),
+            y=self.address(node.y), magnitudes=magnitudes, counts=counts, record=record, state=Ref("state"),
             stream=int(node.get("stream")), channels=x.channels, rows=x.rows, columns=x.columns, grad_block=x.block,
             grad_channel=x.channel, grad_row=x.row, y_block=y.block, y_channel=y.channel, y_row=y.row,
             f_factor=float(node.get("factor")),
         )  # fmt: skip
         pixels = x.rows * x.columns
         with self.stage("update"):
-            self.emit("record_mean", (), 1, magnitudes=magnitudes, record=record, state=Ref("state"), parts=x.planes,
+            self.emit("record_mean", (), 1, magnitudes=magnitudes, counts=counts, record=record,
+                      tally=Ref("tally", TALLY_BYTES * number), state=Ref("state"), parts=x.planes,
                       count=pixels * (x.channels if by_element else x.planes), per_sample=int(by_element))  # fmt: skip
 
     def error_lists(self, node: Node, g: Product) -> None:

@@ -33,7 +33,7 @@ from edgetrain.sparse_index import SparseIndex
 # Plans kept for other batch sizes: full and last batch, training and prediction, and some for a stream.
 _KEPT_PLANS = 8
 # Products that skip the zeros of an error map.
-_LISTED = ("ListedInputGrad", "ListedWeightGrad")
+_LISTED = ("ListedInputGrad", "ListedWeightGrad", "PooledInputGrad", "PooledWeightGrad")
 # Lanes hold channels when this many batches would fit into one vector of samples.
 _SMALL_BATCH = 4
 
@@ -124,6 +124,8 @@ class Plans:
             self._error_pruning.rewrite(made)
         if not self.by_channel:
             list_pooled(made, self._batch_size, self.parameters.sparse)
+        if self._error_pruning is not None:
+            self._error_pruning.skip_zeros(made)
         self.parameters.start_records(made.graph.nodes, made.records)
         self._macs["done"] = _macs(made)
         return made
@@ -183,7 +185,8 @@ class Plans:
     @functools.cached_property
     def _counted(self) -> list[tuple[str, int, int]]:
         """Operator, dense multiply-accumulates per sample and record of products that count what they skip."""
-        nodes = [node for node in self.training.graph.nodes if node.op_type in ("CompressedWeightGrad", *_LISTED)]
+        nodes = [node for node in self.training.graph.nodes
+                 if node.op_type in ("CompressedWeightGrad", *_LISTED) and node.get("record") is not None]  # fmt: skip
         return [(node.op_type, get_op(node.op_type).macs(node), int(node.get("record"))) for node in nodes]
 
     def executor(self, training: bool, count: int, whole_gradients: bool = False) -> Executor:

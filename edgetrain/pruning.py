@@ -29,6 +29,9 @@ class ErrorPruning:
         """Insert this policy's operators into a training graph."""
         raise NotImplementedError
 
+    def skip_zeros(self, train: TrainingGraph) -> None:
+        """Let products skip what the policy makes 0; error maps behind max pools have become lists by then."""
+
 
 @dataclass(frozen=True)
 class ErrorMapPruning(ErrorPruning):
@@ -100,8 +103,9 @@ class GradientPruning(ErrorPruning):
         rate: ``group="element"``: the paper's p, the share of normally distributed gradients below the threshold, of
             which some are promoted to it: with 0.9 a share of 0.46 stays. ``group="lanes"``: the threshold is the mean
             norm divided by 1 - rate, so that a share of at most 1 - rate stays.
-        group: ``"element"``: every number for itself, as published; no kernel can skip anything. ``"lanes"``: vectors
+        group: ``"element"``: every number for itself, as published; few kernels can skip that. ``"lanes"``: vectors
             of one pixel of the samples that are computed together, by their L2 norm; kernels skip those that are zero.
+            Before max pools kernels skip both (docs/architecture.md).
 
     Raises:
         UsageError: a value out of range.
@@ -134,9 +138,19 @@ class GradientPruning(ErrorPruning):
             if (source := _source(train, error_map.value)) is not None and source not in done:
                 done.add(source)
                 self._prune(train, source)
+
+    def skip_zeros(self, train: TrainingGraph) -> None:
+        """List the vectors that are left, and let products that skip exact zeros anyway count what pruning adds."""
         if self.group == "lanes":
             for error_map in error_maps(train):
                 list_errors(train, error_map)
+        for node in [node for node in train.graph.nodes if node.op_type == "PooledErrors"]:
+            source = _source(train, node.input(1))
+            pruned = None if source is None else _producer(train, source)
+            if pruned is not None and pruned.op_type == "PrunedGradient":
+                for reader in train.graph.consumers(node.y.name):
+                    attributes = {**reader.attributes, "record": pruned.get("record")}
+                    train.graph.nodes[train.graph.nodes.index(reader)] = replace(reader, attributes=attributes)
 
     def _prune(self, train: TrainingGraph, source: Value) -> None:
         graph = train.graph

@@ -201,10 +201,10 @@ def pruned(kernel: str, grad: Array, factor: float, step: int = 0) -> Array:
     planes, pixels, lanes = grad.shape
     record, y, state = aligned(RECORD), aligned(grad.size).reshape(grad.shape), aligned(8, np.int64)
     record[MEANS : MEANS + 5], record[MEAN_COUNT], state[:3] = 1, 5, (lanes, step, 0)
-    magnitudes = aligned(planes, np.float64)
+    magnitudes, counts = aligned(planes, np.float64), aligned(2 * planes, np.int64)
     strides = {f"{v}_{part}": 4 * lanes * pixels for v in ("grad", "y") for part in ("block", "channel", "row")}
-    run_kernel(kernel, lanes, planes, grad=grad, y=y, magnitudes=magnitudes, record=record, state=state, stream=0,
-               channels=planes, rows=1, columns=pixels, f_factor=factor, **strides)  # fmt: skip
+    run_kernel(kernel, lanes, planes, grad=grad, y=y, magnitudes=magnitudes, counts=counts, record=record, state=state,
+               stream=0, channels=planes, rows=1, columns=pixels, f_factor=factor, **strides)  # fmt: skip
     sizes = np.abs(grad) if kernel == "prune_elements" else np.sqrt((grad**2).sum(2))
     assert magnitudes.sum() == pytest.approx(sizes.sum(), rel=1e-5)
     return y

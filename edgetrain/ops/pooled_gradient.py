@@ -7,7 +7,8 @@ it:
 - ``PooledInputGrad``, ``PooledWeightGrad``: the gradients of the convolution, from the lists.
 
 They compute what the dense operators compute, and are counted as those: like Winograd's kernels they find the same
-gradients in less time.
+gradients in less time. Only what gradient pruning makes 0 besides counts as saved: ``record`` is the number of its
+record.
 """
 
 from __future__ import annotations
@@ -49,11 +50,11 @@ class PooledErrors(MaxPoolGrad):
 
 @register
 class PooledInputGrad(ProductInputGrad):
-    """(lists, weights) -> grad_x. Attribute ``windows``: of the pool, per channel."""
+    """(lists, weights) -> grad_x. Attributes ``windows``: of the pool, per channel; ``record``, see above."""
 
     name = "PooledInputGrad"
     takes_parameters = True
-    attributes = (*ProductInputGrad.attributes, "windows")
+    attributes = (*ProductInputGrad.attributes, "windows", "record")
 
     def borders(self, node: Node) -> Sequence[Border]:
         """None: only pixels that exist are listed."""
@@ -66,10 +67,10 @@ class PooledInputGrad(ProductInputGrad):
 
 @register
 class PooledWeightGrad(ProductWeightGrad):
-    """(x, lists) -> grad_w. Attribute ``windows``: of the pool, per channel."""
+    """(x, lists) -> grad_w. Attributes as for ``PooledInputGrad``."""
 
     name = "PooledWeightGrad"
-    attributes = (*ProductWeightGrad.attributes, "windows")
+    attributes = (*ProductWeightGrad.attributes, "windows", "record")
 
     def borders(self, node: Node) -> Sequence[Border]:
         """None: the copy of x that is read has zeros around it."""
