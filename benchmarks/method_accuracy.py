@@ -86,9 +86,9 @@ LEARNING = {
 
 RECIPE = """Full Fashion-MNIST (60,000 training, 10,000 test images), batch size 32, SGD with Nesterov momentum
 0.9, weight decay 5e-4 (not on biases and normalisation), warm-up 10 % then cosine, no augmentation; accuracy after the
-last epoch. Peak learning rates were chosen on 10,000 of the training images, of 0.025, 0.05 and 0.1 (LeNet-5, two seeds)
-or 0.05, 0.1 and 0.2 (ResNet-8, one seed): LeNet-5 0.025, with sparse weights 0.05; ResNet-8 0.1, SWAT at 90 % 0.2. Dense
-training of LeNet-5 for up to 5 epochs is tried with both ("fast": 0.05), and the better of the means is the judge's.
+last epoch. Peak learning rates were chosen on 10,000 of the training images, of 0.025, 0.05 and 0.1 (LeNet-5, two
+seeds) or 0.05, 0.1 and 0.2 (ResNet-8, one seed): LeNet-5 0.025, with sparse weights 0.05; ResNet-8 0.1, SWAT at 90 %
+0.2. Dense training of LeNet-5 for up to 5 epochs is tried with both ("fast": 0.05); the better mean is the judge's.
 
 Operations are the multiply-accumulates executed in the forward pass and for both gradients, relative to dense training
 for as many epochs. Exact zeros, which kernels skip in LeNet-5's second convolution, are credited to nobody's

@@ -120,8 +120,8 @@ def prune_vectors(lanes: int) -> Body:
                     value = load(source + column * step_bytes, lanes)
                     size = math.sqrt(sum_lanes(fma(value, value, zero)))
                     total += size
-                    # No branch: which it would be is by chance, and a wrong guess costs more than the arithmetic. LeNet-5,
-                    # batch 32, rate 0.8: 28 us for both maps with one, 13 without (one thread).
+                    # No branch: which it would be is by chance, and a wrong guess costs more than the arithmetic.
+                    # LeNet-5, batch 32, rate 0.8: 28 us for both maps with one, 16 without (one thread).
                     counter = (job * rows + row) * columns + column
                     chosen = size > limit * _chance(key, counter)
                     larger = limit / max(size, _TINY) * chosen
