@@ -15,6 +15,8 @@ from edgetrain.graph import Graph
 from edgetrain.learner import Learner
 
 Array = NDArray[Any]
+# Modules of kernels that only policies of the backward pass use.
+PRUNING_KERNELS = ("element_lists", "error_lists", "pruned", "stochastic", "vector_lists")
 PROFILE = load_profile("generic-x86_64")  # read once: a learner is made in every test
 
 

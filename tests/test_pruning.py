@@ -27,7 +27,7 @@ from edgetrain.pruning import (
     error_maps,
     mask_activations,
 )
-from tests.engine import assert_all_close, assert_close, assert_same, learner, wide_host
+from tests.engine import PRUNING_KERNELS, assert_all_close, assert_close, assert_same, learner, wide_host
 from tests.op_cases import Net
 
 Array = NDArray[Any]
@@ -545,11 +545,8 @@ def test_lists_of_numbers_are_made_where_they_pay(density, shape):
     assert "correlate_elements" not in {row.kernel[0] for row in made.training_plan().rows}
 
 
-METHODS = ("element_lists", "error_lists", "pruned", "stochastic", "vector_lists")
-
-
 def test_every_kernel_of_pruning_is_used():
-    modules = [f"edgetrain.kernels.{name}" for name in METHODS]
+    modules = [f"edgetrain.kernels.{name}" for name in PRUNING_KERNELS]
     ours = {name for name, (made, _) in load_factories().items() if made.__module__ in modules}
     policies = [*POLICIES, Compressed(0.5), Masked(0.5), Compressed(0.2, group="element")]
     plans = [learner(network(), error_pruning=policy).training_plan() for policy in policies]

@@ -21,6 +21,7 @@ from edgetrain.ops import Op, get_op, known_ops, register
 from edgetrain.ops import registry as ops
 from edgetrain.optim import SGD
 from edgetrain.parameters import Parameters
+from tests.engine import PRUNING_KERNELS
 from tests.op_cases import CASES
 
 # ---- the table of operators ------------------------------------------------------------------------------------------
@@ -275,8 +276,7 @@ def test_the_operator_cases_use_every_kernel():
                 used |= {row.kernel[0] for row in low.plan.rows}
     elsewhere = {"sgd", "adam", "sum_of_squares", "check_step", "stamp"}  # the update of a step, and timing
     # Those of methods are tested with the methods.
-    methods = ("csr", "element_lists", "error_lists", "pooled_errors", "pruned", "sparse_storage", "stochastic",
-               "vector_lists")  # fmt: skip
+    methods = ("csr", "pooled_errors", "sparse_storage", *PRUNING_KERNELS)
     elsewhere |= {name for name, (made, _) in factories().items() if made.__module__.rpartition(".")[2] in methods}
     assert set(KERNELS) - elsewhere == used
 
