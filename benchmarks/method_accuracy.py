@@ -88,8 +88,8 @@ RECIPE = """Full Fashion-MNIST (60,000 training, 10,000 test images), batch size
 0.9, weight decay 5e-4 (not on biases and normalisation), warm-up 10 % then cosine, no augmentation; accuracy after the
 last epoch. Peak learning rates with sparse weights were chosen on 10,000 of the training images, of 0.025, 0.05 and 0.1
 (LeNet-5, two seeds) or 0.05, 0.1 and 0.2 (ResNet-8, one seed): 0.05 for LeNet-5, 0.1 for ResNet-8, 0.2 for its SWAT at
-90 %. Everything else has 0.025 and 0.05; dense training is tried with twice that too ("fast"), that of LeNet-5 for up to
-5 epochs, and the better of both means is the judge's.
+90 %. Everything else has 0.025 and 0.05; dense training is tried with twice that too ("fast"), that of LeNet-5 for up
+to 5 epochs, and the better of both means is the judge's.
 
 Operations are the multiply-accumulates executed in the forward pass and for both gradients, relative to dense training
 for as many epochs. Exact zeros, which kernels skip in LeNet-5's second convolution, are credited to nobody's
