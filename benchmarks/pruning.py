@@ -80,7 +80,7 @@ def learner(graph, policy, rate=1e-3, size=BATCH):
     optimizer, chosen = et.SGD(lr=rate, momentum=0.9), None if policy == WITH_ZEROS else policy
     made = et.Learner(graph, batch_size=size, threads=THREADS, memory_budget="1GiB", optimizer=optimizer,
                       error_pruning=chosen)  # fmt: skip
-    with mock.patch.object(plans, "list_pooled") if policy == WITH_ZEROS else nullcontext():
+    with mock.patch.object(plans, "list_pooled_errors") if policy == WITH_ZEROS else nullcontext():
         made.training_plan()
     return made
 

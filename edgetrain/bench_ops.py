@@ -189,7 +189,9 @@ def _node_bytes(plan: Plan, node: Node) -> int:
 def _value_bytes(plan: Plan, value: Value) -> int:
     if value.name in plan.layouts:
         return plan.layouts[value.name].nbytes
-    return 4 * value.size * (plan.capacity if value.batched else 1)
+    if value.batched:
+        return 4 * value.size * plan.capacity
+    return plan.sizes.get(plan.buffer(value.name), 4 * value.size)  # a list's size is not that of its shape
 
 
 def _touched(plan: Plan, rows: list[Row]) -> int:

@@ -22,7 +22,9 @@ from edgetrain.sparsity import SparsityPolicy
 # for; other kernels of a product's node prepare operands or collect sums.
 _MULTIPLYING = {"multiply": 0, "correlate": 0, "correlate_listed": 0, "winograd": 1}
 # Compiled for lanes and the cut of the maps, no tile of channels.
-_LISTED = ("multiply_csr", "correlate_csr", "multiply_lists", "correlate_lists", "correlate_pooled", "spread_elements")
+_LISTED = ("multiply_csr", "correlate_csr", "multiply_lists", "correlate_lists")
+# Compiled for lanes of channels, vectors of them, rows and columns of the kernel.
+_POOLED = ("correlate_pooled", "spread_elements")
 # By a part of the name of a kernel of the product's node.
 _METHODS = {"winograd": "winograd", "csr": "csr", "_lists": "lists", "pooled": "lists", "spread": "lists"}
 
@@ -39,8 +41,8 @@ class KernelUse:
             zero in an error map); by rules alone, since it changes results.
         kernel: its name.
         lanes, lanes_hold: numbers in a vector, and what they are.
-        tile: (channels, vectors of pixels) of a multiply, (channels, terms) of a correlate, (channels, vectors of 4x4
-            tiles) of winograd.
+        tile: (channels, vectors of pixels) of a multiply, (channels, terms) of a correlate and of lists before max
+            pools, (channels, vectors of 4x4 tiles) of winograd.
         jobs: parts that threads share.
         reason: of the tile, ``rule`` or ``calibration``.
     """
@@ -89,7 +91,7 @@ def merged(uses: Iterable[KernelUse]) -> list[KernelUse]:
 
 def _multiplies(plan: Plan, row: Row) -> bool:
     product = isinstance(get_op(plan.graph.nodes[row.node].op_type), (ProductOp, ProductGrad))
-    return product and row.kernel[0] in (*_MULTIPLYING, *_LISTED)
+    return product and row.kernel[0] in (*_MULTIPLYING, *_LISTED, *_POOLED)
 
 
 def _use(plan: Plan, row: Row) -> KernelUse:
@@ -98,13 +100,19 @@ def _use(plan: Plan, row: Row) -> KernelUse:
     return KernelUse(
         nodes=(node.name,), product=_product(node), sizes=describe_sizes(node), method=_method(plan, row), kernel=name,
         lanes=lanes, lanes_hold=_lanes_hold(plan, row),
-        tile=(tile[0], tile[1]) if name in _MULTIPLYING else None, jobs=row.jobs,
+        tile=_tile(name, lanes, tile), jobs=row.jobs,
         reason=row.choice.reason if row.choice else "rule",
     )  # fmt: skip
 
 
+def _tile(name: str, lanes: int, sizes: list[int]) -> tuple[int, int] | None:
+    if name in _POOLED:
+        return lanes * sizes[0], sizes[1] * sizes[2]
+    return (sizes[0], sizes[1]) if name in _MULTIPLYING else None
+
+
 def _lanes_hold(plan: Plan, row: Row) -> str:
-    if plan.by_channel or row.kernel[0] in ("correlate_pooled", "spread_elements"):
+    if plan.by_channel or row.kernel[0] in _POOLED:
         return "channels"
     outer = row.kernel[0] == "multiply" and row.kernel[1][-1] == CHANNELS
     return "weights" if outer else "samples"

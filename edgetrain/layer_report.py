@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 # Steps that are timed; their median counts.
 _TIMED_STEPS = 7
 # Words for what a kernel's name tells.
-_METHODS = (("winograd", "winograd"), ("csr", "lists of weights"), ("listed", "lists of activations"))
+_METHODS = (("winograd", "winograd"), ("csr", "lists of weights"), ("listed", "lists of activations"),
+            ("pooled", "lists of errors"), ("spread", "lists of errors"))  # fmt: skip
 
 
 @dataclass(frozen=True)

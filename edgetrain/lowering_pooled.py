@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING
 
 from edgetrain.arrays import Layout
 from edgetrain.choice import target
+from edgetrain.errors import GraphError
 from edgetrain.graph import Node
 from edgetrain.lowering_elements import ElementLowering
 from edgetrain.plan import Ref
+from edgetrain.pooled_errors import channel_lanes
 
 if TYPE_CHECKING:
     from edgetrain.ops.conv import Product
@@ -125,27 +127,20 @@ class PooledLowering(ElementLowering):
 
     def _maps(self, g: Product) -> Layout:
         """Return the layout of the convolution's input, or of its gradient, with the channels next to each other."""
-        return self.turned_layout(g.channels_in, lanes_for(g.channels_in, self.lanes), g.size, g.border)
+        return self.turned_layout(g.channels_in, channel_lanes(g.channels_in, self.lanes), g.size, g.border)
 
     def _tiles(self, g: Product) -> _Tiles:
-        return _Tiles.of(g, self._maps(g), lanes_for(g.channels_in, self.lanes))
+        return _Tiles.of(g, self._maps(g), channel_lanes(g.channels_in, self.lanes))
 
     def _pooled_lists(self, g: Product, windows: int) -> _Lists:
+        if self._maps(g).nbytes >= 2**31:  # places are int32
+            raise GraphError(f"node '{self.node.name}': a batch of {self.plan.capacity} needs maps of 2 GiB and more; "
+                             "use a smaller batch size")  # fmt: skip
         samples = self.lanes
         while samples > 1 and samples * self._maps(g).block > _STRIP_BYTES:
             samples //= 2
         capacity = self.plan.capacity * windows + self.lanes  # a whole vector is written behind the last number
         return _Lists(self.plan.capacity // samples, samples, g.channels_out, capacity)
-
-
-def lanes_for(channels: int, widest: int) -> int:
-    """Return the lanes of vectors of so many channels: few do not fill the widest one.
-
-    Example:
-        >>> lanes_for(6, 16), lanes_for(3, 16), lanes_for(20, 16)
-        (8, 4, 16)
-    """
-    return next((lanes for lanes in (4, 8) if channels <= lanes < widest), widest)
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from edgetrain.ops import get_op
 from edgetrain.optim import Optimizer
 from edgetrain.parameters import Parameters
 from edgetrain.plan import KernelKey, Plan, Ref
-from edgetrain.pooled_errors import list_pooled
+from edgetrain.pooled_errors import list_pooled_errors
 from edgetrain.pruning import ErrorPruning
 from edgetrain.sparse_index import SparseIndex
 
@@ -123,7 +123,7 @@ class Plans:
         if self._error_pruning is not None:
             self._error_pruning.rewrite(made)
         if not self.by_channel:
-            list_pooled(made, self._batch_size, self.parameters.sparse)
+            list_pooled_errors(made, self.lanes, self.parameters.sparse)
         if self._error_pruning is not None:
             self._error_pruning.skip_zeros(made)
         self.parameters.start_records(made.graph.nodes, made.records)

@@ -22,51 +22,65 @@ _ALIVE = 0.5
 # as many as 3.2; a list's number takes 4, and this much per vector that it meets; turning a vector takes 6, listing 25.
 _DENSE, _WINOGRAD = 1.4, 3.2
 _NUMBER, _READ, _SPREAD, _TURN, _LIST = 4.0, 0.55, 1.15, 6.0, 25.0
-# Lists must promise to be faster by this factor.
-_MARGIN = 0.9
+# Lists must promise to be faster by this factor, and take no more than this times the memory of the error map.
+_MARGIN, _MEMORY = 0.9, 1.5
 
 
-def list_pooled(train: TrainingGraph, batch_size: int, sparse: Collection[str]) -> None:
-    """Let convolutions compute their gradients from lists of what comes to the max pool behind them.
+def list_pooled_errors(train: TrainingGraph, lanes: int, sparse: Collection[str]) -> None:
+    """Let convolutions compute their gradients from lists of what comes to the max pool behind them, where that pays.
 
     Args:
         train: is changed: the pool's gradient becomes ``PooledErrors``, its readers ``PooledInputGrad`` and
             ``PooledWeightGrad``; the bias gets the sum of what comes to the pool.
-        batch_size: samples of a step.
+        lanes: samples in a vector.
         sparse: names of weights that do not all exist; their products skip zeros already.
     """
     for node in [n for n in train.graph.nodes if n.op_type == "MaxPoolGrad"]:
-        readers = train.graph.consumers(node.y.name)
+        readers, pool = train.graph.consumers(node.y.name), MaxPoolGrad().pool(node)
         conv = train.graph.producer(node.get("like").name)
-        if conv is None or conv.op_type != "Conv" or conv.input(1).name in sparse:
+        if conv is None or conv.op_type != "Conv" or conv.input(1).name in sparse or int(conv.get("group", 1)) != 1:
             continue
-        kinds = sorted(reader.op_type for reader in readers)
-        if "ProductWeightGrad" not in kinds or not set(kinds) <= {"ProductInputGrad", "ProductWeightGrad", "SumTo"}:
+        kinds = {reader.op_type for reader in readers}
+        if not pool.inside or "ProductWeightGrad" not in kinds or not kinds <= _READERS:
             continue
-        pool = MaxPoolGrad().pool(node)
         bounded = train.graph.producer(node.input(1).name)
         alive = _ALIVE if bounded is not None and bounded.op_type in ("ReluMaskGrad", "ActivationGrad") else 1.0
-        if pool.inside and pays(Conv().product(conv), pool, "ProductInputGrad" in kinds, batch_size, alive):
+        if pays(Conv().product(conv), pool, "ProductInputGrad" in kinds, lanes, alive):
             _rewrite(train.graph, node, conv, readers, math.prod(pool.out))
 
 
-def pays(g: Product, pool: Pool, with_input: bool, batch_size: int, alive: float) -> bool:
-    """Whether lists promise to be faster than dense kernels.
+_READERS = {"ProductInputGrad", "ProductWeightGrad", "SumTo"}
+
+
+def channel_lanes(channels: int, widest: int) -> int:
+    """Return the lanes of vectors of so many channels: few do not fill the widest one.
+
+    Example:
+        >>> channel_lanes(6, 16), channel_lanes(3, 16), channel_lanes(20, 16)
+        (8, 4, 16)
+    """
+    return next((lanes for lanes in (4, 8) if channels <= lanes < widest), widest)
+
+
+def pays(g: Product, pool: Pool, with_input: bool, lanes: int, alive: float) -> bool:
+    """Whether lists promise to be faster than dense kernels, without much more memory.
 
     Args:
         g: the convolution.
         pool: the max pool behind it.
         with_input: whether the gradient of its input is wanted.
-        batch_size: samples of a step.
+        lanes: samples in a vector.
         alive: share of the windows that get a gradient.
     """
-    lanes, taps = simd_lanes(), len(g.taps)
-    vectors, windows = -(-g.channels_in // lanes), math.prod(pool.out)
-    pixels = (g.size[0] + g.border[0] + g.border[2]) * (g.size[1] + g.border[1] + g.border[3])
-    if g.groups != 1 or 4 * batch_size * pixels * lanes * vectors >= 2**31:  # places are int32
+    simd, taps, windows, width = simd_lanes(), len(g.taps), math.prod(pool.out), channel_lanes(g.channels_in, lanes)
+    vectors = -(-g.channels_in // width)
+    top, left, bottom, right = g.border
+    pixels = (g.size[0] + top + bottom) * (g.size[1] + left + right)
+    if pixels * vectors * width > _MEMORY * math.prod(g.out) * g.channels_out:
         return False
-    winograd = g.kernel == (3, 3) and g.strides == (1, 1) and all(size % 4 == 0 for size in g.out)
-    dense = (1 + with_input) * g.macs / lanes / (_WINOGRAD if winograd else _DENSE)
+    winograd = g.kernel == (3, 3) and g.strides == g.dilations == (1, 1) and g.channels_in % 4 == 0
+    winograd = winograd and all(size % 4 == 0 for size in g.out)
+    dense = (1 + with_input) * g.macs / simd / (_WINOGRAD if winograd else _DENSE)
     numbers = alive * windows * g.channels_out
     listed = numbers * (_NUMBER + _READ * taps * vectors) + _LIST * windows * g.channels_out / lanes
     listed += _TURN * pixels * vectors

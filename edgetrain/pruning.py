@@ -132,7 +132,7 @@ class GradientPruning(ErrorPruning):
         return NormalDist().inv_cdf((1 + self.rate) / 2) * math.sqrt(math.pi / 2)
 
     def rewrite(self, train: TrainingGraph) -> None:
-        """Prune where the error maps of convolutions come from; list what is left of them."""
+        """Prune where the error maps of convolutions come from."""
         done: set[Value] = set()
         for error_map in error_maps(train):
             if (source := _source(train, error_map.value)) is not None and source not in done:
@@ -141,10 +141,13 @@ class GradientPruning(ErrorPruning):
 
     def skip_zeros(self, train: TrainingGraph) -> None:
         """List the vectors that are left, and let products that skip exact zeros anyway count what pruning adds."""
+        pooled = [node for node in train.graph.nodes if node.op_type == "PooledErrors"]
         if self.group == "lanes":
             for error_map in error_maps(train):
                 list_errors(train, error_map)
-        for node in [node for node in train.graph.nodes if node.op_type == "PooledErrors"]:
+            # Which error maps became lists depends on the machine; the records of a checkpoint must not.
+            train.records += len(pooled)
+        for node in pooled:
             source = _source(train, node.input(1))
             pruned = None if source is None else _producer(train, source)
             if pruned is not None and pruned.op_type == "PrunedGradient":

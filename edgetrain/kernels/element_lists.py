@@ -291,6 +291,13 @@ def turn_maps(lanes: int, width: int) -> Body:
     return body
 
 
+def listed(builder: Any, places: Any, values: Any, number: Any, lanes: int) -> tuple[Any, Any]:
+    """Return a listed number's place, and the number in all lanes."""
+    at = builder.mul(number, ir.Constant(I64, 4))
+    place = builder.sext(builder.load(pointer(builder, builder.add(places, at), I32)), I64)
+    return place, splat(builder, builder.load(pointer(builder, builder.add(values, at), F32)), lanes)
+
+
 @intrinsic(prefer_literal=True)
 def element_tile(
     typingctx: Any, other: Any, places: Any, values: Any, count: Any, terms: Any, target: Any, channel: Any, rows: Any,
@@ -315,9 +322,7 @@ def element_tile(
         inputs = [builder.add(other_, offset) for offset in table[0::2]]
         slots = _accumulators(builder, cv * kw, n)
         with cgutils.for_range(builder, count_) as loop:
-            at = builder.mul(loop.index, ir.Constant(I64, 4))
-            place = builder.sext(builder.load(pointer(builder, builder.add(places_, at), I32)), I64)
-            value = splat(builder, builder.load(pointer(builder, builder.add(values_, at), F32)), n)
+            place, value = listed(builder, places_, values_, loop.index, n)
             for k, base in enumerate(inputs):
                 for v in range(cv):
                     source = builder.add(builder.add(base, place), ir.Constant(I64, 4 * n * v))

@@ -19,10 +19,9 @@ from llvmlite import ir
 from numba import njit
 from numba.core import cgutils, types
 
-from edgetrain.kernels.element_lists import append_where
+from edgetrain.kernels.element_lists import append_where, listed
 from edgetrain.kernels.registry import Body, kernel
 from edgetrain.kernels.simd import (
-    F32,
     I32,
     I64,
     add_whole,
@@ -36,7 +35,6 @@ from edgetrain.kernels.simd import (
     load_i64,
     pointer,
     select_same,
-    splat,
     store,
     store_f32,
     store_i64,
@@ -44,7 +42,7 @@ from edgetrain.kernels.simd import (
     unpack,
     whole,
 )
-from edgetrain.kernels.tiles import _accumulators, _fma, _offsets, _vector_load
+from edgetrain.kernels.tiles import _accumulators, _add_to, _fma, _offsets, _vector_load
 from edgetrain.kernels.turning import turn_back_tile, turn_tile
 
 
@@ -52,7 +50,7 @@ from edgetrain.kernels.turning import turn_back_tile, turn_tile
 def append_numbers(typingctx: Any, values: Any, places: Any, vector: Any, numbers: Any) -> Any:
     """Write the lanes of ``vector`` that are not 0 to ``values``, those of ``numbers`` to ``places``; return how many.
 
-    A NaN is not 0: what is broken must be noticed. See ``element_lists.append`` for what is overwritten behind them.
+    A NaN is not 0: what is broken must be noticed. See ``append_where`` for what is overwritten behind them.
     """
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
@@ -144,13 +142,6 @@ def list_pooled(lanes: int, tap_count: int, bits: int) -> Body:
     return body
 
 
-def _entry(builder: Any, places: Any, values: Any, number: Any, lanes: int) -> tuple[Any, Any]:
-    """Return a listed number's place, and the number in all lanes."""
-    at = builder.mul(number, ir.Constant(I64, 4))
-    place = builder.sext(builder.load(pointer(builder, builder.add(places, at), I32)), I64)
-    return place, splat(builder, builder.load(pointer(builder, builder.add(values, at), F32)), lanes)
-
-
 def _tile(builder: Any, bases: list[Any], place: Any, columns: int, apart: int, vectors: int, lanes: int) -> list[Any]:
     """Return the addresses ``[rows][columns][vectors]`` that a number meets."""
     lines = [builder.add(base, place) for base in bases]
@@ -158,7 +149,8 @@ def _tile(builder: Any, bases: list[Any], place: Any, columns: int, apart: int, 
     return [builder.add(line, ir.Constant(I64, step)) for line in lines for step in steps]
 
 
-def _vectors(builder: Any, address: Any, count: int, lanes: int) -> list[Any]:
+def _addresses(builder: Any, address: Any, count: int, lanes: int) -> list[Any]:
+    """Return the addresses of neighbouring vectors."""
     return [builder.add(address, ir.Constant(I64, 4 * lanes * i)) for i in range(count)]
 
 
@@ -182,17 +174,15 @@ def sum_tile(
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         other_, places_, values_, count_, starts_, sums_, adds_ = args[:7]
         bases = [builder.add(other_, offset) for offset in _offsets(builder, starts_, kh)]
-        targets, slots = _vectors(builder, sums_, kh * kw * cv, n), _accumulators(builder, kh * kw * cv, n)
-        with builder.if_then(builder.icmp_signed("!=", adds_, ir.Constant(I64, 0))):
-            for slot, target in zip(slots, targets, strict=True):
-                builder.store(_vector_load(builder, target, n), slot)
+        targets, slots = _addresses(builder, sums_, kh * kw * cv, n), _accumulators(builder, kh * kw * cv, n)
         with cgutils.for_range(builder, count_) as loop:
-            place, value = _entry(builder, places_, values_, loop.index, n)
+            place, value = listed(builder, places_, values_, loop.index, n)
             for slot, source in zip(slots, _tile(builder, bases, place, kw, step, cv, n), strict=True):
                 _fma(builder, value, _vector_load(builder, source, n), slot)
+        kept = builder.icmp_signed("!=", adds_, ir.Constant(I64, 0))
         for slot, target in zip(slots, targets, strict=True):
             total = builder.load(slot)
-            builder.store(total, pointer(builder, target, total.type), align=4)
+            _add_to(builder, pointer(builder, target, total.type), total, kept)
         return context.get_dummy_value()
 
     return types.void(*[types.int64] * 7, vectors, rows, columns, apart, lanes), codegen
@@ -215,9 +205,9 @@ def spread_tile(
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         target_, places_, values_, count_, starts_, weight_ = args[:6]
         bases = [builder.add(target_, offset) for offset in _offsets(builder, starts_, kh)]
-        weights = [_vector_load(builder, source, n) for source in _vectors(builder, weight_, kh * kw * cv, n)]
+        weights = [_vector_load(builder, source, n) for source in _addresses(builder, weight_, kh * kw * cv, n)]
         with cgutils.for_range(builder, count_) as loop:
-            place, value = _entry(builder, places_, values_, loop.index, n)
+            place, value = listed(builder, places_, values_, loop.index, n)
             for weight, address in zip(weights, _tile(builder, bases, place, kw, step, cv, n), strict=True):
                 old = _vector_load(builder, address, n)
                 total = call_llvm(builder, f"llvm.fma.{suffix(value.type)}", value, weight, old)

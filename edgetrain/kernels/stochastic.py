@@ -35,7 +35,7 @@ from edgetrain.kernels.simd import (
 KEPT_MEANS = MEAN_COUNT - MEANS  # thresholds that a new one is the mean of; until there are so many nothing is pruned
 _U64 = np.uint64
 _UNIT = 2.0**-40  # of a random number of 40 bits
-_TINY = 1e-30
+_TINY = 1e-30  # instead of a size of 0 below a fraction
 
 
 @njit
