@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import io
 import itertools
 import json
@@ -35,12 +36,11 @@ def inside(place, monkeypatch) -> Path:
 # ---- stopping and going on
 
 
-def started(folder: Path, out: Path) -> subprocess.Popen:
+def started(folder: Path, out: Path, *flags: str) -> subprocess.Popen:
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "edgetrain", *FIT, "--out", str(out)]
-    return subprocess.Popen(
-        command, cwd=folder, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
+    command = [sys.executable, "-m", "edgetrain", *FIT, *flags, "--out", str(out)]
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    return subprocess.Popen(command, cwd=folder, env=environment, text=True, **pipes)
 
 
 def wait_for_epochs(process: subprocess.Popen, metrics: Path, count: int) -> None:
@@ -102,6 +102,30 @@ def test_finished_run_has_nothing_to_resume(inside, capsys):
     assert code == 2
     assert "3 of 3 epochs are done, nothing is left" in err
     assert "--epochs 4" in err
+
+
+@pytest.mark.parametrize(
+    "flags", [["--epochs", "3000"], ["--epochs", "1", "--stream", "--data", "-"]], ids=["fit", "stream"]
+)
+def test_a_run_that_another_process_writes_is_not_resumed(inside, capsys, tmp_path, flags):
+    process = started(inside, tmp_path, *flags)
+    wait_for_epochs(process, tmp_path / "fit-1/config.toml", 0)
+    code, _, err = run(capsys, "resume", tmp_path / "fit-1")
+    process.kill()
+    process.communicate()
+    assert code == 2
+    assert "fit-1: another process is using it; wait until it ends or stop it, then try again" in err
+    assert [event["event"] for event in open_run(tmp_path / "fit-1").read_events()].count("resumed") == 0
+
+
+def test_a_run_is_locked_while_it_is_resumed_and_not_longer(inside, capsys, tmp_path):
+    run(capsys, *FIT, "--epochs", "1", "--quiet", "--out", tmp_path)
+    with (tmp_path / "fit-1/events.jsonl").open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        code, _, err = run(capsys, "resume", tmp_path / "fit-1", "--epochs", "2")
+        assert code == 2
+        assert "another process is using it" in err
+    assert run(capsys, "resume", tmp_path / "fit-1", "--epochs", "2", "--quiet")[0] == 0
 
 
 def test_resume_with_more_epochs_says_what_changed(inside, capsys, tmp_path):

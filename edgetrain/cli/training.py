@@ -23,7 +23,7 @@ from edgetrain.errors import DataError, InterruptedRunError, NumericalError, Usa
 from edgetrain.fitting import StepEvent, block_size, check_fits, fit_loop
 from edgetrain.history import COUNTED, EpochRecord
 from edgetrain.layer_report import layer_report
-from edgetrain.runs import Run, create_run, open_run
+from edgetrain.runs import Run, create_run, open_run, runs_released
 
 if TYPE_CHECKING:
     from edgetrain.learner import Learner
@@ -33,11 +33,10 @@ def fit_command(flags: Mapping[str, Any]) -> None:
     """Train in a new run folder; ``flags`` are the parameters of the command."""
     config, profile = from_flags(flags)
     display = choose_display(flags["quiet"], flags["json"], config.device.memory_budget_mib)
-    if config.stream.enabled:
-        with _Closing(display):
+    with runs_released(), _Closing(display):
+        if config.stream.enabled:
             fit_stream(flags, config, profile, display)
-        return
-    with _Closing(display):
+            return
         training, validation, held_out = load_splits(config)
         graph = make_graph(config, training)
         check_classes(graph, training)
@@ -80,34 +79,39 @@ def _baseline(session: _Session, profile: DeviceProfile) -> dict[str, Any]:
 def resume_command(path: Path, *, epochs: int | None, threads: int | None, quiet: bool, as_json: bool) -> None:
     """Go on in an existing run folder."""
     run = open_run(path)
-    before = from_run(run.read_config(), run.config_file)
-    config = _changed(before, epochs, threads)
-    display = choose_display(quiet, as_json, config.device.memory_budget_mib)
-    if config.stream.enabled:
+    with runs_released():
+        run.lock()
+        before = from_run(run.read_config(), run.config_file)
+        config = _changed(before, epochs, threads)
+        display = choose_display(quiet, as_json, config.device.memory_budget_mib)
         with _Closing(display):
-            resume_stream(run, config, display, as_json)
-        return
-    with _Closing(display):
-        with CompileNotice(display.compiling):
-            learner = load_checkpoint(run.last)
-            learner.threads = config.device.threads
-            learner.training_plan()
-        training, validation, held_out = load_splits(config)
-        _check_same_data(run, training, validation)
-        if learner.position.epoch >= config.training.epochs:
-            _refuse_finished(run, learner, config)
-        # A finished run that gets more epochs goes on as if it had been asked for them from the start.
-        learner.history.finished = False
-        run.write_config(config.to_dict())
-        run.write_metrics(learner.history.epochs)
-        changes = _differences(before, config)
-        run.log("resumed", epoch=learner.position.epoch, batch=learner.position.batch, changes=changes)
-        display.say(f"resuming {run.path} {_where(learner, training)}")
-        for change in changes:
-            display.say(f"changed: {change}")
-        session = _Session(run, learner, config, display, training, validation, held_out)
-        session.train()
-        session.finish(as_json)
+            if config.stream.enabled:
+                resume_stream(run, config, display, as_json)
+            else:
+                _resume(run, before, config, display, as_json)
+
+
+def _resume(run: Run, before: Config, config: Config, display: Display, as_json: bool) -> None:
+    with CompileNotice(display.compiling):
+        learner = load_checkpoint(run.last)
+        learner.threads = config.device.threads
+        learner.training_plan()
+    training, validation, held_out = load_splits(config)
+    _check_same_data(run, training, validation)
+    if learner.position.epoch >= config.training.epochs:
+        _refuse_finished(run, learner, config)
+    # A finished run that gets more epochs goes on as if it had been asked for them from the start.
+    learner.history.finished = False
+    run.write_config(config.to_dict())
+    run.write_metrics(learner.history.epochs)
+    changes = _differences(before, config)
+    run.log("resumed", epoch=learner.position.epoch, batch=learner.position.batch, changes=changes)
+    display.say(f"resuming {run.path} {_where(learner, training)}")
+    for change in changes:
+        display.say(f"changed: {change}")
+    session = _Session(run, learner, config, display, training, validation, held_out)
+    session.train()
+    session.finish(as_json)
 
 
 @dataclass
