@@ -7,6 +7,7 @@ import io
 import itertools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +18,8 @@ import numpy as np
 import pytest
 
 from edgetrain.checkpoint import read_checkpoint
+from edgetrain.cli import training
+from edgetrain.errors import CheckpointError, UsageError
 from edgetrain.runs import open_run
 from tests.cli_support import FIT, ROOT, assert_same_result, run, trained, write_data
 
@@ -137,6 +140,97 @@ def test_resume_with_more_epochs_says_what_changed(inside, capsys, tmp_path):
     assert [row["epoch"] for row in open_run(tmp_path / "fit-1").read_metrics()] == [1, 2]
 
 
+# ---- endings that were cut off
+
+
+def without_ending(source: Path, folder: Path, missing: tuple[str, ...]) -> Path:
+    """Copy a finished run, without its ONNX file or its last event."""
+    found = shutil.copytree(source, folder)
+    if "model" in missing:
+        (found / "model.onnx").unlink()
+    if "event" in missing:
+        lines = (found / "events.jsonl").read_text().splitlines(keepends=True)
+        (found / "events.jsonl").write_text("".join(line for line in lines if '"finished"' not in line))
+    return found
+
+
+@pytest.mark.parametrize("missing", [("model",), ("event",), ("model", "event")], ids="_and_".join)
+def test_resume_writes_the_ending_of_a_run_whose_epochs_are_done(inside, capsys, tmp_path, missing):
+    found = without_ending(inside / "runs/fit-1", tmp_path / "fit-1", missing)
+    code, out, _ = run(capsys, "resume", found)
+    assert code == 0
+    assert "to write its last files" in out
+    assert "test accuracy" in out
+    assert_same_result(found, inside / "runs/fit-1")
+    assert open_run(found).status() == "finished"
+    assert run(capsys, "resume", found)[0] == 2
+
+
+def test_a_run_whose_last_file_found_no_space_is_finished_later(inside, capsys, tmp_path, monkeypatch):
+    def fail(*_):
+        raise CheckpointError("model.onnx: cannot be written (No space left on device)")
+
+    with monkeypatch.context() as full:
+        full.setattr("edgetrain.learner.Learner.export_onnx", fail)
+        assert run(capsys, *FIT, "--quiet", "--out", tmp_path)[0] == 3
+    assert run(capsys, "resume", tmp_path / "fit-1")[0] == 0
+    assert_same_result(tmp_path / "fit-1", inside / "runs/fit-1")
+
+
+def test_a_stop_in_the_baseline_leaves_a_finished_run(inside, capsys, tmp_path, monkeypatch):
+    found, twin = tmp_path / "fit-1", tmp_path / "fit-1/baseline"
+    locked = []
+
+    def stop(_) -> bool:
+        if twin.is_dir():
+            with pytest.raises(UsageError, match="another process is using it"):
+                open_run(twin).lock()
+            locked.append(twin)
+        return twin.is_dir()
+
+    with monkeypatch.context() as signals:
+        signals.setattr("edgetrain.cli.signals.StopOnSignal.requested", stop)
+        code, _, err = run(capsys, *FIT, "--epochs", "1", "--baseline", "--quiet", "--out", tmp_path)
+    assert code == 5
+    assert f"go on with: edgetrain resume {twin}" in err
+    assert locked
+    assert (found / "model.onnx").exists()
+    assert open_run(found).status() == "finished"
+    assert "nothing is left" in run(capsys, "resume", found)[2]
+    assert run(capsys, "resume", twin, "--quiet")[0] == 0
+    assert open_run(twin).status() == "finished"
+    assert (twin / "model.onnx").read_bytes() == (found / "model.onnx").read_bytes()
+
+
+def test_a_baseline_is_a_finished_run_of_its_own(inside, capsys, tmp_path):
+    flags = ["--epochs", "1", "--baseline", "--json", "--out", tmp_path]
+    code, out, _ = run(capsys, *FIT, *flags)
+    assert code == 0
+    assert json.loads(out)["savings"]["dense"]["run"] == str(tmp_path / "fit-1/baseline")
+    assert open_run(tmp_path / "fit-1/baseline").status() == "finished"
+    events = [event["event"] for event in open_run(tmp_path / "fit-1").read_events()]
+    assert events == ["started", "epoch", "finished", "account"]
+
+
+def test_a_kill_between_last_and_best_leaves_no_old_best(inside, capsys, tmp_path, monkeypatch):
+    _, table = read_checkpoint("runs/fit-1/best.safetensors")
+    save = training.save_checkpoint
+
+    def dying(learner, path) -> None:
+        if path.name == "best.safetensors" and learner.position.epoch == table["position"]["epoch"]:
+            sys.exit(9)
+        save(learner, path)
+
+    with monkeypatch.context() as death:
+        death.setattr(training, "save_checkpoint", dying)
+        assert run(capsys, *FIT, "--quiet", "--out", tmp_path)[0] == 9
+    assert run(capsys, "resume", tmp_path / "fit-1", "--quiet")[0] == 0
+    assert_same_result(tmp_path / "fit-1", inside / "runs/fit-1")
+
+
+# ---- what is refused
+
+
 def test_resume_refuses_other_data(inside, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_data(tmp_path, 320)
@@ -158,8 +252,6 @@ def test_resume_of_a_damaged_checkpoint(inside, capsys, tmp_path):
 
 
 def test_checkpoint_inside_an_epoch(inside, capsys, tmp_path, monkeypatch):
-    from edgetrain.cli import training
-
     saved = []
     seconds = itertools.count(time.monotonic())  # every look at the clock takes a second
     monkeypatch.setattr(training, "save_checkpoint", lambda learner, path: saved.append(learner.position.batch))

@@ -57,7 +57,8 @@ def fit_command(flags: Mapping[str, Any]) -> None:
         _introduce(display, run, learner, config, profile)
         session = _Session(run, learner, config, display, training, validation, held_out)
         session.train()
-        session.finish(flags["json"], _baseline(session, profile) if flags["baseline"] else None)
+        session.conclude()
+        session.tell(flags["json"], _baseline(session, profile) if flags["baseline"] else None)
 
 
 def _baseline(session: _Session, profile: DeviceProfile) -> dict[str, Any]:
@@ -67,9 +68,11 @@ def _baseline(session: _Session, profile: DeviceProfile) -> dict[str, Any]:
     if config.model.initial_weights is not None:
         learner.load_parameters(config.model.initial_weights)
     run = baseline_run(session.run, config)
-    session.display.say(f"{run.path}: the same run, dense")
+    save_checkpoint(learner, run.last)
+    session.display.say(f"{session.run.path} is done; {run.path}: the same run, dense")
     twin = _Session(run, learner, config, session.display, session.training, session.validation, session.held_out)
     twin.train()
+    twin.conclude()
     return {
         "seconds": sum(learner.history.column("seconds")), "accuracy": learner.history.epochs[-1].validation_accuracy,
         "how": "measured, the same run without the methods", "run": str(run.path),
@@ -98,20 +101,22 @@ def _resume(run: Run, before: Config, config: Config, display: Display, as_json:
         learner.training_plan()
     training, validation, held_out = load_splits(config)
     _check_same_data(run, training, validation)
-    if learner.position.epoch >= config.training.epochs:
-        _refuse_finished(run, learner, config)
+    _refuse_finished(run, learner, config)
+    _renew_best(run, learner)
     # A finished run that gets more epochs goes on as if it had been asked for them from the start.
     learner.history.finished = False
     run.write_config(config.to_dict())
     run.write_metrics(learner.history.epochs)
     changes = _differences(before, config)
     run.log("resumed", epoch=learner.position.epoch, batch=learner.position.batch, changes=changes)
-    display.say(f"resuming {run.path} {_where(learner, training)}")
+    has_epochs_left = learner.position.epoch < config.training.epochs
+    display.say(f"resuming {run.path} {_where(learner, training) if has_epochs_left else 'to write its last files'}")
     for change in changes:
         display.say(f"changed: {change}")
     session = _Session(run, learner, config, display, training, validation, held_out)
     session.train()
-    session.finish(as_json)
+    session.conclude()
+    session.tell(as_json)
 
 
 @dataclass
@@ -148,15 +153,21 @@ class _Session:
             if not history.finished:
                 self._interrupt()
 
-    def finish(self, as_json: bool, baseline: Mapping[str, Any] | None = None) -> None:
-        """Write the ONNX file and print the last lines; ``baseline``: time and accuracy of the same run, dense."""
+    def conclude(self) -> None:
+        """Write the last checkpoint and the ONNX file: the run is then finished, whatever becomes of its account."""
         save_checkpoint(self.learner, self.run.last)
         if not self.run.best.exists():
             save_checkpoint(self.learner, self.run.best)
         self.learner.export_onnx(self.run.model)
+        last = self.learner.history.epochs[-1]
+        self.run.log("finished", accuracy=last.validation_accuracy, loss=last.validation_loss)
+
+    def tell(self, as_json: bool, baseline: Mapping[str, Any] | None = None) -> None:
+        """Print the last lines, with what was saved; ``baseline``: time and accuracy of the same run, dense."""
         result = self._result(baseline)
-        told = {key: result[key] for key in ("accuracy", "loss", "savings", "layers") if key in result}
-        self.run.log("finished", **told)
+        account = {key: result[key] for key in ("savings", "layers") if key in result}
+        if account:
+            self.run.log("account", **account)
         self.display.close()
         lines = [layers_text(result["layers"])] if "layers" in result else []
         lines += [savings_text(result["savings"])] if "savings" in result else []
@@ -278,11 +289,22 @@ def _check_same_data(run: Run, training: Dataset, validation: Dataset) -> None:
 
 
 def _refuse_finished(run: Run, learner: Learner, config: Config) -> None:
-    done = learner.position.epoch
+    """Refuse a run with nothing left; one whose ending was cut off still lacks its last files."""
+    done, epochs = learner.position.epoch, config.training.epochs
+    is_whole = run.status() == "finished" and run.model.exists()
+    if done < epochs or (done == epochs and not learner.position.batch and not is_whole):
+        return
     raise UsageError(
-        f"{run.path}: {done} of {config.training.epochs} epochs are done, nothing is left; "
+        f"{run.path}: {done} of {epochs} epochs are done, nothing is left; "
         f"for more use: edgetrain resume {run.path} --epochs {done + 1}"
     )
+
+
+def _renew_best(run: Run, learner: Learner) -> None:
+    """Write the best checkpoint if the last one is it: the process may have ended between the two."""
+    best = learner.history.best()
+    if best is not None and best.epoch == learner.position.epoch and not learner.position.batch:
+        save_checkpoint(learner, run.best)
 
 
 def _where(learner: Learner, training: Dataset) -> str:
