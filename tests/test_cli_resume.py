@@ -241,6 +241,52 @@ def test_resume_refuses_other_data(inside, capsys, tmp_path, monkeypatch):
     assert "the data changed since the run began (training_images was 320, is 330)" in err
 
 
+def edit(config: Path, *changes: tuple[str, str]) -> None:
+    text = config.read_text()
+    for old, new in changes:
+        assert old in text
+        text = text.replace(old, new)
+    config.write_text(text)
+
+
+EDITS = {
+    "batch_size": ("batch_size = 8", "batch_size = 16", "device.batch_size was 8, is now 16"),
+    "optimizer": ('optimizer = "sgd"', 'optimizer = "adam"', "training.optimizer was sgd, is now adam;"),
+    "momentum": ("momentum = 0.9", "momentum = 0.5", "training.momentum was 0.9, is now 0.5"),
+    "seed": ("seed = 1", "seed = 2", "training.seed was 1, is now 2"),
+    "model": ('name = "lenet5"', 'name = "resnet8"', "model.name was lenet5, is now resnet8"),
+    "method": ('filter = "none"', 'filter = "random:rate=0.5"', "methods.filter was none, is now random:rate=0.5"),
+}
+
+
+@pytest.mark.parametrize("name", EDITS)
+def test_resume_refuses_settings_that_the_checkpoint_does_not_have(inside, capsys, tmp_path, name):
+    old, new, message = EDITS[name]
+    found = shutil.copytree(inside / "runs/fit-1", tmp_path / "fit-1")
+    edit(found / "config.toml", (old, new))
+    before = {file.name: file.read_bytes() for file in found.iterdir()}
+    code, _, err = run(capsys, "resume", found, "--epochs", "4")
+    assert code == 2
+    assert f"config.toml: {message}" in err
+    assert f"start a new run with: edgetrain fit --config {found / 'config.toml'}" in err
+    assert {file.name: file.read_bytes() for file in found.iterdir()} == before
+
+
+def test_resume_names_every_edited_setting_of_a_stream_too(inside, capsys, tmp_path):
+    run(capsys, *FIT, "--epochs", "1", "--stream", "--quiet", "--out", tmp_path)
+    edit(tmp_path / "fit-1/config.toml", ("seed = 1", "seed = 2"), ("batch_size = 8", "batch_size = 9"))
+    code, _, err = run(capsys, "resume", tmp_path / "fit-1")
+    assert code == 2
+    assert "device.batch_size was 8, is now 9; training.seed was 1, is now 2; a run goes on with what" in err
+
+
+def test_epochs_may_be_edited(inside, capsys, tmp_path):
+    found = shutil.copytree(inside / "runs/fit-1", tmp_path / "fit-1")
+    edit(found / "config.toml", ("epochs = 3", "epochs = 4"))
+    assert run(capsys, "resume", found, "--quiet")[0] == 0
+    assert len(open_run(found).read_metrics()) == 4
+
+
 def test_resume_of_a_damaged_checkpoint(inside, capsys, tmp_path):
     run(capsys, *FIT, "--epochs", "1", "--quiet", "--out", tmp_path)
     last = tmp_path / "fit-1/last.safetensors"

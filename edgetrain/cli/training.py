@@ -17,6 +17,7 @@ from edgetrain.cli.savings import layers_text, savings_of, savings_text, time_de
 from edgetrain.cli.signals import StopOnSignal
 from edgetrain.cli.sources import check_classes, describe_data, load_splits, make_graph, make_learner
 from edgetrain.cli.streaming import baseline_run, fit_stream, resume_stream
+from edgetrain.cli.unchanged import check_unchanged
 from edgetrain.data import Dataset, batch_count
 from edgetrain.devices import DeviceProfile, host_facts
 from edgetrain.errors import DataError, InterruptedRunError, NumericalError, UsageError
@@ -86,6 +87,7 @@ def resume_command(path: Path, *, epochs: int | None, threads: int | None, quiet
         run.lock()
         before = from_run(run.read_config(), run.config_file)
         config = _changed(before, epochs, threads)
+        check_unchanged(run, config)
         display = choose_display(quiet, as_json, config.device.memory_budget_mib)
         with _Closing(display):
             if config.stream.enabled:
