@@ -8,6 +8,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 import edgetrain
 from edgetrain.checkpoint import load_checkpoint, save_checkpoint
 from edgetrain.cli.config import Config, MethodSettings, check_stream, dense, from_flags, from_run
@@ -18,7 +20,7 @@ from edgetrain.cli.signals import StopOnSignal
 from edgetrain.cli.sources import check_classes, describe_data, load_splits, make_graph, make_learner
 from edgetrain.cli.streaming import baseline_run, fit_stream, resume_stream
 from edgetrain.cli.unchanged import check_unchanged
-from edgetrain.data import Dataset, batch_count
+from edgetrain.data import Augmentation, Dataset, batch_count
 from edgetrain.devices import DeviceProfile, host_facts
 from edgetrain.errors import DataError, InterruptedRunError, NumericalError, UsageError
 from edgetrain.fitting import StepEvent, block_size, check_fits, fit_loop
@@ -43,6 +45,7 @@ def fit_command(flags: Mapping[str, Any]) -> None:
         check_classes(graph, training)
         for dataset in (training, validation):
             check_fits(graph, dataset)
+        _check_augmentation(config, training)
         with CompileNotice(display.compiling):
             learner = make_learner(config, graph, profile)
             learner.training_plan()  # compiles, and checks the memory budget, before there is a run folder
@@ -240,6 +243,12 @@ class _Closing:
         self._display.close()
 
 
+def _check_augmentation(config: Config, training: Dataset) -> None:
+    """Try the augmentation on one image of the data's shape, before there is a run folder."""
+    augmentation = Augmentation.parse(config.data.augment)
+    augmentation(np.zeros((1, *training.input_shape), np.float32), np.random.default_rng(0))
+
+
 def _environment(training: Dataset, validation: Dataset) -> dict[str, Any]:
     return {"edgetrain": edgetrain.__version__, "host": host_facts(), "data": describe_data(training, validation)}
 
@@ -281,7 +290,7 @@ def _differences(before: Config, after: Config) -> list[str]:
 
 def _check_same_data(run: Run, training: Dataset, validation: Dataset) -> None:
     stored, found = run.read_environment().get("data"), describe_data(training, validation)
-    if stored is None or stored == found:
+    if not isinstance(stored, Mapping) or stored == found:
         return
     key = next(key for key in found if found[key] != stored.get(key))
     raise DataError(
