@@ -108,7 +108,7 @@ def test_finished_run_has_nothing_to_resume(inside, capsys):
 
 
 @pytest.mark.parametrize(
-    "flags", [["--epochs", "3000"], ["--epochs", "1", "--stream", "--data", "-"]], ids=["fit", "stream"]
+    "flags", [["--epochs", "200"], ["--epochs", "1", "--stream", "--data", "-"]], ids=["fit", "stream"]
 )
 def test_a_run_that_another_process_writes_is_not_resumed(inside, capsys, tmp_path, flags):
     process = started(inside, tmp_path, *flags)
