@@ -7,6 +7,7 @@ beside its destination, then synced and renamed, so the destination is always a 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -127,7 +128,8 @@ def write_file(path: str | os.PathLike[str], content: bytes) -> None:
         os.replace(temporary, path)
         _sync_folder(path.parent)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # nothing can be removed from a read-only file system either
+            temporary.unlink()
         message = f"{path}: cannot be written ({error.strerror}); free space or choose another folder"
         raise CheckpointError(message) from error
 

@@ -9,27 +9,37 @@ Floor 7. A run folder holds
 - ``last.safetensors``, ``best.safetensors``: checkpoints; best by validation accuracy
 - ``model.onnx``: the trained network
 
-Rows and lines are synced one by one; a reader skips a line that a crash cut off.
+Rows and lines are synced one by one; a reader skips a line that a crash cut off. Who writes a run holds a lock on
+its ``events.jsonl``, the one file that is never replaced; the system takes the lock back when the process ends.
 """
 
 from __future__ import annotations
 
-import csv
+import contextlib
+import fcntl
 import io
 import json
 import os
 import tomllib
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import MISSING, asdict, dataclass, fields
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from edgetrain.checkpoint import write_file
-from edgetrain.errors import UsageError
+from edgetrain.errors import DataError, UsageError
 from edgetrain.history import EpochRecord
 
 METRICS = tuple(item.name for item in fields(EpochRecord))
+# Columns that tables of earlier versions have too, and those whose cells may be empty.
+_REQUIRED = tuple(item.name for item in fields(EpochRecord) if item.default is MISSING)
+_MAY_BE_EMPTY = ("validation_loss", "validation_accuracy")
+# Events that say how a run stands, and what ``report`` calls that.
+_STATUS = {"finished": "finished", "interrupted": "interrupted", "failed": "failed", "started": "unfinished",
+           "resumed": "unfinished"}  # fmt: skip
+# Open files, each with the lock of a run that this process writes.
+_locks: list[int] = []
 
 
 @dataclass(frozen=True)
@@ -77,6 +87,28 @@ class Run:
         """The trained network as ONNX."""
         return self.path / "model.onnx"
 
+    def lock(self) -> None:
+        """Keep other processes from writing this run, until ``runs_released`` ends or this process does.
+
+        Raises:
+            UsageError: another process writes it, or the folder cannot be written.
+        """
+        try:
+            handle = os.open(self.events_file, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+        except OSError as error:
+            raise _unwritable(self.events_file, error) from error
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(handle)
+            message = f"{self.path}: another process is using it; wait until it ends or stop it, then try again"
+            raise UsageError(message) from None
+        except OSError:
+            # A file system without locks is no reason not to train.
+            os.close(handle)
+        else:
+            _locks.append(handle)
+
     def write_config(self, config: Mapping[str, Any]) -> None:
         """Write the effective configuration; ``None`` values are left out, as TOML has none."""
         write_file(self.config_file, to_toml(config).encode())
@@ -85,9 +117,9 @@ class Run:
         """Return the effective configuration.
 
         Raises:
-            UsageError: the file is missing or not TOML.
+            UsageError: the file is missing, not TOML, or has more than tables.
         """
-        return read_toml(self.config_file)
+        return read_sections(self.config_file)
 
     def write_environment(self, facts: Mapping[str, Any]) -> None:
         """Write what the run should remember about machine and data."""
@@ -113,25 +145,39 @@ class Run:
         write_file(self.metrics_file, "".join(map(_row, rows)).encode())
 
     def keep_metrics(self, last: int) -> None:
-        """Drop the rows after number ``last``: on resuming a stream, those that the checkpoint does not know."""
-        lines = (
-            self.metrics_file.read_text(encoding="utf-8").splitlines(keepends=True)
-            if self.metrics_file.exists()
-            else []
-        )
-        rows = [line for line in lines[1:] if line.endswith("\n") and int(line.partition(",")[0]) <= last]
-        write_file(self.metrics_file, "".join([",".join(METRICS) + "\n", *rows]).encode())
+        """Keep the rows up to number ``last``: on resuming a stream, those that the checkpoint knows."""
+        rows = [line + "\n" for line in _whole_lines(self.metrics_file)[1:] if 0 < _number_of(line) <= last]
+        write_file(self.metrics_file, "".join([_row(list(METRICS)), *rows]).encode())
 
     def read_metrics(self) -> list[dict[str, float | None]]:
-        """Return the rows as numbers, ``None`` for an empty cell; a row that was cut off is skipped."""
-        try:
-            text = self.metrics_file.read_text(encoding="utf-8")
-        except OSError:
+        """Return the rows as numbers, ``None`` for an empty cell; a row that a crash cut off is skipped.
+
+        Raises:
+            DataError: the header lacks a column, or a cell is not a number.
+        """
+        lines = _whole_lines(self.metrics_file)
+        if not lines:
             return []
-        whole = text[: text.rfind("\n") + 1]
-        rows = csv.DictReader(io.StringIO(whole))
-        complete = (row for row in rows if None not in row.values())
-        return [{key: float(cell) if cell else None for key, cell in row.items()} for row in complete]
+        names = lines[0].split(",")
+        missing = [name for name in _REQUIRED if name not in names]
+        if missing:
+            raise DataError(
+                f"{self.metrics_file}: the first line lacks the column '{missing[0]}'; expected {','.join(METRICS)}"
+            )
+        rows = [line.split(",") for line in lines[1:]]
+        return [self._numbers(names, cells) for cells in rows if len(cells) == len(names)]
+
+    def _numbers(self, names: list[str], cells: list[str]) -> dict[str, float | None]:
+        row: dict[str, float | None] = {}
+        for name, cell in zip(names, cells, strict=True):
+            try:
+                row[name] = None if name in _MAY_BE_EMPTY and not cell else float(cell)
+            except ValueError:
+                raise DataError(
+                    f"{self.metrics_file}: '{name}' is {cell!r} in row {cells[0]!r}, expected a number; mend that row "
+                    "or take it out"
+                ) from None
+        return row
 
     def log(self, event: str, **details: Any) -> None:
         """Append one event with the present time."""
@@ -139,16 +185,21 @@ class Run:
         _append(self.events_file, json.dumps({"time": now, "event": event, **details}) + "\n")
 
     def read_events(self) -> list[dict[str, Any]]:
-        """Return all events, oldest first; a line that was cut off is skipped."""
+        """Return all events, oldest first; a line that was cut off or damaged is skipped."""
         try:
-            lines = self.events_file.read_text(encoding="utf-8").splitlines()
+            lines = self.events_file.read_text(encoding="utf-8", errors="replace").splitlines()
         except OSError:
             return []
         return [event for event in map(_parse_event, lines) if event is not None]
 
+    def status(self) -> str:
+        """Return "finished", "interrupted", "failed", or "unfinished" for a run that was killed or is still going."""
+        known = [event["event"] for event in self.read_events() if event["event"] in _STATUS]
+        return _STATUS[known[-1]] if known else "unfinished"
+
 
 def create_run(root: str | os.PathLike[str], command: str) -> Run:
-    """Make the folder ``<root>/<command>-<n>`` with the number after the highest there is.
+    """Make the folder ``<root>/<command>-<n>`` with the number after the highest there is, and lock the run.
 
     Two processes at the same time get two folders.
 
@@ -172,9 +223,12 @@ def create_run(root: str | os.PathLike[str], command: str) -> Run:
             except FileExistsError:
                 number += 1
             else:
-                return Run(path)
+                break
     except OSError as error:
         raise UsageError(f"{folder}: no run folder can be made ({error.strerror}); choose another folder") from error
+    run = Run(path)
+    run.lock()
+    return run
 
 
 def open_run(path: str | os.PathLike[str]) -> Run:
@@ -190,6 +244,16 @@ def open_run(path: str | os.PathLike[str]) -> Run:
     if not run.config_file.exists():
         raise UsageError(f"{folder}: not a run folder, config.toml is missing; runs are folders such as runs/fit-1")
     return run
+
+
+@contextlib.contextmanager
+def runs_released() -> Iterator[None]:
+    """At the end, give back the locks of all runs that this process writes."""
+    try:
+        yield
+    finally:
+        while _locks:
+            os.close(_locks.pop())
 
 
 def to_toml(table: Mapping[str, Any]) -> str:
@@ -218,6 +282,19 @@ def read_toml(path: Path) -> dict[str, Any]:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UsageError(f"{path}: cannot be read as TOML: {error}") from error
+
+
+def read_sections(path: Path) -> dict[str, Any]:
+    """Return the content of a TOML file that has tables alone, as ``config.toml`` has.
+
+    Raises:
+        UsageError: the file is missing, not TOML, or has something outside of tables.
+    """
+    table = read_toml(path)
+    for key, value in table.items():
+        if not isinstance(value, dict):
+            raise UsageError(f"{path}: key '{key}' is {value!r}, expected a table such as [training] with keys in it")
+    return table
 
 
 def _toml_sections(table: Mapping[str, Any], prefix: str) -> list[str]:
@@ -267,8 +344,28 @@ def _append(path: Path, line: str) -> None:
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
-        message = f"{path}: cannot be written ({error.strerror}); free space or choose another folder"
-        raise UsageError(message) from error
+        raise _unwritable(path, error) from error
+
+
+def _unwritable(path: Path, error: OSError) -> UsageError:
+    return UsageError(f"{path}: cannot be written ({error.strerror}); free space or choose another folder")
+
+
+def _whole_lines(path: Path) -> list[str]:
+    """Return the lines of a file without what a crash left: a last line without its end, and zeros."""
+    try:
+        text = path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return []
+    return [line for line in text.split("\n")[:-1] if "\0" not in line]
+
+
+def _number_of(line: str) -> int:
+    """Return the number that a row begins with, 0 if there is none."""
+    try:
+        return int(line.partition(",")[0])
+    except ValueError:
+        return 0
 
 
 def _last_byte(file: io.BufferedRandom) -> bytes:
@@ -289,4 +386,4 @@ def _parse_event(line: str) -> dict[str, Any] | None:
         event = json.loads(line)
     except ValueError:
         return None
-    return event if isinstance(event, dict) else None
+    return event if isinstance(event, dict) and isinstance(event.get("event"), str) else None

@@ -182,6 +182,16 @@ def test_crash_while_writing_keeps_the_old_file(tmp_path, monkeypatch):
     assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
 
 
+def test_read_only_file_system_is_one_message_about_the_file(tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr("edgetrain.checkpoint._write_synced", refuse)
+    monkeypatch.setattr(Path, "unlink", refuse)
+    with pytest.raises(CheckpointError, match=r"file: cannot be written \(Read-only file system\); free space or"):
+        write_file(tmp_path / "file", b"new")
+
+
 def test_orphans_of_dead_processes_are_removed_others_stay(tmp_path):
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()

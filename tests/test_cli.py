@@ -136,6 +136,7 @@ ERRORS = {
     "budget without unit": (["fit", "--memory-budget", "64"], 2, "memory '64': expected a number and a unit"),
     "unknown model": (["fit", "--model", "lenet6"], 2, "unknown model 'lenet6'; did you mean 'lenet5'?"),
     "bad augmentation": (["fit", "--augment", "flop"], 2, "cannot read 'flop'"),
+    "augmentation too large": (["fit", "--augment", "crop:40"], 2, "moves by up to 40, expected less than 28"),
     "missing data": (["fit", "--data", "/no/such/folder"], 3, "/no/such/folder: no such file or folder"),
     "missing model file": (["fit", "--model", "/no/such.onnx"], 3, "/no/such.onnx"),
     "missing config": (["fit", "--config", "/no/such.toml"], 2, "/no/such.toml: cannot be read as TOML"),

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import io
 import itertools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +18,8 @@ import numpy as np
 import pytest
 
 from edgetrain.checkpoint import read_checkpoint
+from edgetrain.cli import training
+from edgetrain.errors import CheckpointError, UsageError
 from edgetrain.runs import open_run
 from tests.cli_support import FIT, ROOT, assert_same_result, run, trained, write_data
 
@@ -35,12 +39,11 @@ def inside(place, monkeypatch) -> Path:
 # ---- stopping and going on
 
 
-def started(folder: Path, out: Path) -> subprocess.Popen:
+def started(folder: Path, out: Path, *flags: str) -> subprocess.Popen:
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "edgetrain", *FIT, "--out", str(out)]
-    return subprocess.Popen(
-        command, cwd=folder, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
+    command = [sys.executable, "-m", "edgetrain", *FIT, *flags, "--out", str(out)]
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    return subprocess.Popen(command, cwd=folder, env=environment, text=True, **pipes)
 
 
 def wait_for_epochs(process: subprocess.Popen, metrics: Path, count: int) -> None:
@@ -104,6 +107,30 @@ def test_finished_run_has_nothing_to_resume(inside, capsys):
     assert "--epochs 4" in err
 
 
+@pytest.mark.parametrize(
+    "flags", [["--epochs", "200"], ["--epochs", "1", "--stream", "--data", "-"]], ids=["fit", "stream"]
+)
+def test_a_run_that_another_process_writes_is_not_resumed(inside, capsys, tmp_path, flags):
+    process = started(inside, tmp_path, *flags)
+    wait_for_epochs(process, tmp_path / "fit-1/config.toml", 0)
+    code, _, err = run(capsys, "resume", tmp_path / "fit-1")
+    process.kill()
+    process.communicate()
+    assert code == 2
+    assert "fit-1: another process is using it; wait until it ends or stop it, then try again" in err
+    assert [event["event"] for event in open_run(tmp_path / "fit-1").read_events()].count("resumed") == 0
+
+
+def test_a_run_is_locked_while_it_is_resumed_and_not_longer(inside, capsys, tmp_path):
+    run(capsys, *FIT, "--epochs", "1", "--quiet", "--out", tmp_path)
+    with (tmp_path / "fit-1/events.jsonl").open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        code, _, err = run(capsys, "resume", tmp_path / "fit-1", "--epochs", "2")
+        assert code == 2
+        assert "another process is using it" in err
+    assert run(capsys, "resume", tmp_path / "fit-1", "--epochs", "2", "--quiet")[0] == 0
+
+
 def test_resume_with_more_epochs_says_what_changed(inside, capsys, tmp_path):
     run(capsys, *FIT, "--epochs", "1", "--quiet", "--out", tmp_path)
     code, out, _ = run(capsys, "resume", tmp_path / "fit-1", "--epochs", "2", "--threads", "2")
@@ -111,6 +138,97 @@ def test_resume_with_more_epochs_says_what_changed(inside, capsys, tmp_path):
     assert "changed: training.epochs was 1, is now 2" in out
     assert "changed: device.threads was 1, is now 2" in out
     assert [row["epoch"] for row in open_run(tmp_path / "fit-1").read_metrics()] == [1, 2]
+
+
+# ---- endings that were cut off
+
+
+def without_ending(source: Path, folder: Path, missing: tuple[str, ...]) -> Path:
+    """Copy a finished run, without its ONNX file or its last event."""
+    found = shutil.copytree(source, folder)
+    if "model" in missing:
+        (found / "model.onnx").unlink()
+    if "event" in missing:
+        lines = (found / "events.jsonl").read_text().splitlines(keepends=True)
+        (found / "events.jsonl").write_text("".join(line for line in lines if '"finished"' not in line))
+    return found
+
+
+@pytest.mark.parametrize("missing", [("model",), ("event",), ("model", "event")], ids="_and_".join)
+def test_resume_writes_the_ending_of_a_run_whose_epochs_are_done(inside, capsys, tmp_path, missing):
+    found = without_ending(inside / "runs/fit-1", tmp_path / "fit-1", missing)
+    code, out, _ = run(capsys, "resume", found)
+    assert code == 0
+    assert "to write its last files" in out
+    assert "test accuracy" in out
+    assert_same_result(found, inside / "runs/fit-1")
+    assert open_run(found).status() == "finished"
+    assert run(capsys, "resume", found)[0] == 2
+
+
+def test_a_run_whose_last_file_found_no_space_is_finished_later(inside, capsys, tmp_path, monkeypatch):
+    def fail(*_):
+        raise CheckpointError("model.onnx: cannot be written (No space left on device)")
+
+    with monkeypatch.context() as full:
+        full.setattr("edgetrain.learner.Learner.export_onnx", fail)
+        assert run(capsys, *FIT, "--quiet", "--out", tmp_path)[0] == 3
+    assert run(capsys, "resume", tmp_path / "fit-1")[0] == 0
+    assert_same_result(tmp_path / "fit-1", inside / "runs/fit-1")
+
+
+def test_a_stop_in_the_baseline_leaves_a_finished_run(inside, capsys, tmp_path, monkeypatch):
+    found, twin = tmp_path / "fit-1", tmp_path / "fit-1/baseline"
+    locked = []
+
+    def stop(_) -> bool:
+        if twin.is_dir():
+            with pytest.raises(UsageError, match="another process is using it"):
+                open_run(twin).lock()
+            locked.append(twin)
+        return twin.is_dir()
+
+    with monkeypatch.context() as signals:
+        signals.setattr("edgetrain.cli.signals.StopOnSignal.requested", stop)
+        code, _, err = run(capsys, *FIT, "--epochs", "1", "--baseline", "--quiet", "--out", tmp_path)
+    assert code == 5
+    assert f"go on with: edgetrain resume {twin}" in err
+    assert locked
+    assert (found / "model.onnx").exists()
+    assert open_run(found).status() == "finished"
+    assert "nothing is left" in run(capsys, "resume", found)[2]
+    assert run(capsys, "resume", twin, "--quiet")[0] == 0
+    assert open_run(twin).status() == "finished"
+    assert (twin / "model.onnx").read_bytes() == (found / "model.onnx").read_bytes()
+
+
+def test_a_baseline_is_a_finished_run_of_its_own(inside, capsys, tmp_path):
+    flags = ["--epochs", "1", "--baseline", "--json", "--out", tmp_path]
+    code, out, _ = run(capsys, *FIT, *flags)
+    assert code == 0
+    assert json.loads(out)["savings"]["dense"]["run"] == str(tmp_path / "fit-1/baseline")
+    assert open_run(tmp_path / "fit-1/baseline").status() == "finished"
+    events = [event["event"] for event in open_run(tmp_path / "fit-1").read_events()]
+    assert events == ["started", "epoch", "finished", "account"]
+
+
+def test_a_kill_between_last_and_best_leaves_no_old_best(inside, capsys, tmp_path, monkeypatch):
+    _, table = read_checkpoint("runs/fit-1/best.safetensors")
+    save = training.save_checkpoint
+
+    def dying(learner, path) -> None:
+        if path.name == "best.safetensors" and learner.position.epoch == table["position"]["epoch"]:
+            sys.exit(9)
+        save(learner, path)
+
+    with monkeypatch.context() as death:
+        death.setattr(training, "save_checkpoint", dying)
+        assert run(capsys, *FIT, "--quiet", "--out", tmp_path)[0] == 9
+    assert run(capsys, "resume", tmp_path / "fit-1", "--quiet")[0] == 0
+    assert_same_result(tmp_path / "fit-1", inside / "runs/fit-1")
+
+
+# ---- what is refused
 
 
 def test_resume_refuses_other_data(inside, capsys, tmp_path, monkeypatch):
@@ -121,6 +239,52 @@ def test_resume_refuses_other_data(inside, capsys, tmp_path, monkeypatch):
     code, _, err = run(capsys, "resume", "runs/fit-1", "--epochs", "2")
     assert code == 3
     assert "the data changed since the run began (training_images was 320, is 330)" in err
+
+
+def edit(config: Path, *changes: tuple[str, str]) -> None:
+    text = config.read_text()
+    for old, new in changes:
+        assert old in text
+        text = text.replace(old, new)
+    config.write_text(text)
+
+
+EDITS = {
+    "batch_size": ("batch_size = 8", "batch_size = 16", "device.batch_size was 8, is now 16"),
+    "optimizer": ('optimizer = "sgd"', 'optimizer = "adam"', "training.optimizer was sgd, is now adam;"),
+    "momentum": ("momentum = 0.9", "momentum = 0.5", "training.momentum was 0.9, is now 0.5"),
+    "seed": ("seed = 1", "seed = 2", "training.seed was 1, is now 2"),
+    "model": ('name = "lenet5"', 'name = "resnet8"', "model.name was lenet5, is now resnet8"),
+    "method": ('filter = "none"', 'filter = "random:rate=0.5"', "methods.filter was none, is now random:rate=0.5"),
+}
+
+
+@pytest.mark.parametrize("name", EDITS)
+def test_resume_refuses_settings_that_the_checkpoint_does_not_have(inside, capsys, tmp_path, name):
+    old, new, message = EDITS[name]
+    found = shutil.copytree(inside / "runs/fit-1", tmp_path / "fit-1")
+    edit(found / "config.toml", (old, new))
+    before = {file.name: file.read_bytes() for file in found.iterdir()}
+    code, _, err = run(capsys, "resume", found, "--epochs", "4")
+    assert code == 2
+    assert f"config.toml: {message}" in err
+    assert f"start a new run with: edgetrain fit --config {found / 'config.toml'}" in err
+    assert {file.name: file.read_bytes() for file in found.iterdir()} == before
+
+
+def test_resume_names_every_edited_setting_of_a_stream_too(inside, capsys, tmp_path):
+    run(capsys, *FIT, "--epochs", "1", "--stream", "--quiet", "--out", tmp_path)
+    edit(tmp_path / "fit-1/config.toml", ("seed = 1", "seed = 2"), ("batch_size = 8", "batch_size = 9"))
+    code, _, err = run(capsys, "resume", tmp_path / "fit-1")
+    assert code == 2
+    assert "device.batch_size was 8, is now 9; training.seed was 1, is now 2; a run goes on with what" in err
+
+
+def test_epochs_may_be_edited(inside, capsys, tmp_path):
+    found = shutil.copytree(inside / "runs/fit-1", tmp_path / "fit-1")
+    edit(found / "config.toml", ("epochs = 3", "epochs = 4"))
+    assert run(capsys, "resume", found, "--quiet")[0] == 0
+    assert len(open_run(found).read_metrics()) == 4
 
 
 def test_resume_of_a_damaged_checkpoint(inside, capsys, tmp_path):
@@ -134,8 +298,6 @@ def test_resume_of_a_damaged_checkpoint(inside, capsys, tmp_path):
 
 
 def test_checkpoint_inside_an_epoch(inside, capsys, tmp_path, monkeypatch):
-    from edgetrain.cli import training
-
     saved = []
     seconds = itertools.count(time.monotonic())  # every look at the clock takes a second
     monkeypatch.setattr(training, "save_checkpoint", lambda learner, path: saved.append(learner.position.batch))

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from edgetrain.runs import open_run
-from tests.cli_support import ROOT, assert_same_result, run, write_data
+from tests.cli_support import FIT, ROOT, assert_same_result, run, write_data
 from tests.test_cli_resume import wait_for_epochs
 
 STREAM = ["fit", "--stream", "--data", "digits.npz", "--batch-size", "8", "--seed", "1", "--threads", "1", "--window",
@@ -178,6 +178,40 @@ def test_recipes_and_flags_decide_what_is_skipped(tmp_path):
     assert methods({}, "dense") == {"filter": "none", "sparsity": "none", "error_pruning": "none"}
     assert methods({"methods": {"filter": "random:rate=0.5"}}, "dense")["filter"] == "random:rate=0.5"
     assert methods() == {key: methods()[key] for key in ("filter", "sparsity", "error_pruning")}
+
+
+def test_a_recipe_takes_the_place_of_methods_in_a_file():
+    from edgetrain.cli.config import RECIPES, effective
+
+    file = effective({"methods": {"sparsity": "swat:weights=0.9"}})[0].to_dict()
+    assert effective({}, None, file)[0].to_dict()["methods"] == file["methods"]
+    assert effective({}, "edge", file)[0].to_dict()["methods"] == RECIPES["edge"]
+    chosen = effective({"methods": {"filter": "random:rate=0.5"}}, "dense", file)[0].methods
+    assert (chosen.filter, chosen.sparsity) == ("random:rate=0.5", "none")
+
+
+def test_a_stream_takes_from_a_run_over_epochs_what_it_can_use():
+    from edgetrain.cli.config import effective
+
+    stream = {"stream": {"enabled": True}}
+    file = effective({"training": {"epochs": 7, "schedule": "one_cycle", "lr": 0.1, "momentum": 0.5}})[0].to_dict()
+    found = effective(stream, None, file)[0].training
+    assert (found.epochs, found.schedule, found.warmup_fraction, found.momentum) == (1, "constant", 0.0, 0.5)
+    assert found.lr == pytest.approx(0.02)  # a fifth of the peak
+    assert effective({**stream, "training": {"lr": 0.3}}, None, file)[0].training.lr == 0.3
+    assert effective(stream, None, {"training": {"lr": 0.1}})[0].training.lr == 0.1
+    of_a_stream = effective({**stream, "training": {"lr": 0.3}})[0].to_dict()
+    assert effective({}, None, of_a_stream)[0].to_dict() == of_a_stream
+
+
+def test_flags_turn_the_file_of_a_run_into_a_stream(inside, capsys, tmp_path):
+    assert run(capsys, *FIT, "--epochs", "1", "--filter", "random:rate=0.5", "--quiet", "--out", tmp_path)[0] == 0
+    flags = ["--config", tmp_path / "fit-1/config.toml", "--stream", "--recipe", "dense", "--json", "--out", tmp_path]
+    code, out, _ = run(capsys, "fit", *flags)
+    assert code == 0
+    assert json.loads(out)["instances"] == 4000
+    config = open_run(tmp_path / "fit-2").read_config()
+    assert config["methods"] == {"filter": "none", "sparsity": "none", "error_pruning": "none"}
 
 
 def test_a_profile_may_name_methods(tmp_path):

@@ -60,6 +60,40 @@ def test_config_of_a_run_gives_the_same_run(inside, capsys, tmp_path):
     assert_same_result(tmp_path / "fit-1", inside / "runs/fit-1")
 
 
+def test_paths_in_settings_and_files_are_kept_whole(inside, capsys, tmp_path, monkeypatch):
+    (tmp_path / "short.toml").write_text('[data]\nsource = "digits.npz"\n[training]\nepochs = 1\n')
+    for number, flags in enumerate((["--set", "data.source=digits.npz"], ["--config", tmp_path / "short.toml"]), 1):
+        code, _, _ = run(capsys, "fit", *flags, "--epochs", "1", "--quiet", "--out", tmp_path)
+        assert code == 0
+        config = open_run(tmp_path / f"fit-{number}").read_config()
+        assert config["data"]["source"] == str(inside / "digits.npz")
+    monkeypatch.chdir(tmp_path)
+    assert run(capsys, "resume", tmp_path / "fit-1", "--epochs", "2", "--quiet")[0] == 0
+
+
+BAD_FILES = {
+    "number for a table": ("training = 3", "key 'training' is 3, expected a table such as [training]"),
+    "truth value for a table": ("stream = true", "key 'stream' is True, expected a table"),
+    "text for a table": ('methods = "x"', "key 'methods' is 'x', expected a table"),
+    "list for a text": ('[training]\noptimizer = ["a"]', "key 'training.optimizer' is ['a'], expected one of 'sgd'"),
+    "text for a rate": ('[training]\nlr = "a"\n[stream]\nenabled = true', "'training.lr' is 'a', expected a number"),
+    "number for a method": ("[methods]\nsparsity = 3", "key 'methods.sparsity' is 3, expected a text"),
+    "number for a path": ("[data]\nsource = 3", "key 'data.source' is 3, expected a text"),
+    "no UTF-8": ("[data]\nsource = '\udcff'", "cannot be read as TOML"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD_FILES)
+def test_a_file_of_wrong_types_is_one_message(capsys, tmp_path, name):
+    text, message = BAD_FILES[name]
+    (tmp_path / "bad.toml").write_bytes(text.encode(errors="surrogateescape"))
+    code, _, err = run(capsys, "fit", "--config", tmp_path / "bad.toml", "--out", tmp_path / "runs")
+    assert code == 2
+    assert message in err
+    assert err.count("\n") == 1
+    assert not (tmp_path / "runs").exists()
+
+
 def test_plain_lines_without_a_terminal(inside, capsys, tmp_path):
     code, out, err = run(capsys, *FIT, "--epochs", "1", "--profile", "raspberrypi4", "--out", tmp_path)
     assert code == 0

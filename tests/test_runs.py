@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import fcntl
 import math
+import subprocess
+import sys
 import tomllib
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from edgetrain.errors import UsageError
+from edgetrain.errors import DataError, UsageError
 from edgetrain.history import EpochRecord
-from edgetrain.runs import METRICS, create_run, open_run, to_toml
+from edgetrain.runs import METRICS, Run, create_run, open_run, runs_released, to_toml
+
+
+@pytest.fixture(autouse=True)
+def released():
+    with runs_released():
+        yield
 
 
 def record(epoch: int, **changes) -> EpochRecord:
@@ -124,3 +133,109 @@ def test_damaged_config_is_one_error(tmp_path):
     run.config_file.write_text("epochs = = 3")
     with pytest.raises(UsageError, match=r"config.toml: cannot be read as TOML"):
         run.read_config()
+
+
+def test_config_with_more_than_tables_is_one_error(tmp_path):
+    run = create_run(tmp_path, "fit")
+    run.config_file.write_text("training = 3")
+    with pytest.raises(UsageError, match=r"config.toml: key 'training' is 3, expected a table such as"):
+        run.read_config()
+
+
+# ---- one process at a time
+
+LOCK = "from edgetrain.runs import Run; from pathlib import Path; import sys; Run(Path(sys.argv[1])).lock()"
+HOLD = LOCK + "; print(flush=True); sys.stdin.read()"
+
+
+def locked_by_another(path) -> bool:
+    done = subprocess.run([sys.executable, "-c", LOCK, str(path)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0 or "another process is using it" in done.stderr, done.stderr
+    return done.returncode != 0
+
+
+def test_a_new_run_is_locked_until_it_is_released(tmp_path):
+    with runs_released():
+        run = create_run(tmp_path, "fit")
+        assert locked_by_another(run.path)
+    assert not locked_by_another(run.path)
+
+
+def test_a_lock_goes_with_its_process_and_leaves_no_file(tmp_path):
+    run = Run(tmp_path)
+    command = [sys.executable, "-c", HOLD, str(tmp_path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        other.stdout.readline()
+        with pytest.raises(UsageError, match=r"another process is using it; wait until it ends or stop it, then try"):
+            run.lock()
+        other.kill()
+    run.lock()
+    assert [file.name for file in tmp_path.iterdir()] == ["events.jsonl"]
+
+
+def test_a_folder_that_cannot_be_written_is_one_error(tmp_path):
+    with pytest.raises(UsageError, match=r"events.jsonl: cannot be written .*choose another folder"):
+        Run(tmp_path / "gone").lock()
+
+
+def test_a_file_system_without_locks_trains_all_the_same(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(37, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    assert create_run(tmp_path, "fit").path.name == "fit-1"
+
+
+# ---- damage
+
+
+def test_rows_and_events_of_zeros_are_skipped(tmp_path):
+    run = create_run(tmp_path, "fit")
+    run.add_metrics(record(1))
+    run.log("started")
+    for file in (run.metrics_file, run.events_file):
+        with file.open("ab") as opened:
+            opened.write(bytes(40) + b"\n")
+    run.add_metrics(record(2))
+    run.log("finished")
+    assert [row["epoch"] for row in run.read_metrics()] == [1, 2]
+    assert run.status() == "finished"
+    run.keep_metrics(1)
+    assert [row["epoch"] for row in run.read_metrics()] == [1]
+
+
+@pytest.mark.parametrize("damage", [b"\xff\xfe", b'{"event": "fin\xff"}', b'{"event": ["finished"]}', b"3"])
+def test_damaged_events_are_skipped(tmp_path, damage):
+    run = create_run(tmp_path, "fit")
+    run.log("interrupted")
+    with run.events_file.open("ab") as file:
+        file.write(damage + b"\n")
+    assert run.status() == "interrupted"
+
+
+@pytest.mark.parametrize("cell", ["abc", "", "\udcff"], ids=["text", "nothing", "no_utf8"])
+def test_a_cell_that_is_no_number_is_one_error(tmp_path, cell):
+    run = create_run(tmp_path, "fit")
+    row = record(1)
+    run.add_metrics(row)
+    text = run.metrics_file.read_text().replace(repr(row.seconds), cell)
+    run.metrics_file.write_bytes(text.encode(errors="surrogateescape"))
+    with pytest.raises(DataError, match=r"metrics.csv: 'seconds' is '.*' in row '1', expected a number; mend that row"):
+        run.read_metrics()
+
+
+def test_a_table_without_its_header_is_one_error(tmp_path):
+    run = create_run(tmp_path, "fit")
+    run.metrics_file.write_text("1,2,3\n")
+    with pytest.raises(DataError, match=r"metrics.csv: the first line lacks the column 'epoch'; expected epoch,steps"):
+        run.read_metrics()
+
+
+def test_rows_that_have_no_number_are_not_kept(tmp_path):
+    run = create_run(tmp_path, "fit")
+    run.add_metrics(record(1))
+    with run.metrics_file.open("a") as file:
+        file.write("oops,1\n")
+    run.add_metrics(record(2))
+    run.keep_metrics(5)
+    assert [row["epoch"] for row in run.read_metrics()] == [1, 2]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,7 +19,7 @@ from edgetrain.data.streaming import STANDARD_INPUT
 from edgetrain.devices import DeviceProfile, load_profile
 from edgetrain.errors import UsageError
 from edgetrain.policies import NONE, parse_policy
-from edgetrain.runs import read_toml
+from edgetrain.runs import read_sections
 from edgetrain.schema import OneOf, Within, build
 from edgetrain.units import parse_bytes
 
@@ -150,41 +150,37 @@ def from_flags(flags: Mapping[str, Any]) -> tuple[Config, DeviceProfile]:
     Raises:
         UsageError, ProfileError: a flag, a key or a value is wrong.
     """
-    given: Table = {}
-    if flags.get("config") is not None:
-        given = read_toml(Path(flags["config"]))
-    for key, value in _settings(flags.get("set_") or ()):
-        _put(given, key, value)
-    for flag, key in FLAG_KEYS.items():
-        if flags.get(flag) is not None:
-            _put(given, key, _absolute(key, flags[flag]))
-    if flags.get("memory_budget") is not None:
-        _put(given, "device.memory_budget_mib", parse_bytes(flags["memory_budget"]) / (1 << 20))
-    return effective(given, flags.get("recipe"))
+    file = {} if flags.get("config") is None else read_sections(Path(flags["config"]))
+    return effective(_with_whole_paths(_given(flags)), flags.get("recipe"), _with_whole_paths(file))
 
 
-def effective(given: Mapping[str, Any], recipe: str | None = None) -> tuple[Config, DeviceProfile]:
-    """Fill what is not given from the device profile, and check all of it.
+def effective(
+    given: Mapping[str, Any], recipe: str | None = None, file: Mapping[str, Any] | None = None
+) -> tuple[Config, DeviceProfile]:
+    """Fill what is not given from a file and the device profile, and check all of it.
 
     Args:
         given: settings by section.
-        recipe: "edge" or "dense": what to skip where ``given`` does not say; ``None``: what the profile says.
+        recipe: "edge" or "dense": what to skip where ``given`` does not say, whatever ``file`` and profile say.
+        file: settings that give way to ``given``, by section.
 
     Raises:
         UsageError, ProfileError: a key or a value is wrong.
     """
-    device = given.get("device")
-    name = device.get("profile", "host") if isinstance(device, Mapping) else "host"
-    profile = load_profile(str(name))
-    merged = _merge(_from_profile(profile, str(name)), given)
-    if merged["training"]["optimizer"] != profile.recipe.optimizer and "lr" not in given.get("training", {}):
+    file = file or {}
+    both = _merge(dict(file), given)
+    name = str(both.get("device", {}).get("profile", "host"))
+    profile = load_profile(name)
+    merged = _merge(_from_profile(profile, name), both)
+    build(Config, merged, Path("settings"))  # types first: what follows computes with the values
+    if merged["training"]["optimizer"] != profile.recipe.optimizer and "lr" not in both.get("training", {}):
         merged["training"]["lr"] = _USUAL_LR.get(merged["training"]["optimizer"], profile.recipe.lr)
-    merged["methods"] = _methods(profile, recipe) | merged["methods"]
-    if str(merged["methods"].get("sparsity", "")).startswith("swat") and not merged["training"].get("clip_norm"):
+    merged["methods"] = _methods(profile, recipe) | (both if recipe is None else given).get("methods", {})
+    if merged["methods"]["sparsity"].startswith("swat") and not merged["training"].get("clip_norm"):
         # Weight gradients from the largest activations are biased upwards; LeNet-5 diverges without a bound.
         merged["training"]["clip_norm"] = _SWAT_CLIP_NORM
     if merged["stream"].get("enabled"):
-        _adapt_to_stream(merged["training"], given.get("training", {}))
+        _adapt_to_stream(merged["training"], {**_kept_by_stream(file), **given.get("training", {})})
     config = build(Config, merged, Path("settings"))
     # Errors now, not when the run folder exists.
     Augmentation.parse(config.data.augment)
@@ -213,13 +209,13 @@ def check_stream(config: Config) -> None:
     training, stream, standing = config.training, config.stream, StreamSettings()
     if stream.enabled and training.epochs != 1:
         raise UsageError(
-            f"training.epochs is {training.epochs}, but a stream is learned from once: expected 1; leave --epochs out, "
-            "or leave --stream out"
+            f"training.epochs is {training.epochs}, but a stream is learned from once: expected 1; leave it out "
+            "(--epochs), or leave stream.enabled out (--stream)"
         )
     if stream.enabled and training.schedule != "constant":
         raise UsageError(
             f"training.schedule is '{training.schedule}', but the end of a stream is unknown: expected 'constant'; "
-            "leave --schedule out, or leave --stream out"
+            "leave it out (--schedule), or leave stream.enabled out (--stream)"
         )
     if not stream.enabled and config.data.source == STANDARD_INPUT:
         raise UsageError("data.source is '-', standard input, which can be read only once; add --stream")
@@ -265,19 +261,48 @@ def _adapt_to_stream(training: Table, given: Mapping[str, Any]) -> None:
     training |= {key: value for key, value in changes.items() if key not in given}
 
 
+def _kept_by_stream(file: Mapping[str, Any]) -> Table:
+    """Return what a stream keeps of the recipe in a file: of a run over epochs the rate, unless it is a peak."""
+    training = dict(file.get("training", {}))
+    if file.get("stream", {}).get("enabled"):
+        return training
+    has_peak = training.get("schedule", "constant") != "constant"
+    return {"lr": training["lr"]} if "lr" in training and not has_peak else {}
+
+
 def _usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _absolute(key: str, value: Any) -> Any:
-    """Return the full path of a file or folder, so that the run can be resumed from anywhere."""
-    is_path = (
-        key == "model.initial_weights"
-        or (key == "model.name" and value.lower().endswith(".onnx"))
-        or (key == "data.source" and value not in EMBEDDED_NAMES and value != STANDARD_INPUT)
-        or (key == "device.profile" and value.endswith(".toml"))
-    )
-    return str(Path(value).resolve()) if is_path else value
+def _given(flags: Mapping[str, Any]) -> Table:
+    """Return what the flags say, by section; ``--set`` gives way to a flag of its own."""
+    given: Table = {}
+    for key, value in _settings(flags.get("set_") or ()):
+        _put(given, key, value)
+    for flag, key in FLAG_KEYS.items():
+        if flags.get(flag) is not None:
+            _put(given, key, flags[flag])
+    if flags.get("memory_budget") is not None:
+        _put(given, "device.memory_budget_mib", parse_bytes(flags["memory_budget"]) / (1 << 20))
+    return given
+
+
+_PATHS: dict[str, Callable[[str], bool]] = {
+    "model.initial_weights": lambda value: True,
+    "model.name": lambda value: value.lower().endswith(".onnx"),
+    "data.source": lambda value: value not in EMBEDDED_NAMES and value != STANDARD_INPUT,
+    "device.profile": lambda value: value.endswith(".toml") or os.sep in value,
+}
+
+
+def _with_whole_paths(given: Table) -> Table:
+    """Return the settings with the full path of every file and folder, so that the run can be resumed from anywhere."""
+    for key, is_path in _PATHS.items():
+        section, _, name = key.partition(".")
+        value = given.get(section, {}).get(name)
+        if isinstance(value, str) and is_path(value):
+            given = _merge(given, {section: {name: str(Path(value).resolve())}})
+    return given
 
 
 def _merge(base: Table, over: Mapping[str, Any]) -> Table:
@@ -309,6 +334,6 @@ def _literal(text: str) -> Any:
 
 def _put(table: Table, key: str, value: Any) -> None:
     section, dot, name = key.partition(".")
-    if not dot or not isinstance(table.setdefault(section, {}), dict):
+    if not dot:
         raise UsageError(f"'{key}' is not a setting; expected SECTION.KEY such as training.lr")
-    table[section][name] = value
+    table.setdefault(section, {})[name] = value

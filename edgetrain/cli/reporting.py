@@ -28,7 +28,7 @@ def report_command(path: Path, *, as_json: bool, plot: bool = False, against: Se
 
 def summarise(run: Run) -> dict[str, Any]:
     """Return the content of a run folder as one table."""
-    metrics, events = run.read_metrics(), run.read_events()
+    metrics = run.read_metrics()
     known = [row for row in metrics if row.get("validation_accuracy") is not None]
     files = (
         run.last,
@@ -42,7 +42,7 @@ def summarise(run: Run) -> dict[str, Any]:
     )
     return {
         "run": str(run.path),
-        "status": _status(events),
+        "status": run.status(),
         "config": run.read_config(),
         "environment": run.read_environment(),
         "epochs": metrics,
@@ -51,16 +51,6 @@ def summarise(run: Run) -> dict[str, Any]:
         "operations": {name: sum(row.get(name) or 0.0 for row in metrics) for name in COUNTED},
         "files": {file.name: file.stat().st_size for file in files if file.exists()},
     }
-
-
-def _status(events: list[dict[str, Any]]) -> str:
-    """Return "finished", "interrupted", "failed", or "unfinished" for a run that was killed or is still going."""
-    last = next((e["event"] for e in reversed(events) if e.get("event") in _ENDS), "")
-    return _ENDS.get(last, "unfinished")
-
-
-_ENDS = {"finished": "finished", "interrupted": "interrupted", "failed": "failed", "started": "unfinished",
-         "resumed": "unfinished"}  # fmt: skip
 
 
 def _text(result: dict[str, Any]) -> str:

@@ -75,6 +75,7 @@ def baseline_run(run: Run, config: Config) -> Run:
     """Make the folder of the dense twin of a run, inside the run's folder."""
     twin = Run(run.path / "baseline")
     twin.path.mkdir()
+    twin.lock()
     _begin(twin, config)
     return twin
 

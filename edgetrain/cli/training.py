@@ -8,6 +8,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 import edgetrain
 from edgetrain.checkpoint import load_checkpoint, save_checkpoint
 from edgetrain.cli.config import Config, MethodSettings, check_stream, dense, from_flags, from_run
@@ -17,13 +19,14 @@ from edgetrain.cli.savings import layers_text, savings_of, savings_text, time_de
 from edgetrain.cli.signals import StopOnSignal
 from edgetrain.cli.sources import check_classes, describe_data, load_splits, make_graph, make_learner
 from edgetrain.cli.streaming import baseline_run, fit_stream, resume_stream
-from edgetrain.data import Dataset, batch_count
+from edgetrain.cli.unchanged import check_unchanged
+from edgetrain.data import Augmentation, Dataset, batch_count
 from edgetrain.devices import DeviceProfile, host_facts
 from edgetrain.errors import DataError, InterruptedRunError, NumericalError, UsageError
 from edgetrain.fitting import StepEvent, block_size, check_fits, fit_loop
 from edgetrain.history import COUNTED, EpochRecord
 from edgetrain.layer_report import layer_report
-from edgetrain.runs import Run, create_run, open_run
+from edgetrain.runs import Run, create_run, open_run, runs_released
 
 if TYPE_CHECKING:
     from edgetrain.learner import Learner
@@ -33,16 +36,16 @@ def fit_command(flags: Mapping[str, Any]) -> None:
     """Train in a new run folder; ``flags`` are the parameters of the command."""
     config, profile = from_flags(flags)
     display = choose_display(flags["quiet"], flags["json"], config.device.memory_budget_mib)
-    if config.stream.enabled:
-        with _Closing(display):
+    with runs_released(), _Closing(display):
+        if config.stream.enabled:
             fit_stream(flags, config, profile, display)
-        return
-    with _Closing(display):
+            return
         training, validation, held_out = load_splits(config)
         graph = make_graph(config, training)
         check_classes(graph, training)
         for dataset in (training, validation):
             check_fits(graph, dataset)
+        _check_augmentation(config, training)
         with CompileNotice(display.compiling):
             learner = make_learner(config, graph, profile)
             learner.training_plan()  # compiles, and checks the memory budget, before there is a run folder
@@ -58,7 +61,8 @@ def fit_command(flags: Mapping[str, Any]) -> None:
         _introduce(display, run, learner, config, profile)
         session = _Session(run, learner, config, display, training, validation, held_out)
         session.train()
-        session.finish(flags["json"], _baseline(session, profile) if flags["baseline"] else None)
+        session.conclude()
+        session.tell(flags["json"], _baseline(session, profile) if flags["baseline"] else None)
 
 
 def _baseline(session: _Session, profile: DeviceProfile) -> dict[str, Any]:
@@ -68,9 +72,11 @@ def _baseline(session: _Session, profile: DeviceProfile) -> dict[str, Any]:
     if config.model.initial_weights is not None:
         learner.load_parameters(config.model.initial_weights)
     run = baseline_run(session.run, config)
-    session.display.say(f"{run.path}: the same run, dense")
+    save_checkpoint(learner, run.last)
+    session.display.say(f"{session.run.path} is done; {run.path}: the same run, dense")
     twin = _Session(run, learner, config, session.display, session.training, session.validation, session.held_out)
     twin.train()
+    twin.conclude()
     return {
         "seconds": sum(learner.history.column("seconds")), "accuracy": learner.history.epochs[-1].validation_accuracy,
         "how": "measured, the same run without the methods", "run": str(run.path),
@@ -80,34 +86,42 @@ def _baseline(session: _Session, profile: DeviceProfile) -> dict[str, Any]:
 def resume_command(path: Path, *, epochs: int | None, threads: int | None, quiet: bool, as_json: bool) -> None:
     """Go on in an existing run folder."""
     run = open_run(path)
-    before = from_run(run.read_config(), run.config_file)
-    config = _changed(before, epochs, threads)
-    display = choose_display(quiet, as_json, config.device.memory_budget_mib)
-    if config.stream.enabled:
+    with runs_released():
+        run.lock()
+        before = from_run(run.read_config(), run.config_file)
+        config = _changed(before, epochs, threads)
+        check_unchanged(run, config)
+        display = choose_display(quiet, as_json, config.device.memory_budget_mib)
         with _Closing(display):
-            resume_stream(run, config, display, as_json)
-        return
-    with _Closing(display):
-        with CompileNotice(display.compiling):
-            learner = load_checkpoint(run.last)
-            learner.threads = config.device.threads
-            learner.training_plan()
-        training, validation, held_out = load_splits(config)
-        _check_same_data(run, training, validation)
-        if learner.position.epoch >= config.training.epochs:
-            _refuse_finished(run, learner, config)
-        # A finished run that gets more epochs goes on as if it had been asked for them from the start.
-        learner.history.finished = False
-        run.write_config(config.to_dict())
-        run.write_metrics(learner.history.epochs)
-        changes = _differences(before, config)
-        run.log("resumed", epoch=learner.position.epoch, batch=learner.position.batch, changes=changes)
-        display.say(f"resuming {run.path} {_where(learner, training)}")
-        for change in changes:
-            display.say(f"changed: {change}")
-        session = _Session(run, learner, config, display, training, validation, held_out)
-        session.train()
-        session.finish(as_json)
+            if config.stream.enabled:
+                resume_stream(run, config, display, as_json)
+            else:
+                _resume(run, before, config, display, as_json)
+
+
+def _resume(run: Run, before: Config, config: Config, display: Display, as_json: bool) -> None:
+    with CompileNotice(display.compiling):
+        learner = load_checkpoint(run.last)
+        learner.threads = config.device.threads
+        learner.training_plan()
+    training, validation, held_out = load_splits(config)
+    _check_same_data(run, training, validation)
+    _refuse_finished(run, learner, config)
+    _renew_best(run, learner)
+    # A finished run that gets more epochs goes on as if it had been asked for them from the start.
+    learner.history.finished = False
+    run.write_config(config.to_dict())
+    run.write_metrics(learner.history.epochs)
+    changes = _differences(before, config)
+    run.log("resumed", epoch=learner.position.epoch, batch=learner.position.batch, changes=changes)
+    has_epochs_left = learner.position.epoch < config.training.epochs
+    display.say(f"resuming {run.path} {_where(learner, training) if has_epochs_left else 'to write its last files'}")
+    for change in changes:
+        display.say(f"changed: {change}")
+    session = _Session(run, learner, config, display, training, validation, held_out)
+    session.train()
+    session.conclude()
+    session.tell(as_json)
 
 
 @dataclass
@@ -144,15 +158,21 @@ class _Session:
             if not history.finished:
                 self._interrupt()
 
-    def finish(self, as_json: bool, baseline: Mapping[str, Any] | None = None) -> None:
-        """Write the ONNX file and print the last lines; ``baseline``: time and accuracy of the same run, dense."""
+    def conclude(self) -> None:
+        """Write the last checkpoint and the ONNX file: the run is then finished, whatever becomes of its account."""
         save_checkpoint(self.learner, self.run.last)
         if not self.run.best.exists():
             save_checkpoint(self.learner, self.run.best)
         self.learner.export_onnx(self.run.model)
+        last = self.learner.history.epochs[-1]
+        self.run.log("finished", accuracy=last.validation_accuracy, loss=last.validation_loss)
+
+    def tell(self, as_json: bool, baseline: Mapping[str, Any] | None = None) -> None:
+        """Print the last lines, with what was saved; ``baseline``: time and accuracy of the same run, dense."""
         result = self._result(baseline)
-        told = {key: result[key] for key in ("accuracy", "loss", "savings", "layers") if key in result}
-        self.run.log("finished", **told)
+        account = {key: result[key] for key in ("savings", "layers") if key in result}
+        if account:
+            self.run.log("account", **account)
         self.display.close()
         lines = [layers_text(result["layers"])] if "layers" in result else []
         lines += [savings_text(result["savings"])] if "savings" in result else []
@@ -223,6 +243,12 @@ class _Closing:
         self._display.close()
 
 
+def _check_augmentation(config: Config, training: Dataset) -> None:
+    """Try the augmentation on one image of the data's shape, before there is a run folder."""
+    augmentation = Augmentation.parse(config.data.augment)
+    augmentation(np.zeros((1, *training.input_shape), np.float32), np.random.default_rng(0))
+
+
 def _environment(training: Dataset, validation: Dataset) -> dict[str, Any]:
     return {"edgetrain": edgetrain.__version__, "host": host_facts(), "data": describe_data(training, validation)}
 
@@ -264,7 +290,7 @@ def _differences(before: Config, after: Config) -> list[str]:
 
 def _check_same_data(run: Run, training: Dataset, validation: Dataset) -> None:
     stored, found = run.read_environment().get("data"), describe_data(training, validation)
-    if stored is None or stored == found:
+    if not isinstance(stored, Mapping) or stored == found:
         return
     key = next(key for key in found if found[key] != stored.get(key))
     raise DataError(
@@ -274,11 +300,22 @@ def _check_same_data(run: Run, training: Dataset, validation: Dataset) -> None:
 
 
 def _refuse_finished(run: Run, learner: Learner, config: Config) -> None:
-    done = learner.position.epoch
+    """Refuse a run with nothing left; one whose ending was cut off still lacks its last files."""
+    done, epochs = learner.position.epoch, config.training.epochs
+    is_whole = run.status() == "finished" and run.model.exists()
+    if done < epochs or (done == epochs and not learner.position.batch and not is_whole):
+        return
     raise UsageError(
-        f"{run.path}: {done} of {config.training.epochs} epochs are done, nothing is left; "
+        f"{run.path}: {done} of {epochs} epochs are done, nothing is left; "
         f"for more use: edgetrain resume {run.path} --epochs {done + 1}"
     )
+
+
+def _renew_best(run: Run, learner: Learner) -> None:
+    """Write the best checkpoint if the last one is it: the process may have ended between the two."""
+    best = learner.history.best()
+    if best is not None and best.epoch == learner.position.epoch and not learner.position.batch:
+        save_checkpoint(learner, run.best)
 
 
 def _where(learner: Learner, training: Dataset) -> str:
