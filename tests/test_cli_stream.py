@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import signal
 import subprocess
 import sys
+import termios
+import time
+from array import array
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import pytest
 
+from edgetrain.checkpoint import load_checkpoint
 from edgetrain.runs import open_run
 from tests.cli_support import ROOT, assert_same_result, run, write_data
 from tests.test_cli_resume import wait_for_epochs
@@ -133,6 +139,56 @@ def test_standard_input(inside, tmp_path):
                            capture_output=True, check=False)  # fmt: skip
     assert empty.returncode == 3
     assert "standard input: ended without an instance" in empty.stderr
+
+
+LIVE = [sys.executable, "-m", "edgetrain", "fit", "--stream", "--data", "-", "--threads", "1"]
+
+
+def json_lines(first: int, last: int) -> str:
+    images = np.load("digits.npz")
+    pairs = zip(images["x_train"][first:last], images["y_train"][first:last], strict=True)
+    return "".join(json.dumps({"pixels": x.ravel().tolist(), "y": int(y)}) + "\n" for x, y in pairs)
+
+
+def test_what_came_before_a_bad_line_is_learned_and_saved(inside, tmp_path):
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [*LIVE, "--batch-size", "8", "--out", str(tmp_path)]
+    done = subprocess.run(command, input=json_lines(0, 90) + "garbage\n" + json_lines(90, 100), env=environment,
+                          text=True, capture_output=True, check=False)  # fmt: skip
+    folder = tmp_path / "fit-1"
+    assert done.returncode == 3
+    assert "line 91: not JSON" in done.stderr
+    assert f"is saved in {folder / 'last.safetensors'}, go on with: edgetrain resume {folder}" in done.stderr
+    learner = load_checkpoint(folder / "last.safetensors")
+    assert (learner.stream.position, learner.step_count, learner.stream.waiting) == (90, 11, 2)
+    last = open_run(folder).read_events()[-1]
+    assert (last["event"], last["instances"]) == ("failed", 90)
+    command = [sys.executable, "-m", "edgetrain", "resume", str(folder)]
+    subprocess.run(command, input=json_lines(90, 100), env=environment, text=True, capture_output=True, check=True)
+    assert load_checkpoint(folder / "last.safetensors").stream.position == 100
+
+
+def wait_until_read(pipe: IO[str]) -> None:
+    """Wait until the other side has taken everything; a pipe holds less than the lines of a test."""
+    deadline, left = time.monotonic() + 120, array("i", [1])
+    while left[0]:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+        fcntl.ioctl(pipe, termios.FIONREAD, left)
+
+
+def test_a_signal_saves_a_part_of_a_block_from_standard_input(inside, tmp_path):
+    command = [*LIVE, "--batch-size", "64", "--out", str(tmp_path)]
+    process = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": str(ROOT)}, text=True, stdin=subprocess.PIPE,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
+    process.stdin.write(json_lines(0, 50))
+    process.stdin.flush()
+    wait_until_read(process.stdin)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate()
+    assert process.returncode == 5
+    assert "stopped after 50 instances" in err
+    assert load_checkpoint(tmp_path / "fit-1/last.safetensors").stream.position == 50
 
 
 def test_standard_input_has_no_baseline(inside, capsys):

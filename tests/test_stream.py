@@ -7,6 +7,8 @@ import math
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -203,14 +205,62 @@ def test_other_data_sets_are_taken_from_memory():
     np.testing.assert_array_equal(y, expected[1])
 
 
-def lines_of(text: str, names: tuple[str, ...] = ()) -> list[tuple[np.ndarray, np.ndarray]]:
+def taken(blocks) -> tuple[list[int], DataError | None]:
+    """Return the labels of all blocks, and the error that ended them."""
+    labels: list[int] = []
+    try:
+        for _, y in blocks:
+            labels += y.tolist()
+    except DataError as error:
+        return labels, error
+    return labels, None
+
+
+def test_images_before_a_damaged_one_come_first(tmp_path):
+    image = pytest.importorskip("PIL.Image")
+    for number in range(9):
+        folder = tmp_path / "ab"[number % 2]
+        folder.mkdir(exist_ok=True)
+        image.fromarray(np.zeros((28, 28), np.uint8)).save(folder / f"{number:03d}.png")
+    damaged = tmp_path / "a" / "006.png"
+    damaged.write_bytes(damaged.read_bytes()[:40])
+    labels, error = taken(open_stream(str(tmp_path), SHAPE, 2).blocks(4, 0, never))
+    assert labels == [0, 1, 0, 1, 0, 1]
+    assert "006.png" in str(error)
+
+
+@contextmanager
+def piped(text: str) -> Iterator[int]:
+    """Open a pipe with a text in it and no writer."""
     reading, writing = os.pipe()
     os.write(writing, text.encode())
     os.close(writing)
     try:
-        return list(_JsonLines(reading, (1, 2, 2), 3, names).blocks(2, 0, never))
+        yield reading
     finally:
         os.close(reading)
+
+
+def lines_of(text: str, names: tuple[str, ...] = ()) -> list[tuple[np.ndarray, np.ndarray]]:
+    with piped(text) as reading:
+        return list(_JsonLines(reading, (1, 2, 2), 3, names).blocks(2, 0, never))
+
+
+GOOD = '{"x": [1, 2, 3, 4], "y": 2}\n'
+
+
+def test_lines_before_a_bad_one_come_first():
+    with piped(3 * GOOD + "garbage\n" + GOOD) as reading:
+        labels, error = taken(_JsonLines(reading, (1, 2, 2), 3, ()).blocks(2, 0, never))
+    assert labels == [2, 2, 2]
+    assert "line 4: not JSON" in str(error)
+
+
+def test_lines_that_came_before_a_stop_are_not_lost():
+    asked: list[int] = []
+    with piped(3 * GOOD) as reading:
+        source = _JsonLines(reading, (1, 2, 2), 3, ())
+        assert taken(source.blocks(64, 0, lambda: bool(asked.append(0) or len(asked) > 1))) == ([2, 2, 2], None)
 
 
 def test_json_lines_flat_nested_pixels_and_numbers():

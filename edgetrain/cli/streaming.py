@@ -6,7 +6,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 
@@ -21,7 +21,7 @@ from edgetrain.cli.sources import make_learner
 from edgetrain.data import Dataset, available_splits, load_dataset
 from edgetrain.data.streaming import STANDARD_INPUT, InstanceSource, open_stream
 from edgetrain.devices import DeviceProfile, host_facts
-from edgetrain.errors import DataError, InterruptedRunError, NumericalError, UsageError
+from edgetrain.errors import DataError, EdgetrainError, InterruptedRunError, UsageError
 from edgetrain.fitting import block_size, evaluate_dataset
 from edgetrain.graph import Normalization
 from edgetrain.history import EpochRecord, Totals
@@ -168,6 +168,8 @@ class StreamSession:
 
         Raises:
             InterruptedRunError: a signal asked to stop; the state is saved.
+            DataError, NumericalError, MemoryBudgetError: an instance is bad or a step failed; the state before it is
+                saved.
         """
         learner, settings = self.learner, self.config.stream
         size = settings.block or block_size(learner)
@@ -182,12 +184,11 @@ class StreamSession:
                     learner.history.running.add(result, now - start, judged)
                     start = now
                     self._after(len(y))
-                    if stop.requested():
+                    # A live source ends by itself, after the instances that it has taken: nobody could give them again.
+                    if self.source.count is not None and stop.requested():
                         break
-            except NumericalError as error:
-                self._save()
-                self.run.log("failed", error=str(error))
-                raise NumericalError(f"{error}; the state before it is saved in {self.run.last}") from error
+            except EdgetrainError as error:
+                self._fail(error)
             if stop.requested():
                 self._interrupt()
             if not learner.stream.position:
@@ -269,6 +270,13 @@ class StreamSession:
     def _save(self) -> None:
         save_checkpoint(self.learner, self.run.last)
         self._saved_at = time.monotonic()
+
+    def _fail(self, error: EdgetrainError) -> NoReturn:
+        self._save()
+        self.run.log("failed", error=str(error), instances=self.learner.stream.position)
+        raise type(error)(
+            f"{error}; the state before it is saved in {self.run.last}, go on with: edgetrain resume {self.run.path}"
+        ) from error
 
     def _interrupt(self) -> None:
         self._save()

@@ -33,7 +33,7 @@ from edgetrain.data.dataset import Dataset
 from edgetrain.data.folder import class_folders, image_files, read_image
 from edgetrain.data.npz import DAMAGED, opened, read_npz, split_keys, stored_class_names
 from edgetrain.data.readers import available_splits, is_image_folder, load_dataset
-from edgetrain.errors import DataError
+from edgetrain.errors import DataError, EdgetrainError
 
 STANDARD_INPUT = "-"
 Block = tuple[NDArray[np.float32], NDArray[np.int64]]
@@ -59,12 +59,12 @@ class InstanceSource(ABC):
 
     @abstractmethod
     def blocks(self, size: int, start: int, should_stop: Callable[[], bool]) -> Iterator[Block]:
-        """Yield (x, y) of ``size`` instances, fewer at the end, from instance ``start`` on.
+        """Yield (x, y) of ``size`` instances, fewer at the end or before a bad one, from instance ``start`` on.
 
         Args:
             size: at least 1.
             start: instances to pass over first; a live source cannot go back and begins where it is.
-            should_stop: asked while waiting for instances; true ends the stream early.
+            should_stop: asked while waiting for instances; true ends the stream early, after those that have come.
 
         Raises:
             DataError: the source is damaged, or an instance or a label is bad.
@@ -193,10 +193,9 @@ class _Folder(InstanceSource):
 
     def blocks(self, size: int, start: int, should_stop: Callable[[], bool]) -> Iterator[Block]:
         """Decode as many images as a block has."""
-        for first in range(start, len(self._files), size):
-            part = self._files[first : first + size]
-            images = np.stack([read_image(file, self._size, self._channels) for file, _ in part])
-            yield _checked(images, np.array([label for _, label in part]), self.class_names, self.name)
+        decoded = ((read_image(file, self._size, self._channels), label) for file, label in self._files[start:])
+        for images, labels in _collected(decoded, size):
+            yield _checked(images, labels, self.class_names, self.name)
 
 
 class _JsonLines(InstanceSource):
@@ -210,18 +209,9 @@ class _JsonLines(InstanceSource):
 
     def blocks(self, size: int, start: int, should_stop: Callable[[], bool]) -> Iterator[Block]:
         """Parse lines until the input ends."""
-        images: list[NDArray[Any]] = []
-        labels: list[int] = []
-        for number, line in enumerate(self._lines(should_stop), 1):
-            if line.strip():
-                x, y = self._parse(line, f"{self.name}, line {number}")
-                images.append(x)
-                labels.append(y)
-            if len(labels) == size:
-                yield np.stack(images), np.array(labels)
-                images, labels = [], []
-        if labels and not should_stop():
-            yield np.stack(images), np.array(labels)
+        numbered = enumerate(self._lines(should_stop), 1)
+        parsed = (self._parse(line, f"{self.name}, line {number}") for number, line in numbered if line.strip())
+        return _collected(parsed, size)
 
     def _lines(self, should_stop: Callable[[], bool]) -> Iterator[bytes]:
         rest = b""
@@ -278,3 +268,28 @@ def _checked(images: Any, labels: NDArray[Any], names: tuple[str, ...], name: st
     """Return a block as float32 images and int64 labels after the checks of a data set."""
     block = Dataset(images, labels.astype(np.int64), names, name, allow_missing_classes=True)
     return block.take(np.arange(len(block)))
+
+
+def _collected(instances: Iterator[tuple[NDArray[Any], int]], size: int) -> Iterator[tuple[NDArray[Any], NDArray[Any]]]:
+    """Yield blocks of ``size`` instances; those before a bad one come before its error, for they can be learned from.
+
+    Raises:
+        EdgetrainError: as ``instances``.
+    """
+    images: list[NDArray[Any]] = []
+    labels: list[int] = []
+    failure: EdgetrainError | None = None
+    try:
+        for x, y in instances:
+            images.append(x)
+            labels.append(y)
+            if len(labels) == size:
+                block = np.stack(images), np.array(labels)
+                images, labels = [], []  # not held while somebody learns from the block
+                yield block
+    except EdgetrainError as error:
+        failure = error
+    if labels:
+        yield np.stack(images), np.array(labels)
+    if failure is not None:
+        raise failure
