@@ -119,6 +119,22 @@ def test_json_of_a_stream_that_predicts_first(inside, capsys, tmp_path):
     assert result["savings"]["dense"]["how"].startswith("estimated from")
 
 
+@pytest.mark.parametrize("first", ["dark", "bright", "almost dark", "weak"])
+def test_a_stream_may_begin_without_contrast(inside, capsys, tmp_path, first):
+    images = np.load("digits.npz")
+    x = images["x_train"][:, None]
+    if first == "weak":
+        x = np.float32(1e-9) * x
+    else:
+        x[:64] = 255 if first == "bright" else 0
+        x[5, 0, 3, 4] += first == "almost dark"
+    np.savez(tmp_path / "a.npz", x=x, y=images["y_train"])
+    code, _, _ = run(capsys, "fit", "--stream", "--data", tmp_path / "a.npz", "--out", tmp_path, "--batch-size", "64")
+    assert code == 0
+    std = load_checkpoint(tmp_path / "fit-1/last.safetensors").graph.normalization.std
+    assert std == pytest.approx(x[:64].std(dtype=np.float64) if first == "weak" else 1)
+
+
 def test_standard_input(inside, tmp_path):
     images = np.load("digits.npz")
     lines = [json.dumps({"pixels": image.ravel().tolist(), "y": int(label)})

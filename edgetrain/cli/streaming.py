@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
+from numpy.typing import NDArray
 
 from edgetrain._version import __version__
 from edgetrain.checkpoint import load_checkpoint, save_checkpoint
@@ -19,6 +20,7 @@ from edgetrain.cli.savings import savings_of, savings_text, time_dense
 from edgetrain.cli.signals import StopOnSignal
 from edgetrain.cli.sources import make_learner
 from edgetrain.data import Dataset, available_splits, load_dataset
+from edgetrain.data.dataset import deviation_to_divide_by
 from edgetrain.data.streaming import STANDARD_INPUT, InstanceSource, open_stream
 from edgetrain.devices import DeviceProfile, host_facts
 from edgetrain.errors import DataError, EdgetrainError, InterruptedRunError, UsageError
@@ -30,6 +32,9 @@ from edgetrain.runs import Run, create_run
 if TYPE_CHECKING:
     from edgetrain.graph import Graph
     from edgetrain.learner import Learner
+
+# Images whose deviation is below one grey level are as good as dark: their noise says nothing about what comes later.
+_GREY_LEVEL = 1 / 255
 
 
 def fit_stream(flags: Mapping[str, Any], config: Config, profile: DeviceProfile, display: Display) -> None:
@@ -230,15 +235,15 @@ class StreamSession:
         self.display.close()
         emit(result, f"{savings_text(result['savings'])}\n{_last_line(result)}", as_json)
 
-    def _normalize(self, x: Any) -> None:
+    def _normalize(self, x: NDArray[np.float32]) -> None:
         """Give a network without input normalisation that of the first block; a stream cannot be looked at twice."""
         learner = self.learner
         if not self.config.data.normalize or learner.graph.normalization is not None or learner.stream.position:
             return
         axes = (0, *range(2, x.ndim))
-        std = np.maximum(x.std(axes, dtype=np.float64), 1e-6)
-        learner.graph.normalization = Normalization(x.mean(axes, dtype=np.float64).astype(np.float32),
-                                                    std.astype(np.float32))  # fmt: skip
+        mean, deviation = x.mean(axes, dtype=np.float64), x.std(axes, dtype=np.float64)
+        std = deviation_to_divide_by(mean, deviation, _GREY_LEVEL if _are_pixels(x) else 0.0)
+        learner.graph.normalization = Normalization(mean.astype(np.float32), std)
 
     def _after(self, count: int) -> None:
         position, window = self.learner.stream.position, self.config.stream.window
@@ -300,6 +305,11 @@ class StreamSession:
         if not path.is_dir() or not is_image_folder(path):
             return {}
         return {"image_size": shape[1:], "channels": shape[0]}
+
+
+def _are_pixels(x: NDArray[np.float32]) -> bool:
+    """Tell whether all values are whole numbers of grey levels, as those of 8-bit images are."""
+    return x.min() >= 0 and x.max() <= 1 and np.array_equal(x, np.rint(x * 255) / np.float32(255))
 
 
 def stream_line(position: int, count: int | None, record: EpochRecord, predict: bool) -> str:
