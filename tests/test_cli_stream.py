@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import math
 import os
 import signal
 import subprocess
@@ -117,6 +118,33 @@ def test_json_of_a_stream_that_predicts_first(inside, capsys, tmp_path):
     assert 0.1 < result["running_accuracy"] < result["recent_accuracy"] <= 1
     assert result["accuracy"] > 0.5
     assert result["savings"]["dense"]["how"].startswith("estimated from")
+
+
+def test_instances_that_wait_save_nothing(inside, capsys, tmp_path):
+    images = np.load("digits.npz")
+    np.savez(tmp_path / "a.npz", x=images["x_train"][:60], y=images["y_train"][:60])
+    flags = ["fit", "--stream", "--data", tmp_path / "a.npz", "--out", tmp_path, "--batch-size", "64"]
+    code, out, _ = run(capsys, *flags)
+    assert code == 0
+    assert "60/60  no step, 60 instances waiting for a full micro-batch  kept 100%" in out
+    assert "what dense training takes is unknown (no instance was trained on or skipped yet)" in out
+    assert "train only; 60 instances waiting for a full micro-batch; model" in out
+    assert "loss" not in out
+    code, out, _ = run(capsys, *flags, "--json", "--quiet")
+    result = json.loads(out)
+    assert (result["instances_waiting"], result["savings"]["share_done"], result["savings"]["time_saved"]) == (
+        60, 1, None)  # fmt: skip
+    assert math.isnan(open_run(tmp_path / "fit-1").read_metrics()[0]["loss"])
+
+
+def test_dense_training_is_not_charged_for_instances_that_wait(inside, capsys, tmp_path, monkeypatch):
+    timed = []
+    monkeypatch.setattr("edgetrain.cli.streaming.time_dense", lambda _, instances: timed.append(instances) or {
+        "seconds": 1.0, "how": "not at all"})  # fmt: skip
+    images = np.load("digits.npz")
+    np.savez(tmp_path / "a.npz", x=images["x_train"][:70], y=images["y_train"][:70])
+    code, _, _ = run(capsys, "fit", "--stream", "--data", tmp_path / "a.npz", "--out", tmp_path, "--batch-size", "64")
+    assert (code, timed) == (0, [64])
 
 
 @pytest.mark.parametrize("first", ["dark", "bright", "almost dark", "weak"])

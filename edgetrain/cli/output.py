@@ -5,9 +5,9 @@ The keys of the JSON documents are part of the interface; later versions may add
 - fit, resume: run, model, data, profile, epochs, validated_on, loss, accuracy, best_epoch, best_accuracy, seconds,
   images_per_second, memory_mib, files {model, last, best}; with methods or a baseline: savings {columns of
   metrics.csv, share_done, shares, seconds, dense {seconds, how, accuracy}, time_saved}; dense.seconds and
-  time_saved are null where dense training cannot be timed
-- fit --stream: run, model, data, profile, instances, mode, running_accuracy, recent_accuracy, loss, accuracy, seconds,
-  images_per_second, memory_mib, savings, filter {threshold, filter_share}, files
+  time_saved are null where dense training cannot be timed, or nothing was trained on
+- fit --stream: run, model, data, profile, instances, instances_waiting, mode, running_accuracy, recent_accuracy, loss,
+  accuracy, seconds, images_per_second, memory_mib, savings, filter {threshold, filter_share}, files
 - evaluate: model, data, images, loss, accuracy
 - predict: model, data, predictions [{index, label, class, probability}]
 - export: from, model, bytes

@@ -33,7 +33,7 @@ def savings_of(counts: Mapping[str, int], seconds: float, dense: Mapping[str, An
             perhaps its ``accuracy``.
     """
     shares = {f"saved_{name}": counts[f"saved_{name}"] / max(counts["macs_dense"], 1) for name in METHODS}
-    done = counts["macs_done"] / max(counts["macs_dense"], 1)
+    done = counts["macs_done"] / counts["macs_dense"] if counts["macs_dense"] else 1.0
     return {
         **counts, "share_done": done, "shares": shares, "seconds": seconds, "dense": dict(dense),
         "time_saved": 1 - seconds / dense["seconds"] if dense["seconds"] else None,
@@ -84,9 +84,12 @@ def time_dense(learner: Learner, instances: int) -> dict[str, Any]:
     says nothing about the run.
 
     Returns:
-        ``seconds``, ``None`` if even those steps were not finite, and ``how`` that is known.
+        ``seconds``, ``None`` if there is no instance or even those steps were not finite, and ``how`` that is known.
     """
     from edgetrain.learner import Learner
+
+    if not instances:
+        return {"seconds": None, "how": "no instance was trained on or skipped yet"}
 
     twin = Learner(
         learner.graph, learner.profile, batch_size=learner.batch_size, threads=learner.threads,

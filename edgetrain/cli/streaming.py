@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -14,7 +15,7 @@ from numpy.typing import NDArray
 from edgetrain._version import __version__
 from edgetrain.checkpoint import load_checkpoint, save_checkpoint
 from edgetrain.cli.config import Config, dense
-from edgetrain.cli.output import duration, emit
+from edgetrain.cli.output import count, duration, emit
 from edgetrain.cli.progress import CompileNotice, Display, resident_mib
 from edgetrain.cli.savings import savings_of, savings_text, time_dense
 from edgetrain.cli.signals import StopOnSignal
@@ -32,6 +33,7 @@ from edgetrain.runs import Run, create_run
 if TYPE_CHECKING:
     from edgetrain.graph import Graph
     from edgetrain.learner import Learner
+    from edgetrain.stream import InstanceStream
 
 # Images whose deviation is below one grey level are as good as dark: their noise says nothing about what comes later.
 _GREY_LEVEL = 1 / 255
@@ -213,10 +215,13 @@ class StreamSession:
         """Return what the run gave; ``baseline``: time and accuracy of the same stream, dense."""
         learner, stream, metrics = self.learner, self.learner.stream, self.test_metrics()
         total = stream.totals["predict" if self.config.stream.predict else "train"]
-        account = savings_of(total.counts(), total.seconds, baseline or time_dense(learner, total.instances_seen))
+        # Those that wait cost nothing yet, so dense training must not be charged for them.
+        done = total.instances_seen - stream.waiting
+        account = savings_of(total.counts(), total.seconds, baseline or time_dense(learner, done))
         return {
             "run": str(self.run.path), "model": self.config.model.name, "data": self.config.data.source,
             "profile": self.config.device.profile, "instances": stream.position,
+            "instances_waiting": stream.waiting,
             "mode": "predict and train" if self.config.stream.predict else "train only",
             "running_accuracy": stream.accuracy, "recent_accuracy": stream.recent_accuracy,
             "loss": metrics.get("loss"), "accuracy": metrics.get("accuracy"), "seconds": total.seconds,
@@ -257,15 +262,15 @@ class StreamSession:
         learner, total = self.learner, self.learner.history.running
         learner.history.running = Totals()
         record = EpochRecord(
-            epoch=number, steps=learner.step_count, loss=total.mean_loss,
-            accuracy=total.accuracy, validation_loss=None, validation_accuracy=None,
+            epoch=number, steps=learner.step_count, loss=total.mean_loss if total.judged else math.nan,
+            accuracy=total.accuracy if total.judged else math.nan, validation_loss=None, validation_accuracy=None,
             lr=float(learner.optimizer.lr_at(max(learner.step_count - 1, 0))), seconds=total.seconds,
             images_per_second=total.images_per_second, **total.counts(),
         )  # fmt: skip
         # The row comes first: one that its checkpoint does not know is taken back on resuming.
         self.run.add_metrics(record)
         self._save()
-        self.display.say(stream_line(learner.stream.position, self.source.count, record, self.config.stream.predict))
+        self.display.say(stream_line(learner.stream, self.source.count, record, self.config.stream.predict))
 
     def _end(self) -> None:
         # What waits for its micro-batch stays in the checkpoint: the source may have grown when the run is resumed.
@@ -312,14 +317,22 @@ def _are_pixels(x: NDArray[np.float32]) -> bool:
     return x.min() >= 0 and x.max() <= 1 and np.array_equal(x, np.rint(x * 255) / np.float32(255))
 
 
-def stream_line(position: int, count: int | None, record: EpochRecord, predict: bool) -> str:
-    """Return a line about a window of the stream."""
-    where = f"{position:,}" if count is None else f"{position:,}/{count:,}"
-    what = "accuracy before learning" if predict else "accuracy of those trained on"
-    kept = f"kept {record.instances_kept / max(record.instances_seen, 1):.0%}"
-    done = f"computed {record.macs_done / max(record.macs_dense, 1):.0%}"
-    return "  ".join([where, f"loss {record.loss:.4f}", f"{what} {record.accuracy:.4f}", kept, done,
-                      f"{record.images_per_second:,.0f} images/s"])  # fmt: skip
+def stream_line(stream: InstanceStream, length: int | None, record: EpochRecord, predict: bool) -> str:
+    """Return a line about a window of a stream of so many instances, ``None`` when that is unknown."""
+    parts = [f"{stream.position:,}" if length is None else f"{stream.position:,}/{length:,}"]
+    if math.isnan(record.loss):
+        parts.append(f"no step, {_waiting(stream.waiting)}")
+    else:
+        what = "accuracy before learning" if predict else "accuracy of those trained on"
+        parts += [f"loss {record.loss:.4f}", f"{what} {record.accuracy:.4f}"]
+    parts.append(f"kept {record.instances_kept / max(record.instances_seen, 1):.0%}")
+    if record.macs_dense:
+        parts.append(f"computed {record.macs_done / record.macs_dense:.0%}")
+    return "  ".join([*parts, f"{record.images_per_second:,.0f} images/s"])
+
+
+def _waiting(number: int) -> str:
+    return f"{count(number, 'instance')} waiting for a full micro-batch"
 
 
 def _last_line(result: dict[str, Any]) -> str:
@@ -329,4 +342,6 @@ def _last_line(result: dict[str, Any]) -> str:
         parts.append(f"accuracy before learning {running:.4f}, of late {recent:.4f}")
     if result["accuracy"] is not None:
         parts.append(f"test accuracy {result['accuracy']:.4f}")
+    if result["instances_waiting"]:
+        parts.append(_waiting(result["instances_waiting"]))
     return "; ".join([*parts, f"model: {result['files']['model']}, run: {result['run']}"])
