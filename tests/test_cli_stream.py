@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import io
 import json
 import math
 import os
@@ -19,8 +20,11 @@ import numpy as np
 import pytest
 
 from edgetrain.checkpoint import load_checkpoint
+from edgetrain.cli import main
+from edgetrain.cli.progress import BarDisplay, PlainDisplay
+from edgetrain.history import Totals
 from edgetrain.runs import open_run
-from tests.cli_support import ROOT, assert_same_result, run, write_data
+from tests.cli_support import ROOT, Terminal, assert_same_result, run, write_data
 from tests.test_cli_resume import wait_for_epochs
 
 STREAM = ["fit", "--stream", "--data", "digits.npz", "--batch-size", "8", "--seed", "1", "--threads", "1", "--window",
@@ -118,6 +122,38 @@ def test_json_of_a_stream_that_predicts_first(inside, capsys, tmp_path):
     assert 0.1 < result["running_accuracy"] < result["recent_accuracy"] <= 1
     assert result["accuracy"] > 0.5
     assert result["savings"]["dense"]["how"].startswith("estimated from")
+
+
+def test_bar_of_a_stream_on_a_terminal(inside, monkeypatch, tmp_path):
+    screen = Terminal()
+    monkeypatch.setattr(sys, "stdout", screen)
+    monkeypatch.setenv("COLUMNS", "160")
+    with pytest.raises(SystemExit) as stopped:
+        main([*STREAM, "--window", "100000", "--out", str(tmp_path)])
+    assert stopped.value.code in (0, None)
+    bars = [part for part in screen.getvalue().split("\x1b[2K") if "━" in part and "/4,000" in part]
+    assert len(bars) > 1
+    for word in ("loss", "acc", "images/s", "memory", "MiB", "computed", "%", ":"):
+        assert word in bars[-1]
+
+
+def test_bar_of_a_stream_without_an_end_tells_no_share():
+    screen = Terminal()
+    bar = BarDisplay(screen, budget_mib=64)
+    bar.instances(1280, None, Totals(judged=5, loss=10.0))
+    bar.close()
+    assert "1,280 instances" in screen.getvalue()
+    assert "loss 2.000" in screen.getvalue()
+    assert "0%" not in screen.getvalue()
+
+
+def test_plain_lines_of_a_stream():
+    lines = io.StringIO()
+    PlainDisplay(lines, budget_mib=64).instances(50, 200, Totals())
+    PlainDisplay(lines, budget_mib=64).instances(50, None, Totals(judged=5, loss=10.0))
+    first, second = lines.getvalue().splitlines()
+    assert first.startswith("50/200  25%  0 images/s  memory ")
+    assert second.startswith("50  loss 2.000  acc 0.000  0 images/s")
 
 
 def test_instances_that_wait_save_nothing(inside, capsys, tmp_path):

@@ -180,6 +180,7 @@ class StreamSession:
         """
         learner, settings = self.learner, self.config.stream
         size = settings.block or block_size(learner)
+        self.display.begin(self.config.training.epochs, "test")
         with StopOnSignal(self.display) as stop, CompileNotice(self.display.compiling):
             start = time.perf_counter()
             try:
@@ -190,6 +191,7 @@ class StreamSession:
                     judged = len(y) if settings.predict else result.instances_trained
                     learner.history.running.add(result, now - start, judged)
                     start = now
+                    self.display.instances(learner.stream.position, self.source.count, learner.history.running)
                     self._after(len(y))
                     # A live source ends by itself, after the instances that it has taken: nobody could give them again.
                     if self.source.count is not None and stop.requested():
