@@ -9,7 +9,7 @@ The keys of the JSON documents are part of the interface; later versions may add
 - fit --stream: run, model, data, profile, instances, instances_waiting, mode, running_accuracy, recent_accuracy, loss,
   accuracy, seconds, images_per_second, memory_mib, savings, filter {threshold, filter_share}, files
 - evaluate: model, data, images, loss, accuracy
-- predict: model, data, predictions [{index, label, class, probability}]
+- predict: model, data, predictions [{index, label, class, probability, of an image file: file}]
 - export: from, model, bytes
 - plan: model, batch_size, parts {name: bytes}, peak_bytes, budget_bytes, fits
 - verify: model, passed, steps, batch_size, seed, notes, rows [{quantity, error, tolerance, ok}]
