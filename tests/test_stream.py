@@ -290,6 +290,11 @@ def test_json_lines_flat_nested_pixels_and_numbers():
         ('{"x": [1, 2, 3, 4], "y": true}', "y is True"),
         ('{"x": [1, 2, 3, 4], "y": "fox"}', "y is 'fox'"),
         ('{"image": "nowhere.png", "y": 1}', "nowhere.png"),
+        pytest.param(3000 * "[", "line 1: not JSON", id="too-deep-for-json"),
+        pytest.param(f'{{"x": {100 * "["}1{100 * "]"}, "y": 0}}', "not an array of numbers", id="too-deep-for-numpy"),
+        pytest.param(f'{{"x": [1, 2, 3, 1{400 * "0"}], "y": 0}}', "not an array of numbers", id="too-large-for-float"),
+        ('{"x": [1, 2, 3, 1e300], "y": 0}', "line 1: 'x' holds NaN, infinity or a number beyond float32"),
+        ('{"x": [1, 2, 3, NaN], "y": 0}', "line 1: 'x' holds NaN"),
     ],
 )
 def test_a_bad_line_is_named(line, message):

@@ -230,7 +230,7 @@ class _JsonLines(InstanceSource):
     def _parse(self, line: bytes, where: str) -> tuple[NDArray[np.float32], int]:
         try:
             table = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise DataError(f"{where}: not JSON ({error}), expected such as {_EXAMPLE}") from None
         kinds = {"pixels", "x", "image"} & set(table) if isinstance(table, dict) else set()
         if len(kinds) != 1 or "y" not in table or len(table) != 2:
@@ -251,14 +251,17 @@ class _JsonLines(InstanceSource):
                 array = read_image(Path(content), (self._shape[-2], self._shape[-1]), self._shape[0])
             else:
                 array = np.asarray(content, np.float64)
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, OverflowError) as error:
             raise DataError(f"{where}: '{kind}' is not an array of numbers ({error})") from None
         if array.size != math.prod(self._shape):
             raise DataError(f"{where}: '{kind}' has {array.size} numbers, the network expects {self._shape}")
         if kind != "x" and (array.min() < 0 or array.max() > 255 or (array != array.round()).any()):
             raise DataError(f"{where}: 'pixels' are not whole numbers from 0 to 255; use 'x' for other numbers")
-        scaled = array / 255 if kind != "x" else array
-        return scaled.reshape(self._shape).astype(np.float32)
+        with np.errstate(over="ignore"):  # becomes infinity, which is refused
+            scaled = (array / 255 if kind != "x" else array).reshape(self._shape).astype(np.float32)
+        if not np.isfinite(scaled).all():
+            raise DataError(f"{where}: '{kind}' holds NaN, infinity or a number beyond float32, expected finite ones")
+        return scaled
 
 
 _EXAMPLE = '{"pixels": [0, 17, 255], "y": 3}'
