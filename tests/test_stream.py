@@ -183,6 +183,29 @@ def test_npz_with_more_images_than_labels_is_refused(tmp_path):
         open_stream(str(tmp_path / "a.npz"), SHAPE, 10)
 
 
+def test_an_npz_in_fortran_order_is_refused_with_a_remedy_that_works(tmp_path):
+    x, y = np.arange(5 * 81).reshape(5, 1, 9, 9) % 256, np.arange(5) % 3
+    np.savez(tmp_path / "a.npz", x=np.asfortranarray(x), y=y)
+    with pytest.raises(DataError, match=r"Fortran order.*numpy\.ascontiguousarray\(x\)"):
+        open_stream(str(tmp_path / "a.npz"), SHAPE, 10)
+    np.savez(tmp_path / "a.npz", x=np.ascontiguousarray(np.load(tmp_path / "a.npz")["x"]), y=y)
+    assert whole(open_stream(str(tmp_path / "a.npz"), SHAPE, 10))[1].tolist() == y.tolist()
+
+
+def test_an_empty_npz_is_refused(tmp_path):
+    np.savez(tmp_path / "a.npz", x=np.zeros((0, 1, 9, 9), np.uint8), y=np.zeros(0, int))
+    with pytest.raises(DataError, match=r"a\.npz: holds images of shape \(0, 1, 9, 9\), expected at least one"):
+        open_stream(str(tmp_path / "a.npz"), SHAPE, 10)
+
+
+def test_a_bad_image_of_an_npz_is_found(tmp_path):
+    x = np.zeros((20, 1, 9, 9), np.float32)
+    x[17] = np.nan
+    np.savez(tmp_path / "a.npz", x=x, y=np.arange(20) % 3)
+    with pytest.raises(DataError, match="counted from instance 14 on': image 3 holds NaN"):
+        whole(open_stream(str(tmp_path / "a.npz"), SHAPE, 10), 7)
+
+
 @pytest.mark.parametrize("inside", ["", "train"])
 def test_a_folder_is_read_in_the_order_of_the_file_names(tmp_path, inside):
     image = pytest.importorskip("PIL.Image")

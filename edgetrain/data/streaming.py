@@ -122,6 +122,8 @@ class _Npz(InstanceSource):
         with _members(path, self._keys) as (images, labels):
             if labels.shape != images.shape[:1]:
                 raise DataError(f"{path}: {len(images)} images but labels of shape {labels.shape}, expected one each")
+            if not len(images):
+                raise DataError(f"{path}: holds images of shape {images.shape}, expected at least one instance")
             largest = max(int(labels_from(part).max(initial=0)) for part in labels.pieces(_CHUNK))
             sample = images_from(np.zeros((1, *images.shape[1:]), images.dtype))
             count = len(images)
@@ -132,8 +134,10 @@ class _Npz(InstanceSource):
     def blocks(self, size: int, start: int, should_stop: Callable[[], bool]) -> Iterator[Block]:
         """Read images and labels side by side."""
         with _members(self._path, self._keys) as (images, labels):
-            for x, y in zip(images.pieces(size, start), labels.pieces(size, start), strict=True):
-                yield _checked(images_from(x), labels_from(y), self.class_names, self.name)
+            pieces = zip(images.pieces(size, start), labels.pieces(size, start), strict=True)
+            for first, (x, y) in zip(range(start, len(images), size), pieces, strict=True):
+                name = f"{self.name}, counted from instance {first} on"
+                yield _checked(images_from(x), labels_from(y), self.class_names, name)
 
 
 class _Member:
@@ -144,8 +148,13 @@ class _Member:
         version = np.lib.format.read_magic(file)
         read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         self.shape, by_column, self.dtype = read(file)
-        if by_column or self.dtype.hasobject or not self.shape:
-            raise ValueError("an array of Python objects, in Fortran order, or of one number")
+        if self.dtype.hasobject or not self.shape:
+            raise ValueError("an array of Python objects, or of one number")
+        if by_column:
+            raise DataError(
+                f"{path}: has an array of shape {self.shape} in Fortran order, not readable instance by instance;"
+                " write it again with numpy.savez(..., x=numpy.ascontiguousarray(x)), or train without --stream"
+            )
 
     def __len__(self) -> int:
         return int(self.shape[0])
