@@ -107,10 +107,10 @@ def count(number: int, thing: str) -> str:
     """Return a number of things.
 
     Example:
-        >>> count(1, "epoch"), count(2, "epoch")
-        ('1 epoch', '2 epochs')
+        >>> count(1, "epoch"), count(2000, "epoch")
+        ('1 epoch', '2,000 epochs')
     """
-    return f"{number} {thing}" if number == 1 else f"{number} {thing}s"
+    return f"{number:,} {thing}" if number == 1 else f"{number:,} {thing}s"
 
 
 def duration(seconds: float) -> str:

@@ -338,7 +338,7 @@ def _waiting(number: int) -> str:
 
 
 def _last_line(result: dict[str, Any]) -> str:
-    parts = [f"{result['instances']:,} instances in {duration(result['seconds'])}, {result['mode']}"]
+    parts = [f"{count(result['instances'], 'instance')} in {duration(result['seconds'])}, {result['mode']}"]
     if result["mode"] == "predict and train":
         running, recent = result["running_accuracy"], result["recent_accuracy"]
         parts.append(f"accuracy before learning {running:.4f}, of late {recent:.4f}")
