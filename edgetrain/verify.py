@@ -37,7 +37,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgetrain.errors import UsageError
+from edgetrain.errors import UnsupportedError, UsageError
 from edgetrain.graph import Graph, Node
 from edgetrain.torch_network import TorchLearner, TorchNetwork, torch, torch_optimizer
 
@@ -142,7 +142,8 @@ def verify(
 
     Raises:
         UsageError: PyTorch is not installed, or an argument is out of range.
-        UnsupportedError: the PyTorch side lacks an operator of the graph.
+        UnsupportedError: the PyTorch side lacks an operator of the graph, or the graph has several inputs, nothing to
+            train, or an output that the loss does not take.
     """
     from edgetrain.optim import SGD
 
@@ -151,6 +152,7 @@ def verify(
     settings = _Settings(
         steps, batch_size, seed, loss, optimizer or SGD(lr=0.05, momentum=0.9, weight_decay=5e-4), threads
     )
+    _check_supported(graph, settings)
     plain, notes = _prepared(graph, settings)
     trial = _Trial(plain, settings)
     x, y = trial.batch(0)
@@ -178,6 +180,31 @@ class _Settings:
     loss: str
     optimizer: Any
     threads: int | None
+
+
+def _check_supported(graph: Graph, settings: _Settings) -> None:
+    """Refuse what one of the two sides cannot do.
+
+    Raises:
+        UnsupportedError: the graph has several inputs, nothing to train, or an output that the loss does not take.
+        UsageError: the batch is too small.
+    """
+    head, inputs, shape = f"verify: the network '{graph.name}' has", graph.inputs, graph.output_shape
+    if len(inputs) != 1:
+        raise UnsupportedError(f"{head} the inputs {', '.join(inputs)}, expected one; check a part with one input")
+    if not graph.trainable:
+        raise UnsupportedError(f"{head} no trainable parameter, expected at least one; there is nothing to compare")
+    if settings.loss == "cross_entropy" and len(shape) != 1:
+        raise UnsupportedError(
+            f"{head} an output of shape {shape}, expected (classes,) for cross-entropy; use "
+            'edgetrain.verify.verify(graph, loss="mse")'
+        )
+    for node in graph.nodes:
+        if node.op_type == "BatchNormalization" and settings.batch_size * math.prod(node.x.shape[1:]) == 1:
+            raise UsageError(
+                f"verify: batch_size is 1, but node '{node.name}' (BatchNormalization) has inputs of shape "
+                f"{node.x.shape} and PyTorch refuses one value per channel; use a batch size of at least 2"
+            )
 
 
 # ---- what is compared: a copy of the graph ---------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 from pathlib import Path
 
@@ -18,6 +19,11 @@ ROOT = Path(edgetrain.__file__).parents[1]
 FIT = ["fit", "--data", "digits.npz", "--epochs", "3", "--batch-size", "8", "--seed", "1", "--threads", "1",
        "--augment", "shift:2"]  # fmt: skip
 TIMES = ("seconds", "images_per_second")
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
 
 
 def run(capsys, *arguments) -> tuple[int, str, str]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -54,7 +56,75 @@ def test_predict_of_an_image_equals_that_of_its_pixels(inside, capsys, tmp_path)
     np.savez(tmp_path / "four.npz", x=pixels[None])
     results = [json.loads(run(capsys, "predict", "runs/fit-1", tmp_path / name, "--json")[1])
                for name in ("four.png", "four.npz")]  # fmt: skip
-    assert results[0]["predictions"] == results[1]["predictions"]
+    assert results[0]["predictions"] == [results[1]["predictions"][0] | {"file": str(tmp_path / "four.png")}]
+
+
+@pytest.mark.parametrize(
+    ("names", "flags", "wanted"),
+    [
+        (["b.png", "a.jpg", "notes.txt", "c.png"], [], ["a.jpg", "b.png", "c.png"]),
+        (["plums/a.png", "pears/b.png", "pears/c.png"], [], ["pears/b.png", "pears/c.png", "plums/a.png"]),
+        (["train/x/a.png", "test/x/c.png", "test/y/b.png"], [], ["test/x/c.png", "test/y/b.png"]),
+        (["train/x/a.png", "train/y/b.png", "test/x/c.png"], ["--split", "train"], ["train/x/a.png", "train/y/b.png"]),
+    ],
+    ids=["plain", "other_classes", "test_split", "chosen_split"],
+)
+def test_predict_of_a_folder_names_its_images(inside, capsys, tmp_path, names, flags, wanted):
+    image = pytest.importorskip("PIL.Image")
+    pixels = np.load("digits.npz")["x_test"]
+    for index, name in enumerate(names):
+        (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
+        if name.endswith("txt"):
+            (tmp_path / name).write_text("no image")
+        else:
+            image.fromarray(pixels[index]).save(tmp_path / name)
+    code, out, _ = run(capsys, "predict", "runs/fit-1", tmp_path, *flags, "--json")
+    predictions = json.loads(out)["predictions"]
+    assert code == 0
+    assert [row["file"] for row in predictions] == [str(tmp_path / name) for name in wanted]
+    alone = json.loads(run(capsys, "predict", "runs/fit-1", tmp_path / wanted[1], "--json")[1])["predictions"]
+    assert alone == [predictions[1] | {"index": 0}]
+    _, out, _ = run(capsys, "predict", "runs/fit-1", tmp_path, *flags)
+    assert [line.split()[0] for line in out.splitlines()] == ["image", *(str(tmp_path / name) for name in wanted)]
+
+
+def png_of(width: int, height: int) -> bytes:
+    """Return a PNG file that says to be so large, and holds no pixels."""
+    chunks = [b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0), b"IDAT", b"IEND"]
+    framed = (struct.pack(">I", len(c) - 4) + c + struct.pack(">I", zlib.crc32(c)) for c in chunks)
+    return b"\x89PNG\r\n\x1a\n" + b"".join(framed)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("bomb.png", png_of(30000, 30000), "cannot be decoded"),
+        ("cut.png", png_of(28, 28), "cannot be decoded"),
+        ("deep.png", np.zeros((28, 28), np.uint16), "expected 8 bits per channel"),
+        ("gone.png", None, "no such file"),
+        ("folder/cut.png", png_of(28, 28), "cannot be decoded"),
+    ],
+    ids=["bomb", "cut", "deep", "gone", "in_a_folder"],
+)
+def test_predict_refuses_what_training_refuses(inside, capsys, tmp_path, name, content, message):
+    image = pytest.importorskip("PIL.Image")
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif content is not None:
+        image.fromarray(content).save(path)
+    code, _, err = run(capsys, "predict", "runs/fit-1", path.parent if "/" in name else path)
+    assert code == 3
+    assert f"{path}: " in err
+    assert message in err
+
+
+def test_a_plain_folder_of_images_has_no_splits(inside, capsys, tmp_path):
+    (tmp_path / "a.png").write_bytes(png_of(28, 28))
+    code, _, err = run(capsys, "predict", "runs/fit-1", tmp_path, "--split", "test")
+    assert code == 2
+    assert "a plain folder of images; leave --split out" in err
 
 
 def test_export_is_the_model_of_the_run(inside, capsys, tmp_path):

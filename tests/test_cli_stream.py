@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
+import fcntl
+import io
 import json
+import math
 import os
 import signal
 import subprocess
 import sys
+import termios
+import time
+from array import array
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import pytest
 
+from edgetrain.checkpoint import load_checkpoint
+from edgetrain.cli import main
+from edgetrain.cli.progress import BarDisplay, PlainDisplay
+from edgetrain.history import Totals
 from edgetrain.runs import open_run
-from tests.cli_support import FIT, ROOT, assert_same_result, run, write_data
+from tests.cli_support import FIT, ROOT, Terminal, assert_same_result, run, write_data
 from tests.test_cli_resume import wait_for_epochs
 
 STREAM = ["fit", "--stream", "--data", "digits.npz", "--batch-size", "8", "--seed", "1", "--threads", "1", "--window",
@@ -113,6 +124,81 @@ def test_json_of_a_stream_that_predicts_first(inside, capsys, tmp_path):
     assert result["savings"]["dense"]["how"].startswith("estimated from")
 
 
+def test_bar_of_a_stream_on_a_terminal(inside, monkeypatch, tmp_path):
+    screen = Terminal()
+    monkeypatch.setattr(sys, "stdout", screen)
+    monkeypatch.setenv("COLUMNS", "160")
+    with pytest.raises(SystemExit) as stopped:
+        main([*STREAM, "--window", "100000", "--out", str(tmp_path)])
+    assert stopped.value.code in (0, None)
+    bars = [part for part in screen.getvalue().split("\x1b[2K") if "━" in part and "/4,000" in part]
+    assert len(bars) > 1
+    for word in ("loss", "acc", "images/s", "memory", "MiB", "computed", "%", ":"):
+        assert word in bars[-1]
+
+
+def test_bar_of_a_stream_without_an_end_tells_no_share():
+    screen = Terminal()
+    bar = BarDisplay(screen, budget_mib=64)
+    bar.instances(1280, None, Totals(judged=5, loss=10.0))
+    bar.close()
+    assert "1,280 instances" in screen.getvalue()
+    assert "loss 2.000" in screen.getvalue()
+    assert "0%" not in screen.getvalue()
+
+
+def test_plain_lines_of_a_stream():
+    lines = io.StringIO()
+    PlainDisplay(lines, budget_mib=64).instances(50, 200, Totals())
+    PlainDisplay(lines, budget_mib=64).instances(50, None, Totals(judged=5, loss=10.0))
+    first, second = lines.getvalue().splitlines()
+    assert first.startswith("50/200  25%  0 images/s  memory ")
+    assert second.startswith("50  loss 2.000  acc 0.000  0 images/s")
+
+
+def test_instances_that_wait_save_nothing(inside, capsys, tmp_path):
+    images = np.load("digits.npz")
+    np.savez(tmp_path / "a.npz", x=images["x_train"][:60], y=images["y_train"][:60])
+    flags = ["fit", "--stream", "--data", tmp_path / "a.npz", "--out", tmp_path, "--batch-size", "64"]
+    code, out, _ = run(capsys, *flags)
+    assert code == 0
+    assert "60/60  no step, 60 instances waiting for a full micro-batch  kept 100%" in out
+    assert "what dense training takes is unknown (no instance was trained on or skipped yet)" in out
+    assert "train only; 60 instances waiting for a full micro-batch; model" in out
+    assert "loss" not in out
+    code, out, _ = run(capsys, *flags, "--json", "--quiet")
+    result = json.loads(out)
+    assert (result["instances_waiting"], result["savings"]["share_done"], result["savings"]["time_saved"]) == (
+        60, 1, None)  # fmt: skip
+    assert math.isnan(open_run(tmp_path / "fit-1").read_metrics()[0]["loss"])
+
+
+def test_dense_training_is_not_charged_for_instances_that_wait(inside, capsys, tmp_path, monkeypatch):
+    timed = []
+    monkeypatch.setattr("edgetrain.cli.streaming.time_dense", lambda _, instances: timed.append(instances) or {
+        "seconds": 1.0, "how": "not at all"})  # fmt: skip
+    images = np.load("digits.npz")
+    np.savez(tmp_path / "a.npz", x=images["x_train"][:70], y=images["y_train"][:70])
+    code, _, _ = run(capsys, "fit", "--stream", "--data", tmp_path / "a.npz", "--out", tmp_path, "--batch-size", "64")
+    assert (code, timed) == (0, [64])
+
+
+@pytest.mark.parametrize("first", ["dark", "bright", "almost dark", "weak"])
+def test_a_stream_may_begin_without_contrast(inside, capsys, tmp_path, first):
+    images = np.load("digits.npz")
+    x = images["x_train"][:, None]
+    if first == "weak":
+        x = np.float32(1e-9) * x
+    else:
+        x[:64] = 255 if first == "bright" else 0
+        x[5, 0, 3, 4] += first == "almost dark"
+    np.savez(tmp_path / "a.npz", x=x, y=images["y_train"])
+    code, _, _ = run(capsys, "fit", "--stream", "--data", tmp_path / "a.npz", "--out", tmp_path, "--batch-size", "64")
+    assert code == 0
+    std = load_checkpoint(tmp_path / "fit-1/last.safetensors").graph.normalization.std
+    assert std == pytest.approx(x[:64].std(dtype=np.float64) if first == "weak" else 1)
+
+
 def test_standard_input(inside, tmp_path):
     images = np.load("digits.npz")
     lines = [json.dumps({"pixels": image.ravel().tolist(), "y": int(label)})
@@ -133,6 +219,56 @@ def test_standard_input(inside, tmp_path):
                            capture_output=True, check=False)  # fmt: skip
     assert empty.returncode == 3
     assert "standard input: ended without an instance" in empty.stderr
+
+
+LIVE = [sys.executable, "-m", "edgetrain", "fit", "--stream", "--data", "-", "--threads", "1"]
+
+
+def json_lines(first: int, last: int) -> str:
+    images = np.load("digits.npz")
+    pairs = zip(images["x_train"][first:last], images["y_train"][first:last], strict=True)
+    return "".join(json.dumps({"pixels": x.ravel().tolist(), "y": int(y)}) + "\n" for x, y in pairs)
+
+
+def test_what_came_before_a_bad_line_is_learned_and_saved(inside, tmp_path):
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [*LIVE, "--batch-size", "8", "--out", str(tmp_path)]
+    done = subprocess.run(command, input=json_lines(0, 90) + "garbage\n" + json_lines(90, 100), env=environment,
+                          text=True, capture_output=True, check=False)  # fmt: skip
+    folder = tmp_path / "fit-1"
+    assert done.returncode == 3
+    assert "line 91: not JSON" in done.stderr
+    assert f"is saved in {folder / 'last.safetensors'}, go on with: edgetrain resume {folder}" in done.stderr
+    learner = load_checkpoint(folder / "last.safetensors")
+    assert (learner.stream.position, learner.step_count, learner.stream.waiting) == (90, 11, 2)
+    last = open_run(folder).read_events()[-1]
+    assert (last["event"], last["instances"]) == ("failed", 90)
+    command = [sys.executable, "-m", "edgetrain", "resume", str(folder)]
+    subprocess.run(command, input=json_lines(90, 100), env=environment, text=True, capture_output=True, check=True)
+    assert load_checkpoint(folder / "last.safetensors").stream.position == 100
+
+
+def wait_until_read(pipe: IO[str]) -> None:
+    """Wait until the other side has taken everything; a pipe holds less than the lines of a test."""
+    deadline, left = time.monotonic() + 120, array("i", [1])
+    while left[0]:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+        fcntl.ioctl(pipe, termios.FIONREAD, left)
+
+
+def test_a_signal_saves_a_part_of_a_block_from_standard_input(inside, tmp_path):
+    command = [*LIVE, "--batch-size", "64", "--out", str(tmp_path)]
+    process = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": str(ROOT)}, text=True, stdin=subprocess.PIPE,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
+    process.stdin.write(json_lines(0, 50))
+    process.stdin.flush()
+    wait_until_read(process.stdin)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate()
+    assert process.returncode == 5
+    assert "stopped after 50 instances" in err
+    assert load_checkpoint(tmp_path / "fit-1/last.safetensors").stream.position == 50
 
 
 def test_standard_input_has_no_baseline(inside, capsys):

@@ -14,7 +14,7 @@ import pytest
 
 from edgetrain.cli import main
 from edgetrain.runs import METRICS, open_run
-from tests.cli_support import FIT, assert_same_result, run, trained
+from tests.cli_support import FIT, Terminal, assert_same_result, run, trained
 
 FILES = ["best.safetensors", "config.toml", "environment.json", "events.jsonl", "last.safetensors", "metrics.csv",
          "model.onnx"]  # fmt: skip
@@ -122,11 +122,6 @@ def test_json_of_fit(inside, capsys, tmp_path):
     assert set(result["files"]) == {"model", "last", "best"}
     assert result["validated_on"] == "test"
     assert "epoch 1/1" in err
-
-
-class Terminal(io.StringIO):
-    def isatty(self) -> bool:
-        return True
 
 
 def test_bar_on_a_terminal(inside, monkeypatch, tmp_path):

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from edgetrain.data import Dataset
 from edgetrain.data.convert import MAX_CLASSES
-from edgetrain.data.dataset import STD_FLOOR
+from edgetrain.data.dataset import deviation_to_divide_by
 from edgetrain.errors import DataError, UsageError
 
 PIXELS = np.random.default_rng(7).integers(0, 256, (40, 3, 6, 5)).astype(np.uint8)
@@ -278,5 +278,20 @@ def test_statistics_survive_a_large_offset() -> None:
     np.testing.assert_allclose(std, x.astype(np.float64).std(), rtol=1e-6)
 
 
-def test_deviation_of_a_constant_channel_is_floored() -> None:
-    assert Dataset.from_arrays(IMAGES, [0, 1, 0]).statistics()[1] == np.float32(STD_FLOOR)
+def test_deviation_of_a_constant_channel_is_one() -> None:
+    x = np.random.default_rng(0).random((20, 3, 9, 9)).astype(np.float32)
+    x[:, 0], x[:, 2] = 0.1, 0
+    _, std = Dataset.from_arrays(x, np.arange(20) % 2).statistics()
+    np.testing.assert_allclose(std, [1, x[:, 1].std(dtype=np.float64), 1], rtol=1e-6)
+
+
+def test_deviation_of_a_weak_signal_is_kept() -> None:
+    x = 1e-9 * np.random.default_rng(0).standard_normal((20, 1, 9, 9)).astype(np.float32)
+    _, std = Dataset.from_arrays(x, np.arange(20) % 2).statistics()
+    np.testing.assert_allclose(std, x.astype(np.float64).std(), rtol=1e-6)
+
+
+def test_deviation_below_what_counts_is_one() -> None:
+    mean, deviation = np.array([0.0, 0.5, 1e-35]), np.array([0.003, 0.3, 1e-36])
+    np.testing.assert_array_equal(deviation_to_divide_by(mean, deviation, 0.004), np.float32([1, 0.3, 1]))
+    np.testing.assert_array_equal(deviation_to_divide_by(mean, deviation), np.float32([0.003, 0.3, 1]))

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
-from onnx import TensorProto, helper
+from onnx import ModelProto, TensorProto, helper
 
 from edgetrain.errors import ModelError, UnsupportedError
 from edgetrain.onnx_io import load_onnx
@@ -98,3 +100,79 @@ def test_value_that_no_node_makes() -> None:
     model = helper.make_model(helper.make_graph([node], "g", infos[:1], infos[1:]))
     with pytest.raises(ModelError, match=r"node 'sum' \(Add\): no node before it makes its input 1 \('ghost'\)"):
         load_onnx(model)
+
+
+# ---- damaged files: what one changed byte does -----------------------------------------------------------------------
+
+SQUEEZED = """(float[N,2,4,4] x) => (float[N,2] y) { g = GlobalAveragePool(x) c = Constant<value = bool {1}>()
+    z = If(c) <then_branch = g1 () => (float[N,2] t) { t = Squeeze(g, ax) },
+               else_branch = g2 () => (float[N,2] e) { e = Identity(g) }>
+    f = Concat<axis = 1>(z, z) y = Gemm<transB = 1>(f, w) }"""
+ARRAYS = {"ax": np.array([2, 3]), "w": ones(2, 4)}
+
+
+def damaged(change) -> ModelProto:
+    model = net(SQUEEZED, **ARRAYS)
+    change({node.op_type: node for node in model.graph.node}, model.graph)
+    return model
+
+
+def test_what_is_damaged_below_is_whole() -> None:
+    assert [node.op_type for node in load_onnx(net(SQUEEZED, **ARRAYS)).nodes][-1] == "Gemm"
+
+
+DAMAGED = {
+    "attribute of another type": (lambda nodes, _: setattr(nodes["Concat"].attribute[0], "type", 1),
+                                  r"\(Concat\): its attribute 'axis' is of type float, expected type int"),
+    "attribute without a type": (lambda nodes, _: nodes["Concat"].attribute[0].ClearField("type"),
+                                 r"\(Concat\): its attribute 'axis' is of type undefined, expected type int"),
+    "attribute of no function": (lambda nodes, _: setattr(nodes["Gemm"].attribute[0], "ref_attr_name", "a"),
+                                     r"\(Gemm\): its attribute 'transB' is a reference, expected type int"),
+    "unknown type of the input": (lambda _, graph: setattr(graph.input[0].type.tensor_type, "elem_type", 65),
+                                  r"input 'x' .* has the type number 65"),
+    "branch that is not there": (lambda nodes, _: nodes["If"].attribute.pop(0),
+                                 r"\(If\): its then_branch is not there, expected 1 outputs"),
+    "branch without an output": (lambda nodes, _: nodes["If"].attribute[0].g.output.pop(),
+                                 r"\(If\): its then_branch has 0 outputs, expected 1"),
+    "node without an output": (lambda nodes, _: nodes["If"].attribute[0].g.node.add(op_type="Relu", input=["g"]),
+                               r"\(Relu\) has no output"),
+    "layer without weights": (lambda nodes, _: nodes["Gemm"].input.pop(), r"\(Gemm, .*'input 1' has the type none"),
+    "network without an output": (lambda _, graph: graph.output.pop(), r"declares no output"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", DAMAGED)
+def test_damage_is_named(case: str) -> None:
+    change, message = DAMAGED[case]
+    with pytest.raises(ModelError, match=message):
+        load_onnx(damaged(change))
+
+
+@pytest.mark.parametrize("name", [b"Concat", b"axis", b"then_branch", b"GlobalAveragePool"])
+def test_names_that_are_not_text(name: bytes, tmp_path: Path) -> None:
+    content = net(SQUEEZED, **ARRAYS).SerializeToString()
+    (tmp_path / "bad.onnx").write_bytes(content.replace(name, b"\xff" + name[1:], 1))
+    with pytest.raises(ModelError, match=r"bad\.onnx' is damaged: \w+ is b'.*', expected text; export it again"):
+        load_onnx(tmp_path / "bad.onnx")
+
+
+def test_functions_that_cannot_be_put_in_place() -> None:
+    model = onnx.parser.parse_model(
+        """<ir_version: 8, opset_import: ["": 17, "own": 1]> net (float[N,2] x) => (float[N,2] y) { y = own.foo(x) }
+        <opset_import: ["": 17], domain: "own"> foo (x) => (y) { y = Relu(x) }"""
+    )
+    assert [node.op_type for node in load_onnx(model).nodes] == ["Relu"]
+    model.graph.node[0].input.extend(["x", "x"])
+    with pytest.raises(ModelError, match="the functions of model 'net' cannot be put in place"):
+        load_onnx(model)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_changed_byte_ends_as_a_model_or_a_model_error(seed: int, tmp_path: Path) -> None:
+    rng, whole = np.random.default_rng(seed), net(SQUEEZED, **ARRAYS).SerializeToString()
+    for _ in range(100):
+        content = bytearray(whole)
+        content[rng.integers(len(content))] ^= 1 << rng.integers(8)
+        (tmp_path / "bad.onnx").write_bytes(content)
+        with contextlib.suppress(ModelError):
+            load_onnx(tmp_path / "bad.onnx")

@@ -7,6 +7,8 @@ import math
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -181,6 +183,29 @@ def test_npz_with_more_images_than_labels_is_refused(tmp_path):
         open_stream(str(tmp_path / "a.npz"), SHAPE, 10)
 
 
+def test_an_npz_in_fortran_order_is_refused_with_a_remedy_that_works(tmp_path):
+    x, y = np.arange(5 * 81).reshape(5, 1, 9, 9) % 256, np.arange(5) % 3
+    np.savez(tmp_path / "a.npz", x=np.asfortranarray(x), y=y)
+    with pytest.raises(DataError, match=r"Fortran order.*numpy\.ascontiguousarray\(x\)"):
+        open_stream(str(tmp_path / "a.npz"), SHAPE, 10)
+    np.savez(tmp_path / "a.npz", x=np.ascontiguousarray(np.load(tmp_path / "a.npz")["x"]), y=y)
+    assert whole(open_stream(str(tmp_path / "a.npz"), SHAPE, 10))[1].tolist() == y.tolist()
+
+
+def test_an_empty_npz_is_refused(tmp_path):
+    np.savez(tmp_path / "a.npz", x=np.zeros((0, 1, 9, 9), np.uint8), y=np.zeros(0, int))
+    with pytest.raises(DataError, match=r"a\.npz: holds images of shape \(0, 1, 9, 9\), expected at least one"):
+        open_stream(str(tmp_path / "a.npz"), SHAPE, 10)
+
+
+def test_a_bad_image_of_an_npz_is_found(tmp_path):
+    x = np.zeros((20, 1, 9, 9), np.float32)
+    x[17] = np.nan
+    np.savez(tmp_path / "a.npz", x=x, y=np.arange(20) % 3)
+    with pytest.raises(DataError, match="counted from instance 14 on': image 3 holds NaN"):
+        whole(open_stream(str(tmp_path / "a.npz"), SHAPE, 10), 7)
+
+
 @pytest.mark.parametrize("inside", ["", "train"])
 def test_a_folder_is_read_in_the_order_of_the_file_names(tmp_path, inside):
     image = pytest.importorskip("PIL.Image")
@@ -203,14 +228,62 @@ def test_other_data_sets_are_taken_from_memory():
     np.testing.assert_array_equal(y, expected[1])
 
 
-def lines_of(text: str, names: tuple[str, ...] = ()) -> list[tuple[np.ndarray, np.ndarray]]:
+def taken(blocks) -> tuple[list[int], DataError | None]:
+    """Return the labels of all blocks, and the error that ended them."""
+    labels: list[int] = []
+    try:
+        for _, y in blocks:
+            labels += y.tolist()
+    except DataError as error:
+        return labels, error
+    return labels, None
+
+
+def test_images_before_a_damaged_one_come_first(tmp_path):
+    image = pytest.importorskip("PIL.Image")
+    for number in range(9):
+        folder = tmp_path / "ab"[number % 2]
+        folder.mkdir(exist_ok=True)
+        image.fromarray(np.zeros((28, 28), np.uint8)).save(folder / f"{number:03d}.png")
+    damaged = tmp_path / "a" / "006.png"
+    damaged.write_bytes(damaged.read_bytes()[:40])
+    labels, error = taken(open_stream(str(tmp_path), SHAPE, 2).blocks(4, 0, never))
+    assert labels == [0, 1, 0, 1, 0, 1]
+    assert "006.png" in str(error)
+
+
+@contextmanager
+def piped(text: str) -> Iterator[int]:
+    """Open a pipe with a text in it and no writer."""
     reading, writing = os.pipe()
     os.write(writing, text.encode())
     os.close(writing)
     try:
-        return list(_JsonLines(reading, (1, 2, 2), 3, names).blocks(2, 0, never))
+        yield reading
     finally:
         os.close(reading)
+
+
+def lines_of(text: str, names: tuple[str, ...] = ()) -> list[tuple[np.ndarray, np.ndarray]]:
+    with piped(text) as reading:
+        return list(_JsonLines(reading, (1, 2, 2), 3, names).blocks(2, 0, never))
+
+
+GOOD = '{"x": [1, 2, 3, 4], "y": 2}\n'
+
+
+def test_lines_before_a_bad_one_come_first():
+    with piped(3 * GOOD + "garbage\n" + GOOD) as reading:
+        labels, error = taken(_JsonLines(reading, (1, 2, 2), 3, ()).blocks(2, 0, never))
+    assert labels == [2, 2, 2]
+    assert "line 4: not JSON" in str(error)
+
+
+def test_lines_that_came_before_a_stop_are_not_lost():
+    asked: list[int] = []
+    with piped(3 * GOOD) as reading:
+        source = _JsonLines(reading, (1, 2, 2), 3, ())
+        assert taken(source.blocks(64, 0, lambda: bool(asked.append(0) or len(asked) > 1))) == ([2, 2, 2], None)
 
 
 def test_json_lines_flat_nested_pixels_and_numbers():
@@ -240,6 +313,11 @@ def test_json_lines_flat_nested_pixels_and_numbers():
         ('{"x": [1, 2, 3, 4], "y": true}', "y is True"),
         ('{"x": [1, 2, 3, 4], "y": "fox"}', "y is 'fox'"),
         ('{"image": "nowhere.png", "y": 1}', "nowhere.png"),
+        pytest.param(3000 * "[", "line 1: not JSON", id="too-deep-for-json"),
+        pytest.param(f'{{"x": {100 * "["}1{100 * "]"}, "y": 0}}', "not an array of numbers", id="too-deep-for-numpy"),
+        pytest.param(f'{{"x": [1, 2, 3, 1{400 * "0"}], "y": 0}}', "not an array of numbers", id="too-large-for-float"),
+        ('{"x": [1, 2, 3, 1e300], "y": 0}', "line 1: 'x' holds NaN, infinity or a number beyond float32"),
+        ('{"x": [1, 2, 3, NaN], "y": 0}', "line 1: 'x' holds NaN"),
     ],
 )
 def test_a_bad_line_is_named(line, message):

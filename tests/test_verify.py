@@ -214,3 +214,45 @@ def test_an_operator_without_counterpart_is_named(monkeypatch):
 def test_bad_arguments_are_named(arguments):
     with pytest.raises(UsageError, match=str(next(iter(arguments.values())))):
         verify(tiny(), **arguments)
+
+
+def of_two_inputs() -> Graph:
+    graph = Graph("pair")
+    for name in ("left", "right"):
+        graph.add_input(name, (3,))
+    weight = graph.parameter("w", np.ones((2, 3), np.float32))
+    graph.set_outputs([graph.add("Gemm", [graph.add("Add", ["left", "right"]), weight], transB=1)])
+    return graph
+
+
+def of_spatial_output() -> Graph:
+    graph = Graph("map", input_shape=(2, 6, 6))
+    weight = graph.parameter("w", np.random.default_rng(0).normal(0, 0.3, (3, 2, 3, 3)))
+    graph.set_outputs([graph.add("Conv", ["input", weight])])
+    return graph
+
+
+def without_parameters() -> Graph:
+    graph = Graph("plain", input_shape=(3,))
+    graph.set_outputs([graph.add("Relu", ["input"])])
+    return graph
+
+
+@pytest.mark.parametrize(
+    ("graph", "batch_size", "error", "message"),
+    [
+        (of_two_inputs, 8, UnsupportedError, "'pair' has the inputs left, right, expected one"),
+        (of_spatial_output, 8, UnsupportedError, r"'map' has an output of shape \(3, 4, 4\), expected \(classes,\)"),
+        (without_parameters, 8, UnsupportedError, "'plain' has no trainable parameter"),
+        (lambda: models.mobilenet_v1((3, 32, 32), width=0.25), 1, UsageError,
+         r"batch_size is 1.*\(128, 1, 1\).*a batch size of at least 2"),
+    ],
+    ids=["two_inputs", "spatial_output", "no_parameters", "one_value_per_channel"],
+)  # fmt: skip
+def test_what_cannot_be_compared_is_refused(graph, batch_size, error, message):
+    with pytest.raises(error, match=message):
+        verify(graph(), steps=1, batch_size=batch_size, threads=1)
+
+
+def test_a_spatial_output_passes_with_mse():
+    assert verify(of_spatial_output(), steps=2, loss="mse", threads=1).passed

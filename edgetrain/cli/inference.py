@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,9 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgetrain.cli.output import emit, table
-from edgetrain.cli.sources import load_for, load_trained
+from edgetrain.cli.sources import default_split, load_for, load_trained, load_unlabelled
 from edgetrain.data import Dataset
-from edgetrain.data.folder import IMAGE_SUFFIXES
+from edgetrain.data.folder import IMAGE_SUFFIXES, class_folders, image_files, read_image
+from edgetrain.data.readers import available_splits, is_image_folder
 from edgetrain.errors import DataError, UsageError
 from edgetrain.fitting import evaluate_dataset
 
@@ -32,15 +34,17 @@ def evaluate_command(model: str, data: str, split: str | None, threads: int | No
 
 def predict_command(model: str, data: str, split: str | None, threads: int | None, *, as_json: bool) -> None:
     """Print the class of every image."""
-    learner, file = load_trained(model, threads)
-    predictions = [
-        {"index": index, "label": int(row.argmax()), "class": _name(learner.graph, int(row.argmax())),
-         "probability": float(row.max())}
-        for index, row in enumerate(_probabilities(learner, data, split))
-    ]  # fmt: skip
+    learner, loaded = load_trained(model, threads)
+    files = _image_files(Path(data), split)
+    dataset = _from_images(_decoded(files, learner.graph), data) if files else _arrays(learner.graph, data, split)
+    predictions = []
+    for index, row in enumerate(_probabilities(learner, dataset)):
+        label = int(row.argmax())
+        told = {"index": index, "label": label, "class": _name(learner.graph, label), "probability": float(row.max())}
+        predictions.append(told | ({"file": str(files[index])} if files else {}))
     rows = [("image", "class", "probability")]
-    rows += [(str(p["index"]), str(p["class"]), f"{p['probability']:.4f}") for p in predictions]
-    emit({"model": file, "data": data, "predictions": predictions}, table(rows), as_json)
+    rows += [(str(p.get("file", p["index"])), str(p["class"]), f"{p['probability']:.4f}") for p in predictions]
+    emit({"model": loaded, "data": data, "predictions": predictions}, table(rows), as_json)
 
 
 def export_command(model: str, output: Path, *, best: bool, as_json: bool) -> None:
@@ -53,9 +57,8 @@ def export_command(model: str, output: Path, *, best: bool, as_json: bool) -> No
     emit({"from": file, "model": str(output), "bytes": size}, f"{output}: {size:,} bytes, from {file}", as_json)
 
 
-def _probabilities(learner: Learner, data: str, split: str | None) -> NDArray[np.float32]:
-    """Return the class probabilities of all images of a source, float32 (N, classes)."""
-    dataset = _unlabelled(learner.graph, data, split)
+def _probabilities(learner: Learner, dataset: Dataset) -> NDArray[np.float32]:
+    """Return the class probabilities of all images, float32 (N, classes)."""
     pieces = []
     for first in range(0, len(dataset), learner.batch_size):
         x, _ = dataset.take(np.arange(first, min(first + learner.batch_size, len(dataset))))
@@ -63,13 +66,36 @@ def _probabilities(learner: Learner, data: str, split: str | None) -> NDArray[np
     return np.concatenate(pieces)
 
 
-def _unlabelled(graph: Graph, data: str, split: str | None) -> Dataset:
+def _image_files(path: Path, split: str | None) -> list[Path]:
+    """Return the image files that a path stands for: itself, those in the folder, or else those of its classes.
+
+    Raises:
+        DataError: the path is missing, or a folder without data.
+        UsageError: a split of a folder that has none.
+    """
+    if path.suffix.lower() in IMAGE_SUFFIXES and not path.is_dir():
+        if not path.is_file():
+            raise DataError(f"{path}: no such file; check the path")
+        return [path]
+    if not path.is_dir():
+        return []
+    if files := image_files(path):
+        if split is not None:
+            raise UsageError(f"--split is '{split}', but {path} is a plain folder of images; leave --split out")
+        return files
+    chosen = split or default_split(str(path))
+    if not is_image_folder(path) or chosen not in available_splits(path):
+        return []
+    place = path / chosen
+    folders = (place.is_dir() and class_folders(place)) or class_folders(path)
+    return [file for folder in folders.values() for file in image_files(folder)]
+
+
+def _arrays(graph: Graph, data: str, split: str | None) -> Dataset:
     path = Path(data)
-    if path.suffix.lower() in IMAGE_SUFFIXES:
-        return _from_images(_one_image(path, graph), path.name)
     if path.suffix.lower() == ".npz" and path.is_file() and split is None:
         return _from_images(_images_of_npz(path), path.name)
-    return load_for(graph, data, split)
+    return load_unlabelled(graph, data, split)
 
 
 def _from_images(images: Any, name: str) -> Dataset:
@@ -86,24 +112,12 @@ def _images_of_npz(path: Path) -> NDArray[Any]:
     return arrays["x"] if "x" in arrays else arrays["x_test"]
 
 
-def _one_image(path: Path, graph: Graph) -> NDArray[np.uint8]:
-    """Return one image file as uint8 (1, C, H, W) in the size that the model takes."""
-    try:
-        from PIL import Image, UnidentifiedImageError
-    except ImportError:
-        raise UsageError("image files need Pillow, which is not installed; use pip install edgetrain[images]") from None
+def _decoded(files: Sequence[Path], graph: Graph) -> NDArray[np.uint8]:
+    """Return image files as uint8 (N, C, H, W) in the size that the model takes."""
     if len(graph.input_shape) != 3 or graph.input_shape[0] not in (1, 3):
-        raise DataError(f"{path}: an image, but the model takes inputs of shape {graph.input_shape}")
+        raise DataError(f"{files[0]}: an image, but the model takes inputs of shape {graph.input_shape}")
     channels, height, width = graph.input_shape
-    try:
-        with Image.open(path) as image:
-            pixels = image.convert("L" if channels == 1 else "RGB")
-            pixels = pixels.resize((width, height), Image.Resampling.BILINEAR)
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such file; check the path") from None
-    except (OSError, ValueError, SyntaxError, UnidentifiedImageError) as error:
-        raise DataError(f"{path}: cannot be decoded ({error}), expected a whole image") from error
-    return np.asarray(pixels, np.uint8).reshape(1, height, width, channels).transpose(0, 3, 1, 2)
+    return np.stack([read_image(file, (height, width), channels) for file in files])
 
 
 def _name(graph: Graph, label: int) -> str:

@@ -4,11 +4,12 @@ The keys of the JSON documents are part of the interface; later versions may add
 
 - fit, resume: run, model, data, profile, epochs, validated_on, loss, accuracy, best_epoch, best_accuracy, seconds,
   images_per_second, memory_mib, files {model, last, best}; with methods or a baseline: savings {columns of
-  metrics.csv, share_done, shares, seconds, dense {seconds, how, accuracy}, time_saved}
-- fit --stream: run, model, data, profile, instances, mode, running_accuracy, recent_accuracy, loss, accuracy, seconds,
-  images_per_second, memory_mib, savings, filter {threshold, filter_share}, files
+  metrics.csv, share_done, shares, seconds, dense {seconds, how, accuracy}, time_saved}; dense.seconds and
+  time_saved are null where dense training cannot be timed, or nothing was trained on
+- fit --stream: run, model, data, profile, instances, instances_waiting, mode, running_accuracy, recent_accuracy, loss,
+  accuracy, seconds, images_per_second, memory_mib, savings, filter {threshold, filter_share}, files
 - evaluate: model, data, images, loss, accuracy
-- predict: model, data, predictions [{index, label, class, probability}]
+- predict: model, data, predictions [{index, label, class, probability, of an image file: file}]
 - export: from, model, bytes
 - plan: model, batch_size, parts {name: bytes}, peak_bytes, budget_bytes, fits
 - verify: model, passed, steps, batch_size, seed, notes, rows [{quantity, error, tolerance, ok}]
@@ -106,10 +107,10 @@ def count(number: int, thing: str) -> str:
     """Return a number of things.
 
     Example:
-        >>> count(1, "epoch"), count(2, "epoch")
-        ('1 epoch', '2 epochs')
+        >>> count(1, "epoch"), count(2000, "epoch")
+        ('1 epoch', '2,000 epochs')
     """
-    return f"{number} {thing}" if number == 1 else f"{number} {thing}s"
+    return f"{number:,} {thing}" if number == 1 else f"{number:,} {thing}s"
 
 
 def duration(seconds: float) -> str:

@@ -12,7 +12,7 @@ import typer
 
 from edgetrain.cli.output import duration
 from edgetrain.fitting import StepEvent
-from edgetrain.history import EpochRecord
+from edgetrain.history import EpochRecord, Totals
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
@@ -49,6 +49,9 @@ class Display:
     def step(self, event: StepEvent) -> None:
         """Show how the epoch is going."""
 
+    def instances(self, position: int, length: int | None, total: Totals) -> None:
+        """Show how a stream is going: instances done, of how many if that is known, sums since the last line."""
+
     def epoch(self, record: EpochRecord) -> None:
         """Show the result of an epoch."""
         self.say(self._epoch_line(record))
@@ -62,11 +65,10 @@ class Display:
             parts.append(f"{self._held_out} accuracy {record.validation_accuracy:.4f}")
         return "  ".join([*parts, f"{record.images_per_second:,.0f} images/s", duration(record.seconds)])
 
-    def _step_facts(self, event: StepEvent) -> list[str]:
-        total = event.total
-        facts = [
-            f"loss {total.mean_loss:.3f}",
-            f"acc {total.accuracy:.3f}",
+    def _facts(self, total: Totals) -> list[str]:
+        # Of a stream whose first micro-batch fills, nothing is known yet.
+        facts = [f"loss {total.mean_loss:.3f}", f"acc {total.accuracy:.3f}"] if total.judged else []
+        facts += [
             f"{total.images_per_second:,.0f} images/s",
             f"memory {resident_mib():.0f}/{self.budget_mib:.0f} MiB",
         ]
@@ -96,7 +98,13 @@ class PlainDisplay(Display):
         """Write a line every few seconds."""
         if time.monotonic() >= self._next_line:
             head = f"epoch {event.epoch}/{self._epochs}  {event.batch / event.batches:.0%}"
-            self.say("  ".join([head, *self._step_facts(event)]))
+            self.say("  ".join([head, *self._facts(event.total)]))
+
+    def instances(self, position: int, length: int | None, total: Totals) -> None:
+        """Write a line every few seconds."""
+        if time.monotonic() >= self._next_line:
+            head = f"{position:,}" if length is None else f"{position:,}/{length:,}  {position / length:.0%}"
+            self.say("  ".join([head, *self._facts(total)]))
 
     def begin(self, epochs: int, held_out: str) -> None:
         """Wait one interval before the first line inside an epoch."""
@@ -124,13 +132,20 @@ class BarDisplay(Display):
 
     def step(self, event: StepEvent) -> None:
         """Move the bar, a few times per second at most: redrawing costs time on a small board."""
-        now = time.monotonic()
-        if now < self._next_update and event.batch < event.batches:
-            return
-        self._next_update = now + _BAR_SECONDS
         done = (event.epoch - 1) * event.batches + event.batch
         head = f"epoch {event.epoch}/{self._epochs}"
-        self._show(head, done, self._epochs * event.batches, "  ".join(self._step_facts(event)))
+        self._move(head, done, self._epochs * event.batches, event.total, event.batch == event.batches)
+
+    def instances(self, position: int, length: int | None, total: Totals) -> None:
+        """Move the bar; of unknown length, it moves without a share and a time left."""
+        head = f"{position:,} instances" if length is None else f"{position:,}/{length:,}"
+        self._move(head, position, length, total, position == length)
+
+    def _move(self, head: str, done: int, whole: int | None, total: Totals, at_once: bool) -> None:
+        now = time.monotonic()
+        if at_once or now >= self._next_update:
+            self._next_update = now + _BAR_SECONDS
+            self._show(head, done, whole, "  ".join(self._facts(total)))
 
     def begin(self, epochs: int, held_out: str) -> None:
         """Take the bar of the kernels away."""
@@ -142,7 +157,7 @@ class BarDisplay(Display):
         self._remove()
         self._bar.stop()
 
-    def _show(self, head: str, done: int, total: int, facts: str) -> None:
+    def _show(self, head: str, done: int, total: int | None, facts: str) -> None:
         if self._task is None:
             self._bar.start()
             # A resumed run begins in the middle: counted as progress, that would spoil the time left.
@@ -201,13 +216,13 @@ def _page_size() -> int:
 def _progress(stream: TextIO) -> Progress:
     # Here, not above: rich takes 0.1 s to import on this machine, and only terminals need it.
     from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
     from rich.table import Column
 
     # On a narrow terminal the facts at the end are cut; nothing wraps.
     cut = Column(no_wrap=True, overflow="ellipsis", ratio=1)
     columns: tuple[Any, ...] = (
-        TextColumn("{task.description}"), BarColumn(bar_width=12), TextColumn("{task.percentage:3.0f}%"),
+        TextColumn("{task.description}"), BarColumn(bar_width=12), TaskProgressColumn("{task.percentage:3.0f}%"),
         TimeRemainingColumn(), TextColumn("{task.fields[facts]}", table_column=cut),
     )  # fmt: skip
     return Progress(*columns, console=Console(file=stream), transient=True, refresh_per_second=4, expand=True)

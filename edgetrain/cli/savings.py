@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from edgetrain.accounting import METHODS
 from edgetrain.cli.output import duration, table
+from edgetrain.errors import NumericalError
 
 if TYPE_CHECKING:
     from edgetrain.learner import Learner
@@ -26,19 +29,20 @@ def savings_of(counts: Mapping[str, int], seconds: float, dense: Mapping[str, An
     Args:
         counts: sums of the run, as ``history.Totals.counts`` names them.
         seconds: training time of the run.
-        dense: ``seconds`` that dense training takes, ``how`` that is known, and perhaps its ``accuracy``.
+        dense: ``seconds`` that dense training takes, ``None`` if that is unknown, ``how`` it is known or why not, and
+            perhaps its ``accuracy``.
     """
     shares = {f"saved_{name}": counts[f"saved_{name}"] / max(counts["macs_dense"], 1) for name in METHODS}
-    done = counts["macs_done"] / max(counts["macs_dense"], 1)
+    done = counts["macs_done"] / counts["macs_dense"] if counts["macs_dense"] else 1.0
     return {
         **counts, "share_done": done, "shares": shares, "seconds": seconds, "dense": dict(dense),
-        "time_saved": 1 - seconds / dense["seconds"] if dense["seconds"] else 0.0,
+        "time_saved": 1 - seconds / dense["seconds"] if dense["seconds"] else None,
     }  # fmt: skip
 
 
 def savings_text(account: Mapping[str, Any]) -> str:
     """Return the account as a table and a line about time."""
-    seen, dense = max(account["instances_seen"], 1), account["dense"]
+    seen = max(account["instances_seen"], 1)
     rows = [("instances seen", f"{account['instances_seen']:,}", "100.0 %")]
     for name in ("kept", "uncertain"):
         number = account[f"instances_{name}"]
@@ -49,14 +53,17 @@ def savings_text(account: Mapping[str, Any]) -> str:
         number = account[f"saved_{name}"]
         if number:
             rows.append((f"  saved by {_NAMES[name]}", _macs(number), _percent(account["shares"][f"saved_{name}"])))
+    return f"{table(rows)}\n{_time_line(account)}"
+
+
+def _time_line(account: Mapping[str, Any]) -> str:
+    dense, saved = account["dense"], account["time_saved"]
+    took = f"training took {duration(account['seconds'])}"
+    if saved is None:
+        return f"{took}; what dense training takes is unknown ({dense['how']})"
     accuracy = f", accuracy {dense['accuracy']:.4f}" if dense.get("accuracy") is not None else ""
-    saved = account["time_saved"]
     outcome = f"{_percent(saved)} of the time saved" if saved >= 0 else f"{_percent(-saved)} more time"
-    line = (
-        f"training took {duration(account['seconds'])}, dense training {duration(dense['seconds'])}{accuracy} "
-        f"({dense['how']}): {outcome}"
-    )
-    return f"{table(rows)}\n{line}"
+    return f"{took}, dense training {duration(dense['seconds'])}{accuracy} ({dense['how']}): {outcome}"
 
 
 def layers_text(layers: Sequence[Mapping[str, Any]]) -> str:
@@ -71,13 +78,23 @@ def layers_text(layers: Sequence[Mapping[str, Any]]) -> str:
 
 
 def time_dense(learner: Learner, instances: int) -> dict[str, Any]:
-    """Estimate how long dense training on so many instances takes on this machine, from a few steps."""
+    """Estimate how long dense training on so many instances takes on this machine, from a few steps.
+
+    The steps are taken at learning rate 0: at that of the run, weights drawn at random may grow without bound, which
+    says nothing about the run.
+
+    Returns:
+        ``seconds``, ``None`` if there is no instance or even those steps were not finite, and ``how`` that is known.
+    """
     from edgetrain.learner import Learner
+
+    if not instances:
+        return {"seconds": None, "how": "no instance was trained on or skipped yet"}
 
     twin = Learner(
         learner.graph, learner.profile, batch_size=learner.batch_size, threads=learner.threads,
-        optimizer=learner.optimizer, loss=learner.loss, label_smoothing=learner.label_smoothing,
-        memory_budget="1024GiB",
+        optimizer=replace(learner.optimizer, lr=0.0, schedule=None), loss=learner.loss,
+        label_smoothing=learner.label_smoothing, memory_budget="1024GiB",
     )  # fmt: skip
     rng = np.random.default_rng(0)
     # Trained weights would do, unless the training went astray: numbers of a usual size take as long.
@@ -85,13 +102,20 @@ def time_dense(learner: Learner, instances: int) -> dict[str, Any]:
     twin.load_parameters({n: rng.normal(0, a[0].size ** -0.5, a.shape) for n, a in weights.items()})
     x = rng.random((learner.batch_size, *learner.graph.input_shape), np.float32)
     y = rng.integers(0, learner.graph.output_shape[0], learner.batch_size)
+    try:
+        seconds = _seconds_per_step(twin, x, y) / learner.batch_size * instances
+    except NumericalError:
+        return {"seconds": None, "how": "dense steps with random weights were not finite"}
+    return {"seconds": seconds, "how": f"estimated from {_TIMED_STEPS} dense steps"}
+
+
+def _seconds_per_step(learner: Learner, x: NDArray[np.float32], y: NDArray[np.int64]) -> float:
     start = 0.0
     for step in range(2 * _TIMED_STEPS):
         if step == _TIMED_STEPS:
             start = time.perf_counter()
-        twin.partial_fit(x, y)
-    seconds = (time.perf_counter() - start) / _TIMED_STEPS / learner.batch_size * instances
-    return {"seconds": seconds, "how": f"estimated from {_TIMED_STEPS} dense steps"}
+        learner.partial_fit(x, y)
+    return (time.perf_counter() - start) / _TIMED_STEPS
 
 
 def _macs(count: int) -> str:

@@ -127,11 +127,29 @@ def load_for(graph: Graph, source: str, split: str | None) -> Dataset:
     Raises:
         DataError, UsageError: the source is bad, or its classes are not those of the model.
     """
-    splits = available_splits(source)
-    chosen = split or next((name for name in ("test", "validation") if name in splits), splits[0])
-    dataset = load_dataset(source, split=chosen, **_image_options(source, graph.input_shape))
+    dataset = load_unlabelled(graph, source, split)
     check_classes(graph, dataset)
     return dataset
+
+
+def load_unlabelled(graph: Graph, source: str, split: str | None) -> Dataset:
+    """Return the same for a use that does not read the labels: any classes will do.
+
+    Raises:
+        DataError, UsageError: the source is bad.
+    """
+    chosen = split or default_split(source)
+    return load_dataset(source, split=chosen, **_image_options(source, graph.input_shape))
+
+
+def default_split(source: str) -> str:
+    """Return the split to judge a trained model on: "test", "validation", or the only one there is.
+
+    Raises:
+        DataError: the source is missing or of no known format.
+    """
+    splits = available_splits(source)
+    return next((name for name in ("test", "validation") if name in splits), splits[0])
 
 
 def check_classes(graph: Graph, dataset: Dataset) -> None:

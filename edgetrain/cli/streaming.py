@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
+from numpy.typing import NDArray
 
 from edgetrain._version import __version__
 from edgetrain.checkpoint import load_checkpoint, save_checkpoint
 from edgetrain.cli.config import Config, dense
-from edgetrain.cli.output import duration, emit
+from edgetrain.cli.output import count, duration, emit
 from edgetrain.cli.progress import CompileNotice, Display, resident_mib
 from edgetrain.cli.savings import savings_of, savings_text, time_dense
 from edgetrain.cli.signals import StopOnSignal
 from edgetrain.cli.sources import make_learner
 from edgetrain.data import Dataset, available_splits, load_dataset
+from edgetrain.data.dataset import deviation_to_divide_by
 from edgetrain.data.streaming import STANDARD_INPUT, InstanceSource, open_stream
 from edgetrain.devices import DeviceProfile, host_facts
-from edgetrain.errors import DataError, InterruptedRunError, NumericalError, UsageError
+from edgetrain.errors import DataError, EdgetrainError, InterruptedRunError, UsageError
 from edgetrain.fitting import block_size, evaluate_dataset
 from edgetrain.graph import Normalization
 from edgetrain.history import EpochRecord, Totals
@@ -30,6 +33,10 @@ from edgetrain.runs import Run, create_run
 if TYPE_CHECKING:
     from edgetrain.graph import Graph
     from edgetrain.learner import Learner
+    from edgetrain.stream import InstanceStream
+
+# Images whose deviation is below one grey level are as good as dark: their noise says nothing about what comes later.
+_GREY_LEVEL = 1 / 255
 
 
 def fit_stream(flags: Mapping[str, Any], config: Config, profile: DeviceProfile, display: Display) -> None:
@@ -169,9 +176,12 @@ class StreamSession:
 
         Raises:
             InterruptedRunError: a signal asked to stop; the state is saved.
+            DataError, NumericalError, MemoryBudgetError: an instance is bad or a step failed; the state before it is
+                saved.
         """
         learner, settings = self.learner, self.config.stream
         size = settings.block or block_size(learner)
+        self.display.begin(self.config.training.epochs, "test")
         with StopOnSignal(self.display) as stop, CompileNotice(self.display.compiling):
             start = time.perf_counter()
             try:
@@ -182,13 +192,13 @@ class StreamSession:
                     judged = len(y) if settings.predict else result.instances_trained
                     learner.history.running.add(result, now - start, judged)
                     start = now
+                    self.display.instances(learner.stream.position, self.source.count, learner.history.running)
                     self._after(len(y))
-                    if stop.requested():
+                    # A live source ends by itself, after the instances that it has taken: nobody could give them again.
+                    if self.source.count is not None and stop.requested():
                         break
-            except NumericalError as error:
-                self._save()
-                self.run.log("failed", error=str(error))
-                raise NumericalError(f"{error}; the state before it is saved in {self.run.last}") from error
+            except EdgetrainError as error:
+                self._fail(error)
             if stop.requested():
                 self._interrupt()
             if not learner.stream.position:
@@ -208,10 +218,13 @@ class StreamSession:
         """Return what the run gave; ``baseline``: time and accuracy of the same stream, dense."""
         learner, stream, metrics = self.learner, self.learner.stream, self.test_metrics()
         total = stream.totals["predict" if self.config.stream.predict else "train"]
-        account = savings_of(total.counts(), total.seconds, baseline or time_dense(learner, total.instances_seen))
+        # Those that wait cost nothing yet, so dense training must not be charged for them.
+        done = total.instances_seen - stream.waiting
+        account = savings_of(total.counts(), total.seconds, baseline or time_dense(learner, done))
         return {
             "run": str(self.run.path), "model": self.config.model.name, "data": self.config.data.source,
             "profile": self.config.device.profile, "instances": stream.position,
+            "instances_waiting": stream.waiting,
             "mode": "predict and train" if self.config.stream.predict else "train only",
             "running_accuracy": stream.accuracy, "recent_accuracy": stream.recent_accuracy,
             "loss": metrics.get("loss"), "accuracy": metrics.get("accuracy"), "seconds": total.seconds,
@@ -230,15 +243,15 @@ class StreamSession:
         self.display.close()
         emit(result, f"{savings_text(result['savings'])}\n{_last_line(result)}", as_json)
 
-    def _normalize(self, x: Any) -> None:
+    def _normalize(self, x: NDArray[np.float32]) -> None:
         """Give a network without input normalisation that of the first block; a stream cannot be looked at twice."""
         learner = self.learner
         if not self.config.data.normalize or learner.graph.normalization is not None or learner.stream.position:
             return
         axes = (0, *range(2, x.ndim))
-        std = np.maximum(x.std(axes, dtype=np.float64), 1e-6)
-        learner.graph.normalization = Normalization(x.mean(axes, dtype=np.float64).astype(np.float32),
-                                                    std.astype(np.float32))  # fmt: skip
+        mean, deviation = x.mean(axes, dtype=np.float64), x.std(axes, dtype=np.float64)
+        std = deviation_to_divide_by(mean, deviation, _GREY_LEVEL if _are_pixels(x) else 0.0)
+        learner.graph.normalization = Normalization(mean.astype(np.float32), std)
 
     def _after(self, count: int) -> None:
         position, window = self.learner.stream.position, self.config.stream.window
@@ -252,15 +265,15 @@ class StreamSession:
         learner, total = self.learner, self.learner.history.running
         learner.history.running = Totals()
         record = EpochRecord(
-            epoch=number, steps=learner.step_count, loss=total.mean_loss,
-            accuracy=total.accuracy, validation_loss=None, validation_accuracy=None,
+            epoch=number, steps=learner.step_count, loss=total.mean_loss if total.judged else math.nan,
+            accuracy=total.accuracy if total.judged else math.nan, validation_loss=None, validation_accuracy=None,
             lr=float(learner.optimizer.lr_at(max(learner.step_count - 1, 0))), seconds=total.seconds,
             images_per_second=total.images_per_second, **total.counts(),
         )  # fmt: skip
         # The row comes first: one that its checkpoint does not know is taken back on resuming.
         self.run.add_metrics(record)
         self._save()
-        self.display.say(stream_line(learner.stream.position, self.source.count, record, self.config.stream.predict))
+        self.display.say(stream_line(learner.stream, self.source.count, record, self.config.stream.predict))
 
     def _end(self) -> None:
         # What waits for its micro-batch stays in the checkpoint: the source may have grown when the run is resumed.
@@ -270,6 +283,13 @@ class StreamSession:
     def _save(self) -> None:
         save_checkpoint(self.learner, self.run.last)
         self._saved_at = time.monotonic()
+
+    def _fail(self, error: EdgetrainError) -> NoReturn:
+        self._save()
+        self.run.log("failed", error=str(error), instances=self.learner.stream.position)
+        raise type(error)(
+            f"{error}; the state before it is saved in {self.run.last}, go on with: edgetrain resume {self.run.path}"
+        ) from error
 
     def _interrupt(self) -> None:
         self._save()
@@ -295,21 +315,36 @@ class StreamSession:
         return {"image_size": shape[1:], "channels": shape[0]}
 
 
-def stream_line(position: int, count: int | None, record: EpochRecord, predict: bool) -> str:
-    """Return a line about a window of the stream."""
-    where = f"{position:,}" if count is None else f"{position:,}/{count:,}"
-    what = "accuracy before learning" if predict else "accuracy of those trained on"
-    kept = f"kept {record.instances_kept / max(record.instances_seen, 1):.0%}"
-    done = f"computed {record.macs_done / max(record.macs_dense, 1):.0%}"
-    return "  ".join([where, f"loss {record.loss:.4f}", f"{what} {record.accuracy:.4f}", kept, done,
-                      f"{record.images_per_second:,.0f} images/s"])  # fmt: skip
+def _are_pixels(x: NDArray[np.float32]) -> bool:
+    """Tell whether all values are whole numbers of grey levels, as those of 8-bit images are."""
+    return x.min() >= 0 and x.max() <= 1 and np.array_equal(x, np.rint(x * 255) / np.float32(255))
+
+
+def stream_line(stream: InstanceStream, length: int | None, record: EpochRecord, predict: bool) -> str:
+    """Return a line about a window of a stream of so many instances, ``None`` when that is unknown."""
+    parts = [f"{stream.position:,}" if length is None else f"{stream.position:,}/{length:,}"]
+    if math.isnan(record.loss):
+        parts.append(f"no step, {_waiting(stream.waiting)}")
+    else:
+        what = "accuracy before learning" if predict else "accuracy of those trained on"
+        parts += [f"loss {record.loss:.4f}", f"{what} {record.accuracy:.4f}"]
+    parts.append(f"kept {record.instances_kept / max(record.instances_seen, 1):.0%}")
+    if record.macs_dense:
+        parts.append(f"computed {record.macs_done / record.macs_dense:.0%}")
+    return "  ".join([*parts, f"{record.images_per_second:,.0f} images/s"])
+
+
+def _waiting(number: int) -> str:
+    return f"{count(number, 'instance')} waiting for a full micro-batch"
 
 
 def _last_line(result: dict[str, Any]) -> str:
-    parts = [f"{result['instances']:,} instances in {duration(result['seconds'])}, {result['mode']}"]
+    parts = [f"{count(result['instances'], 'instance')} in {duration(result['seconds'])}, {result['mode']}"]
     if result["mode"] == "predict and train":
         running, recent = result["running_accuracy"], result["recent_accuracy"]
         parts.append(f"accuracy before learning {running:.4f}, of late {recent:.4f}")
     if result["accuracy"] is not None:
         parts.append(f"test accuracy {result['accuracy']:.4f}")
+    if result["instances_waiting"]:
+        parts.append(_waiting(result["instances_waiting"]))
     return "; ".join([*parts, f"model: {result['files']['model']}, run: {result['run']}"])

@@ -13,8 +13,9 @@ from edgetrain.data.checks import whole_number
 from edgetrain.data.convert import Images, Layout, class_names_for, images_from, labels_from
 from edgetrain.errors import DataError, UsageError
 
-# Smallest standard deviation that statistics() reports: a constant channel must not divide by zero.
-STD_FLOOR = 1e-6
+# A channel is constant when its deviation is below this part of its mean (rounding in float32 gives as much), or so
+# small that float32 has no inverse of it.
+_CONSTANT, _NO_INVERSE = 1e-6, 1e-30
 
 # Elements converted at a time in whole-set passes: 2 MiB as float64, whatever the size of the set.
 _CHUNK_ELEMENTS = 1 << 18
@@ -177,12 +178,12 @@ class Dataset:
     def statistics(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """Return mean and standard deviation of every channel over the whole set, each float32 of shape (C,).
 
-        Taken over the values that ``take`` returns, summed in float64, in chunks: the set is never copied. A
-        standard deviation below ``STD_FLOOR`` is raised to it, so dividing is always safe.
+        Taken over the values that ``take`` returns, summed in float64, in chunks: the set is never copied. The
+        deviation of a constant channel is given as 1, as ``deviation_to_divide_by`` does.
         """
         mean = self._channel_average(np.zeros((self.images.shape[1], 1)), power=1)
         variance = self._channel_average(mean[:, None], power=2)
-        return mean.astype(np.float32), np.maximum(np.sqrt(variance), STD_FLOOR).astype(np.float32)
+        return mean.astype(np.float32), deviation_to_divide_by(mean, np.sqrt(variance))
 
     def _channel_average(self, centre: NDArray[np.float64], power: int) -> NDArray[np.float64]:
         """Return the average of (value - centre) ** power per channel; two passes lose no digits."""
@@ -210,6 +211,29 @@ class Dataset:
             wrong = low if low < 0 else high
             raise UsageError(f"index {wrong} is out of range, data set {self.name!r} has 0 to {len(self) - 1}")
         return array.astype(np.intp, copy=False)
+
+
+def deviation_to_divide_by(
+    mean: NDArray[np.float64], deviation: NDArray[np.float64], smallest: float = 0.0
+) -> NDArray[np.float32]:
+    """Return the deviation of every channel, 1 where the channel is constant.
+
+    A tiny number instead of 1 would make a million of every value that is not that constant. scikit-learn's
+    ``StandardScaler`` does the same.
+
+    Args:
+        mean, deviation: of every channel, shape (C,).
+        smallest: a deviation below it counts as none.
+
+    Returns:
+        float32 (C,), every entry above 0.
+
+    Example:
+        >>> deviation_to_divide_by(np.array([0.5, 0.0]), np.array([0.3, 0.0]))
+        array([0.3, 1. ], dtype=float32)
+    """
+    constant = deviation < np.maximum(np.maximum(_CONSTANT * np.abs(mean), _NO_INVERSE), smallest)
+    return np.where(constant, 1.0, deviation).astype(np.float32)
 
 
 def _scaled(images: Images) -> NDArray[np.float32]:

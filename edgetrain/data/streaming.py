@@ -33,7 +33,7 @@ from edgetrain.data.dataset import Dataset
 from edgetrain.data.folder import class_folders, image_files, read_image
 from edgetrain.data.npz import DAMAGED, opened, read_npz, split_keys, stored_class_names
 from edgetrain.data.readers import available_splits, is_image_folder, load_dataset
-from edgetrain.errors import DataError
+from edgetrain.errors import DataError, EdgetrainError
 
 STANDARD_INPUT = "-"
 Block = tuple[NDArray[np.float32], NDArray[np.int64]]
@@ -59,12 +59,12 @@ class InstanceSource(ABC):
 
     @abstractmethod
     def blocks(self, size: int, start: int, should_stop: Callable[[], bool]) -> Iterator[Block]:
-        """Yield (x, y) of ``size`` instances, fewer at the end, from instance ``start`` on.
+        """Yield (x, y) of ``size`` instances, fewer at the end or before a bad one, from instance ``start`` on.
 
         Args:
             size: at least 1.
             start: instances to pass over first; a live source cannot go back and begins where it is.
-            should_stop: asked while waiting for instances; true ends the stream early.
+            should_stop: asked while waiting for instances; true ends the stream early, after those that have come.
 
         Raises:
             DataError: the source is damaged, or an instance or a label is bad.
@@ -122,6 +122,8 @@ class _Npz(InstanceSource):
         with _members(path, self._keys) as (images, labels):
             if labels.shape != images.shape[:1]:
                 raise DataError(f"{path}: {len(images)} images but labels of shape {labels.shape}, expected one each")
+            if not len(images):
+                raise DataError(f"{path}: holds images of shape {images.shape}, expected at least one instance")
             largest = max(int(labels_from(part).max(initial=0)) for part in labels.pieces(_CHUNK))
             sample = images_from(np.zeros((1, *images.shape[1:]), images.dtype))
             count = len(images)
@@ -132,8 +134,10 @@ class _Npz(InstanceSource):
     def blocks(self, size: int, start: int, should_stop: Callable[[], bool]) -> Iterator[Block]:
         """Read images and labels side by side."""
         with _members(self._path, self._keys) as (images, labels):
-            for x, y in zip(images.pieces(size, start), labels.pieces(size, start), strict=True):
-                yield _checked(images_from(x), labels_from(y), self.class_names, self.name)
+            pieces = zip(images.pieces(size, start), labels.pieces(size, start), strict=True)
+            for first, (x, y) in zip(range(start, len(images), size), pieces, strict=True):
+                name = f"{self.name}, counted from instance {first} on"
+                yield _checked(images_from(x), labels_from(y), self.class_names, name)
 
 
 class _Member:
@@ -144,8 +148,13 @@ class _Member:
         version = np.lib.format.read_magic(file)
         read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         self.shape, by_column, self.dtype = read(file)
-        if by_column or self.dtype.hasobject or not self.shape:
-            raise ValueError("an array of Python objects, in Fortran order, or of one number")
+        if self.dtype.hasobject or not self.shape:
+            raise ValueError("an array of Python objects, or of one number")
+        if by_column:
+            raise DataError(
+                f"{path}: has an array of shape {self.shape} in Fortran order, not readable instance by instance;"
+                " write it again with numpy.savez(..., x=numpy.ascontiguousarray(x)), or train without --stream"
+            )
 
     def __len__(self) -> int:
         return int(self.shape[0])
@@ -193,10 +202,9 @@ class _Folder(InstanceSource):
 
     def blocks(self, size: int, start: int, should_stop: Callable[[], bool]) -> Iterator[Block]:
         """Decode as many images as a block has."""
-        for first in range(start, len(self._files), size):
-            part = self._files[first : first + size]
-            images = np.stack([read_image(file, self._size, self._channels) for file, _ in part])
-            yield _checked(images, np.array([label for _, label in part]), self.class_names, self.name)
+        decoded = ((read_image(file, self._size, self._channels), label) for file, label in self._files[start:])
+        for images, labels in _collected(decoded, size):
+            yield _checked(images, labels, self.class_names, self.name)
 
 
 class _JsonLines(InstanceSource):
@@ -210,18 +218,9 @@ class _JsonLines(InstanceSource):
 
     def blocks(self, size: int, start: int, should_stop: Callable[[], bool]) -> Iterator[Block]:
         """Parse lines until the input ends."""
-        images: list[NDArray[Any]] = []
-        labels: list[int] = []
-        for number, line in enumerate(self._lines(should_stop), 1):
-            if line.strip():
-                x, y = self._parse(line, f"{self.name}, line {number}")
-                images.append(x)
-                labels.append(y)
-            if len(labels) == size:
-                yield np.stack(images), np.array(labels)
-                images, labels = [], []
-        if labels and not should_stop():
-            yield np.stack(images), np.array(labels)
+        numbered = enumerate(self._lines(should_stop), 1)
+        parsed = (self._parse(line, f"{self.name}, line {number}") for number, line in numbered if line.strip())
+        return _collected(parsed, size)
 
     def _lines(self, should_stop: Callable[[], bool]) -> Iterator[bytes]:
         rest = b""
@@ -240,7 +239,7 @@ class _JsonLines(InstanceSource):
     def _parse(self, line: bytes, where: str) -> tuple[NDArray[np.float32], int]:
         try:
             table = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise DataError(f"{where}: not JSON ({error}), expected such as {_EXAMPLE}") from None
         kinds = {"pixels", "x", "image"} & set(table) if isinstance(table, dict) else set()
         if len(kinds) != 1 or "y" not in table or len(table) != 2:
@@ -261,14 +260,17 @@ class _JsonLines(InstanceSource):
                 array = read_image(Path(content), (self._shape[-2], self._shape[-1]), self._shape[0])
             else:
                 array = np.asarray(content, np.float64)
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, OverflowError) as error:
             raise DataError(f"{where}: '{kind}' is not an array of numbers ({error})") from None
         if array.size != math.prod(self._shape):
             raise DataError(f"{where}: '{kind}' has {array.size} numbers, the network expects {self._shape}")
         if kind != "x" and (array.min() < 0 or array.max() > 255 or (array != array.round()).any()):
             raise DataError(f"{where}: 'pixels' are not whole numbers from 0 to 255; use 'x' for other numbers")
-        scaled = array / 255 if kind != "x" else array
-        return scaled.reshape(self._shape).astype(np.float32)
+        with np.errstate(over="ignore"):  # becomes infinity, which is refused
+            scaled = (array / 255 if kind != "x" else array).reshape(self._shape).astype(np.float32)
+        if not np.isfinite(scaled).all():
+            raise DataError(f"{where}: '{kind}' holds NaN, infinity or a number beyond float32, expected finite ones")
+        return scaled
 
 
 _EXAMPLE = '{"pixels": [0, 17, 255], "y": 3}'
@@ -278,3 +280,28 @@ def _checked(images: Any, labels: NDArray[Any], names: tuple[str, ...], name: st
     """Return a block as float32 images and int64 labels after the checks of a data set."""
     block = Dataset(images, labels.astype(np.int64), names, name, allow_missing_classes=True)
     return block.take(np.arange(len(block)))
+
+
+def _collected(instances: Iterator[tuple[NDArray[Any], int]], size: int) -> Iterator[tuple[NDArray[Any], NDArray[Any]]]:
+    """Yield blocks of ``size`` instances; those before a bad one come before its error, for they can be learned from.
+
+    Raises:
+        EdgetrainError: as ``instances``.
+    """
+    images: list[NDArray[Any]] = []
+    labels: list[int] = []
+    failure: EdgetrainError | None = None
+    try:
+        for x, y in instances:
+            images.append(x)
+            labels.append(y)
+            if len(labels) == size:
+                block = np.stack(images), np.array(labels)
+                images, labels = [], []  # not held while somebody learns from the block
+                yield block
+    except EdgetrainError as error:
+        failure = error
+    if labels:
+        yield np.stack(images), np.array(labels)
+    if failure is not None:
+        raise failure

@@ -20,7 +20,7 @@ from edgetrain.graph import Graph
 from edgetrain.onnx_io.folding import live_nodes
 from edgetrain.onnx_io.names import CLASS_NAMES
 from edgetrain.onnx_io.readers import READERS
-from edgetrain.onnx_io.reading import Reading, Source
+from edgetrain.onnx_io.reading import Reading, Source, check_text
 
 if TYPE_CHECKING:
     from onnx import GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto
@@ -84,6 +84,7 @@ def read_model(source: str | PathLike[str] | ModelProto) -> ModelProto:
             raise ModelError(f"{place} cannot be read as an ONNX model: {error}") from error
     if not model.graph.node or not model.opset_import:
         raise ModelError(f"{place} is not an ONNX model: it holds no nodes; was the file written completely?")
+    check_text(model, place)
     return model
 
 
@@ -92,7 +93,10 @@ def _without_functions(model: ModelProto) -> ModelProto:
         return model
     from onnx.inliner import inline_local_functions
 
-    return inline_local_functions(model)
+    try:
+        return inline_local_functions(model)
+    except Exception as error:  # the inliner raises RuntimeError and others
+        raise ModelError(f"the functions of model '{model.graph.name}' cannot be put in place: {error}") from error
 
 
 def _opset(model: ModelProto) -> int:
@@ -177,7 +181,8 @@ def _read_input(r: Reading, info: ValueInfoProto) -> None:
     tensor = info.type.tensor_type
     where = f"input '{info.name}' of the network (opset {r.opset})"
     if tensor.elem_type != TensorProto.FLOAT:
-        kind = TensorProto.DataType.Name(tensor.elem_type).lower()
+        known = tensor.elem_type in TensorProto.DataType.values()
+        kind = TensorProto.DataType.Name(tensor.elem_type).lower() if known else f"number {tensor.elem_type}"
         raise UnsupportedError(
             f"{where} has the type {kind}; edgetrain computes in float32: export with float32 inputs"
         )
@@ -216,10 +221,17 @@ def _read_node(r: Reading, node: NodeProto) -> None:
 
 
 def _read_branch(r: Reading, node: NodeProto) -> None:
-    """Read the branch of an If that its constant condition takes (torch exports squeeze this way)."""
+    """Read the branch of an If that its constant condition takes (torch exports squeeze this way).
+
+    Raises:
+        ModelError: there is no such branch, or it has another number of outputs.
+    """
     source = Source.of(node)
-    condition = r.constant(source, 0)
-    branch: GraphProto = source.attributes["then_branch" if np.all(condition) else "else_branch"]
+    taken = "then_branch" if np.all(r.constant(source, 0)) else "else_branch"
+    branch: GraphProto | None = source.get(taken)
+    if branch is None or len(branch.output) != len(node.output):
+        outputs = "is not there" if branch is None else f"has {len(branch.output)} outputs"
+        raise ModelError(f"node '{source.name}' (If): its {taken} {outputs}, expected {len(node.output)} outputs")
     _load_tensors(r, branch.initializer)
     for inner in branch.node:
         _read_node(r, inner)
@@ -234,8 +246,11 @@ def _set_outputs(r: Reading, names: list[str]) -> None:
     """Declare the outputs; a Softmax at the end was taken off by its reader.
 
     Raises:
-        UnsupportedError: an output is a constant or is not made.
+        UnsupportedError: an output is a constant.
+        ModelError: there is no output, or nothing makes it.
     """
+    if not names:
+        raise ModelError(f"model '{r.graph.name}' declares no output, expected at least one; export it again")
     for name in names:
         if name in r.withheld:
             raise UnsupportedError(f"network (opset {r.opset}): {r.withheld[name]}")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -32,9 +33,16 @@ class Source:
 
     @classmethod
     def of(cls, node: NodeProto) -> Source:
-        """Decode a node."""
+        """Decode a node.
+
+        Raises:
+            ModelError: it has no output, or an attribute is not of the type that its operator has.
+        """
         from onnx.helper import get_attribute_value
 
+        if not node.output:
+            raise ModelError(f"node '{node.name}' ({node.op_type}) has no output; the file is damaged, export it again")
+        _check_attributes(node)
         attributes = {a.name: _decoded(get_attribute_value(a)) for a in node.attribute}
         prefix = f"{node.domain}." if node.domain not in ("", "ai.onnx") else ""
         name = node.name or next((out for out in node.output if out), node.op_type)
@@ -51,6 +59,61 @@ class Source:
     def only(self, *names: str) -> dict[str, Any]:
         """Return those of the named attributes that the file sets."""
         return {name: self.attributes[name] for name in names if name in self.attributes}
+
+
+def check_text(message: Any, place: str) -> None:
+    """Refuse names that are not text: protobuf hands bytes that are not UTF-8 over as they are.
+
+    Args:
+        message: of protobuf, with everything in it.
+        place: names the file in the error.
+
+    Raises:
+        ModelError: there is one.
+    """
+    for entry, content in message.ListFields():
+        if entry.type not in (entry.TYPE_MESSAGE, entry.TYPE_STRING):
+            continue
+        repeated = isinstance(content, Sequence) and not isinstance(content, (str, bytes))
+        for part in content if repeated else [content]:
+            if isinstance(part, bytes):
+                raise ModelError(f"{place} is damaged: {entry.name} is {part!r}, expected text; export it again")
+            if not isinstance(part, str):
+                check_text(part, place)
+
+
+def _check_attributes(node: NodeProto) -> None:
+    """Refuse attributes of another type than the operator's: no reader expects a graph where a number belongs.
+
+    Raises:
+        ModelError: there is one.
+    """
+    for attribute in node.attribute:
+        wanted = _attribute_types().get((node.op_type, attribute.name), attribute.type)
+        if attribute.type != wanted or attribute.ref_attr_name:
+            found = "a reference" if attribute.ref_attr_name else f"of type {_type_name(attribute.type)}"
+            raise ModelError(
+                f"node '{node.name}' ({node.op_type}): its attribute '{attribute.name}' is {found}, expected type "
+                f"{_type_name(wanted)}; the file is damaged, export it again"
+            )
+
+
+@functools.cache
+def _attribute_types() -> dict[tuple[str, str], int]:
+    """Return the number of the type by operator and attribute; no operator we read has changed one since opset 6."""
+    from onnx import defs
+
+    schemas = sorted(defs.get_all_schemas_with_history(), key=lambda schema: schema.since_version)
+    standard = [schema for schema in schemas if not schema.domain]
+    # The stub of onnx does not know that its enumerations are numbers.
+    return {(s.name, name): int(a.type) for s in standard for name, a in s.attributes.items()}  # type: ignore[call-overload]
+
+
+def _type_name(number: int) -> str:
+    from onnx import AttributeProto
+
+    kinds = AttributeProto.AttributeType
+    return kinds.Name(number).lower() if number in kinds.values() else str(number)
 
 
 def _decoded(value: Any) -> Any:
@@ -184,7 +247,7 @@ class Reading:
             UnsupportedError: not a constant, not float32, or the shape does not broadcast.
         """
         array = self.constant(node, index)
-        name = node.inputs[index]
+        name = node.inputs[index] if node.has(index) else f"input {index}"
         if array is None or array.dtype != np.float32:
             kind = "none" if array is None else array.dtype
             self.fail(node, f"'{name}' has the type {kind}; edgetrain computes in float32")
