@@ -7,6 +7,7 @@ import io
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -100,6 +101,16 @@ def test_a_finished_stream_is_not_resumed(inside, capsys):
     code, _, err = run(capsys, "resume", "runs/fit-1", "--epochs", "2")
     assert code == 2
     assert "a stream is learned from once" in err
+
+
+def test_a_stream_whose_ending_was_cut_off_is_finished(inside, capsys, tmp_path):
+    shutil.copytree(inside / "runs/fit-1", tmp_path / "fit-1")
+    cut = open_run(tmp_path / "fit-1")
+    wanted = cut.model.read_bytes()
+    cut.model.unlink()
+    assert run(capsys, "resume", cut.path, "--quiet")[0] == 0
+    assert cut.model.read_bytes() == wanted
+    assert run(capsys, "resume", cut.path)[0] == 2
 
 
 def test_the_last_lines_tell_what_was_saved(inside, capsys, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 from collections.abc import Mapping
@@ -57,7 +58,8 @@ def fit_stream(flags: Mapping[str, Any], config: Config, profile: DeviceProfile,
     )
     session = StreamSession(run, learner, config, display, source)
     session.train()
-    session.finish(flags["json"], _baseline(session, profile) if flags["baseline"] else None)
+    session.conclude()
+    session.tell(flags["json"], _baseline(session, profile) if flags["baseline"] else None)
 
 
 def resume_stream(run: Run, config: Config, display: Display, as_json: bool) -> None:
@@ -69,13 +71,16 @@ def resume_stream(run: Run, config: Config, display: Display, as_json: bool) -> 
     done = learner.stream.position // config.stream.window
     run.keep_metrics(done)
     source = stream_source(config, learner.graph)
-    if source.count is not None and learner.stream.position >= source.count:
+    over = source.count is not None and learner.stream.position >= source.count
+    if over and run.status() == "finished" and run.model.exists():
         raise UsageError(f"{run.path}: all {source.count:,} instances of the stream are done, nothing is left")
     run.log("resumed", instances=learner.stream.position)
     display.say(f"resuming {run.path} after {learner.stream.position:,} instances")
     session = StreamSession(run, learner, config, display, source)
-    session.train()
-    session.finish(as_json)
+    if not over:
+        session.train()
+    session.conclude()
+    session.tell(as_json)
 
 
 def baseline_run(run: Run, config: Config) -> Run:
@@ -115,8 +120,9 @@ def _baseline(session: StreamSession, profile: DeviceProfile) -> dict[str, Any]:
     twin = StreamSession(baseline_run(session.run, config), learner, config, session.display, session.source)
     session.display.say(f"{twin.run.path}: the same stream, dense")
     twin.train()
+    twin.conclude()
     seconds = sum(total.seconds for total in learner.stream.totals.values())
-    return {"seconds": seconds, "accuracy": twin.test_metrics().get("accuracy"), "run": str(twin.run.path),
+    return {"seconds": seconds, "accuracy": twin.test_metrics.get("accuracy"), "run": str(twin.run.path),
             "how": "measured, the same stream without the methods"}  # fmt: skip
 
 
@@ -209,14 +215,15 @@ class StreamSession:
                 )
             self._end()
 
+    @functools.cached_property
     def test_metrics(self) -> dict[str, float]:
-        """Return loss and accuracy on the test data of the source; empty when it has none."""
+        """Loss and accuracy on the test data of the source, after the stream; empty when it has none."""
         test = self._test_data()
         return {} if test is None else evaluate_dataset(self.learner, test)
 
     def result(self, baseline: Mapping[str, Any] | None) -> dict[str, Any]:
         """Return what the run gave; ``baseline``: time and accuracy of the same stream, dense."""
-        learner, stream, metrics = self.learner, self.learner.stream, self.test_metrics()
+        learner, stream, metrics = self.learner, self.learner.stream, self.test_metrics
         total = stream.totals["predict" if self.config.stream.predict else "train"]
         # Those that wait cost nothing yet, so dense training must not be charged for them.
         done = total.instances_seen - stream.waiting
@@ -233,13 +240,17 @@ class StreamSession:
             "files": {"model": str(self.run.model), "last": str(self.run.last), "best": str(self.run.best)},
         }  # fmt: skip
 
-    def finish(self, as_json: bool, baseline: Mapping[str, Any] | None = None) -> None:
-        """Write the ONNX file and print the last lines."""
+    def conclude(self) -> None:
+        """Write the last checkpoint and the ONNX file: the run is then finished, whatever becomes of its account."""
         save_checkpoint(self.learner, self.run.last)
         save_checkpoint(self.learner, self.run.best)
         self.learner.export_onnx(self.run.model)
+        accuracy = self.test_metrics.get("accuracy")
+        self.run.log("finished", instances=self.learner.stream.position, accuracy=accuracy)
+
+    def tell(self, as_json: bool, baseline: Mapping[str, Any] | None = None) -> None:
+        """Print the last lines, with what was saved; ``baseline``: time and accuracy of the same stream, dense."""
         result = self.result(baseline)
-        self.run.log("finished", instances=result["instances"], accuracy=result["accuracy"])
         self.display.close()
         emit(result, f"{savings_text(result['savings'])}\n{_last_line(result)}", as_json)
 
