@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from edgetrain.accounting import StepResult
-from edgetrain.arrays import Checked, batch_of, labels_of
+from edgetrain.arrays import Checked, batch_of, labels_of, targets_of
 from edgetrain.autodiff import TARGET
 from edgetrain.checkpoint import load_checkpoint, save_checkpoint
 from edgetrain.devices import DeviceProfile, load_profile
@@ -177,7 +177,9 @@ class Learner:
         """Take one optimizer step on exactly this batch.
 
         Args:
-            x: float32 ``(N, *input_shape)``, or a dict of inputs by name.
+            x: float32 ``(N, *input_shape)``, or a dict of inputs by name. Integers are pixels from 0 to 255 and become
+                float32 from 0 to 1, here and in all other methods. A signal ``(C, W)`` may have a row of its own, an
+                image of one channel none for the channel.
             y: integer labels ``(N,)``, or float32 targets ``(N, *output_shape)`` for ``"mse"``.
 
         Raises:
@@ -202,7 +204,7 @@ class Learner:
         Any number of instances at a time; every call costs a look of the filter, so dozens are cheaper than one.
 
         Args:
-            x: float32 ``(N, *input_shape)``.
+            x: as for ``partial_fit``, but for networks with one input only.
             y: as for ``partial_fit``.
             predict: predict all of them before learning; ``loss`` and ``correct`` of the result are then those of the
                 predictions, and ``stream.accuracy`` follows. Else they are those of the instances trained on.
@@ -260,7 +262,7 @@ class Learner:
         """Train for a number of epochs; see ``edgetrain.fitting.fit_loop`` for all options.
 
         Args:
-            data: a Dataset, or a pair (x, y).
+            data: a Dataset, or a pair (x, y) as for ``partial_fit``; with ``"mse"`` a pair.
             epochs: at least 1.
             options: ``validation``, ``augmentation``, ``shuffle``, ``normalize``, ``on_step``, ``on_epoch``,
                 ``should_stop``.
@@ -273,7 +275,7 @@ class Learner:
         """Return the network's raw outputs float32 ``(N, *output_shape)`` in inference mode.
 
         Args:
-            x: float32 ``(N, *input_shape)``, any N, or a dict of inputs by name.
+            x: as for ``partial_fit``, any N.
 
         Raises:
             DataError: arrays that do not fit the network.
@@ -285,19 +287,19 @@ class Learner:
         return np.concatenate(parts)
 
     def predict(self, x: Inputs) -> NDArray[np.int64]:
-        """Return the most probable class of every sample, int64 ``(N,)``."""
+        """Return the most probable class of every sample, int64 ``(N,)``; x as for ``partial_fit``."""
         labels: NDArray[np.int64] = self.logits(x).argmax(1)
         return labels
 
     def predict_proba(self, x: Inputs) -> NDArray[np.float32]:
-        """Return class probabilities float32 ``(N, num_classes)``."""
+        """Return class probabilities float32 ``(N, num_classes)``; x as for ``partial_fit``."""
         return np.exp(log_softmax(self.logits(x))).astype(np.float32)
 
     def evaluate(self, x: Inputs, y: ArrayLike) -> dict[str, float]:
         """Return ``{"loss": mean loss, "accuracy": share of right predictions}`` in inference mode.
 
         Args:
-            x: as for ``logits``.
+            x: as for ``partial_fit``.
             y: as for ``partial_fit``. With ``"mse"`` there is no accuracy: it is NaN.
         """
         logits = self.logits(x)
@@ -306,7 +308,7 @@ class Learner:
         return {"loss": float(sample_losses(logits, targets, self.loss).mean()), "accuracy": accuracy}
 
     def score(self, x: Inputs, y: ArrayLike) -> float:
-        """Return the accuracy, as scikit-learn does."""
+        """Return the accuracy, as scikit-learn does; x and y as for ``partial_fit``."""
         return self.evaluate(x, y)["accuracy"]
 
     # --- parameters and state ---
@@ -471,10 +473,7 @@ class Learner:
     def _targets(self, y: ArrayLike, count: int) -> NDArray[Any]:
         """Check the labels or targets of ``count`` samples."""
         if self.loss == "mse":
-            target = batch_of(y, self.graph.output_shape, "y")
-            if len(target) != count:
-                raise DataError(f"inputs have different numbers of samples: {{'x': {count}, 'y': {len(target)}}}")
-            return target
+            return targets_of(y, count, self.graph.output_shape)
         return labels_of(y, count, self.graph.output_shape[0])
 
     def _set_counters(self, executor: Executor, count: int) -> None:

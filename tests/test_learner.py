@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import edgetrain as et
+from edgetrain.arrays import batch_of
 from edgetrain.devices import load_profile
 from edgetrain.errors import (
     CheckpointError,
@@ -205,6 +206,60 @@ def test_a_signal_may_have_a_row_or_none():
     np.testing.assert_array_equal(some.logits(x[:, :, None]), some.logits(x))
 
 
+SAME_SAMPLES = {
+    "signal with a row": ((3, 8), (3, 1, 8)),
+    "map of one row without it": ((3, 1, 8), (3, 8)),
+    "image of one channel without it": ((1, 5, 8), (5, 8)),
+}
+
+
+@pytest.mark.parametrize(("shape", "given"), SAME_SAMPLES.values(), ids=SAME_SAMPLES)
+def test_the_other_shape_of_the_same_samples(shape, given):
+    x = np.arange(2 * math.prod(shape), dtype=np.float32).reshape(2, *shape)
+    np.testing.assert_array_equal(batch_of(x.reshape(2, *given), shape), x)
+
+
+OTHER_SAMPLES = {
+    "rows and columns of a signal in turn": ((6, 8), (8, 1, 6)),
+    "a signal in one column": ((6, 8), (48, 1)),
+    "a signal in one row": ((6, 8), (1, 1, 48)),
+    "an image in one row": ((1, 4, 8), (1, 1, 32)),
+    "channels of a map of one row in turn": ((6, 1, 8), (8, 6)),
+    "features as an image": ((6,), (6, 1, 1)),
+}
+
+
+@pytest.mark.parametrize(("shape", "given"), OTHER_SAMPLES.values(), ids=OTHER_SAMPLES)
+def test_samples_of_the_right_size_and_another_shape_are_refused(shape, given):
+    with pytest.raises(DataError, match=rf"x: shape {re.escape(str((2, *given)))} given, the network expects \(Nx"):
+        batch_of(np.zeros((2, *given), np.float32), shape)
+
+
+def test_channels_last_are_refused_with_a_remedy():
+    with pytest.raises(DataError, match=r"channels come first: x.transpose\(0, 3, 1, 2\)"):
+        learner().predict(batch()[0].transpose(0, 2, 3, 1))
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.int64])
+@pytest.mark.parametrize("method", ["partial_fit", "observe", "fit"])
+def test_integers_are_pixels_in_every_method(method, dtype):
+    pixels, y = np.random.default_rng(0).integers(0, 256, (8, *SHAPE)).astype(dtype), batch()[1]
+    made = learner(), learner()
+    numbers = pixels.astype(np.float32) / np.float32(255)
+    for some, x in zip(made, (pixels, numbers), strict=True):
+        some.fit((x, y), 1, normalize=False) if method == "fit" else getattr(some, method)(x, y)
+        assert some.step_count == 1
+    np.testing.assert_equal(made[0].parameters(), made[1].parameters())
+    np.testing.assert_equal(made[0].gradients(pixels, y), made[0].gradients(numbers, y))
+    assert made[0].evaluate(pixels, y) == made[0].evaluate(numbers, y)
+
+
+def test_integer_targets_are_no_pixels():
+    some, (x, y) = learner(regression(), loss="mse"), targets(8)
+    whole = y.round().astype(np.int64)
+    assert some.evaluate(x, whole)["loss"] == some.evaluate(x, whole.astype(np.float32))["loss"]
+
+
 # ---- what is refused at the door -------------------------------------------------------------------------------------
 
 X, Y = batch()
@@ -212,6 +267,8 @@ BAD_BATCHES = {
     "other map size": (X[..., :5], Y, r"x: shape \(8, 2, 6, 5\) given, the network expects \(Nx2x6x6\)"),
     "no batch dimension": (X[0], Y[:1], r"x: shape \(2, 6, 6\) given, .*; add the batch dimension: x\[None\]"),
     "no sample": (X[:0], Y[:0], "x: no sample given, expected at least one"),
+    "integers that are no pixels": (200 * X.round().astype(int), Y, r"x has dtype int64 with values -\d+ to \d+, exp"),
+    "truth values": (X > 0, Y, "x: dtype bool given, expected float32"),
     "text": (X.astype(str), Y, "x: dtype <U32 given, expected float32"),
     "complex": (X.astype(complex), Y, "x: dtype complex128 given, expected float32"),
     "objects": (X.astype(object), Y, "x: dtype object given"),
@@ -251,7 +308,7 @@ def test_every_method_refuses_a_bad_batch(shared, method, x, y, message):
         getattr(shared, method)(x, y)
 
 
-BAD_INPUTS = {key: (row[0], row[2]) for key, row in BAD_BATCHES.items() if row[2].startswith(("x:", "inputs"))}
+BAD_INPUTS = {key: (row[0], row[2]) for key, row in BAD_BATCHES.items() if row[2].startswith(("x", "inputs"))}
 
 
 @pytest.mark.parametrize(("x", "message"), BAD_INPUTS.values(), ids=BAD_INPUTS)
