@@ -31,6 +31,7 @@ from edgetrain.forking import ForkLock
 from edgetrain.graph import Graph, Normalization
 from edgetrain.losses import log_softmax, sample_losses
 from edgetrain.lowering_products import whole_gradient
+from edgetrain.ops import get_op
 from edgetrain.optim import SGD, Optimizer
 from edgetrain.parameters import Parameters
 from edgetrain.plan import KernelKey, Plan
@@ -519,9 +520,11 @@ class Learner:
         """
         graph, where, count = executor.plan.graph, "the gradient norm", int(self._parameters.buffers["state"][0])
         for position in executor.step_through():
-            values = [v for v in graph.nodes[position].outputs if executor.plan.buffer(v.name) in executor.plan.offsets]
+            node = graph.nodes[position]
+            numbers = [v for i, v in enumerate(node.outputs) if i not in get_op(node.op_type).opaque]
+            values = [v for v in numbers if executor.plan.buffer(v.name) in executor.plan.offsets]
             if any(not np.isfinite(executor.value(v, count)).all() for v in values):
-                where = f"node '{graph.nodes[position].name}' ({graph.nodes[position].op_type})"
+                where = f"node '{node.name}' ({node.op_type})"
                 break
         raise NumericalError(
             f"step {self.step_count + 1}: loss or gradients are not finite, first at {where}; the parameters are those "

@@ -336,6 +336,32 @@ def test_max_pooling_does_not_hide_a_weight_that_is_not_a_number():
         sick.partial_fit(*batch(sick))
 
 
+def positive() -> Graph:
+    """Return a network with a Relu whose input is positive, so that a word of its bits is no finite float32."""
+    graph = Graph("positive", input_shape=(1, 6, 6))
+    arrays = graph.parameter("conv.weight", np.ones((2, 1, 1, 1))), graph.parameter("conv.bias", np.full(2, 9.0))
+    x = graph.add("Relu", [graph.add("Conv", ["input", *arrays], kernel_shape=[1, 1])])
+    x = graph.add("Flatten", [graph.add("GlobalAveragePool", [x])])
+    weight = graph.parameter("fc.weight", np.ones((10, 2)))
+    graph.set_outputs([graph.add("Gemm", [x, weight], name="fc", transB=1)])
+    return graph
+
+
+PACKED = {
+    "positions of a max pool": (et.models.lenet5, "MaxPoolTraining", "fc3"),
+    "bits of a Relu": (positive, "ReluMask", "fc"),
+}
+
+
+@pytest.mark.parametrize(("build", "packed", "layer"), PACKED.values(), ids=PACKED)
+def test_what_is_packed_into_words_is_not_taken_for_numbers(build, packed, layer):
+    sick = et.Learner(build(), batch_size=BATCH, threads=1)
+    sick.graph.arrays[f"{layer}.weight"].flat[0] = np.nan
+    assert packed in [node.op_type for node in sick.training_plan().graph.nodes]
+    with pytest.raises(NumericalError, match=f"first at node '{layer}'"):
+        sick.partial_fit(*batch(sick))
+
+
 # --- the kernel cache -------------------------------------------------------------------------------------------------
 
 # Two operators only, to keep the compilation short.
