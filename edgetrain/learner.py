@@ -325,11 +325,12 @@ class Learner:
     def load_parameters(self, source: str | os.PathLike[str] | Mapping[str, ArrayLike]) -> MatchReport:
         """Take initial values from arrays by name, or from an ONNX file; return what matched.
 
-        Names and shapes are tried first, then order and shape (``onnx_io.match_parameters``). In sparse layers the
-        largest of the given weights exist from now on.
+        Arrays are matched by name and shape; those of the same network under other names by their order, if all of
+        them pair up (``onnx_io.match_parameters``). Arrays with another name or shape, such as another last layer,
+        keep their values; the report lists them. In sparse layers the largest of the given weights exist from now on.
 
         Raises:
-            ModelError: nothing matches, or a shape is wrong.
+            ModelError: nothing matches, or an array holds NaN or infinite numbers; nothing has changed then.
         """
         from edgetrain.onnx_io import match_parameters
 

@@ -318,9 +318,7 @@ NODES = {"conv1.weight": "conv1", "layer1.0.conv2.weight": r"layer1\.0\.conv2", 
 @pytest.mark.parametrize(("parameter", "node"), NODES.items(), ids=NODES)
 def test_a_weight_that_is_not_a_number_is_named(parameter, node):
     sick = learner()
-    arrays = sick.parameters()
-    arrays[parameter].flat[0] = np.nan
-    sick.load_parameters(arrays)
+    sick.graph.arrays[parameter].flat[0] = np.nan
     before = content(sick)
     with pytest.raises(NumericalError, match=f"step 1: .* first at node '{node}'"):
         sick.partial_fit(*batch(sick))
@@ -329,9 +327,7 @@ def test_a_weight_that_is_not_a_number_is_named(parameter, node):
 
 def test_max_pooling_does_not_hide_a_weight_that_is_not_a_number():
     sick = et.Learner(et.models.lenet5(), batch_size=BATCH, threads=1)
-    arrays = sick.parameters()
-    arrays["conv1.weight"].flat[0] = np.nan
-    sick.load_parameters(arrays)
+    sick.graph.arrays["conv1.weight"].flat[0] = np.nan
     with pytest.raises(NumericalError, match="first at node 'conv1'"):
         sick.partial_fit(*batch(sick))
 

@@ -426,6 +426,24 @@ def test_parameters_that_do_not_fit_are_refused():
         learner().load_parameters({"fc.weight": np.zeros((7, 7))})
 
 
+@pytest.mark.parametrize(
+    "arrays", [{"foo": np.full(4, 9.0)}, {"fc.bias": [1.0, np.nan, 3.0]}], ids=["unknown name", "not a number"]
+)
+def test_parameters_that_are_refused_change_nothing(arrays):
+    some = learner()
+    before = content(some)
+    with pytest.raises(ModelError):
+        some.load_parameters(arrays)
+    assert content(some) == before
+
+
+def test_another_last_layer_leaves_the_rest_to_be_loaded():
+    some, other = learner(), learner(classifier(seed=1)).parameters()
+    report = some.load_parameters(other | {"fc.weight": np.zeros((7, 36)), "fc.bias": np.zeros(7)})
+    assert report.missing == report.unused == ("fc.weight", "fc.bias")
+    np.testing.assert_array_equal(some.parameters()["conv.weight"], other["conv.weight"])
+
+
 def test_parameters_load_from_an_onnx_file(tmp_path):
     other = learner(classifier(seed=1))
     other.partial_fit(*batch())
