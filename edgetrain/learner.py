@@ -280,12 +280,16 @@ class Learner:
 
         Raises:
             DataError: arrays that do not fit the network.
+            NumericalError: an output is not finite, here and in all methods that predict.
         """
         arrays = self._inputs(x)
         total, size = _length(arrays), self.batch_size
         with self._lock:
             parts = [self._forward({n: a[i : i + size] for n, a in arrays.items()}) for i in range(0, total, size)]
-        return np.concatenate(parts)
+        outputs = np.concatenate(parts)
+        if not np.isfinite(outputs).all():
+            self._explain_broken_outputs(outputs)
+        return outputs
 
     def predict(self, x: Inputs) -> NDArray[np.int64]:
         """Return the most probable class of every sample, int64 ``(N,)``; x as for ``partial_fit``."""
@@ -531,6 +535,20 @@ class Learner:
             f"step {self.step_count + 1}: loss or gradients are not finite, first at {where}; the parameters are those "
             "before this step. Lower the learning rate, clip gradients (clip_norm) or check the data"
         )
+
+    def _explain_broken_outputs(self, outputs: NDArray[np.float32]) -> NoReturn:
+        """Tell whether weights or inputs are to blame for outputs (N, ...) that are not finite.
+
+        Raises:
+            NumericalError: always.
+        """
+        sample = int(np.flatnonzero(~np.isfinite(outputs.reshape(len(outputs), -1)).all(1))[0])
+        broken = next((name for name, array in self.parameters().items() if not np.isfinite(array).all()), None)
+        if broken is not None:
+            reason = f"'{broken}' holds NaN or infinite numbers; load an earlier checkpoint or other weights"
+        else:
+            reason = "numbers on the way are beyond float32; scale the inputs to about -1 to 1, or load smaller weights"
+        raise NumericalError(f"the outputs of '{self.graph.name}' are not finite (sample {sample}): {reason}")
 
 
 def _checked(optimizer: Optimizer) -> Optimizer:

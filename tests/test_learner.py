@@ -19,6 +19,7 @@ from edgetrain.errors import (
     GraphError,
     MemoryBudgetError,
     ModelError,
+    NumericalError,
     UsageError,
 )
 from edgetrain.graph import Graph
@@ -127,6 +128,25 @@ def test_probabilities_of_huge_logits_are_finite():
     some = learner()
     some.load_parameters({name: 1e4 * array for name, array in some.parameters().items() if name == "fc.weight"})
     assert np.isfinite(some.predict_proba(batch()[0])).all()
+
+
+PREDICTING = pytest.mark.parametrize("method", ["logits", "predict", "predict_proba", "evaluate", "score"])
+
+
+@PREDICTING
+def test_predictions_of_a_weight_that_is_not_a_number_are_refused(method):
+    some, (x, y) = learner(), batch()
+    some.graph.arrays["fc.bias"][1] = np.nan
+    with pytest.raises(NumericalError, match=r"outputs of 'small' .*\(sample 0\): 'fc.bias' holds NaN .*; load an"):
+        getattr(some, method)(*((x, y) if method in ("evaluate", "score") else (x,)))
+
+
+@PREDICTING
+def test_predictions_of_inputs_that_overflow_are_refused(method):
+    some, (x, y) = learner(), batch()
+    x[3] = 3e38
+    with pytest.raises(NumericalError, match=r"\(sample 3\): numbers on the way are beyond float32; scale the inputs"):
+        getattr(some, method)(*((x, y) if method in ("evaluate", "score") else (x,)))
 
 
 def test_the_loss_of_a_step_is_the_one_before_the_update():
