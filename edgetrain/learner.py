@@ -19,10 +19,11 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from edgetrain.accounting import StepResult
+from edgetrain.arguments import graph_of, integer_of, optimizer_of, profile_of, smoothing_of
 from edgetrain.arrays import Checked, batch_of, labels_of, targets_of
 from edgetrain.autodiff import TARGET
 from edgetrain.checkpoint import load_checkpoint, save_checkpoint
-from edgetrain.devices import DeviceProfile, load_profile
+from edgetrain.devices import DeviceProfile
 from edgetrain.errors import CheckpointError, DataError, NumericalError, UsageError
 from edgetrain.executor import Executor
 from edgetrain.filters import InstanceFilter
@@ -36,6 +37,7 @@ from edgetrain.optim import SGD, Optimizer
 from edgetrain.parameters import Parameters
 from edgetrain.plan import KernelKey, Plan
 from edgetrain.plans import MemoryPlan, Objective, Plans
+from edgetrain.policies import as_policy
 from edgetrain.pruning import ErrorPruning
 from edgetrain.sparsity import SparsityPolicy, Topology
 from edgetrain.sparsity.topology import TOPOLOGY
@@ -65,9 +67,10 @@ class Learner:
         graph: the network; it is copied.
         profile: name of a device profile, path to a TOML file, ``"host"``, or a profile.
         batch_size: samples of a usual step; the profile's by default. Any number is accepted later.
-        seed: of shuffling, augmentation and dropout.
+        seed: of shuffling, augmentation and dropout; 0 to 2**63 - 1.
         threads: at most the processors of this machine; the profile's by default.
-        memory_budget: bytes (or text such as ``"64MiB"``) that the plan may need; the profile's by default.
+        memory_budget: bytes (or text such as ``"64MiB"``) that the plan may need, 0 for no limit; the profile's by
+            default.
         optimizer: ``SGD``, ``Adam`` or ``AdamW``; plain SGD with momentum 0.9 by default.
         loss: ``"cross_entropy"`` (integer labels) or ``"mse"`` (targets of the output's shape).
         label_smoothing: share of the uniform distribution in the targets (cross-entropy).
@@ -77,8 +80,10 @@ class Learner:
         error_pruning: which part of the error maps the backward pass uses: ``ErrorMapPruning`` or
             ``GradientPruning``; all of them by default.
 
+    These three may be given as text, too: ``"rigl:weights=0.9"``, as on the command line (``policies.parse_policy``).
+
     Raises:
-        UsageError: an argument out of range.
+        UsageError: an argument of a wrong kind or out of range.
         ProfileError: the profile is not there or bad.
         MemoryBudgetError: a training step does not fit into the budget.
 
@@ -94,24 +99,21 @@ class Learner:
         self, graph: Graph, profile: str | os.PathLike[str] | DeviceProfile = "host", *, batch_size: int | None = None,
         seed: int = 0, threads: int | None = None, memory_budget: int | str | None = None,
         optimizer: Optimizer | None = None, loss: str = "cross_entropy", label_smoothing: float = 0.0,
-        sparsity: SparsityPolicy | None = None, instance_filter: InstanceFilter | None = None,
-        error_pruning: ErrorPruning | None = None,
+        sparsity: SparsityPolicy | str | None = None, instance_filter: InstanceFilter | str | None = None,
+        error_pruning: ErrorPruning | str | None = None,
     ) -> None:  # fmt: skip
-        self.profile = profile if isinstance(profile, DeviceProfile) else load_profile(profile)
-        self.graph = graph.copy()
-        self.batch_size = self.profile.batch_size if batch_size is None else batch_size
-        if not isinstance(self.batch_size, int) or self.batch_size < 1:
-            raise UsageError(f"batch_size={batch_size!r}, expected an integer of at least 1")
-        self.seed, self.loss, self.label_smoothing = int(seed), loss, float(label_smoothing)
-        if loss not in ("cross_entropy", "mse") or not 0 <= self.label_smoothing < 1:
-            raise UsageError(
-                f"loss={loss!r}, label_smoothing={label_smoothing}: expected 'cross_entropy' or 'mse', and 0 to below 1"
-            )
+        self.profile, self.graph = profile_of(profile), graph_of(graph).copy()
+        self.batch_size = self.profile.batch_size if batch_size is None else integer_of("batch_size", batch_size, 1)
+        self.seed, self.loss, self.label_smoothing = integer_of("seed", seed, 0), loss, smoothing_of(label_smoothing)
+        if loss not in ("cross_entropy", "mse"):
+            raise UsageError(f"loss={loss!r}, expected 'cross_entropy' or 'mse'")
         budget = None if memory_budget is None else parse_bytes(memory_budget)
         self.memory_budget = self.profile.memory_budget_mib * 2**20 if budget is None else budget
-        self._optimizer = _checked(optimizer or SGD(lr=0.05, momentum=0.9))
+        self._optimizer = optimizer_of(SGD(lr=0.05, momentum=0.9) if optimizer is None else optimizer)
+        self.error_pruning: ErrorPruning | None = as_policy("error_pruning", error_pruning)
+        self.instance_filter: InstanceFilter | None = as_policy("filter", instance_filter)
         self.position, self.history, self.step_count = Position(), History(), 0
-        self.topology = Topology(self.graph, sparsity, self._optimizer, self.seed)
+        self.topology = Topology(self.graph, as_policy("sparsity", sparsity), self._optimizer, self.seed)
         self._parameters = Parameters(self.graph, self._optimizer, self.topology.indices)
         self.topology.attach(self._parameters)
         # The graph's arrays are the trained ones, not a second copy.
@@ -122,12 +124,10 @@ class Learner:
         self._parameters.scale_input(None)
         self.plans = Plans(
             self.graph, self._parameters, self._optimizer, objective, self.batch_size, self.memory_budget,
-            self._allowed(threads), error_pruning, self.topology.wants_gradients,
-            None if sparsity is None else self.topology.rewrite,
+            self._allowed(threads), self.error_pruning, self.topology.wants_gradients,
+            None if self.sparsity is None else self.topology.rewrite,
         )  # fmt: skip
-        self.error_pruning = error_pruning
-        self.instance_filter = instance_filter
-        self.stream = InstanceStream(self, instance_filter)
+        self.stream = InstanceStream(self, self.instance_filter)
 
     # --- settings ---
 
@@ -153,10 +153,9 @@ class Learner:
             UsageError: more than this machine has, or less than 1.
         """
         available = len(os.sched_getaffinity(0))
-        wanted = min(self.profile.threads, available) if threads is None else threads
-        if not isinstance(wanted, int) or not 1 <= wanted <= max(64, available):
-            raise UsageError(f"threads={threads!r}, expected 1 to {available}, the processors of this machine")
-        return wanted
+        if threads is None:
+            return min(self.profile.threads, available)
+        return integer_of("threads", threads, 1, max(64, available))
 
     @property
     def optimizer(self) -> Optimizer:
@@ -165,7 +164,7 @@ class Learner:
 
     @optimizer.setter
     def optimizer(self, optimizer: Optimizer) -> None:
-        same = (_checked(optimizer).kernel, optimizer.moments, optimizer.decay_bias_and_norm)
+        same = (optimizer_of(optimizer).kernel, optimizer.moments, optimizer.decay_bias_and_norm)
         if same != (self._optimizer.kernel, self._optimizer.moments, self._optimizer.decay_bias_and_norm):
             raise UsageError(
                 f"cannot go from {self._optimizer.name} to {optimizer.name}: their state differs; make a new Learner"
@@ -549,12 +548,6 @@ class Learner:
         else:
             reason = "numbers on the way are beyond float32; scale the inputs to about -1 to 1, or load smaller weights"
         raise NumericalError(f"the outputs of '{self.graph.name}' are not finite (sample {sample}): {reason}")
-
-
-def _checked(optimizer: Optimizer) -> Optimizer:
-    if not isinstance(optimizer, Optimizer):
-        raise UsageError(f"optimizer={optimizer!r}, expected an optimizer such as edgetrain.SGD(lr=0.05)")
-    return optimizer
 
 
 def _length(arrays: Arrays) -> int:

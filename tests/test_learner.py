@@ -341,12 +341,25 @@ def test_every_prediction_refuses_bad_inputs(shared, method, x, message):
 BAD_SETTINGS = {
     "batch size of zero": ({"batch_size": 0}, UsageError, "batch_size=0, expected an integer of at least 1"),
     "batch size as text": ({"batch_size": "8"}, UsageError, "batch_size='8', expected"),
-    "no thread": ({"threads": 0}, UsageError, "threads=0, expected 1 to"),
-    "half a thread": ({"threads": 0.5}, UsageError, "threads=0.5, expected 1 to"),
+    "no thread": ({"threads": 0}, UsageError, "threads=0, expected an integer from 1 to"),
+    "half a thread": ({"threads": 0.5}, UsageError, "threads=0.5, expected an integer from 1 to"),
     "unknown loss": ({"loss": "hinge"}, UsageError, "loss='hinge'.* expected 'cross_entropy' or 'mse'"),
     "smoothing of one": ({"label_smoothing": 1.0}, UsageError, "label_smoothing=1.0"),
     "negative smoothing": ({"label_smoothing": -0.1}, UsageError, "label_smoothing=-0.1"),
     "budget in words": ({"memory_budget": "much"}, UsageError, "memory 'much': expected a number and a unit"),
+    "budget below nothing": ({"memory_budget": -1}, UsageError, "memory -1: expected a whole number of bytes"),
+    "budget as a fraction": ({"memory_budget": 64e6}, UsageError, r"memory 64000000\.0: expected a whole number"),
+    "seed as text": ({"seed": "abc"}, UsageError, "seed='abc', expected an integer of at least 0"),
+    "negative seed": ({"seed": -1}, UsageError, "seed=-1, expected an integer of at least 0"),
+    "seed beyond int64": ({"seed": 2**63}, UsageError, f"seed={2**63}, expected an integer from 0 to {2**63 - 1}"),
+    "smoothing as text": ({"label_smoothing": "0.1"}, UsageError, "label_smoothing='0.1', expected a number"),
+    "a truth as batch size": ({"batch_size": True}, UsageError, "batch_size=True, expected an integer"),
+    "graph by name": ({"graph": "lenet5"}, UsageError, r"graph='lenet5', expected a Graph; make one with"),
+    "class of a policy": ({"sparsity": et.RigL}, UsageError, r"sparsity=<class .*, or None; make one: RigL\(\)"),
+    "policy of another kind": (
+        {"instance_filter": et.RigL()}, UsageError, r"instance filter=RigL\(.*expected one of EarlyInstanceFilter, "
+    ),
+    "text of another kind": ({"error_pruning": "rigl"}, UsageError, "error pruning 'rigl': unknown name 'rigl'"),
     "optimizer by name": ({"optimizer": "sgd"}, UsageError, "optimizer='sgd', expected an optimizer such as"),
 }
 
@@ -355,6 +368,30 @@ BAD_SETTINGS = {
 def test_bad_settings_are_refused(settings, error, message):
     with pytest.raises(error, match=message):
         learner(**settings)
+
+
+def test_policies_may_be_given_as_text():
+    some = learner(sparsity="rigl:weights=0.5", error_pruning="channels", instance_filter="random:rate=0.5")
+    assert (some.sparsity, some.error_pruning) == (et.RigL(weights=0.5), et.ErrorMapPruning())
+    assert some.instance_filter == et.RandomFilter(rate=0.5)
+    assert some.observe(*batch()).instances_seen == 8
+    assert learner(sparsity="none").sparsity is None
+
+
+def test_integers_of_numpy_are_integers():
+    some = learner(batch_size=np.int64(8), seed=np.uint8(3), threads=np.int32(1), memory_budget=np.int64(1 << 26))
+    settings = some.batch_size, some.seed, some.threads, some.memory_budget
+    assert settings == (8, 3, 1, 1 << 26)
+    assert {type(value) for value in settings} == {int}
+
+
+def test_a_budget_of_nothing_is_no_limit():
+    learner(memory_budget=0).partial_fit(*batch(200))
+
+
+def test_no_profile_is_refused():
+    with pytest.raises(UsageError, match="profile=None, expected 'host', the name of a board, a path or a"):
+        et.Learner(classifier(), None)
 
 
 def test_an_unknown_profile_is_refused():
