@@ -405,7 +405,13 @@ class Learner:
             raise CheckpointError("the state belongs to other pruned layers: its records have another size")
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write a checkpoint: everything needed to go on exactly."""
+        """Write a checkpoint: everything needed to go on exactly.
+
+        Raises:
+            CheckpointError: the file cannot be written.
+        """
+        if Path(path).is_dir():
+            raise CheckpointError(f"{path}: is a folder, expected a file name such as learner.safetensors in it")
         with self._lock:
             save_checkpoint(self, path)
 
@@ -422,6 +428,9 @@ class Learner:
         """Write the network with its present parameters, input normalisation included.
 
         Weights that do not exist are zeros; the file's metadata tell the policy and the density of every sparse layer.
+
+        Raises:
+            UsageError: the file cannot be written there.
         """
         from edgetrain.onnx_io import save_onnx
 

@@ -533,6 +533,24 @@ def test_a_saved_learner_goes_on_bit_for_bit(optimizer, tmp_path):
     assert content(resumed) == content(through)
 
 
+@pytest.mark.parametrize("place", [".", "/", "folder"])
+def test_a_learner_is_saved_as_a_file(place, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(CheckpointError, match=r"is a folder, expected a file name such as learner\.safetensors"):
+        learner().save(place)
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+
+
+@pytest.mark.parametrize("place", [".", "no/such/model.onnx", "folder"])
+def test_a_model_that_cannot_be_written_is_one_message(place, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(UsageError, match=r"cannot be written \(.*\); make its folder, or choose another"):
+        learner().export_onnx(place)
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+
+
 def test_restoring_an_untrained_state_forgets_the_momentum():
     some, fresh = learner(), learner()
     start = some.state()
