@@ -135,6 +135,18 @@ class Checked(dict[str, Any]):
     """Inputs by name that have passed ``batch_of``: checking them again took a tenth of a stream's time."""
 
 
+def array_of(values: Any, what: str) -> NDArray[Any]:
+    """Return values as an array; ``what`` begins the message.
+
+    Raises:
+        DataError: nested lists of different lengths.
+    """
+    try:
+        return np.asarray(values)
+    except ValueError as error:
+        raise DataError(f"{what} not one rectangular array ({error}); all samples must have one shape") from error
+
+
 def batch_of(x: Any, shape: tuple[int, ...], what: str = "x") -> NDArray[np.float32]:
     """Check a batch of inputs and return it as dense float32 ``(N, *shape)``; the input is not modified.
 
@@ -144,7 +156,7 @@ def batch_of(x: Any, shape: tuple[int, ...], what: str = "x") -> NDArray[np.floa
     Raises:
         DataError: another shape or type, no sample, integers that are no pixels, or a number that is not finite.
     """
-    array = np.asarray(x)
+    array = array_of(x, f"{what} is")
     if array.dtype.kind not in "fiu":
         raise DataError(f"{what}: dtype {array.dtype} given, expected float32; convert it with astype")
     array = _shaped(array, shape, what)
@@ -157,7 +169,7 @@ def targets_of(y: Any, count: int, shape: tuple[int, ...]) -> NDArray[np.float32
     Raises:
         DataError: another shape or type, another number than samples, or a number that is not finite.
     """
-    array = np.asarray(y)
+    array = array_of(y, "y is")
     if array.dtype.kind not in "fiub":
         raise DataError(f"y: dtype {array.dtype} given, expected float32; convert it with astype")
     targets = _dense(_shaped(array, shape, "y"), "y")
@@ -241,7 +253,7 @@ def labels_of(y: Any, count: int, classes: int) -> NDArray[np.int64]:
     Raises:
         DataError: not integers, another number than samples, or out of range.
     """
-    array = np.asarray(y)
+    array = array_of(y, "y is")
     if array.dtype.kind not in "iu":
         raise DataError(f"y: dtype {array.dtype} given, expected integer class labels")
     if array.shape != (count,):

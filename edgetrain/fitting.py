@@ -16,9 +16,10 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from edgetrain.accounting import StepResult
+from edgetrain.arrays import array_of
 from edgetrain.data import Augmentation, Dataset, batch_count, batches
 from edgetrain.data.batches import Batch
-from edgetrain.data.convert import Layout, array_of
+from edgetrain.data.convert import Layout
 from edgetrain.data.targets import TargetSet
 from edgetrain.errors import DataError, UsageError
 from edgetrain.graph import Graph, Normalization, Shape
@@ -140,7 +141,7 @@ def as_samples(data: Data, name: str, graph: Graph, loss: str) -> Samples:
 
 def _as_maps(x: ArrayLike, name: str) -> ArrayLike:
     """Return features (N, F) as signals (N, F, 1): maps of one pixel."""
-    features = array_of(x, f"{name}: features")
+    features = array_of(x, f"{name}: features are")
     if features.ndim != 2:
         raise DataError(f"{name}: features have shape {features.shape}, expected (N, F)")
     return features[:, :, None]

@@ -333,7 +333,8 @@ class Learner:
         keep their values; the report lists them. In sparse layers the largest of the given weights exist from now on.
 
         Raises:
-            ModelError: nothing matches, or an array holds NaN or infinite numbers; nothing has changed then.
+            ModelError: nothing or next to nothing matches, or an array holds NaN or infinite numbers; nothing has
+                changed then.
         """
         from edgetrain.onnx_io import match_parameters
 

@@ -288,6 +288,8 @@ BAD_BATCHES = {
     "no batch dimension": (X[0], Y[:1], r"x: shape \(2, 6, 6\) given, .*; add the batch dimension: x\[None\]"),
     "no sample": (X[:0], Y[:0], "x: no sample given, expected at least one"),
     "integers that are no pixels": (200 * X.round().astype(int), Y, r"x has dtype int64 with values -\d+ to \d+, exp"),
+    "lists of different lengths": ([[1.0], [2.0, 3.0]], Y[:2], "x is not one rectangular array"),
+    "lists of labels in lists": (X[:2], [[0], [1, 2]], "y is not one rectangular array"),
     "truth values": (X > 0, Y, "x: dtype bool given, expected float32"),
     "text": (X.astype(str), Y, "x: dtype <U32 given, expected float32"),
     "complex": (X.astype(complex), Y, "x: dtype complex128 given, expected float32"),

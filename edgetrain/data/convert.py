@@ -7,7 +7,7 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from edgetrain.arrays import pixels_of
+from edgetrain.arrays import array_of, pixels_of
 from edgetrain.errors import DataError, UsageError
 
 Images: TypeAlias = NDArray[np.uint8] | NDArray[np.float32]
@@ -29,7 +29,7 @@ def images_from(x: ArrayLike, layout: Layout = "auto") -> Images:
     """
     if layout not in ("auto", "image", "signal"):
         raise UsageError(f"layout is {layout!r}, expected 'auto', 'image' or 'signal'")
-    array = array_of(x, "images")
+    array = array_of(x, "images are")
     _refuse_channels_last(array.shape)
     if array.ndim == 3 and (layout == "image" or (layout == "auto" and array.shape[1] == array.shape[2])):
         array = array[:, None]
@@ -42,7 +42,7 @@ def labels_from(y: ArrayLike) -> NDArray[np.int64]:
     Raises:
         DataError: not integers, or not one-dimensional.
     """
-    array = array_of(y, "labels")
+    array = array_of(y, "labels are")
     if array.ndim != 1:
         raise DataError(
             f"labels have shape {array.shape}, expected (N,); use y.argmax(axis=1) for one-hot labels"
@@ -69,18 +69,6 @@ def class_names_for(labels: NDArray[np.int64]) -> tuple[str, ...]:
             " number the classes 0, 1, 2, ..."
         )
     return tuple(str(label) for label in range(max(largest, 0) + 1))
-
-
-def array_of(values: ArrayLike, what: str) -> NDArray[Any]:
-    """Return ``values`` as an array; ``what`` names them in the message.
-
-    Raises:
-        DataError: nested lists of different lengths.
-    """
-    try:
-        return np.asarray(values)
-    except ValueError as error:
-        raise DataError(f"{what} are not one rectangular array ({error}); all must have one shape") from error
 
 
 def _refuse_channels_last(shape: tuple[int, ...]) -> None:

@@ -74,8 +74,9 @@ def match_parameters(
         The matched float32 arrays by their names in the graph (copies), and what matched.
 
     Raises:
-        ModelError: the file is bad, nothing matches, or only biases and the like do while other arrays are left over;
-            or an array holds something else than finite numbers.
+        ModelError: the file is bad, nothing matches, or arrays are left over while less than half of the network's
+            weights (without biases and the like) match, as from another network; or an array holds something else
+            than finite numbers.
 
     Example:
         >>> graph = Graph("tiny", input_shape=(3,))
@@ -99,10 +100,12 @@ def match_parameters(
         unused=tuple(name for name in left_over if name not in by_order.values()),
     )
     pairs = {name: name for name in same} | by_order
-    if not pairs or (report.unused and all(graph.arrays[name].ndim < 2 for name in pairs)):
+    weights = [name for name in wanted if graph.arrays[name].ndim > 1]
+    if not pairs or (report.unused and sum(name in pairs for name in weights) < len(weights) / 2):
         raise ModelError(
-            f"no weights match the graph '{graph.name}': {_shapes(rest)} wanted, {_shapes(left_over)} found; give "
-            "arrays of the same names and shapes, or those of the same network under other names, all and in its order"
+            f"{f'only {len(pairs)}' if pairs else 'no'} weights match the graph '{graph.name}': {_shapes(rest)} wanted, "
+            f"{_shapes(left_over)} found; give arrays of the same names and shapes and no others, or those of the same "
+            "network under other names, all and in its order"
         )
     return {mine: _numbers(theirs, offered[theirs]) for mine, theirs in pairs.items()}, report
 
