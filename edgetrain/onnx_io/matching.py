@@ -103,9 +103,9 @@ def match_parameters(
     weights = [name for name in wanted if graph.arrays[name].ndim > 1]
     if not pairs or (report.unused and sum(name in pairs for name in weights) < len(weights) / 2):
         raise ModelError(
-            f"{f'only {len(pairs)}' if pairs else 'no'} weights match the graph '{graph.name}': {_shapes(rest)} wanted, "
-            f"{_shapes(left_over)} found; give arrays of the same names and shapes and no others, or those of the same "
-            "network under other names, all and in its order"
+            f"{f'only {len(pairs)}' if pairs else 'no'} weights match the graph '{graph.name}': "
+            f"{_shapes(rest)} wanted, {_shapes(left_over)} found; give arrays of the same names and shapes and no "
+            "others, or those of the same network under other names, all and in its order"
         )
     return {mine: _numbers(theirs, offered[theirs]) for mine, theirs in pairs.items()}, report
 
