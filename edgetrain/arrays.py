@@ -135,26 +135,111 @@ class Checked(dict[str, Any]):
     """Inputs by name that have passed ``batch_of``: checking them again took a tenth of a stream's time."""
 
 
-def batch_of(x: Any, shape: tuple[int, ...], what: str = "x") -> NDArray[np.float32]:
-    """Check a batch of samples and return it as dense float32 ``(N, *shape)``; the input is not modified.
-
-    A one-dimensional signal may come as ``(N, C, 1, W)`` as well as ``(N, C, W)``.
+def array_of(values: Any, what: str) -> NDArray[Any]:
+    """Return values as an array; ``what`` begins the message.
 
     Raises:
-        DataError: another shape or type, no sample, or a number that is not finite.
+        DataError: nested lists of different lengths.
     """
-    array = np.asarray(x)
-    if array.dtype.kind not in "fiub":
+    try:
+        return np.asarray(values)
+    except ValueError as error:
+        raise DataError(f"{what} not one rectangular array ({error}); all samples must have one shape") from error
+
+
+def batch_of(x: Any, shape: tuple[int, ...], what: str = "x") -> NDArray[np.float32]:
+    """Check a batch of inputs and return it as dense float32 ``(N, *shape)``; the input is not modified.
+
+    Floats are taken as they are. Integers are pixels, as in a ``Dataset``: 0 to 255, divided by 255.
+    A signal ``(C, W)`` may come as ``(N, C, 1, W)`` and the other way round, an image ``(1, H, W)`` as ``(N, H, W)``.
+
+    Raises:
+        DataError: another shape or type, no sample, integers that are no pixels, or a number that is not finite.
+    """
+    array = array_of(x, f"{what} is")
+    if array.dtype.kind not in "fiu":
         raise DataError(f"{what}: dtype {array.dtype} given, expected float32; convert it with astype")
-    if array.shape[1:] != shape and math.prod(array.shape[1:]) == math.prod(shape) and 1 in array.shape[2:]:
+    array = _shaped(array, shape, what)
+    return _dense(array if array.dtype.kind == "f" else scaled(pixels_of(array, f"{what} has")), what)
+
+
+def targets_of(y: Any, count: int, shape: tuple[int, ...]) -> NDArray[np.float32]:
+    """Check the targets of ``count`` samples and return them as dense float32 ``(N, *shape)``, integers as they are.
+
+    Raises:
+        DataError: another shape or type, another number than samples, or a number that is not finite.
+    """
+    array = array_of(y, "y is")
+    if array.dtype.kind not in "fiub":
+        raise DataError(f"y: dtype {array.dtype} given, expected float32; convert it with astype")
+    targets = _dense(_shaped(array, shape, "y"), "y")
+    if len(targets) != count:
+        raise DataError(f"inputs have different numbers of samples: {{'x': {count}, 'y': {len(targets)}}}")
+    return targets
+
+
+def pixels_of(array: NDArray[Any], what: str) -> NDArray[np.uint8]:
+    """Return an array of integers as uint8, copied only to change the dtype; ``what`` begins the message.
+
+    Raises:
+        DataError: a number below 0 or above 255.
+    """
+    if array.dtype != np.uint8 and array.size:
+        low, high = int(array.min()), int(array.max())
+        if low < 0 or high > 255:
+            raise DataError(
+                f"{what} dtype {array.dtype} with values {low} to {high}, expected 0 to 255, as integers are pixels;"
+                " scale other numbers and use x.astype(np.float32)"
+            )
+    return array.astype(np.uint8, copy=False)
+
+
+def scaled(images: NDArray[np.uint8] | NDArray[np.float32]) -> NDArray[np.float32]:
+    """Return uint8 pixels as float32 from 0 to 1; float32 numbers as they are, without a copy.
+
+    Example:
+        >>> scaled(np.array([0, 51, 255], np.uint8)).tolist()
+        [0.0, 0.20000000298023224, 1.0]
+    """
+    values = images.astype(np.float32, copy=False)
+    if images.dtype == np.uint8:
+        values /= np.float32(255)
+    return values
+
+
+def _shaped(array: NDArray[Any], shape: tuple[int, ...], what: str) -> NDArray[Any]:
+    """Return a batch as ``(N, *shape)``.
+
+    Raises:
+        DataError: another shape, or no sample.
+    """
+    if array.shape[1:] != shape and array.shape[1:] in _other_shapes(shape):
         array = array.reshape(array.shape[0], *shape)
     if array.ndim != len(shape) + 1 or array.shape[1:] != shape:
         wanted, hint = "x".join(["N", *map(str, shape)]), ""
         if array.shape == shape:
             hint = "; add the batch dimension: x[None]"
+        elif array.ndim == 4 and array.shape[1:] == (*shape[1:], shape[0]):
+            hint = "; channels come first: x.transpose(0, 3, 1, 2)"
         raise DataError(f"{what}: shape {array.shape} given, the network expects ({wanted}){hint}")
     if array.shape[0] < 1:
         raise DataError(f"{what}: no sample given, expected at least one")
+    return array
+
+
+def _other_shapes(shape: tuple[int, ...]) -> list[tuple[int, ...]]:
+    """Return the shapes that mean the same samples: a signal with or without its row, an image without its channel."""
+    if len(shape) == 2:
+        return [(shape[0], 1, shape[1])]
+    return [shape[:axis] + shape[axis + 1 :] for axis in (0, 1) if len(shape) == 3 and shape[axis] == 1]
+
+
+def _dense(array: NDArray[Any], what: str) -> NDArray[np.float32]:
+    """Return an array as contiguous float32.
+
+    Raises:
+        DataError: a number that is not finite.
+    """
     with np.errstate(over="ignore", invalid="ignore"):  # what overflows or is NaN is refused below, without a warning
         dense = np.ascontiguousarray(array, np.float32)
     if not np.isfinite(dense).all():  # half the time of looking at the sum
@@ -168,7 +253,7 @@ def labels_of(y: Any, count: int, classes: int) -> NDArray[np.int64]:
     Raises:
         DataError: not integers, another number than samples, or out of range.
     """
-    array = np.asarray(y)
+    array = array_of(y, "y is")
     if array.dtype.kind not in "iu":
         raise DataError(f"y: dtype {array.dtype} given, expected integer class labels")
     if array.shape != (count,):

@@ -57,7 +57,7 @@ class CheckpointError(ModelError):
 
 
 class NumericalError(EdgetrainError):
-    """A loss or a gradient is not finite; the last good state was kept."""
+    """A loss, a gradient or a prediction is not finite; the last good state was kept."""
 
     exit_code = 3
 

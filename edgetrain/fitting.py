@@ -6,17 +6,21 @@ Floor 6. Nothing here prints or touches signals: a caller watches through callba
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
 from edgetrain.accounting import StepResult
+from edgetrain.arrays import array_of
 from edgetrain.data import Augmentation, Dataset, batch_count, batches
+from edgetrain.data.batches import Batch
 from edgetrain.data.convert import Layout
+from edgetrain.data.targets import TargetSet
 from edgetrain.errors import DataError, UsageError
 from edgetrain.graph import Graph, Normalization, Shape
 from edgetrain.history import EpochRecord, History, Totals
@@ -24,10 +28,10 @@ from edgetrain.history import EpochRecord, History, Totals
 if TYPE_CHECKING:
     from edgetrain.learner import Learner
 
-__all__ = ["Callbacks", "Data", "History", "StepEvent", "as_dataset", "check_fits", "evaluate_dataset", "fit_loop"]
+__all__ = ["Callbacks", "Data", "History", "StepEvent", "as_samples", "check_fits", "evaluate_dataset", "fit_loop"]
 
 Data: TypeAlias = Dataset | tuple[ArrayLike, ArrayLike]
-Batch: TypeAlias = tuple[NDArray[np.float32], NDArray[np.int64]]
+Samples: TypeAlias = Dataset | TargetSet
 
 # Images converted to float32 at a time while evaluating, in batches: bounds the memory whatever the data set.
 _EVALUATED_BATCHES = 8
@@ -75,7 +79,8 @@ def fit_loop(
 
     Args:
         learner: is changed in place.
-        data: a Dataset, or (x, y) as ``Dataset.from_arrays`` takes them.
+        data: a Dataset, or (x, y): x as ``Dataset.from_arrays`` takes it or features (N, F), y integers (N,), or
+            numbers (N, *output_shape) for a learner with the loss ``"mse"``.
         epochs: at least 1.
         validation: evaluated after every epoch.
         augmentation: random changes of training images, or their description such as "flip,crop:4".
@@ -95,10 +100,8 @@ def fit_loop(
         NumericalError: a loss or gradient was not finite; the learner keeps the state before that step.
     """
     graph = learner.graph
-    training = as_dataset(data, "training data", graph)
-    held_out = None
-    if validation is not None:
-        held_out = as_dataset(validation, "validation data", graph, training.class_names)
+    training = as_samples(data, "training data", graph, learner.loss)
+    held_out = None if validation is None else as_samples(validation, "validation data", graph, learner.loss)
     check_fits(graph, training)
     last_epoch = _begin(learner, training, epochs, normalize)
     loop = _Loop(learner, training, _parsed(augmentation), shuffle, Callbacks(on_step, on_epoch, should_stop))
@@ -109,65 +112,93 @@ def fit_loop(
     return learner.history
 
 
-def as_dataset(data: Data, name: str, graph: Graph, class_names: tuple[str, ...] | None = None) -> Dataset:
-    """Return a Dataset as it is, or make one of a pair (x, y) in the shape that the graph takes.
+def as_samples(data: Data, name: str, graph: Graph, loss: str) -> Samples:
+    """Return a Dataset as it is, or make a set of a pair (x, y) in the shapes that the graph takes.
+
+    The classes of a pair are the graph's outputs, whichever labels occur.
 
     Raises:
-        DataError: the arrays are not images and labels, or ``data`` is not a pair.
+        DataError: the arrays do not fit the network and its loss, or ``data`` is not a pair.
     """
     if isinstance(data, Dataset):
+        if loss == "mse":
+            raise DataError(
+                f"data set '{data.name}' has class labels, but the loss 'mse' needs targets; give a pair (x, y) with "
+                f"numbers y of shape (N, {', '.join(map(str, graph.output_shape))})"
+            )
         return data
     if not isinstance(data, Sequence) or len(data) != 2:
         raise DataError(f"{name} is of type {type(data).__name__}, expected a Dataset or a pair (x, y)")
+    x, y = data
+    if len(graph.input_shape) == 1:
+        x = _as_maps(x, name)
     layout: Layout = "signal" if _three_sizes(graph.input_shape)[1] == 1 else "image"
-    return Dataset.from_arrays(*data, class_names, name, layout=layout, allow_missing_classes=True)
+    if loss == "mse":
+        return TargetSet.from_arrays(x, y, graph.output_shape, name, layout)
+    names = tuple(map(str, range(graph.output_shape[0])))
+    return Dataset.from_arrays(x, y, names, name, layout=layout, allow_missing_classes=True)
 
 
-def evaluate_dataset(learner: Learner, dataset: Dataset) -> dict[str, float]:
-    """Return mean loss and accuracy over a whole data set, converted piece by piece.
+def _as_maps(x: ArrayLike, name: str) -> ArrayLike:
+    """Return features (N, F) as signals (N, F, 1): maps of one pixel."""
+    features = array_of(x, f"{name}: features are")
+    if features.ndim != 2:
+        raise DataError(f"{name}: features have shape {features.shape}, expected (N, F)")
+    return features[:, :, None]
+
+
+def evaluate_dataset(learner: Learner, dataset: Samples) -> dict[str, float]:
+    """Return mean loss and accuracy (NaN for targets) over a whole data set, converted piece by piece.
 
     Raises:
         DataError: the data do not fit the network.
+        NumericalError: the network's outputs are not finite.
     """
     check_fits(learner.graph, dataset)
     size = learner.batch_size * _EVALUATED_BATCHES
     loss = correct = 0.0
     for first in range(0, len(dataset), size):
-        x, y = dataset.take(np.arange(first, min(first + size, len(dataset))))
+        x, y = _as_taken(dataset.take(np.arange(first, min(first + size, len(dataset)))), learner.graph)
         metrics = learner.evaluate(x, y)
         loss += metrics["loss"] * len(y)
-        correct += round(metrics["accuracy"] * len(y))
+        correct += float(np.rint(metrics["accuracy"] * len(y)))
     return {"loss": loss / len(dataset), "accuracy": correct / len(dataset)}
 
 
-def check_fits(graph: Graph, dataset: Dataset) -> None:
+def _as_taken(batch: Batch, graph: Graph) -> Batch:
+    """Return a batch in the graph's input shape: a signal with or without its row, features without pixels."""
+    x, y = batch
+    return np.ascontiguousarray(x).reshape(len(x), *graph.input_shape), y
+
+
+def check_fits(graph: Graph, dataset: Samples) -> None:
     """Refuse data that the network cannot take.
 
     Raises:
         DataError: another input shape, or more classes than outputs.
     """
-    expected, classes = graph.input_shape, graph.output_shape[0]
+    expected = graph.input_shape
     if dataset.input_shape != _three_sizes(expected):
         raise DataError(
             f"data set '{dataset.name}' has images of shape {dataset.images.shape[1:]}, but the network "
             f"'{graph.name}' expects {expected}; build the network for this shape or resize the images"
         )
-    if dataset.num_classes > classes:
+    if isinstance(dataset, Dataset) and dataset.num_classes > graph.output_shape[0]:
         raise DataError(
             f"data set '{dataset.name}' has {dataset.num_classes} classes, but the network '{graph.name}' "
-            f"has {classes} outputs; build the network with num_classes={dataset.num_classes}"
+            f"has {graph.output_shape[0]} outputs; build the network with num_classes={dataset.num_classes}"
         )
 
 
 @dataclass(frozen=True)
 class _Loop:
     learner: Learner
-    dataset: Dataset
+    dataset: Samples
     augmentation: Augmentation | None
     shuffle: bool
     callbacks: Callbacks
 
-    def epoch(self, held_out: Dataset | None) -> bool:
+    def epoch(self, held_out: Samples | None) -> bool:
         """Do what is left of the present epoch; return False if asked to stop before its end."""
         if not self._steps():
             return False
@@ -204,10 +235,11 @@ class _Loop:
         return True
 
     def _batches(self) -> Iterator[Batch]:
-        return batches(
+        made = batches(
             self.dataset, block_size(self.learner), seed=self.learner.seed, epoch=self.learner.position.epoch,
             shuffle=self.shuffle, augmentation=self.augmentation, start=self.learner.position.batch,
         )  # fmt: skip
+        return (_as_taken(batch, self.learner.graph) for batch in made)
 
     def _event(self, step: StepResult) -> StepEvent:
         learner, position = self.learner, self.learner.position
@@ -215,7 +247,7 @@ class _Loop:
         return StepEvent(position.epoch + 1, position.batch, count, _last_lr(learner), step, learner.history.running)
 
 
-def _begin(learner: Learner, dataset: Dataset, epochs: int, normalize: bool) -> int:
+def _begin(learner: Learner, dataset: Samples, epochs: int, normalize: bool) -> int:
     """Start a new fit or take up an unfinished one; return the number of epochs to reach."""
     if isinstance(epochs, bool) or not isinstance(epochs, int) or epochs < 1:
         raise UsageError(f"epochs is {epochs!r}, expected a whole number of at least 1")
@@ -230,7 +262,7 @@ def _begin(learner: Learner, dataset: Dataset, epochs: int, normalize: bool) -> 
     _set_schedule(learner, history, learner.topology.total_steps)
     if normalize and learner.step_count == 0 and learner.graph.normalization is None:
         learner.graph.normalization = Normalization(*dataset.statistics())
-    if not learner.graph.class_names:
+    if isinstance(dataset, Dataset) and not learner.graph.class_names:
         learner.graph.class_names = dataset.class_names
     return last_epoch
 
@@ -261,8 +293,8 @@ def _set_schedule(learner: Learner, history: History, total_steps: int) -> None:
 
 
 def _three_sizes(shape: Shape) -> Shape:
-    """Return (C, H, W) of images, with height 1 for signals (C, W)."""
-    return (shape[0], 1, shape[1]) if len(shape) == 2 else shape
+    """Return (C, H, W) of images, with height 1 for signals (C, W), one pixel for features (C,)."""
+    return (shape[0], *[1] * (3 - len(shape)), *shape[1:])
 
 
 def _record(learner: Learner, metrics: Mapping[str, float]) -> EpochRecord:
@@ -271,7 +303,7 @@ def _record(learner: Learner, metrics: Mapping[str, float]) -> EpochRecord:
         epoch=learner.position.epoch + 1,
         steps=learner.step_count,
         loss=total.mean_loss,
-        accuracy=total.accuracy,
+        accuracy=math.nan if learner.loss == "mse" else total.accuracy,
         validation_loss=metrics.get("loss"),
         validation_accuracy=metrics.get("accuracy"),
         lr=_last_lr(learner),

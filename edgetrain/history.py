@@ -5,6 +5,7 @@ Floor 5. Plain numbers that survive JSON exactly.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
@@ -24,7 +25,8 @@ class EpochRecord:
     Attributes:
         epoch: number of the epoch, from 1.
         steps: optimizer steps done since the learner was new.
-        loss, accuracy: means over the training instances of the epoch, as they were trained on.
+        loss, accuracy: means over the training instances of the epoch, as they were trained on; with the loss
+            ``"mse"`` there is no accuracy: it is NaN.
         validation_loss, validation_accuracy: after the epoch; ``None`` without validation data.
         lr: learning rate of the last step.
         seconds: training time of the epoch, validation left out.
@@ -149,7 +151,10 @@ class History:
         return [getattr(record, name) for record in self.epochs]
 
     def best(self) -> EpochRecord | None:
-        """Return the first epoch with the highest validation accuracy (training accuracy without validation)."""
+        """Return the first epoch with the highest validation accuracy (training accuracy without validation).
+
+        Where there is no accuracy (``"mse"``) it is the first epoch with the lowest loss.
+        """
         return max(self.epochs, key=_quality, default=None)
 
     def to_dict(self) -> dict[str, Any]:
@@ -168,4 +173,7 @@ class History:
 
 
 def _quality(record: EpochRecord) -> float:
-    return record.accuracy if record.validation_accuracy is None else record.validation_accuracy
+    accuracy = record.accuracy if record.validation_accuracy is None else record.validation_accuracy
+    if not math.isnan(accuracy):
+        return accuracy
+    return -(record.loss if record.validation_loss is None else record.validation_loss)

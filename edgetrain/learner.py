@@ -19,10 +19,11 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from edgetrain.accounting import StepResult
-from edgetrain.arrays import Checked, batch_of, labels_of
+from edgetrain.arguments import graph_of, integer_of, optimizer_of, profile_of, smoothing_of
+from edgetrain.arrays import Checked, batch_of, labels_of, targets_of
 from edgetrain.autodiff import TARGET
 from edgetrain.checkpoint import load_checkpoint, save_checkpoint
-from edgetrain.devices import DeviceProfile, load_profile
+from edgetrain.devices import DeviceProfile
 from edgetrain.errors import CheckpointError, DataError, NumericalError, UsageError
 from edgetrain.executor import Executor
 from edgetrain.filters import InstanceFilter
@@ -31,10 +32,12 @@ from edgetrain.forking import ForkLock
 from edgetrain.graph import Graph, Normalization
 from edgetrain.losses import log_softmax, sample_losses
 from edgetrain.lowering_products import whole_gradient
+from edgetrain.ops import get_op
 from edgetrain.optim import SGD, Optimizer
 from edgetrain.parameters import Parameters
 from edgetrain.plan import KernelKey, Plan
 from edgetrain.plans import MemoryPlan, Objective, Plans
+from edgetrain.policies import as_policy
 from edgetrain.pruning import ErrorPruning
 from edgetrain.sparsity import SparsityPolicy, Topology
 from edgetrain.sparsity.topology import TOPOLOGY
@@ -64,9 +67,10 @@ class Learner:
         graph: the network; it is copied.
         profile: name of a device profile, path to a TOML file, ``"host"``, or a profile.
         batch_size: samples of a usual step; the profile's by default. Any number is accepted later.
-        seed: of shuffling, augmentation and dropout.
+        seed: of shuffling, augmentation and dropout; 0 to 2**63 - 1.
         threads: at most the processors of this machine; the profile's by default.
-        memory_budget: bytes (or text such as ``"64MiB"``) that the plan may need; the profile's by default.
+        memory_budget: bytes (or text such as ``"64MiB"``) that the plan may need, 0 for no limit; the profile's by
+            default.
         optimizer: ``SGD``, ``Adam`` or ``AdamW``; plain SGD with momentum 0.9 by default.
         loss: ``"cross_entropy"`` (integer labels) or ``"mse"`` (targets of the output's shape).
         label_smoothing: share of the uniform distribution in the targets (cross-entropy).
@@ -76,8 +80,10 @@ class Learner:
         error_pruning: which part of the error maps the backward pass uses: ``ErrorMapPruning`` or
             ``GradientPruning``; all of them by default.
 
+    These three may be given as text, too: ``"rigl:weights=0.9"``, as on the command line (``policies.parse_policy``).
+
     Raises:
-        UsageError: an argument out of range.
+        UsageError: an argument of a wrong kind or out of range.
         ProfileError: the profile is not there or bad.
         MemoryBudgetError: a training step does not fit into the budget.
 
@@ -93,24 +99,21 @@ class Learner:
         self, graph: Graph, profile: str | os.PathLike[str] | DeviceProfile = "host", *, batch_size: int | None = None,
         seed: int = 0, threads: int | None = None, memory_budget: int | str | None = None,
         optimizer: Optimizer | None = None, loss: str = "cross_entropy", label_smoothing: float = 0.0,
-        sparsity: SparsityPolicy | None = None, instance_filter: InstanceFilter | None = None,
-        error_pruning: ErrorPruning | None = None,
+        sparsity: SparsityPolicy | str | None = None, instance_filter: InstanceFilter | str | None = None,
+        error_pruning: ErrorPruning | str | None = None,
     ) -> None:  # fmt: skip
-        self.profile = profile if isinstance(profile, DeviceProfile) else load_profile(profile)
-        self.graph = graph.copy()
-        self.batch_size = self.profile.batch_size if batch_size is None else batch_size
-        if not isinstance(self.batch_size, int) or self.batch_size < 1:
-            raise UsageError(f"batch_size={batch_size!r}, expected an integer of at least 1")
-        self.seed, self.loss, self.label_smoothing = int(seed), loss, float(label_smoothing)
-        if loss not in ("cross_entropy", "mse") or not 0 <= self.label_smoothing < 1:
-            raise UsageError(
-                f"loss={loss!r}, label_smoothing={label_smoothing}: expected 'cross_entropy' or 'mse', and 0 to below 1"
-            )
+        self.profile, self.graph = profile_of(profile), graph_of(graph).copy()
+        self.batch_size = self.profile.batch_size if batch_size is None else integer_of("batch_size", batch_size, 1)
+        self.seed, self.loss, self.label_smoothing = integer_of("seed", seed, 0), loss, smoothing_of(label_smoothing)
+        if loss not in ("cross_entropy", "mse"):
+            raise UsageError(f"loss={loss!r}, expected 'cross_entropy' or 'mse'")
         budget = None if memory_budget is None else parse_bytes(memory_budget)
         self.memory_budget = self.profile.memory_budget_mib * 2**20 if budget is None else budget
-        self._optimizer = _checked(optimizer or SGD(lr=0.05, momentum=0.9))
+        self._optimizer = optimizer_of(SGD(lr=0.05, momentum=0.9) if optimizer is None else optimizer)
+        self.error_pruning: ErrorPruning | None = as_policy("error_pruning", error_pruning)
+        self.instance_filter: InstanceFilter | None = as_policy("filter", instance_filter)
         self.position, self.history, self.step_count = Position(), History(), 0
-        self.topology = Topology(self.graph, sparsity, self._optimizer, self.seed)
+        self.topology = Topology(self.graph, as_policy("sparsity", sparsity), self._optimizer, self.seed)
         self._parameters = Parameters(self.graph, self._optimizer, self.topology.indices)
         self.topology.attach(self._parameters)
         # The graph's arrays are the trained ones, not a second copy.
@@ -121,12 +124,10 @@ class Learner:
         self._parameters.scale_input(None)
         self.plans = Plans(
             self.graph, self._parameters, self._optimizer, objective, self.batch_size, self.memory_budget,
-            self._allowed(threads), error_pruning, self.topology.wants_gradients,
-            None if sparsity is None else self.topology.rewrite,
+            self._allowed(threads), self.error_pruning, self.topology.wants_gradients,
+            None if self.sparsity is None else self.topology.rewrite,
         )  # fmt: skip
-        self.error_pruning = error_pruning
-        self.instance_filter = instance_filter
-        self.stream = InstanceStream(self, instance_filter)
+        self.stream = InstanceStream(self, self.instance_filter)
 
     # --- settings ---
 
@@ -152,10 +153,9 @@ class Learner:
             UsageError: more than this machine has, or less than 1.
         """
         available = len(os.sched_getaffinity(0))
-        wanted = min(self.profile.threads, available) if threads is None else threads
-        if not isinstance(wanted, int) or not 1 <= wanted <= max(64, available):
-            raise UsageError(f"threads={threads!r}, expected 1 to {available}, the processors of this machine")
-        return wanted
+        if threads is None:
+            return min(self.profile.threads, available)
+        return integer_of("threads", threads, 1, max(64, available))
 
     @property
     def optimizer(self) -> Optimizer:
@@ -164,7 +164,7 @@ class Learner:
 
     @optimizer.setter
     def optimizer(self, optimizer: Optimizer) -> None:
-        same = (_checked(optimizer).kernel, optimizer.moments, optimizer.decay_bias_and_norm)
+        same = (optimizer_of(optimizer).kernel, optimizer.moments, optimizer.decay_bias_and_norm)
         if same != (self._optimizer.kernel, self._optimizer.moments, self._optimizer.decay_bias_and_norm):
             raise UsageError(
                 f"cannot go from {self._optimizer.name} to {optimizer.name}: their state differs; make a new Learner"
@@ -177,7 +177,9 @@ class Learner:
         """Take one optimizer step on exactly this batch.
 
         Args:
-            x: float32 ``(N, *input_shape)``, or a dict of inputs by name.
+            x: float32 ``(N, *input_shape)``, or a dict of inputs by name. Integers are pixels from 0 to 255 and become
+                float32 from 0 to 1, here and in all other methods. A signal ``(C, W)`` may have a row of its own, an
+                image of one channel none for the channel.
             y: integer labels ``(N,)``, or float32 targets ``(N, *output_shape)`` for ``"mse"``.
 
         Raises:
@@ -202,7 +204,7 @@ class Learner:
         Any number of instances at a time; every call costs a look of the filter, so dozens are cheaper than one.
 
         Args:
-            x: float32 ``(N, *input_shape)``.
+            x: as for ``partial_fit``, but for networks with one input only.
             y: as for ``partial_fit``.
             predict: predict all of them before learning; ``loss`` and ``correct`` of the result are then those of the
                 predictions, and ``stream.accuracy`` follows. Else they are those of the instances trained on.
@@ -260,7 +262,7 @@ class Learner:
         """Train for a number of epochs; see ``edgetrain.fitting.fit_loop`` for all options.
 
         Args:
-            data: a Dataset, or a pair (x, y).
+            data: a Dataset, or a pair (x, y) as for ``partial_fit``; with ``"mse"`` a pair.
             epochs: at least 1.
             options: ``validation``, ``augmentation``, ``shuffle``, ``normalize``, ``on_step``, ``on_epoch``,
                 ``should_stop``.
@@ -273,31 +275,35 @@ class Learner:
         """Return the network's raw outputs float32 ``(N, *output_shape)`` in inference mode.
 
         Args:
-            x: float32 ``(N, *input_shape)``, any N, or a dict of inputs by name.
+            x: as for ``partial_fit``, any N.
 
         Raises:
             DataError: arrays that do not fit the network.
+            NumericalError: an output is not finite, here and in all methods that predict.
         """
         arrays = self._inputs(x)
         total, size = _length(arrays), self.batch_size
         with self._lock:
             parts = [self._forward({n: a[i : i + size] for n, a in arrays.items()}) for i in range(0, total, size)]
-        return np.concatenate(parts)
+        outputs = np.concatenate(parts)
+        if not np.isfinite(outputs).all():
+            self._explain_broken_outputs(outputs)
+        return outputs
 
     def predict(self, x: Inputs) -> NDArray[np.int64]:
-        """Return the most probable class of every sample, int64 ``(N,)``."""
+        """Return the most probable class of every sample, int64 ``(N,)``; x as for ``partial_fit``."""
         labels: NDArray[np.int64] = self.logits(x).argmax(1)
         return labels
 
     def predict_proba(self, x: Inputs) -> NDArray[np.float32]:
-        """Return class probabilities float32 ``(N, num_classes)``."""
+        """Return class probabilities float32 ``(N, num_classes)``; x as for ``partial_fit``."""
         return np.exp(log_softmax(self.logits(x))).astype(np.float32)
 
     def evaluate(self, x: Inputs, y: ArrayLike) -> dict[str, float]:
         """Return ``{"loss": mean loss, "accuracy": share of right predictions}`` in inference mode.
 
         Args:
-            x: as for ``logits``.
+            x: as for ``partial_fit``.
             y: as for ``partial_fit``. With ``"mse"`` there is no accuracy: it is NaN.
         """
         logits = self.logits(x)
@@ -306,7 +312,7 @@ class Learner:
         return {"loss": float(sample_losses(logits, targets, self.loss).mean()), "accuracy": accuracy}
 
     def score(self, x: Inputs, y: ArrayLike) -> float:
-        """Return the accuracy, as scikit-learn does."""
+        """Return the accuracy, as scikit-learn does; x and y as for ``partial_fit``."""
         return self.evaluate(x, y)["accuracy"]
 
     # --- parameters and state ---
@@ -322,11 +328,13 @@ class Learner:
     def load_parameters(self, source: str | os.PathLike[str] | Mapping[str, ArrayLike]) -> MatchReport:
         """Take initial values from arrays by name, or from an ONNX file; return what matched.
 
-        Names and shapes are tried first, then order and shape (``onnx_io.match_parameters``). In sparse layers the
-        largest of the given weights exist from now on.
+        Arrays are matched by name and shape; those of the same network under other names by their order, if all of
+        them pair up (``onnx_io.match_parameters``). Arrays with another name or shape, such as another last layer,
+        keep their values; the report lists them. In sparse layers the largest of the given weights exist from now on.
 
         Raises:
-            ModelError: nothing matches, or a shape is wrong.
+            ModelError: nothing or next to nothing matches, or an array holds NaN or infinite numbers; nothing has
+                changed then.
         """
         from edgetrain.onnx_io import match_parameters
 
@@ -398,7 +406,13 @@ class Learner:
             raise CheckpointError("the state belongs to other pruned layers: its records have another size")
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write a checkpoint: everything needed to go on exactly."""
+        """Write a checkpoint: everything needed to go on exactly.
+
+        Raises:
+            CheckpointError: the file cannot be written.
+        """
+        if Path(path).is_dir():
+            raise CheckpointError(f"{path}: is a folder, expected a file name such as learner.safetensors in it")
         with self._lock:
             save_checkpoint(self, path)
 
@@ -415,6 +429,9 @@ class Learner:
         """Write the network with its present parameters, input normalisation included.
 
         Weights that do not exist are zeros; the file's metadata tell the policy and the density of every sparse layer.
+
+        Raises:
+            UsageError: the file cannot be written there.
         """
         from edgetrain.onnx_io import save_onnx
 
@@ -471,10 +488,7 @@ class Learner:
     def _targets(self, y: ArrayLike, count: int) -> NDArray[Any]:
         """Check the labels or targets of ``count`` samples."""
         if self.loss == "mse":
-            target = batch_of(y, self.graph.output_shape, "y")
-            if len(target) != count:
-                raise DataError(f"inputs have different numbers of samples: {{'x': {count}, 'y': {len(target)}}}")
-            return target
+            return targets_of(y, count, self.graph.output_shape)
         return labels_of(y, count, self.graph.output_shape[0])
 
     def _set_counters(self, executor: Executor, count: int) -> None:
@@ -520,20 +534,30 @@ class Learner:
         """
         graph, where, count = executor.plan.graph, "the gradient norm", int(self._parameters.buffers["state"][0])
         for position in executor.step_through():
-            values = [v for v in graph.nodes[position].outputs if executor.plan.buffer(v.name) in executor.plan.offsets]
+            node = graph.nodes[position]
+            numbers = [v for i, v in enumerate(node.outputs) if i not in get_op(node.op_type).opaque]
+            values = [v for v in numbers if executor.plan.buffer(v.name) in executor.plan.offsets]
             if any(not np.isfinite(executor.value(v, count)).all() for v in values):
-                where = f"node '{graph.nodes[position].name}' ({graph.nodes[position].op_type})"
+                where = f"node '{node.name}' ({node.op_type})"
                 break
         raise NumericalError(
             f"step {self.step_count + 1}: loss or gradients are not finite, first at {where}; the parameters are those "
             "before this step. Lower the learning rate, clip gradients (clip_norm) or check the data"
         )
 
+    def _explain_broken_outputs(self, outputs: NDArray[np.float32]) -> NoReturn:
+        """Tell whether weights or inputs are to blame for outputs (N, ...) that are not finite.
 
-def _checked(optimizer: Optimizer) -> Optimizer:
-    if not isinstance(optimizer, Optimizer):
-        raise UsageError(f"optimizer={optimizer!r}, expected an optimizer such as edgetrain.SGD(lr=0.05)")
-    return optimizer
+        Raises:
+            NumericalError: always.
+        """
+        sample = int(np.flatnonzero(~np.isfinite(outputs.reshape(len(outputs), -1)).all(1))[0])
+        broken = next((name for name, array in self.parameters().items() if not np.isfinite(array).all()), None)
+        if broken is not None:
+            reason = f"'{broken}' holds NaN or infinite numbers; load an earlier checkpoint or other weights"
+        else:
+            reason = "numbers on the way are beyond float32; scale the inputs to about -1 to 1, or load smaller weights"
+        raise NumericalError(f"the outputs of '{self.graph.name}' are not finite (sample {sample}): {reason}")
 
 
 def _length(arrays: Arrays) -> int:

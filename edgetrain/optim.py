@@ -51,12 +51,12 @@ class Schedule:
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise UsageError(f"schedule '{self.kind}' is unknown; expected one of {', '.join(KINDS)}")
-        if not 0 <= self.warmup < 1:
-            raise UsageError(f"schedule: warmup={self.warmup}, expected a share of training, at least 0 and below 1")
+        if not (isinstance(self.warmup, int | float) and 0 <= self.warmup < 1):
+            raise UsageError(f"schedule: warmup={self.warmup!r}, expected a share of training, at least 0 and below 1")
         if self.total_steps is not None and not (isinstance(self.total_steps, int) and self.total_steps >= 1):
             raise UsageError(f"schedule: total_steps={self.total_steps!r}, expected an integer of at least 1, or None")
-        if not (self.final >= 0 and self.gamma >= 0):
-            raise UsageError(f"schedule: final={self.final}, gamma={self.gamma}, expected numbers of at least 0")
+        if not all(isinstance(value, int | float) and value >= 0 for value in (self.final, self.gamma)):
+            raise UsageError(f"schedule: final={self.final!r}, gamma={self.gamma!r}, expected numbers of at least 0")
         object.__setattr__(self, "milestones", tuple(self.milestones))
 
     def factor(self, step: int) -> float:
@@ -125,8 +125,8 @@ class Optimizer:
             value = getattr(self, key)
             if not (isinstance(value, int | float) and low <= value < high):
                 raise UsageError(f"{self.name}: {key}={value!r}, expected a number from {low} to below {high}")
-        if self.clip_norm is not None and not self.clip_norm > 0:
-            raise UsageError(f"{self.name}: clip_norm={self.clip_norm}, expected a number above 0, or None")
+        if self.clip_norm is not None and not (isinstance(self.clip_norm, int | float) and self.clip_norm > 0):
+            raise UsageError(f"{self.name}: clip_norm={self.clip_norm!r}, expected a number above 0, or None")
         if self.schedule is not None and not isinstance(self.schedule, Schedule):
             raise UsageError(f"{self.name}: schedule={self.schedule!r}, expected a Schedule, or None")
 

@@ -33,6 +33,13 @@ _POLICIES: dict[str, dict[str, str]] = {
     },
 }
 
+# Kind -> module and class that all policies of the kind derive from.
+_BASES = {
+    "filter": "edgetrain.filters:InstanceFilter",
+    "sparsity": "edgetrain.sparsity:SparsityPolicy",
+    "error_pruning": "edgetrain.pruning:ErrorPruning",
+}
+
 # Turns a policy off, whatever the profile says.
 NONE = "none"
 
@@ -85,6 +92,27 @@ def parse_policy(kind: str, text: str) -> Any:
     return policy(**given)
 
 
+def as_policy(kind: str, policy: Any) -> Any:
+    """Return a policy as it is, that of a text as ``parse_policy`` reads it, or ``None``.
+
+    Args:
+        kind: "filter", "sparsity" or "error_pruning".
+        policy: what a user gave.
+
+    Raises:
+        UsageError: not a policy of this kind, or a bad text.
+
+    Example:
+        >>> as_policy("filter", "random:rate=0.25")
+        RandomFilter(rate=0.25, start=0)
+    """
+    if isinstance(policy, str):
+        return parse_policy(kind, policy)
+    if policy is None or isinstance(policy, _imported(_BASES[kind])):
+        return policy
+    raise _not_of(kind, policy)
+
+
 def describe_policy(kind: str, policy: Any) -> str:
     """Return the text from which ``parse_policy`` makes an equal policy; "none" for ``None``.
 
@@ -99,8 +127,7 @@ def describe_policy(kind: str, policy: Any) -> str:
         return NONE
     name = next((name for name in _POLICIES[kind] if _load(kind, name) is type(policy)), None)
     if name is None:
-        known = ", ".join(_POLICIES[kind][name].partition(":")[2] for name in _POLICIES[kind])
-        raise UsageError(f"{_what(kind)}={policy!r}: not a policy of this kind, expected one of {known}, or None")
+        raise _not_of(kind, policy)
     listed = ",".join(f"{item.name}={_text(getattr(policy, item.name))}" for item in fields(policy))
     return f"{name}:{listed}" if listed else name
 
@@ -122,8 +149,21 @@ def _find(kind: str, name: str, text: str) -> Any:
 
 def _load(kind: str, name: str) -> Any:
     # Loaded when named: reading a flag must not load every method.
-    module, _, attribute = _POLICIES[kind][name].partition(":")
+    return _imported(_POLICIES[kind][name])
+
+
+def _imported(place: str) -> Any:
+    module, _, attribute = place.partition(":")
     return getattr(importlib.import_module(module), attribute)
+
+
+def _not_of(kind: str, policy: Any) -> UsageError:
+    known = ", ".join(place.partition(":")[2] for place in _POLICIES[kind].values())
+    hint = f"; make one: {policy.__name__}()" if isinstance(policy, type) else ""
+    return UsageError(
+        f"{_what(kind)}={policy!r}: not a policy of this kind, expected one of {known}, a text such as "
+        f"'{example(kind)}', or None{hint}"
+    )
 
 
 def _what(kind: str) -> str:

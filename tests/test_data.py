@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from edgetrain.data import Dataset
 from edgetrain.data.convert import MAX_CLASSES
-from edgetrain.data.dataset import deviation_to_divide_by
+from edgetrain.data.images import deviation_to_divide_by
 from edgetrain.errors import DataError, UsageError
 
 PIXELS = np.random.default_rng(7).integers(0, 256, (40, 3, 6, 5)).astype(np.uint8)

@@ -318,9 +318,7 @@ NODES = {"conv1.weight": "conv1", "layer1.0.conv2.weight": r"layer1\.0\.conv2", 
 @pytest.mark.parametrize(("parameter", "node"), NODES.items(), ids=NODES)
 def test_a_weight_that_is_not_a_number_is_named(parameter, node):
     sick = learner()
-    arrays = sick.parameters()
-    arrays[parameter].flat[0] = np.nan
-    sick.load_parameters(arrays)
+    sick.graph.arrays[parameter].flat[0] = np.nan
     before = content(sick)
     with pytest.raises(NumericalError, match=f"step 1: .* first at node '{node}'"):
         sick.partial_fit(*batch(sick))
@@ -329,10 +327,34 @@ def test_a_weight_that_is_not_a_number_is_named(parameter, node):
 
 def test_max_pooling_does_not_hide_a_weight_that_is_not_a_number():
     sick = et.Learner(et.models.lenet5(), batch_size=BATCH, threads=1)
-    arrays = sick.parameters()
-    arrays["conv1.weight"].flat[0] = np.nan
-    sick.load_parameters(arrays)
+    sick.graph.arrays["conv1.weight"].flat[0] = np.nan
     with pytest.raises(NumericalError, match="first at node 'conv1'"):
+        sick.partial_fit(*batch(sick))
+
+
+def positive() -> Graph:
+    """Return a network with a Relu whose input is positive, so that a word of its bits is no finite float32."""
+    graph = Graph("positive", input_shape=(1, 6, 6))
+    arrays = graph.parameter("conv.weight", np.ones((2, 1, 1, 1))), graph.parameter("conv.bias", np.full(2, 9.0))
+    x = graph.add("Relu", [graph.add("Conv", ["input", *arrays], kernel_shape=[1, 1])])
+    x = graph.add("Flatten", [graph.add("GlobalAveragePool", [x])])
+    weight = graph.parameter("fc.weight", np.ones((10, 2)))
+    graph.set_outputs([graph.add("Gemm", [x, weight], name="fc", transB=1)])
+    return graph
+
+
+PACKED = {
+    "positions of a max pool": (et.models.lenet5, "MaxPoolTraining", "fc3"),
+    "bits of a Relu": (positive, "ReluMask", "fc"),
+}
+
+
+@pytest.mark.parametrize(("build", "packed", "layer"), PACKED.values(), ids=PACKED)
+def test_what_is_packed_into_words_is_not_taken_for_numbers(build, packed, layer):
+    sick = et.Learner(build(), batch_size=BATCH, threads=1)
+    sick.graph.arrays[f"{layer}.weight"].flat[0] = np.nan
+    assert packed in [node.op_type for node in sick.training_plan().graph.nodes]
+    with pytest.raises(NumericalError, match=f"first at node '{layer}'"):
         sick.partial_fit(*batch(sick))
 
 

@@ -9,11 +9,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+import edgetrain as et
 from edgetrain.accounting import StepResult
-from edgetrain.data import Dataset
+from edgetrain.data import Dataset, batches
 from edgetrain.errors import DataError, UsageError
-from edgetrain.fitting import as_dataset, evaluate_dataset, fit_loop
-from edgetrain.history import EpochRecord, History, Totals
+from edgetrain.fitting import as_samples, evaluate_dataset, fit_loop
+from edgetrain.history import History
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,8 @@ class FakePosition:
 
 class FakeLearner:
     """Softmax regression in float64: the least that can be trained."""
+
+    loss = "cross_entropy"
 
     def __init__(self, batch_size=4, seed=0, optimizer=None):
         self.graph = SimpleNamespace(
@@ -240,23 +243,114 @@ def test_data_of_another_shape_or_with_more_classes():
 
 def test_data_that_is_not_a_pair():
     with pytest.raises(DataError, match=r"training data is of type ndarray, expected a Dataset or a pair \(x, y\)"):
-        as_dataset(np.zeros(3), "training data", FakeLearner().graph)
+        as_samples(np.zeros(3), "training data", FakeLearner().graph, "mse")
 
 
-def test_history_survives_json_and_names_unknown_columns():
-    learner = FakeLearner()
-    history = fit_loop(learner, dataset(), epochs=2, validation=dataset(6, 1))
-    assert History.from_dict(json.loads(json.dumps(history.to_dict()))) == history
-    with pytest.raises(UsageError, match="history has no column 'los'; there are: epoch, steps, loss"):
-        history.column("los")
+def test_labels_of_a_pair_may_be_any_that_the_network_has():
+    learner, x, few = FakeLearner(), np.zeros((6, 1, 2, 2), np.float32), np.zeros(6, np.int64)
+    history = fit_loop(learner, (x, few), 1, validation=(x, np.arange(6) % 3))
+    assert history.epochs[0].validation_accuracy == pytest.approx(1 / 3)
+    assert learner.graph.class_names == ("0", "1", "2")
+    with pytest.raises(DataError, match=r"validation data.*label 3 of image 3 is out of range, expected 0 to 2"):
+        fit_loop(learner, (x, few), 1, validation=(x, np.arange(6)))
 
 
-def test_best_epoch_is_the_first_of_equals():
-    values = dict.fromkeys(EpochRecord.__dataclass_fields__, 0)
-    rows = [EpochRecord(**(values | {"epoch": n, "validation_accuracy": a})) for n, a in ((1, 0.5), (2, 0.7), (3, 0.7))]
-    assert History(epochs=rows).best().epoch == 2
-    assert History().best() is None
+# ---- with a network --------------------------------------------------------------------------------------------------
 
 
-def test_totals_of_nothing_are_zero():
-    assert (Totals().mean_loss, Totals().accuracy, Totals().images_per_second) == (0.0, 0.0, 0.0)
+def linear(outputs: int = 3, shape: tuple[int, ...] = (5,), **options) -> et.Learner:
+    """Return a learner of one layer."""
+    graph, rng = et.Graph("linear", input_shape=shape), np.random.default_rng(0)
+    x = graph.inputs[0] if len(shape) == 1 else graph.add("Flatten", [graph.inputs[0]])
+    weight = graph.parameter("w", rng.normal(0, 0.1, (outputs, int(np.prod(shape)))))
+    graph.set_outputs([graph.add("Gemm", [x, weight, graph.parameter("b", np.zeros(outputs))], transB=1)])
+    return et.Learner(graph, batch_size=8, threads=1, **({"optimizer": et.SGD(lr=0.1, momentum=0.5)} | options))
+
+
+def regression_data(count: int = 30, shape: tuple[int, ...] = (5,)) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(count)
+    x = rng.normal(size=(count, *shape)).astype(np.float32)
+    return x, (x.reshape(count, -1) @ rng.normal(size=(int(np.prod(shape)), 3))).astype(np.float32)
+
+
+@pytest.mark.parametrize("shape", [(5,), (2, 3), (1, 2, 3)])
+def test_targets_are_learned_and_have_no_accuracy(shape):
+    learner, validation = linear(shape=shape, loss="mse"), regression_data(11, shape)
+    history = learner.fit(regression_data(30, shape), 12, validation=validation)
+    assert history.epochs[-1].loss < 0.2 * history.epochs[0].loss
+    assert all(np.isnan(r.accuracy) and np.isnan(r.validation_accuracy) for r in history.epochs)
+    assert history.epochs[-1].validation_loss == pytest.approx(learner.evaluate(*validation)["loss"])
+    assert history.best().validation_loss == min(history.column("validation_loss"))
+    assert learner.graph.class_names == ()
+
+
+def test_targets_go_through_the_batches_that_labels_would():
+    (x, y), learner, twin = regression_data(), linear(loss="mse"), linear(loss="mse")
+    learner.fit((x, y), 1, normalize=False)
+    rows = np.arange(len(x), dtype=np.float32)[:, None, None, None]
+    order = Dataset.from_arrays(rows, np.zeros(len(x), int))
+    for numbers, _ in batches(order, 8, seed=0, epoch=0):
+        chosen = numbers.reshape(-1).astype(int)
+        twin.partial_fit(x[chosen], y[chosen])
+    np.testing.assert_equal(learner.parameters(), twin.parameters())
+
+
+def test_a_fit_on_targets_goes_on_exactly_from_a_checkpoint(tmp_path):
+    data, through, half = regression_data(), linear(loss="mse"), linear(loss="mse")
+    through.fit(data, 3)
+    half.fit(data, 3, should_stop=lambda: half.step_count >= 6)
+    half.save(tmp_path / "half.safetensors")
+    resumed = et.Learner.load(tmp_path / "half.safetensors")
+    resumed.fit(data, 3)
+    np.testing.assert_equal(resumed.parameters(), through.parameters())
+    assert resumed.history.column("loss") == through.history.column("loss")
+
+
+def test_targets_with_an_instance_filter():
+    learner = linear(loss="mse", instance_filter=et.SelectiveBackprop(rate=0.5))
+    assert learner.fit(regression_data(80), 3).epochs[-1].instances_trained < 80
+
+
+BAD_TARGETS = {
+    "labels": (np.arange(30), r"training data': y: shape \(30,\) given, the network expects \(Nx3\)"),
+    "too few": (np.zeros((29, 3)), r"different numbers of samples: \{'x': 30, 'y': 29\}"),
+    "not a number": (np.full((30, 3), np.nan), "y: contains NaN"),
+}
+
+
+@pytest.mark.parametrize(("y", "message"), BAD_TARGETS.values(), ids=BAD_TARGETS)
+def test_bad_targets_are_refused(y, message):
+    with pytest.raises(DataError, match=message):
+        linear(loss="mse").fit((regression_data()[0], y), 1)
+
+
+def test_a_data_set_of_labels_has_no_targets():
+    with pytest.raises(DataError, match=r"'arrays' has class labels.* numbers y of shape \(N, 3\)"):
+        linear(shape=(1, 2, 2), loss="mse").fit(dataset(), 1)
+
+
+def test_features_are_fitted_with_a_mean_for_each(tmp_path):
+    rng = np.random.default_rng(0)
+    y = np.arange(60) % 3
+    x = (100 * rng.normal(size=(60, 5)) + [0, 1000, 0, 0, 0] + 400 * np.eye(5)[y]).astype(np.float32)
+    learner = linear()
+    history = learner.fit((x, y), 10, validation=(x, y))
+    assert history.epochs[-1].validation_accuracy == learner.score(x, y) > 0.9
+    np.testing.assert_allclose(learner.graph.normalization.mean, x.mean(0), rtol=1e-5)
+    learner.export_onnx(tmp_path / "features.onnx")
+    again = et.Learner(et.load_onnx(tmp_path / "features.onnx"), batch_size=8, threads=1)
+    np.testing.assert_allclose(again.logits(x), learner.logits(x), rtol=1e-4, atol=1e-5)
+    with pytest.raises(DataError, match=r"training data: features have shape \(60, 5, 1\), expected \(N, F\)"):
+        learner.fit((x[:, :, None], y), 1)
+
+
+@pytest.mark.parametrize("turns", [("observe", "fit"), ("fit", "observe")], ids="-".join)
+def test_signals_with_a_row_meet_signals_without(turns):
+    x, y = np.random.default_rng(0).random((44, 2, 1, 20), np.float32), np.arange(44) % 3
+    learner = linear(shape=(2, 20), instance_filter=et.RandomFilter(rate=0.6, start=1))
+    for turn in turns:
+        if turn == "fit":
+            learner.fit((x, y), 1, should_stop=lambda: learner.position.batch == 1)
+        else:
+            learner.observe(x[:11], y[:11])
+        assert learner.stream.waiting or turn == turns[-1]  # all of the first block pass, more than one batch

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import edgetrain as et
+from edgetrain.arrays import batch_of
 from edgetrain.devices import load_profile
 from edgetrain.errors import (
     CheckpointError,
@@ -18,6 +19,7 @@ from edgetrain.errors import (
     GraphError,
     MemoryBudgetError,
     ModelError,
+    NumericalError,
     UsageError,
 )
 from edgetrain.graph import Graph
@@ -128,6 +130,25 @@ def test_probabilities_of_huge_logits_are_finite():
     assert np.isfinite(some.predict_proba(batch()[0])).all()
 
 
+PREDICTING = pytest.mark.parametrize("method", ["logits", "predict", "predict_proba", "evaluate", "score"])
+
+
+@PREDICTING
+def test_predictions_of_a_weight_that_is_not_a_number_are_refused(method):
+    some, (x, y) = learner(), batch()
+    some.graph.arrays["fc.bias"][1] = np.nan
+    with pytest.raises(NumericalError, match=r"outputs of 'small' .*\(sample 0\): 'fc.bias' holds NaN .*; load an"):
+        getattr(some, method)(*((x, y) if method in ("evaluate", "score") else (x,)))
+
+
+@PREDICTING
+def test_predictions_of_inputs_that_overflow_are_refused(method):
+    some, (x, y) = learner(), batch()
+    x[3] = 3e38
+    with pytest.raises(NumericalError, match=r"\(sample 3\): numbers on the way are beyond float32; scale the inputs"):
+        getattr(some, method)(*((x, y) if method in ("evaluate", "score") else (x,)))
+
+
 def test_the_loss_of_a_step_is_the_one_before_the_update():
     some, (x, y) = learner(), batch()
     first = some.partial_fit(x, y).loss
@@ -205,6 +226,60 @@ def test_a_signal_may_have_a_row_or_none():
     np.testing.assert_array_equal(some.logits(x[:, :, None]), some.logits(x))
 
 
+SAME_SAMPLES = {
+    "signal with a row": ((3, 8), (3, 1, 8)),
+    "map of one row without it": ((3, 1, 8), (3, 8)),
+    "image of one channel without it": ((1, 5, 8), (5, 8)),
+}
+
+
+@pytest.mark.parametrize(("shape", "given"), SAME_SAMPLES.values(), ids=SAME_SAMPLES)
+def test_the_other_shape_of_the_same_samples(shape, given):
+    x = np.arange(2 * math.prod(shape), dtype=np.float32).reshape(2, *shape)
+    np.testing.assert_array_equal(batch_of(x.reshape(2, *given), shape), x)
+
+
+OTHER_SAMPLES = {
+    "rows and columns of a signal in turn": ((6, 8), (8, 1, 6)),
+    "a signal in one column": ((6, 8), (48, 1)),
+    "a signal in one row": ((6, 8), (1, 1, 48)),
+    "an image in one row": ((1, 4, 8), (1, 1, 32)),
+    "channels of a map of one row in turn": ((6, 1, 8), (8, 6)),
+    "features as an image": ((6,), (6, 1, 1)),
+}
+
+
+@pytest.mark.parametrize(("shape", "given"), OTHER_SAMPLES.values(), ids=OTHER_SAMPLES)
+def test_samples_of_the_right_size_and_another_shape_are_refused(shape, given):
+    with pytest.raises(DataError, match=rf"x: shape {re.escape(str((2, *given)))} given, the network expects \(Nx"):
+        batch_of(np.zeros((2, *given), np.float32), shape)
+
+
+def test_channels_last_are_refused_with_a_remedy():
+    with pytest.raises(DataError, match=r"channels come first: x.transpose\(0, 3, 1, 2\)"):
+        learner().predict(batch()[0].transpose(0, 2, 3, 1))
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.int64])
+@pytest.mark.parametrize("method", ["partial_fit", "observe", "fit"])
+def test_integers_are_pixels_in_every_method(method, dtype):
+    pixels, y = np.random.default_rng(0).integers(0, 256, (8, *SHAPE)).astype(dtype), batch()[1]
+    made = learner(), learner()
+    numbers = pixels.astype(np.float32) / np.float32(255)
+    for some, x in zip(made, (pixels, numbers), strict=True):
+        some.fit((x, y), 1, normalize=False) if method == "fit" else getattr(some, method)(x, y)
+        assert some.step_count == 1
+    np.testing.assert_equal(made[0].parameters(), made[1].parameters())
+    np.testing.assert_equal(made[0].gradients(pixels, y), made[0].gradients(numbers, y))
+    assert made[0].evaluate(pixels, y) == made[0].evaluate(numbers, y)
+
+
+def test_integer_targets_are_no_pixels():
+    some, (x, y) = learner(regression(), loss="mse"), targets(8)
+    whole = y.round().astype(np.int64)
+    assert some.evaluate(x, whole)["loss"] == some.evaluate(x, whole.astype(np.float32))["loss"]
+
+
 # ---- what is refused at the door -------------------------------------------------------------------------------------
 
 X, Y = batch()
@@ -212,6 +287,10 @@ BAD_BATCHES = {
     "other map size": (X[..., :5], Y, r"x: shape \(8, 2, 6, 5\) given, the network expects \(Nx2x6x6\)"),
     "no batch dimension": (X[0], Y[:1], r"x: shape \(2, 6, 6\) given, .*; add the batch dimension: x\[None\]"),
     "no sample": (X[:0], Y[:0], "x: no sample given, expected at least one"),
+    "integers that are no pixels": (200 * X.round().astype(int), Y, r"x has dtype int64 with values -\d+ to \d+, exp"),
+    "lists of different lengths": ([[1.0], [2.0, 3.0]], Y[:2], "x is not one rectangular array"),
+    "lists of labels in lists": (X[:2], [[0], [1, 2]], "y is not one rectangular array"),
+    "truth values": (X > 0, Y, "x: dtype bool given, expected float32"),
     "text": (X.astype(str), Y, "x: dtype <U32 given, expected float32"),
     "complex": (X.astype(complex), Y, "x: dtype complex128 given, expected float32"),
     "objects": (X.astype(object), Y, "x: dtype object given"),
@@ -251,7 +330,7 @@ def test_every_method_refuses_a_bad_batch(shared, method, x, y, message):
         getattr(shared, method)(x, y)
 
 
-BAD_INPUTS = {key: (row[0], row[2]) for key, row in BAD_BATCHES.items() if row[2].startswith(("x:", "inputs"))}
+BAD_INPUTS = {key: (row[0], row[2]) for key, row in BAD_BATCHES.items() if row[2].startswith(("x", "inputs"))}
 
 
 @pytest.mark.parametrize(("x", "message"), BAD_INPUTS.values(), ids=BAD_INPUTS)
@@ -264,12 +343,25 @@ def test_every_prediction_refuses_bad_inputs(shared, method, x, message):
 BAD_SETTINGS = {
     "batch size of zero": ({"batch_size": 0}, UsageError, "batch_size=0, expected an integer of at least 1"),
     "batch size as text": ({"batch_size": "8"}, UsageError, "batch_size='8', expected"),
-    "no thread": ({"threads": 0}, UsageError, "threads=0, expected 1 to"),
-    "half a thread": ({"threads": 0.5}, UsageError, "threads=0.5, expected 1 to"),
+    "no thread": ({"threads": 0}, UsageError, "threads=0, expected an integer from 1 to"),
+    "half a thread": ({"threads": 0.5}, UsageError, "threads=0.5, expected an integer from 1 to"),
     "unknown loss": ({"loss": "hinge"}, UsageError, "loss='hinge'.* expected 'cross_entropy' or 'mse'"),
     "smoothing of one": ({"label_smoothing": 1.0}, UsageError, "label_smoothing=1.0"),
     "negative smoothing": ({"label_smoothing": -0.1}, UsageError, "label_smoothing=-0.1"),
     "budget in words": ({"memory_budget": "much"}, UsageError, "memory 'much': expected a number and a unit"),
+    "budget below nothing": ({"memory_budget": -1}, UsageError, "memory -1: expected a whole number of bytes"),
+    "budget as a fraction": ({"memory_budget": 64e6}, UsageError, r"memory 64000000\.0: expected a whole number"),
+    "seed as text": ({"seed": "abc"}, UsageError, "seed='abc', expected an integer of at least 0"),
+    "negative seed": ({"seed": -1}, UsageError, "seed=-1, expected an integer of at least 0"),
+    "seed beyond int64": ({"seed": 2**63}, UsageError, f"seed={2**63}, expected an integer from 0 to {2**63 - 1}"),
+    "smoothing as text": ({"label_smoothing": "0.1"}, UsageError, "label_smoothing='0.1', expected a number"),
+    "a truth as batch size": ({"batch_size": True}, UsageError, "batch_size=True, expected an integer"),
+    "graph by name": ({"graph": "lenet5"}, UsageError, r"graph='lenet5', expected a Graph; make one with"),
+    "class of a policy": ({"sparsity": et.RigL}, UsageError, r"sparsity=<class .*, or None; make one: RigL\(\)"),
+    "policy of another kind": (
+        {"instance_filter": et.RigL()}, UsageError, r"instance filter=RigL\(.*expected one of EarlyInstanceFilter, "
+    ),
+    "text of another kind": ({"error_pruning": "rigl"}, UsageError, "error pruning 'rigl': unknown name 'rigl'"),
     "optimizer by name": ({"optimizer": "sgd"}, UsageError, "optimizer='sgd', expected an optimizer such as"),
 }
 
@@ -278,6 +370,30 @@ BAD_SETTINGS = {
 def test_bad_settings_are_refused(settings, error, message):
     with pytest.raises(error, match=message):
         learner(**settings)
+
+
+def test_policies_may_be_given_as_text():
+    some = learner(sparsity="rigl:weights=0.5", error_pruning="channels", instance_filter="random:rate=0.5")
+    assert (some.sparsity, some.error_pruning) == (et.RigL(weights=0.5), et.ErrorMapPruning())
+    assert some.instance_filter == et.RandomFilter(rate=0.5)
+    assert some.observe(*batch()).instances_seen == 8
+    assert learner(sparsity="none").sparsity is None
+
+
+def test_integers_of_numpy_are_integers():
+    some = learner(batch_size=np.int64(8), seed=np.uint8(3), threads=np.int32(1), memory_budget=np.int64(1 << 26))
+    settings = some.batch_size, some.seed, some.threads, some.memory_budget
+    assert settings == (8, 3, 1, 1 << 26)
+    assert {type(value) for value in settings} == {int}
+
+
+def test_a_budget_of_nothing_is_no_limit():
+    learner(memory_budget=0).partial_fit(*batch(200))
+
+
+def test_no_profile_is_refused():
+    with pytest.raises(UsageError, match="profile=None, expected 'host', the name of a board, a path or a"):
+        et.Learner(classifier(), None)
 
 
 def test_an_unknown_profile_is_refused():
@@ -369,6 +485,24 @@ def test_parameters_that_do_not_fit_are_refused():
         learner().load_parameters({"fc.weight": np.zeros((7, 7))})
 
 
+@pytest.mark.parametrize(
+    "arrays", [{"foo": np.full(4, 9.0)}, {"fc.bias": [1.0, np.nan, 3.0]}], ids=["unknown name", "not a number"]
+)
+def test_parameters_that_are_refused_change_nothing(arrays):
+    some = learner()
+    before = content(some)
+    with pytest.raises(ModelError):
+        some.load_parameters(arrays)
+    assert content(some) == before
+
+
+def test_another_last_layer_leaves_the_rest_to_be_loaded():
+    some, other = learner(), learner(classifier(seed=1)).parameters()
+    report = some.load_parameters(other | {"fc.weight": np.zeros((7, 36)), "fc.bias": np.zeros(7)})
+    assert report.missing == report.unused == ("fc.weight", "fc.bias")
+    np.testing.assert_array_equal(some.parameters()["conv.weight"], other["conv.weight"])
+
+
 def test_parameters_load_from_an_onnx_file(tmp_path):
     other = learner(classifier(seed=1))
     other.partial_fit(*batch())
@@ -399,6 +533,24 @@ def test_a_saved_learner_goes_on_bit_for_bit(optimizer, tmp_path):
     for seed in range(3, 6):
         assert resumed.partial_fit(*batch(seed=seed)).loss == through.partial_fit(*batch(seed=seed)).loss
     assert content(resumed) == content(through)
+
+
+@pytest.mark.parametrize("place", [".", "/", "folder"])
+def test_a_learner_is_saved_as_a_file(place, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(CheckpointError, match=r"is a folder, expected a file name such as learner\.safetensors"):
+        learner().save(place)
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+
+
+@pytest.mark.parametrize("place", [".", "no/such/model.onnx", "folder"])
+def test_a_model_that_cannot_be_written_is_one_message(place, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(UsageError, match=r"cannot be written \(.*\); make its folder, or choose another"):
+        learner().export_onnx(place)
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
 
 
 def test_restoring_an_untrained_state_forgets_the_momentum():

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 import edgetrain as et
-from edgetrain.errors import ModelError
+from edgetrain.errors import ModelError, UsageError
 from edgetrain.graph import Graph, Normalization
 from edgetrain.onnx_io import load_onnx, save_onnx
 from edgetrain.reference import evaluate
@@ -289,7 +289,7 @@ def test_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.Mo
         raise OSError("no space left on device")
 
     monkeypatch.setattr("os.fsync", full)
-    with pytest.raises(OSError, match="no space"):
+    with pytest.raises(UsageError, match=r"m\.onnx: cannot be written \(no space left on device\)"):
         save_onnx(tiny_graph(), tmp_path / "m.onnx")
     assert [(p.name, p.read_bytes()) for p in tmp_path.iterdir()] == [("m.onnx", b"old")]
 

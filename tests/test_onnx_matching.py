@@ -1,4 +1,4 @@
-"""Initial weights from another network: by name and shape, then by order and shape; the report tells which."""
+"""Initial weights from another network: by name and shape, or all of it by order; the report tells which."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+from numpy.typing import NDArray
 
 from edgetrain.errors import ModelError
-from edgetrain.graph import Graph
+from edgetrain.graph import Graph, Normalization
 from edgetrain.onnx_io import match_parameters, save_onnx
 from tests.onnx_text import net, ones
 
@@ -33,13 +34,54 @@ def test_equal_names_and_shapes(tmp_path: Path) -> None:
     np.testing.assert_array_equal(arrays["b"], 2 * ones(3, 3))
 
 
-def test_the_rest_matches_by_order_and_shape() -> None:
-    offered = {"b": 7 * ones(3, 3), "first": ones(3, 3), "second": 2 * ones(3, 3), "extra": ones(9)}
-    arrays, report = match_parameters(network(a=(3, 3), b=(3, 3), c=(3, 3), d=(5, 3)), offered)
+def test_the_rest_matches_by_order_if_all_of_it_pairs_up() -> None:
+    offered = {"b": 7 * ones(3, 3), "first": ones(3, 3), "bound": np.float32(6), "second": 2 * ones(3, 3)}
+    arrays, report = match_parameters(network(a=(3, 3), b=(3, 3), c=(3, 3)), offered)
     assert {name: array[0, 0] for name, array in arrays.items()} == {"a": 1, "b": 7, "c": 2}
     assert (report.by_name, report.by_order) == (("b",), (("a", "first"), ("c", "second")))
-    assert (report.missing, report.unused) == (("d",), ("extra",))
+    assert (report.missing, report.unused) == ((), ("bound",))
     assert "matched by order and shape (2): a from first, c from second" in str(report)
+
+
+NOT_THE_SAME_NETWORK = {
+    "one more": {"first": ones(3, 3), "second": ones(5, 3), "third": ones(5, 5)},
+    "one less": {"first": ones(3, 3)},
+    "another order": {"second": ones(5, 3), "first": ones(3, 3)},
+    "another shape": {"first": ones(3, 3), "second": ones(6, 3)},
+}
+
+
+@pytest.mark.parametrize("offered", NOT_THE_SAME_NETWORK.values(), ids=NOT_THE_SAME_NETWORK)
+def test_arrays_of_another_network_go_nowhere_by_their_order(offered: dict[str, NDArray[np.float32]]) -> None:
+    graph = network(a=(3, 3), b=(5, 3))
+    with pytest.raises(ModelError, match=r"no weights match the graph 'net': a \(3, 3\), b \(5, 3\) wanted, "):
+        match_parameters(graph, offered)
+    arrays, report = match_parameters(graph, {"a": 9 * ones(3, 3), **offered, "rest": ones(4, 4)})  # half of it by name
+    assert list(arrays) == ["a"]
+    assert (report.missing, report.unused) == (("b",), (*offered, "rest"))
+
+
+def test_a_few_arrays_of_the_same_name_do_not_make_another_network_the_same() -> None:
+    graph = network(a=(4, 4), b=(4, 4), fc=(3, 4))
+    graph.parameter("fc.bias", np.zeros(3))
+    few = {"a": ones(4, 4), "fc.bias": ones(3)}
+    with pytest.raises(ModelError, match=r"2 weights match .* b \(4, 4\), fc \(3, 4\) wanted, fc \(3, 5\) found; give"):
+        match_parameters(graph, few | {"fc": ones(3, 5)})
+    assert set(match_parameters(graph, few)[0]) == few.keys()
+
+
+BAD_ARRAYS = {
+    "not a number": (np.full((3, 3), np.nan), "array 'a' holds NaN or infinite numbers"),
+    "infinite": (np.full((3, 3), np.inf, np.float32), "array 'a' holds NaN or infinite numbers"),
+    "beyond float32": (np.full((3, 3), 1e300), "array 'a' holds NaN or infinite numbers"),
+    "text": (np.full((3, 3), "1"), "array 'a' has dtype <U1, expected float32"),
+}
+
+
+@pytest.mark.parametrize(("array", "message"), BAD_ARRAYS.values(), ids=BAD_ARRAYS)
+def test_arrays_without_finite_numbers_are_refused(array: NDArray[np.generic], message: str) -> None:
+    with pytest.raises(ModelError, match=message):
+        match_parameters(network(a=(3, 3)), {"a": array})
 
 
 def test_order_is_that_of_the_nodes_not_of_the_initializers(tmp_path: Path) -> None:
@@ -52,19 +94,25 @@ def test_order_is_that_of_the_nodes_not_of_the_initializers(tmp_path: Path) -> N
     assert report.by_order == (("x", "a"), ("y", "b"))
 
 
+def test_the_mean_and_deviation_of_inputs_are_no_weights(tmp_path: Path) -> None:
+    graph = network(a=(3, 3))
+    graph.normalization = Normalization(ones(3), ones(3))
+    save_onnx(graph, tmp_path / "m.onnx")
+    _, report = match_parameters(network(mine=(3, 3)), tmp_path / "m.onnx")
+    assert (report.by_order, report.unused) == ((("mine", "a"),), ())
+
+
 def test_file_with_operators_that_cannot_be_trained() -> None:
     text = "(float[N,2] x) => (float[N,2] y) { e = Erf(x) c = Constant<value_float = 1.0>() y = MatMul(e, w) }"
-    arrays, report = match_parameters(network(mine=(2, 2), other=(5, 2)), net(text, w=3 * ones(2, 2)))
-    np.testing.assert_array_equal(arrays["mine"], 3 * ones(2, 2))
+    arrays, report = match_parameters(network(w=(2, 2), other=(5, 2)), net(text, w=3 * ones(2, 2)))
+    np.testing.assert_array_equal(arrays["w"], 3 * ones(2, 2))
     assert report.missing == ("other",)
 
 
 def test_same_name_with_another_shape_is_reported() -> None:
-    graph = network(fc=(3, 32))
-    offered = {"fc": ones(10, 32), "spare": ones(3, 32)}
-    _, report = match_parameters(graph, offered)
-    assert report.other_shape == ("fc",)
-    assert report.by_order == (("fc", "spare"),)
+    _, report = match_parameters(network(body=(32, 32), fc=(3, 32)), {"body": ones(32, 32), "fc": ones(10, 32)})
+    assert report.by_name == ("body",)
+    assert report.other_shape == report.missing == report.unused == ("fc",)
 
 
 def test_nothing_matches() -> None:

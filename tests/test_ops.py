@@ -179,8 +179,8 @@ def _operators(graph: Graph, training: bool, loss: str) -> set[str]:
 def test_the_table_covers_every_operator():
     graphs = [(case.graph(), case.loss) for case in CASES]
     used = set().union(*(_operators(graph, training, loss) for graph, loss in graphs for training in (False, True)))
-    # What policies insert into training graphs is tested in test_pruning.py.
-    inserted = {"edgetrain.ops.pruning", "edgetrain.ops.gradient_pruning"}
+    # What policies insert is tested in test_pruning.py, what comes before max pools in test_pooled_errors.py.
+    inserted = {"edgetrain.ops.pruning", "edgetrain.ops.gradient_pruning", "edgetrain.ops.pooled_gradient"}
     every = {*known_ops(), *known_ops(training_only=True)}
     assert used == {name for name in every if type(get_op(name)).__module__ not in inserted}
     assert all(get_op(name).name == name for name in used)

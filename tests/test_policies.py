@@ -58,3 +58,22 @@ def test_bad_texts_are_refused_with_a_remedy(text, message):
 def test_another_object_is_not_a_policy():
     with pytest.raises(UsageError, match="not a policy of this kind, expected one of EarlyInstanceFilter"):
         describe_policy("filter", et.SGD())
+
+
+BAD_FIELDS = {
+    "rate as text": (et.RandomFilter, {"rate": "0.5"}, "RandomFilter: rate='0.5', expected above 0"),
+    "start as text": (et.RandomFilter, {"start": "5"}, "RandomFilter: start='5', expected a whole number"),
+    "endless start": (et.RandomFilter, {"start": float("inf")}, "RandomFilter: start=inf, expected a whole number"),
+    "half a cell": (et.EarlyInstanceFilter, {"cells": 2.5}, "cells=2.5, expected a whole number from 1 to 1024, or"),
+    "power as text": (et.EarlyInstanceFilter, {"power": "2"}, "EarlyInstanceFilter: power='2', expected a number"),
+    "first layer": (et.RigL, {"dense_first": "x"}, "rigl: dense_first='x', expected True, False or None"),
+    "last layer": (et.StaticSparse, {"dense_last": 1}, "static: dense_last=1, expected True or False"),
+    "fraction": (et.SET, {"fraction": "x"}, "set: fraction='x', expected a share"),
+    "rescale": (et.SWAT, {"rescale": "x"}, "swat: rescale='x', expected True or False"),
+}
+
+
+@pytest.mark.parametrize(("policy", "settings", "message"), BAD_FIELDS.values(), ids=BAD_FIELDS)
+def test_bad_fields_are_refused_when_a_policy_is_made(policy, settings, message):
+    with pytest.raises(UsageError, match=message):
+        policy(**settings)

@@ -36,7 +36,7 @@ def batch(count: int, shape: tuple[int, ...] = (2, 6, 6)) -> tuple[np.ndarray, n
 
 VIEWS = {
     "float64": lambda x: x.astype(np.float64),
-    "int8": lambda x: x.astype(np.int8),
+    "float16": lambda x: x.astype(np.float16),
     "big-endian": lambda x: x.astype(">f4"),
     "fortran-order": np.asfortranarray,
     "every-second": lambda x: np.repeat(x, 2, axis=0)[::2],

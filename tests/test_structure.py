@@ -39,7 +39,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("choice",),
     ("ops", "optim", "data", "models", "onnx_io", "graph_json", "history", "torch_network",
      "policies"),
-    ("keeping",),
+    ("keeping", "arguments"),
     ("autodiff", "memory", "catalog", "bench_torch", "bench_jax", "bench_tinygrad", "bench_mnn",
      "bench_onert", "bench_onnxruntime", "fitting", "filters"),
     ("plan", "parameters", "checkpoint", "reference", "stream", "pooled_errors"),

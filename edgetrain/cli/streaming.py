@@ -22,7 +22,7 @@ from edgetrain.cli.savings import savings_of, savings_text, time_dense
 from edgetrain.cli.signals import StopOnSignal
 from edgetrain.cli.sources import make_learner
 from edgetrain.data import Dataset, available_splits, load_dataset
-from edgetrain.data.dataset import deviation_to_divide_by
+from edgetrain.data.images import deviation_to_divide_by
 from edgetrain.data.streaming import STANDARD_INPUT, InstanceSource, open_stream
 from edgetrain.devices import DeviceProfile, host_facts
 from edgetrain.errors import DataError, EdgetrainError, InterruptedRunError, UsageError

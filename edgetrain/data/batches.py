@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import SupportsIndex
+from typing import SupportsIndex, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,10 +11,12 @@ from numpy.typing import NDArray
 from edgetrain.data.augment import Augmentation
 from edgetrain.data.checks import whole_number
 from edgetrain.data.dataset import Dataset
+from edgetrain.data.targets import TargetSet
 from edgetrain.errors import UsageError
 
 # First word of a spawn key: the order of an epoch and the augmentation of a batch never share random numbers.
 _ORDER, _AUGMENT = 0, 1
+Batch: TypeAlias = tuple[NDArray[np.float32], NDArray[np.int64] | NDArray[np.float32]]
 
 
 def batch_count(n: SupportsIndex, batch_size: SupportsIndex) -> int:
@@ -31,7 +33,7 @@ def batch_count(n: SupportsIndex, batch_size: SupportsIndex) -> int:
 
 
 def batches(
-    dataset: Dataset,
+    dataset: Dataset | TargetSet,
     batch_size: SupportsIndex,
     *,
     seed: SupportsIndex,
@@ -39,7 +41,7 @@ def batches(
     shuffle: bool = True,
     augmentation: Augmentation | None = None,
     start: SupportsIndex = 0,
-) -> Iterator[tuple[NDArray[np.float32], NDArray[np.int64]]]:
+) -> Iterator[Batch]:
     """Return an iterator over the batches of one epoch, the last partial batch included.
 
     The order depends on (seed, epoch) alone and the augmentation of batch k on (seed, epoch, k) alone, so
@@ -55,7 +57,7 @@ def batches(
         start: first batch to return, 0 to ``batch_count``; ``batch_count`` itself gives none.
 
     Returns:
-        An iterator of (x, y) as from ``Dataset.take``: float32 (n, C, H, W) or (n, C, W), and int64 (n,).
+        An iterator of (x, y) as from ``take``: float32 (n, C, H, W) or (n, C, W), and int64 (n,), or float32 targets.
 
     Raises:
         UsageError: an argument is out of range; raised by this call, not by the first ``next``.
@@ -72,7 +74,7 @@ def batches(
         raise UsageError(f"start is {first}, expected at most {count}, the number of batches in an epoch")
     order = _stream(root, _ORDER, turn).permutation(len(dataset)) if shuffle else np.arange(len(dataset))
 
-    def generate() -> Iterator[tuple[NDArray[np.float32], NDArray[np.int64]]]:
+    def generate() -> Iterator[Batch]:
         for index in range(first, count):
             x, y = dataset.take(order[index * size : (index + 1) * size])
             if augmentation is not None:

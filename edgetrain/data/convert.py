@@ -7,6 +7,7 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from edgetrain.arrays import array_of, pixels_of
 from edgetrain.errors import DataError, UsageError
 
 Images: TypeAlias = NDArray[np.uint8] | NDArray[np.float32]
@@ -28,7 +29,7 @@ def images_from(x: ArrayLike, layout: Layout = "auto") -> Images:
     """
     if layout not in ("auto", "image", "signal"):
         raise UsageError(f"layout is {layout!r}, expected 'auto', 'image' or 'signal'")
-    array = _as_array(x, "images")
+    array = array_of(x, "images are")
     _refuse_channels_last(array.shape)
     if array.ndim == 3 and (layout == "image" or (layout == "auto" and array.shape[1] == array.shape[2])):
         array = array[:, None]
@@ -41,7 +42,7 @@ def labels_from(y: ArrayLike) -> NDArray[np.int64]:
     Raises:
         DataError: not integers, or not one-dimensional.
     """
-    array = _as_array(y, "labels")
+    array = array_of(y, "labels are")
     if array.ndim != 1:
         raise DataError(
             f"labels have shape {array.shape}, expected (N,); use y.argmax(axis=1) for one-hot labels"
@@ -70,13 +71,6 @@ def class_names_for(labels: NDArray[np.int64]) -> tuple[str, ...]:
     return tuple(str(label) for label in range(max(largest, 0) + 1))
 
 
-def _as_array(values: ArrayLike, what: str) -> NDArray[Any]:
-    try:
-        return np.asarray(values)
-    except ValueError as error:
-        raise DataError(f"{what} are not one rectangular array ({error}); all must have one shape") from error
-
-
 def _refuse_channels_last(shape: tuple[int, ...]) -> None:
     # (N, 32, 32, 3) would silently train as 32 channels of 32x3 pixels: a common mistake with foreign arrays.
     if len(shape) == 4 and shape[1] == shape[2] > 4 and shape[3] in (1, 3, 4):
@@ -92,11 +86,4 @@ def _to_stored_dtype(array: NDArray[Any]) -> Images:
             return array.astype(np.float32, copy=False)
     if array.dtype.kind not in "iu":
         raise DataError(f"images have dtype {array.dtype}, expected uint8 or float32; use x.astype(np.float32)")
-    if array.dtype != np.uint8 and array.size:
-        low, high = int(array.min()), int(array.max())
-        if low < 0 or high > 255:
-            raise DataError(
-                f"images have dtype {array.dtype} with values {low} to {high}, expected 0 to 255;"
-                " scale them and use x.astype(np.float32)"
-            )
-    return array.astype(np.uint8, copy=False)
+    return pixels_of(array, "images have")

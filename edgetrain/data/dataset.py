@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import SupportsIndex
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from edgetrain.arrays import scaled
 from edgetrain.data.checks import whole_number
 from edgetrain.data.convert import Images, Layout, class_names_for, images_from, labels_from
+from edgetrain.data.images import channel_statistics, check_images, checked_indices, sizes_of
 from edgetrain.errors import DataError, UsageError
-
-# A channel is constant when its deviation is below this part of its mean (rounding in float32 gives as much), or so
-# small that float32 has no inverse of it.
-_CONSTANT, _NO_INVERSE = 1e-6, 1e-30
-
-# Elements converted at a time in whole-set passes: 2 MiB as float64, whatever the size of the set.
-_CHUNK_ELEMENTS = 1 << 18
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,7 +48,7 @@ class Dataset:
     def __post_init__(self) -> None:
         """Check everything once, here, so that no later floor has to."""
         try:
-            _check_images(self.images)
+            check_images(self.images)
             _check_class_names(self.class_names)
             _check_labels(self.labels, len(self.images), self.class_names)
             if not self.allow_missing_classes:
@@ -111,8 +106,7 @@ class Dataset:
     @property
     def input_shape(self) -> tuple[int, int, int]:
         """The (C, H, W) that a model builder needs; a signal (C, W) counts as height 1."""
-        channels, *space = self.images.shape[1:]
-        return (channels, 1, space[0]) if len(space) == 1 else (channels, space[0], space[1])
+        return sizes_of(self.images)
 
     def take(self, indices: ArrayLike) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
         """Return the chosen images, ready to train on, and their labels; new arrays.
@@ -128,7 +122,7 @@ class Dataset:
             UsageError: an index is out of range or not an integer.
         """
         chosen = self._checked(indices)
-        return _scaled(self.images[chosen]), self.labels[chosen]
+        return scaled(self.images[chosen]), self.labels[chosen]
 
     def subset(self, indices: ArrayLike) -> Dataset:
         """Return a Dataset of the chosen images with the same classes; classes may be left empty.
@@ -181,98 +175,17 @@ class Dataset:
         Taken over the values that ``take`` returns, summed in float64, in chunks: the set is never copied. The
         deviation of a constant channel is given as 1, as ``deviation_to_divide_by`` does.
         """
-        mean = self._channel_average(np.zeros((self.images.shape[1], 1)), power=1)
-        variance = self._channel_average(mean[:, None], power=2)
-        return mean.astype(np.float32), deviation_to_divide_by(mean, np.sqrt(variance))
-
-    def _channel_average(self, centre: NDArray[np.float64], power: int) -> NDArray[np.float64]:
-        """Return the average of (value - centre) ** power per channel; two passes lose no digits."""
-        total = np.zeros(self.images.shape[1])
-        for chunk in _chunks(self.images):
-            values = chunk.reshape(*chunk.shape[:2], -1).astype(np.float64)
-            if chunk.dtype == np.uint8:
-                values /= 255
-            values -= centre
-            total += (values**power).sum(axis=(0, 2))
-        average: NDArray[np.float64] = total * self.images.shape[1] / self.images.size
-        return average
+        return channel_statistics(self.images)
 
     def _part(self, chosen: NDArray[np.intp], allow_missing_classes: bool) -> Dataset:
         return Dataset(self.images[chosen], self.labels[chosen], self.class_names, self.name, allow_missing_classes)
 
     def _checked(self, indices: ArrayLike) -> NDArray[np.intp]:
-        array = np.asarray(indices)
-        if array.size == 0:
-            return np.zeros(0, np.intp)
-        if array.ndim != 1 or array.dtype.kind not in "iu":
-            raise UsageError(f"indices have dtype {array.dtype} and shape {array.shape}, expected integers (n,)")
-        low, high = int(array.min()), int(array.max())
-        if low < 0 or high >= len(self):
-            wrong = low if low < 0 else high
-            raise UsageError(f"index {wrong} is out of range, data set {self.name!r} has 0 to {len(self) - 1}")
-        return array.astype(np.intp, copy=False)
-
-
-def deviation_to_divide_by(
-    mean: NDArray[np.float64], deviation: NDArray[np.float64], smallest: float = 0.0
-) -> NDArray[np.float32]:
-    """Return the deviation of every channel, 1 where the channel is constant.
-
-    A tiny number instead of 1 would make a million of every value that is not that constant. scikit-learn's
-    ``StandardScaler`` does the same.
-
-    Args:
-        mean, deviation: of every channel, shape (C,).
-        smallest: a deviation below it counts as none.
-
-    Returns:
-        float32 (C,), every entry above 0.
-
-    Example:
-        >>> deviation_to_divide_by(np.array([0.5, 0.0]), np.array([0.3, 0.0]))
-        array([0.3, 1. ], dtype=float32)
-    """
-    constant = deviation < np.maximum(np.maximum(_CONSTANT * np.abs(mean), _NO_INVERSE), smallest)
-    return np.where(constant, 1.0, deviation).astype(np.float32)
-
-
-def _scaled(images: Images) -> NDArray[np.float32]:
-    values = images.astype(np.float32, copy=False)
-    if images.dtype == np.uint8:
-        values /= np.float32(255)
-    return values
+        return checked_indices(indices, len(self), self.name)
 
 
 def _share(fraction: float, count: int) -> int:
     return min(max(round(fraction * count), 1), max(count - 1, 1))
-
-
-def _chunks(images: Images) -> Iterator[Images]:
-    rows = max(1, _CHUNK_ELEMENTS * len(images) // images.size)
-    for first in range(0, len(images), rows):
-        yield images[first : first + rows]
-
-
-def _check_images(images: Images) -> None:
-    if not isinstance(images, np.ndarray) or images.dtype not in (np.uint8, np.float32):
-        found = getattr(images, "dtype", type(images).__name__)
-        raise DataError(f"images are {found}, expected a uint8 or float32 array; see Dataset.from_arrays")
-    if images.ndim not in (3, 4) or 0 in images.shape:
-        raise DataError(f"images have shape {images.shape}, expected (N, C, H, W) or (N, C, W), every size at least 1")
-    if images.dtype == np.float32:
-        _check_finite(images)
-
-
-def _check_finite(images: Images) -> None:
-    seen = 0
-    for chunk in _chunks(images):
-        finite = np.isfinite(chunk).reshape(len(chunk), -1).all(axis=1)
-        if not finite.all():
-            raise DataError(
-                f"image {seen + int(finite.argmin())} holds NaN, infinity or a value beyond float32,"
-                " expected finite numbers; repair it or leave it out"
-            )
-        seen += len(chunk)
 
 
 def _check_class_names(names: tuple[str, ...]) -> None:

@@ -79,8 +79,17 @@ class InstanceFilter:
     name: ClassVar[str]
 
     def __post_init__(self) -> None:
-        self.require("rate", 0 < self.rate <= 1, "above 0, at most 1: the share of instances to keep")
-        self.require("start", self.start >= 0 and self.start == int(self.start), "a whole number of at least 0")
+        self.require_number("rate", lambda rate: 0 < rate <= 1, "above 0, at most 1: the share of instances to keep")
+        self.require_number("start", lambda start: start >= 0 and start % 1 == 0, "a whole number of at least 0")
+
+    def require_number(self, key: str, holds: Callable[[float], bool], expected: str) -> None:
+        """Refuse a value that is no number, or for which ``holds`` is false.
+
+        Raises:
+            UsageError: it is refused.
+        """
+        value = getattr(self, key)
+        self.require(key, isinstance(value, int | float) and holds(value), expected)
 
     def require(self, key: str, holds: bool, expected: str) -> None:
         """Refuse a value.

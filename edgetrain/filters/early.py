@@ -80,13 +80,14 @@ class EarlyInstanceFilter(InstanceFilter):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.require("uncertain", 0 <= self.uncertain <= 1, "0 to 1: a share of the rejected instances")
-        self.require("power", self.power > 0, "a number above 0")
+        self.require_number("uncertain", lambda u: 0 <= u <= 1, "0 to 1: a share of the rejected instances")
+        self.require_number("power", lambda power: power > 0, "a number above 0")
         self.require("labels", self.labels in ("soft", "hard"), "'soft' or 'hard'")
-        self.require("lr", 0 < self.lr < 10, "a number above 0 and below 10")
+        self.require_number("lr", lambda lr: 0 < lr < 10, "a number above 0 and below 10")
         for key in ("cells", "hidden"):
             value = getattr(self, key)
-            self.require(key, value is None or 1 <= value <= 1024, "1 to 1024, or None")
+            whole = isinstance(value, int) and 1 <= value <= 1024
+            self.require(key, value is None or whole, "a whole number from 1 to 1024, or None")
 
     def selector(self, learner: Any, judge: Judge) -> Selector:
         """Return what decides for one learner, with a network of its own.

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgetrain._version import __version__
-from edgetrain.errors import ModelError
+from edgetrain.errors import ModelError, UsageError
 from edgetrain.graph import Graph, Node, Normalization, Value
 from edgetrain.onnx_io.names import (
     BATCH,
@@ -60,7 +60,7 @@ def save_onnx(
 
     Raises:
         ModelError: an array does not fit the graph, or the result does not pass ``onnx.checker``.
-        OSError: the file cannot be written.
+        UsageError: the file cannot be written there.
     """
     import onnx
 
@@ -69,7 +69,11 @@ def save_onnx(
         onnx.checker.check_model(model, full_check=True)
     except Exception as error:  # ValidationError or InferenceError, whose classes differ between versions of onnx
         raise ModelError(f"graph '{graph.name}' cannot be written as ONNX: {error}") from error
-    _write(model.SerializeToString(), Path(path))
+    try:
+        _write(model.SerializeToString(), Path(path))
+    except OSError as error:
+        reason = error.strerror or error
+        raise UsageError(f"{path}: cannot be written ({reason}); make its folder, or choose another") from error
 
 
 def build_model(

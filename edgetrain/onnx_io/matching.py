@@ -1,9 +1,9 @@
 """Initial weights for a network from an ONNX file, or from a dictionary, of another one.
 
-First by name and shape. What is left over on both sides is then matched by order
-and shape: the network's arrays in the order its nodes read them, each with the
-first array not yet used that has the same shape, in the order the file's nodes
-read them. The file may contain operators that edgetrain lacks: only its arrays count.
+First by name and shape. What is left over on both sides is matched by order, but only if all of it pairs up: one
+after the other the same shapes, in the order in which the nodes of the network, and of the file, read them. So a
+renamed network is recognised, and arrays of another one end up nowhere. The file may contain operators that edgetrain
+lacks: only its arrays count.
 """
 
 from __future__ import annotations
@@ -11,13 +11,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from os import PathLike
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edgetrain.errors import ModelError
 from edgetrain.graph import Graph
+from edgetrain.onnx_io.names import NORMALIZATION
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -31,7 +32,7 @@ class MatchReport:
 
     Attributes:
         by_name: names found on both sides with the same shape.
-        by_order: (name in the network, name in the file), matched by order and shape.
+        by_order: (name in the network, name in the file), matched by order and shape: all that names did not match.
         other_shape: names found on both sides with different shapes (they may also appear below).
         missing: names in the network that kept their values.
         unused: names in the file that were not used.
@@ -73,7 +74,9 @@ def match_parameters(
         The matched float32 arrays by their names in the graph (copies), and what matched.
 
     Raises:
-        ModelError: the file is bad, or nothing matches.
+        ModelError: the file is bad, nothing matches, or arrays are left over while less than half of the network's
+            weights (without biases and the like) match, as from another network; or an array holds something else
+            than finite numbers.
 
     Example:
         >>> graph = Graph("tiny", input_shape=(3,))
@@ -86,29 +89,54 @@ def match_parameters(
     offered = {name: np.asarray(array) for name, array in offered.items()}
     wanted = _wanted(graph)
     same = [name for name in wanted if name in offered and offered[name].shape == graph.arrays[name].shape]
-    pairs = {name: name for name in same}
-    unused = [name for name in offered if name not in pairs]
-    for name in wanted:
-        shape = graph.arrays[name].shape
-        found = None if name in pairs else next((other for other in unused if offered[other].shape == shape), None)
-        if found is not None:
-            pairs[name] = found
-            unused.remove(found)
-    if not pairs:
-        raise ModelError(
-            f"no weights match the graph '{graph.name}': {_shapes(graph.arrays)} wanted, {_shapes(offered)} found"
-        )
+    rest = {name: graph.arrays[name] for name in wanted if name not in same}
+    left_over = {name: array for name, array in offered.items() if name not in same}
+    by_order = _in_order(rest, left_over)
     report = MatchReport(
         by_name=tuple(same),
-        by_order=tuple((mine, theirs) for mine, theirs in pairs.items() if mine not in same),
-        other_shape=tuple(name for name in wanted if name in offered and name not in same),
-        missing=tuple(name for name in wanted if name not in pairs),
-        unused=tuple(unused),
+        by_order=tuple(by_order.items()),
+        other_shape=tuple(name for name in rest if name in offered),
+        missing=tuple(name for name in rest if name not in by_order),
+        unused=tuple(name for name in left_over if name not in by_order.values()),
     )
-    return {mine: np.array(offered[theirs], np.float32) for mine, theirs in pairs.items()}, report
+    pairs = {name: name for name in same} | by_order
+    weights = [name for name in wanted if graph.arrays[name].ndim > 1]
+    if not pairs or (report.unused and sum(name in pairs for name in weights) < len(weights) / 2):
+        raise ModelError(
+            f"{f'only {len(pairs)}' if pairs else 'no'} weights match the graph '{graph.name}': "
+            f"{_shapes(rest)} wanted, {_shapes(left_over)} found; give arrays of the same names and shapes and no "
+            "others, or those of the same network under other names, all and in its order"
+        )
+    return {mine: _numbers(theirs, offered[theirs]) for mine, theirs in pairs.items()}, report
 
 
-def _shapes(arrays: Mapping[str, NDArray[np.float32]], most: int = 5) -> str:
+def _in_order(wanted: Mapping[str, NDArray[Any]], offered: Mapping[str, NDArray[Any]]) -> dict[str, str]:
+    """Return the offered name of every wanted array if the shapes are the same one after the other, else nothing.
+
+    Offered scalars are passed over: bounds and factors that a file keeps among its weights.
+    """
+    names = [name for name, array in offered.items() if array.ndim]
+    if [offered[name].shape for name in names] != [array.shape for array in wanted.values()]:
+        return {}
+    return dict(zip(wanted, names, strict=True))
+
+
+def _numbers(name: str, array: NDArray[Any]) -> NDArray[np.float32]:
+    """Return a copy as float32.
+
+    Raises:
+        ModelError: it holds something else than finite numbers.
+    """
+    if array.dtype.kind not in "fiu":
+        raise ModelError(f"array '{name}' has dtype {array.dtype}, expected float32; convert it with astype")
+    with np.errstate(over="ignore"):
+        numbers = np.array(array, np.float32)
+    if not np.isfinite(numbers).all():
+        raise ModelError(f"array '{name}' holds NaN or infinite numbers; load weights from before they went astray")
+    return numbers
+
+
+def _shapes(arrays: Mapping[str, NDArray[Any]], most: int = 5) -> str:
     shown = ", ".join(f"{name} {array.shape}" for name, array in list(arrays.items())[:most])
     return f"{shown}, and {len(arrays) - most} more" if len(arrays) > most else shown or "nothing"
 
@@ -122,7 +150,10 @@ def _wanted(graph: Graph) -> list[str]:
 
 
 def _arrays_of_file(source: str | PathLike[str] | ModelProto) -> Arrays:
-    """Return the float32 initializers and Constant nodes of a file, in the order its nodes read them."""
+    """Return the float32 initializers and Constant nodes of a file, in the order its nodes read them.
+
+    Without the mean and deviation by which edgetrain's files normalise inputs: they are no weights.
+    """
     from onnx import TensorProto, numpy_helper
 
     from edgetrain.onnx_io.importer import read_model
@@ -138,7 +169,7 @@ def _arrays_of_file(source: str | PathLike[str] | ModelProto) -> Arrays:
         return {
             n: numpy_helper.to_array(tensors[n])
             for n in read
-            if n in tensors and tensors[n].data_type == TensorProto.FLOAT
+            if n in tensors and tensors[n].data_type == TensorProto.FLOAT and not n.startswith(f"{NORMALIZATION}.")
         }
     except Exception as error:  # a tensor shorter than its shape says, or external data that is not there
         raise ModelError(f"the weights in '{model.graph.name}' cannot be read: {error}") from error

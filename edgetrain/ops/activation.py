@@ -97,6 +97,7 @@ class ReluMask(Op):
 
     name = "ReluMask"
     training_only = True
+    opaque = (0,)
 
     def infer(self, node: Node) -> Sequence[tuple[Shape, bool]]:
         """Words per channel."""

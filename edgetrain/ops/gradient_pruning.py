@@ -57,6 +57,7 @@ class ErrorLists(Op):
     name = "ErrorLists"
     arity = (2, 2)
     training_only = True
+    opaque = (0,)
     attributes = (*ProductGrad.attributes, "record", "by_pixel")
 
     def infer(self, node: Node) -> Sequence[tuple[Shape, bool]]:

@@ -33,6 +33,7 @@ class PooledErrors(MaxPoolGrad):
     """
 
     name = "PooledErrors"
+    opaque = (0,)
     attributes = (*MaxPoolGrad.attributes, "conv")
 
     def infer(self, node: Node) -> Sequence[tuple[Shape, bool]]:

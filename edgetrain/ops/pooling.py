@@ -122,6 +122,7 @@ class MaxPoolTraining(MaxPool):
 
     name = "MaxPoolTraining"
     training_only = True
+    opaque = (1,)
 
     def output_count(self, node: Node) -> int:
         """Two."""

@@ -187,6 +187,7 @@ class CompressActivation(Op):
 
     name = "CompressActivation"
     training_only = True
+    opaque = (0,)
     attributes = (*ProductGrad.attributes, "unit", "density", "capacity", "refresh", "record", "grad_out")
 
     def product(self, node: Node) -> Product:

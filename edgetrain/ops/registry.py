@@ -35,6 +35,7 @@ class Op:
         attributes: names of the attributes that are understood.
         training_only: whether it exists only in training graphs (not in ONNX files).
         writes_border: indices of the outputs around which its kernel for lanes of samples writes the zeros, too.
+        opaque: indices of the outputs that hold bits, positions or lists instead of float32 numbers.
         takes_parameters: whether the first input may be a parameter instead of one array per sample.
     """
 
@@ -44,6 +45,7 @@ class Op:
     attributes: ClassVar[tuple[str, ...]] = ()
     training_only: ClassVar[bool] = False
     writes_border: ClassVar[tuple[int, ...]] = ()
+    opaque: ClassVar[tuple[int, ...]] = ()
     takes_parameters: ClassVar[bool] = False
 
     def check(self, node: Node) -> None:

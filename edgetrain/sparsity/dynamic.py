@@ -50,8 +50,9 @@ class DynamicPolicy(CompactPolicy):
         super().__post_init__()
         self._check_count("refresh")
         for key in ("fraction", "until"):
-            if not 0 <= getattr(self, key) <= 1:
-                raise UsageError(f"{self.name}: {key}={getattr(self, key)!r}, expected a share from 0 to 1")
+            value = getattr(self, key)
+            if not (isinstance(value, int | float) and 0 <= value <= 1):
+                raise UsageError(f"{self.name}: {key}={value!r}, expected a share from 0 to 1")
         if self.total_steps is not None:
             self._check_count("total_steps")
 

@@ -106,6 +106,12 @@ class SparsityPolicy:
         if getattr(self, key) not in choices:
             raise UsageError(f"{self.name}: {key}={getattr(self, key)!r}, expected one of {', '.join(choices)}")
 
+    def _check_flag(self, key: str, optional: bool = False) -> None:
+        value = getattr(self, key)
+        if not (isinstance(value, bool) or (optional and value is None)):
+            expected = "True, False or None" if optional else "True or False"
+            raise UsageError(f"{self.name}: {key}={value!r}, expected {expected}")
+
     def _check_count(self, key: str) -> None:
         value = getattr(self, key)
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
@@ -134,6 +140,8 @@ class CompactPolicy(SparsityPolicy):
         super().__post_init__()
         self._check_one_of("distribution", tuple(DISTRIBUTIONS))
         self._check_one_of("initial_pattern", ("random", "magnitude"))
+        self._check_flag("dense_first", optional=True)
+        self._check_flag("dense_last")
 
     def layers(self, graph: Graph) -> list[SparseLayer]:
         """Return the layers that become sparse."""

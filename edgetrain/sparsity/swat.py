@@ -82,6 +82,9 @@ class SWAT(SparsityPolicy):
         self._check_one_of("variant", VARIANTS)
         self._check_one_of("group", ("element", "lanes"))
         self._check_count("refresh")
+        self._check_flag("dense_first", optional=True)
+        self._check_flag("dense_last")
+        self._check_flag("rescale")
 
     def check(self, optimizer: Optimizer) -> None:
         """Refuse an optimizer without momentum for the momentum variant.

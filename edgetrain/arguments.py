@@ -1,0 +1,88 @@
+"""What ``Learner`` is made of, checked when it is given: every bad argument is one message, not a failure later on."""
+
+from __future__ import annotations
+
+import operator
+import os
+from typing import Any
+
+from edgetrain.devices import DeviceProfile, load_profile
+from edgetrain.errors import UsageError
+from edgetrain.graph import Graph
+from edgetrain.optim import Optimizer
+
+# Counters in memory are int64.
+LARGEST = 2**63 - 1
+
+
+def graph_of(graph: Any) -> Graph:
+    """Return a graph as it is.
+
+    Raises:
+        UsageError: something else.
+    """
+    if not isinstance(graph, Graph):
+        raise UsageError(
+            f"graph={graph!r}, expected a Graph; make one with edgetrain.models.lenet5() or edgetrain.load_onnx(path)"
+        )
+    return graph
+
+
+def profile_of(profile: Any) -> DeviceProfile:
+    """Return a device profile as it is, or that of a name or a path.
+
+    Raises:
+        UsageError: something else.
+        ProfileError: it is not there, or bad.
+    """
+    if isinstance(profile, DeviceProfile):
+        return profile
+    if not isinstance(profile, str | os.PathLike):
+        raise UsageError(f"profile={profile!r}, expected 'host', the name of a board, a path or a DeviceProfile")
+    return load_profile(profile)
+
+
+def optimizer_of(optimizer: Any) -> Optimizer:
+    """Return an optimizer as it is.
+
+    Raises:
+        UsageError: something else.
+    """
+    if not isinstance(optimizer, Optimizer):
+        raise UsageError(f"optimizer={optimizer!r}, expected an optimizer such as edgetrain.SGD(lr=0.05)")
+    return optimizer
+
+
+def integer_of(name: str, value: Any, low: int, high: int = LARGEST) -> int:
+    """Return an integer of any type (also NumPy's) as an int.
+
+    Raises:
+        UsageError: something else, or out of range.
+
+    Example:
+        >>> integer_of("batch_size", 8, 1)
+        8
+    """
+    try:
+        number = low - 1 if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        number = low - 1
+    if not low <= number <= high:
+        limits = f"of at least {low}" if high == LARGEST and number <= high else f"from {low} to {high}"
+        raise UsageError(f"{name}={value!r}, expected an integer {limits}")
+    return number
+
+
+def smoothing_of(value: Any) -> float:
+    """Return a label smoothing as a float.
+
+    Raises:
+        UsageError: not a number from 0 to below 1.
+    """
+    try:
+        share = -1.0 if isinstance(value, str) else float(value)
+    except (TypeError, ValueError):
+        share = -1.0
+    if not 0 <= share < 1:
+        raise UsageError(f"label_smoothing={value!r}, expected a number from 0 to below 1")
+    return share
