@@ -120,7 +120,7 @@ def evaluate(
 @app.command()
 def predict(
     model: Trained,
-    data: Annotated[str, typer.Argument(help="An image, an .npz file with x, or a data source.")],
+    data: Annotated[str, typer.Argument(help="An image, a folder of images, an .npz file with x, or a data source.")],
     split: Split = None,
     threads: Threads = None,
     json: Json = False,
