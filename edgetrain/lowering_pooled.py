@@ -64,7 +64,7 @@ class PooledLowering(ElementLowering):
 
     def pooled_errors(self, node: Node, g: Product, pool: Pool) -> None:
         """Emit the lists."""
-        positions, grad = self.layout(node.x), self.layout(node.input(1))
+        positions, grad, kept = self.layout(node.x), self.layout(node.input(1)), node.optional(2)
         windows, maps = grad.rows * grad.columns, self._maps(g)
         lists, base = self._pooled_lists(g, windows), self.address(node.y)
         self.plan.sizes[self.plan.buffer(node.y.name)] = lists.nbytes
@@ -82,6 +82,7 @@ class PooledLowering(ElementLowering):
             channels_per_job=channels, out_rows=grad.rows, out_columns=grad.columns, positions_block=positions.block,
             positions_channel=positions.channel, grad_block=grad.block, grad_channel=grad.channel, grad_row=grad.row,
             scratch_bytes=scratch, strip_samples=lists.samples, sample_step=maps.block, capacity=lists.capacity,
+            kept=0 if kept is None else self.address(kept), kept_count=0 if kept is None else kept.size,
         )  # fmt: skip
 
     def pooled_weight_grad(self, node: Node, g: Product) -> None:

@@ -125,7 +125,7 @@ class Plans:
         if not self.by_channel:
             list_pooled_errors(made, self.lanes, self.parameters.sparse)
         if self._error_pruning is not None:
-            self._error_pruning.skip_zeros(made)
+            self._error_pruning.skip(made)
         self.parameters.start_records(made.graph.nodes, made.records)
         self._macs["done"] = _macs(made)
         return made

@@ -23,14 +23,16 @@ _PRUNED = {"ProductInputGrad": "PrunedInputGrad", "ProductWeightGrad": "PrunedWe
 
 
 class ErrorPruning:
-    """Base class of the policies that thin out error maps."""
+    """Base class of the policies that thin out error maps.
+
+    Between the two calls error maps behind max pools become lists (``pooled_errors``), where that pays.
+    """
 
     def rewrite(self, train: TrainingGraph) -> None:
-        """Insert this policy's operators into a training graph."""
-        raise NotImplementedError
+        """Insert operators that change error maps into a training graph."""
 
-    def skip_zeros(self, train: TrainingGraph) -> None:
-        """Let products skip what the policy makes 0; error maps behind max pools have become lists by then."""
+    def skip(self, train: TrainingGraph) -> None:
+        """Let products leave out what the policy drops."""
 
 
 @dataclass(frozen=True)
@@ -68,25 +70,48 @@ class ErrorMapPruning(ErrorPruning):
             known = ", ".join(IMPORTANCE)
             raise UsageError(f"ErrorMapPruning: importance={self.importance!r}, expected one of {known}")
 
-    def rewrite(self, train: TrainingGraph) -> None:
+    def skip(self, train: TrainingGraph) -> None:
         """Choose channels before the first gradient that reads an error map."""
+        graph = train.graph
+        pooled = [node for node in graph.nodes if node.op_type == "PooledErrors"]
         for stream, error_map in enumerate(error_maps(train)):
-            channels = error_map.conv.input(1).shape[0]
-            count = max(1, round(self.keep * channels))
-            if count < channels:
-                self._prune(train.graph, error_map, count, stream)
+            if count := self._count(error_map.conv):
+                kept = self._choice(graph, error_map.conv, error_map.value, count, stream)
+                readers = [i for i, node in enumerate(graph.nodes) if error_map.read_by(node)]
+                for i in readers:
+                    graph.nodes[i] = _pruned(graph.nodes[i], kept.y)
+                graph.nodes.insert(readers[0], kept)
+        for stream, node in enumerate(pooled, 500):
+            if count := self._count(node.get("conv")):
+                # What comes to the pool has the norms of the error map.
+                kept = self._choice(graph, node.get("conv"), node.input(1), count, stream)
+                self._prune_lists(graph, node, kept)
 
-    def _prune(self, graph: Graph, error_map: ErrorMap, count: int, stream: int) -> None:
-        conv = error_map.conv
-        kept = Value(f"{error_map.value.name}.{conv.name}.kept", (count,), batched=False)
+    def _count(self, conv: Node) -> int:
+        """Return how many channels to keep, 0 if all are."""
+        channels = conv.input(1).shape[0]
+        count = max(1, round(self.keep * channels))
+        return count if count < channels else 0
+
+    def _choice(self, graph: Graph, conv: Node, errors: Value, count: int, stream: int) -> Node:
+        """Return the node that chooses."""
+        kept = Value(f"{errors.name}.{conv.name}.kept", (count,), batched=False)
         graph.add_value(kept)
         choices = {"count": count, "importance": self.importance, "stream": stream, "like": conv.x}
         attributes = {**conv.attributes, "forward": conv.op_type, **choices}
-        choice = Node("KeptChannels", kept.name, (error_map.value, conv.input(1)), (kept,), attributes)
-        readers = [i for i, node in enumerate(graph.nodes) if error_map.read_by(node)]
-        for i in readers:
-            graph.nodes[i] = _pruned(graph.nodes[i], kept)
-        graph.nodes.insert(readers[0], choice)
+        return Node("KeptChannels", kept.name, (errors, conv.input(1)), (kept,), attributes)
+
+    def _prune_lists(self, graph: Graph, node: Node, kept: Node) -> None:
+        """List the kept channels alone; the bias gets the sums of what comes to the pool in those."""
+        bias = node.get("conv").optional(2)
+        for i, reader in enumerate(graph.nodes):
+            if node.y in reader.inputs:
+                graph.nodes[i] = replace(reader, attributes={**reader.attributes, "kept": kept.y.size})
+            elif reader.op_type == "SumTo" and reader.x == node.input(1) and bias is not None:
+                graph.nodes[i] = _pruned(reader, kept.y) if reader.get("like") == bias else reader
+        place = graph.nodes.index(node)
+        graph.nodes[place] = replace(node, inputs=(*node.inputs, kept.y))
+        graph.nodes.insert(place, kept)
 
 
 @dataclass(frozen=True)
@@ -139,7 +164,7 @@ class GradientPruning(ErrorPruning):
                 done.add(source)
                 self._prune(train, source)
 
-    def skip_zeros(self, train: TrainingGraph) -> None:
+    def skip(self, train: TrainingGraph) -> None:
         """List the vectors that are left, and let products that skip exact zeros anyway count what pruning adds."""
         pooled = [node for node in train.graph.nodes if node.op_type == "PooledErrors"]
         if self.group == "lanes":

@@ -141,10 +141,26 @@ def test_together_with_pruned_error_maps(policy):
     made = learner(graph, 16, error_pruning=parse_policy("error_pruning", policy))
     steps = [made.partial_fit(*batch(graph, 16)) for _ in range(7)]
     assert all(np.isfinite(step.loss) for step in steps)
-    assert ("PooledErrors" in operators(made)) == policy.startswith("gradients")
+    assert "PooledErrors" in operators(made)
     if policy == "gradients:rate=0.9":  # which prunes from the sixth step on; exact zeros are not called saved
         assert [step.saved_error_maps for step in steps[:5]] == [0] * 5
         assert steps[6].saved_error_maps > 0.1 * steps[6].macs_dense
+
+
+@pytest.mark.parametrize("importance", ["error", "error_and_weights"])
+def test_lists_of_kept_channels_are_the_pruned_products(importance, monkeypatch):
+    graph, policy = network("padded"), et.ErrorMapPruning(keep=0.5, importance=importance)
+    x, y = batch(graph, 16)
+    listed, direct = learner(graph, 16, error_pruning=policy), learner(graph, 16, error_pruning=policy)
+    got, step = listed.gradients(x, y), listed.partial_fit(x, y)
+    monkeypatch.setattr(plans, "list_pooled_errors", lambda *arguments: None)
+    wanted = direct.gradients(x, y)
+    assert {"KeptChannels", "PooledErrors", "PrunedBiasGrad"} <= operators(listed)
+    assert "PrunedWeightGrad" in operators(direct)
+    assert_all_close(got, wanted, TOLERANCE)
+    weight = next(name for name, array in graph.arrays.items() if array.shape == (5, 3, 3, 3))
+    assert sum(not channel.any() for channel in got[weight]) == 3
+    assert step.macs_done == direct.partial_fit(x, y).macs_done < step.macs_dense
 
 
 def test_sparse_weights_keep_their_own_kernels():

@@ -95,14 +95,15 @@ def _turn_windows(
 @kernel(
     "positions", "grad_out", "segments", "places", "values", "scratch", "corners", "taps", "blocks", "channels",
     "channels_per_job", "out_rows", "out_columns", "positions_block", "positions_channel", "grad_block", "grad_channel",
-    "grad_row", "scratch_bytes", "strip_samples", "sample_step", "capacity",
+    "grad_row", "scratch_bytes", "strip_samples", "sample_step", "capacity", "kept", "kept_count",
 )  # fmt: skip
 def list_pooled(lanes: int, tap_count: int, bits: int) -> Body:
     """List the gradients that are not 0 of all windows, and the places of the pixels that they belong to.
 
     Job: some channels. ``corners``: table of the byte offset of every window's first pixel; ``taps``: of every pixel in
     a window, from there; ``sample_step``: bytes from a sample to the next. ``capacity``: numbers a channel has room
-    for, a vector more than there can be. ``scratch``: of ``scratch_bytes`` for every job.
+    for, a vector more than there can be. ``scratch``: of ``scratch_bytes`` for every job. ``kept``: float32 numbers of
+    ``kept_count`` channels, the lists of all others are empty; all are listed if ``kept_count`` is 0.
 
     Args:
         lanes: samples in a vector.
@@ -114,13 +115,21 @@ def list_pooled(lanes: int, tap_count: int, bits: int) -> Body:
     def body(args: int, first: int, last: int) -> None:
         (positions, grad_out, segments, places, values, scratch, corners, taps, blocks, channels, channels_per_job,
          out_rows, out_columns, positions_block, positions_channel, grad_block, grad_channel, grad_row, scratch_bytes,
-         strip_samples, sample_step, capacity) = arguments(args, 22)  # fmt: skip
+         strip_samples, sample_step, capacity, kept, kept_count) = arguments(args, 24)  # fmt: skip
         windows = -(-out_rows * out_columns // lanes) * lanes
         for job in range(first, last):
             tile = scratch + job * scratch_bytes
             turned = tile + 2 * step * lanes
             for channel in range(job * channels_per_job, min(channels, (job + 1) * channels_per_job)):
                 at = begin = channel * capacity
+                wanted = kept_count == 0
+                for i in range(kept_count):
+                    wanted = wanted or load_f32(kept + 4 * i) == channel
+                if not wanted:
+                    for strip in range(blocks * lanes // strip_samples):
+                        store_i64(segments + 16 * (strip * channels + channel), begin)
+                        store_i64(segments + 16 * (strip * channels + channel) + 8, 0)
+                    continue
                 for block in range(blocks):
                     _turn_windows(
                         positions + block * positions_block + channel * positions_channel,

@@ -7,8 +7,8 @@ it:
 - ``PooledInputGrad``, ``PooledWeightGrad``: the gradients of the convolution, from the lists.
 
 They compute what the dense operators compute, and are counted as those: like Winograd's kernels they find the same
-gradients in less time. Only what gradient pruning makes 0 besides counts as saved: ``record`` is the number of its
-record.
+gradients in less time. Only what pruning makes 0 besides counts as saved: ``record`` is the number of gradient
+pruning's record, ``kept`` the number of channels that are listed.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING
 from edgetrain.graph import Node, Shape
 from edgetrain.ops.conv import Conv, Product, ProductInputGrad, ProductWeightGrad
 from edgetrain.ops.pooling import MaxPoolGrad
-from edgetrain.ops.registry import NO_BORDER, Border, register
+from edgetrain.ops.pruning import masked
+from edgetrain.ops.registry import NO_BORDER, Array, Border, register
 
 if TYPE_CHECKING:
     from edgetrain.lowering import Lowering
@@ -27,18 +28,26 @@ if TYPE_CHECKING:
 
 @register
 class PooledErrors(MaxPoolGrad):
-    """(positions, grad_out) -> the error map before the pool, as lists.
+    """(positions, grad_out, optionally kept) -> the error map before the pool, as lists.
+
+    ``kept``: numbers of the channels to list (``KeptChannels``), the lists of all others are empty.
 
     Attributes: those of ``MaxPoolGrad``; ``conv``, the node whose output was pooled.
     """
 
     name = "PooledErrors"
+    arity = (2, 3)
     opaque = (0,)
     attributes = (*MaxPoolGrad.attributes, "conv")
 
     def infer(self, node: Node) -> Sequence[tuple[Shape, bool]]:
         """An opaque array, whose size depends on the number of samples; its readable twin is the error map."""
         return [((1,), False)]
+
+    def reference(self, node: Node, *inputs: Array) -> tuple[Array, ...]:
+        """The error map, with zeros in the channels that are not kept."""
+        (grad,) = super().reference(node, *inputs[:2])
+        return (masked(grad, inputs[2]) if len(inputs) > 2 else grad,)
 
     def product(self, node: Node) -> Product:
         """Return the sizes of the convolution."""
@@ -51,11 +60,15 @@ class PooledErrors(MaxPoolGrad):
 
 @register
 class PooledInputGrad(ProductInputGrad):
-    """(lists, weights) -> grad_x. Attributes ``windows``: of the pool, per channel; ``record``, see above."""
+    """(lists, weights) -> grad_x. Attributes ``windows``: of the pool, per channel; ``record``, ``kept``: see above."""
 
     name = "PooledInputGrad"
     takes_parameters = True
-    attributes = (*ProductInputGrad.attributes, "windows", "record")
+    attributes = (*ProductInputGrad.attributes, "windows", "record", "kept")
+
+    def macs(self, node: Node) -> int:
+        """The share of the listed channels."""
+        return _macs(self.product(node), node)
 
     def borders(self, node: Node) -> Sequence[Border]:
         """None: only pixels that exist are listed."""
@@ -71,7 +84,11 @@ class PooledWeightGrad(ProductWeightGrad):
     """(x, lists) -> grad_w. Attributes as for ``PooledInputGrad``."""
 
     name = "PooledWeightGrad"
-    attributes = (*ProductWeightGrad.attributes, "windows", "record")
+    attributes = (*ProductWeightGrad.attributes, "windows", "record", "kept")
+
+    def macs(self, node: Node) -> int:
+        """The share of the listed channels."""
+        return _macs(self.product(node), node)
 
     def borders(self, node: Node) -> Sequence[Border]:
         """None: the copy of x that is read has zeros around it."""
@@ -80,3 +97,7 @@ class PooledWeightGrad(ProductWeightGrad):
     def lower(self, node: Node, low: Lowering) -> None:
         """See ``lowering_pooled``."""
         low.pooled_weight_grad(node, self.product(node))
+
+
+def _macs(g: Product, node: Node) -> int:
+    return g.macs // g.channels_out * int(node.get("kept", g.channels_out))

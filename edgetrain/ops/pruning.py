@@ -87,7 +87,7 @@ def _inputs_first(node: Node) -> bool:
     return node.get("forward") != "Conv" and not node.get("transB", 0)
 
 
-def _masked(grad_out: Array, kept: Array) -> Array:
+def masked(grad_out: Array, kept: Array) -> Array:
     """Return a copy with zeros in all channels that are not kept."""
     masked = np.zeros_like(grad_out)
     masked[:, kept.astype(int)] = grad_out[:, kept.astype(int)]
@@ -103,7 +103,7 @@ class PrunedInputGrad(ProductInputGrad):
 
     def reference(self, node: Node, *inputs: Array) -> tuple[Array, ...]:
         """The dense gradient with zeros in the other channels."""
-        return super().reference(node, _masked(inputs[0], inputs[2]), inputs[1])
+        return super().reference(node, masked(inputs[0], inputs[2]), inputs[1])
 
     def borders(self, node: Node) -> Sequence[Border]:
         """Zeros around the output gradient."""
@@ -127,7 +127,7 @@ class PrunedWeightGrad(ProductWeightGrad):
 
     def reference(self, node: Node, *inputs: Array) -> tuple[Array, ...]:
         """The dense gradient with zeros in the other channels."""
-        return super().reference(node, inputs[0], _masked(inputs[1], inputs[2]))
+        return super().reference(node, inputs[0], masked(inputs[1], inputs[2]))
 
     def borders(self, node: Node) -> Sequence[Border]:
         """The padding that windows touch."""
@@ -163,8 +163,8 @@ class PrunedBiasGrad(Op):
 
     def reference(self, node: Node, *inputs: Array) -> tuple[Array, ...]:
         """Sum over samples and pixels, with zeros in the other channels."""
-        masked = _masked(*inputs)
-        return (masked.sum(axis=(0, *range(2, masked.ndim))).reshape(node.y.shape),)
+        kept = masked(*inputs)
+        return (kept.sum(axis=(0, *range(2, kept.ndim))).reshape(node.y.shape),)
 
     def lower(self, node: Node, low: Lowering) -> None:
         """See ``lowering_pruned``."""
