@@ -128,6 +128,16 @@ def simd_lanes() -> int:
     return target().lanes
 
 
+def channel_lanes(channels: int, widest: int, narrowest: int = 1) -> int:
+    """Return the lanes of vectors that hold so many channels: few channels do not fill the widest vector.
+
+    Example:
+        >>> channel_lanes(6, 16), channel_lanes(1, 16), channel_lanes(1, 16, narrowest=4), channel_lanes(20, 16)
+        (8, 1, 4, 16)
+    """
+    return next((lanes for lanes in (1, 4, 8) if max(channels, narrowest) <= lanes < widest), widest)
+
+
 @functools.cache
 def _host() -> Target:
     lanes = max(4, detect_host().simd_float32_lanes)

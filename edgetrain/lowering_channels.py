@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from edgetrain.arrays import Layout, map_sizes
-from edgetrain.choice import Sizes
+from edgetrain.choice import Sizes, channel_lanes
 from edgetrain.errors import GraphError
 from edgetrain.graph import Node, Value
 from edgetrain.kernels.codes import CHANNELS, DEPTHWISE
@@ -50,11 +50,6 @@ def _fits(node: Node) -> bool:
     return node.op_type in _PLAIN
 
 
-def lanes_for(channels: int, widest: int) -> int:
-    """Return the lanes of a value with so many channels: few channels do not fill the widest vector."""
-    return next((lanes for lanes in (1, 4, 8) if channels <= lanes < widest), widest)
-
-
 class ChannelLowering(Lowering):
     """Lowers a graph that ``fits``; ``lanes`` is the widest vector, ``blocks`` the number of samples.
 
@@ -77,7 +72,7 @@ class ChannelLowering(Lowering):
     def make_layout(self, value: Value, border: Border) -> Layout:
         """Return how a batched value lies in memory."""
         sizes = map_sizes(value.shape)
-        return Layout(self.blocks, lanes_for(sizes[0], self.lanes), *sizes, border, by_channel=True)
+        return Layout(self.blocks, channel_lanes(sizes[0], self.lanes), *sizes, border, by_channel=True)
 
     def shares(self, x: Value, y: Value) -> bool:
         """A reshape that keeps the channels moves nothing."""
@@ -122,7 +117,7 @@ class ChannelLowering(Lowering):
 
     def reads_rows(self, channels: int) -> bool:
         """Vectors are stored whole: lanes behind the last channel must meet zeros."""
-        return channels % lanes_for(channels, self.lanes) == 0
+        return channels % channel_lanes(channels, self.lanes) == 0
 
     def correlate(self, x: Ref, x_layout: Layout, grad: Ref, grad_layout: Layout, target: Ref, *, pixels: list[Pair],
                   terms: list[Pair], groups: int, inputs: int, outputs: int, weight_channel: int,

@@ -11,19 +11,22 @@ from collections.abc import Collection
 from dataclasses import replace
 
 from edgetrain.autodiff import TrainingGraph
-from edgetrain.choice import simd_lanes
+from edgetrain.choice import channel_lanes, simd_lanes
 from edgetrain.graph import Graph, Node, Value
 from edgetrain.ops.conv import Conv, Product
 from edgetrain.ops.pooling import MaxPoolGrad, Pool
 
-# Share of the windows that a Relu leaves a gradient, for the estimate.
+# Share of the windows that a Relu leaves a gradient, for the estimate; 0.53 in LeNet-5 after 300 steps.
 _ALIVE = 0.5
-# Cycles on AVX-512 (LeNet-5, batch 32): dense kernels do 1.4 multiply-accumulates of vectors in one, Winograd's
-# as many as 3.2; a list's number takes 4, and this much per vector that it meets; turning a vector takes 6, listing 25.
-_DENSE, _WINOGRAD = 1.4, 3.2
-_NUMBER, _READ, _SPREAD, _TURN, _LIST = 4.0, 0.55, 1.15, 6.0, 25.0
+# In cycles, measured at batch 32 on one thread with AVX-512. Dense kernels do 1.6 multiply-accumulates of vectors in
+# one (LeNet-5), Winograd's as many as 3.9 (ResNet-20). A number of a list takes 15 in the weight gradient and 22 in the
+# input gradient, for the 25 vectors of 8 channels that it meets in LeNet-5; more is assumed here, as wider ones move
+# more bytes. Turning a vector takes 3, listing one 25.
+_DENSE, _WINOGRAD = 1.6, 3.9
+_NUMBER, _READ, _SPREAD, _TURN, _LIST = 4.0, 0.55, 1.15, 3.0, 25.0
 # Lists must promise to be faster by this factor, and take no more than this times the memory of the error map.
 _MARGIN, _MEMORY = 0.9, 1.5
+_READERS = {"ProductInputGrad", "ProductWeightGrad", "SumTo"}
 
 
 def list_pooled_errors(train: TrainingGraph, lanes: int, sparse: Collection[str]) -> None:
@@ -49,19 +52,6 @@ def list_pooled_errors(train: TrainingGraph, lanes: int, sparse: Collection[str]
             _rewrite(train.graph, node, conv, readers, math.prod(pool.out))
 
 
-_READERS = {"ProductInputGrad", "ProductWeightGrad", "SumTo"}
-
-
-def channel_lanes(channels: int, widest: int) -> int:
-    """Return the lanes of vectors of so many channels: few do not fill the widest one.
-
-    Example:
-        >>> channel_lanes(6, 16), channel_lanes(3, 16), channel_lanes(20, 16)
-        (8, 4, 16)
-    """
-    return next((lanes for lanes in (4, 8) if channels <= lanes < widest), widest)
-
-
 def pays(g: Product, pool: Pool, with_input: bool, lanes: int, alive: float) -> bool:
     """Whether lists promise to be faster than dense kernels, without much more memory.
 
@@ -72,7 +62,8 @@ def pays(g: Product, pool: Pool, with_input: bool, lanes: int, alive: float) -> 
         lanes: samples in a vector.
         alive: share of the windows that get a gradient.
     """
-    simd, taps, windows, width = simd_lanes(), len(g.taps), math.prod(pool.out), channel_lanes(g.channels_in, lanes)
+    simd, taps, windows = simd_lanes(), len(g.taps), math.prod(pool.out)
+    width = channel_lanes(g.channels_in, lanes, narrowest=4)
     vectors = -(-g.channels_in // width)
     top, left, bottom, right = g.border
     pixels = (g.size[0] + top + bottom) * (g.size[1] + left + right)

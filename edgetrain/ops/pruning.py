@@ -88,10 +88,10 @@ def _inputs_first(node: Node) -> bool:
 
 
 def masked(grad_out: Array, kept: Array) -> Array:
-    """Return a copy with zeros in all channels that are not kept."""
-    masked = np.zeros_like(grad_out)
-    masked[:, kept.astype(int)] = grad_out[:, kept.astype(int)]
-    return masked
+    """Return a copy of (N, C, ...) with zeros in all channels but those whose numbers ``kept`` (count,) holds."""
+    copy = np.zeros_like(grad_out)
+    copy[:, kept.astype(int)] = grad_out[:, kept.astype(int)]
+    return copy
 
 
 @register
