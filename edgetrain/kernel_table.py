@@ -11,6 +11,7 @@ from edgetrain.choice import planning_for
 from edgetrain.devices import DeviceProfile
 from edgetrain.graph import Graph, Node
 from edgetrain.kernels.codes import CHANNELS
+from edgetrain.layer_report import method_of
 from edgetrain.learner import Learner
 from edgetrain.ops import get_op
 from edgetrain.ops.conv import ProductGrad, ProductInputGrad, ProductOp
@@ -25,8 +26,6 @@ _MULTIPLYING = {"multiply": 0, "correlate": 0, "correlate_listed": 0, "winograd"
 _LISTED = ("multiply_csr", "correlate_csr", "multiply_lists", "correlate_lists")
 # Compiled for lanes of channels, vectors of them, rows and columns of the kernel.
 _POOLED = ("correlate_pooled", "spread_elements")
-# By a part of the name of a kernel of the product's node.
-_METHODS = {"winograd": "winograd", "csr": "csr", "_lists": "lists", "pooled": "lists", "spread": "lists"}
 
 
 @dataclass(frozen=True)
@@ -37,8 +36,7 @@ class KernelUse:
         nodes: names of the products.
         product: ``forward``, ``input gradient`` or ``weight gradient``.
         sizes: the layer's sizes in words.
-        method: ``direct``, ``winograd``, ``csr`` (lists of weights that are not zero) or ``lists`` (of what is not
-            zero in an error map); by rules alone, since it changes results.
+        method: see ``layer_report.method_of``; by rules alone, since it changes results.
         kernel: its name.
         lanes, lanes_hold: numbers in a vector, and what they are.
         tile: (channels, vectors of pixels) of a multiply, (channels, terms) of a correlate and of lists before max
@@ -98,7 +96,8 @@ def _use(plan: Plan, row: Row) -> KernelUse:
     node, (name, sizes) = plan.graph.nodes[row.node], row.kernel
     lanes, *tile = sizes[_MULTIPLYING.get(name, 0) :]
     return KernelUse(
-        nodes=(node.name,), product=_product(node), sizes=describe_sizes(node), method=_method(plan, row), kernel=name,
+        nodes=(node.name,), product=_product(node), sizes=describe_sizes(node), method=method_of(plan, row.node),
+        kernel=name,
         lanes=lanes, lanes_hold=_lanes_hold(plan, row),
         tile=_tile(name, lanes, tile), jobs=row.jobs,
         reason=row.choice.reason if row.choice else "rule",
@@ -123,9 +122,3 @@ def _product(node: Node) -> str:
     if not isinstance(op, ProductGrad):
         return "forward"
     return "input gradient" if isinstance(op, ProductInputGrad) else "weight gradient"
-
-
-def _method(plan: Plan, row: Row) -> str:
-    names = [other.kernel[0] for other in plan.rows if other.node == row.node]
-    found = [method for part, method in _METHODS.items() if any(part in name for name in names)]
-    return found[0] if found else "direct"

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgetrain.graph import Node
+from edgetrain.lowering_sparse import SKIPS_WEIGHTS
 from edgetrain.ops import get_op
 from edgetrain.ops.conv import ProductGrad, ProductOp
 from edgetrain.plan import Plan
@@ -19,9 +20,11 @@ if TYPE_CHECKING:
 
 # Steps that are timed; their median counts.
 _TIMED_STEPS = 7
-# Words for what a kernel's name tells.
-_METHODS = (("winograd", "winograd"), ("csr", "lists of weights"), ("listed", "lists of activations"),
-            ("pooled", "lists of errors"), ("spread", "lists of errors"))  # fmt: skip
+# What a product of a kind of operator skips by lists, unless it runs on lists of its weights.
+_LISTS = {
+    "CompressedWeightGrad": "lists of activations",
+    **dict.fromkeys(("ListedInputGrad", "ListedWeightGrad", "PooledInputGrad", "PooledWeightGrad"), "lists of errors"),
+}
 
 
 @dataclass(frozen=True)
@@ -93,21 +96,36 @@ def _use(learner: Learner, plan: Plan, name: str, nodes: Sequence[int], seconds:
     kernels = []
     for position in nodes:
         node = plan.graph.nodes[position]
-        used = [row.kernel[0] for row in plan.rows if row.node == position]
-        macs = learner.batch_size * get_op(node.op_type).macs(node)
-        method = next((word for part, word in _METHODS if any(part in kernel for kernel in used)), "direct")
-        kernels.append(method)
-        dense += macs
-        done += round(macs * (density if method == "lists of weights" else _kept(learner, node)))
+        op = get_op(node.op_type)
+        assert isinstance(op, (ProductOp, ProductGrad))
+        kernels.append(method_of(plan, position))
+        dense += learner.batch_size * op.product(node).macs
+        share = density if kernels[-1] == "lists of weights" else _kept(learner, node)
+        done += round(learner.batch_size * op.macs(node) * share)
     rows = [
         number for number, row in enumerate(plan.rows) if row.node in nodes and row.stage in ("forward", "backward")
     ]
     return LayerUse(name, density, tuple(kernels), dense, done, float(seconds[rows].sum()))
 
 
+def method_of(plan: Plan, position: int) -> str:
+    """Return how a plan computes the product at a node: its kernels in words.
+
+    Returns:
+        ``direct``, ``winograd``, or which numbers that are 0, or pruned, it leaves out: ``lists of weights``,
+        ``lists of activations``, ``lists of errors``.
+    """
+    kernels = {row.kernel[0] for row in plan.rows if row.node == position}
+    if kernels & set(SKIPS_WEIGHTS):
+        return "lists of weights"
+    if kernels & {"winograd", "winograd_transform"}:
+        return "winograd"
+    return _LISTS.get(plan.graph.nodes[position].op_type, "direct")
+
+
 def _kept(learner: Learner, node: Node) -> float:
-    """Return the share of saved activations that a weight gradient read in the latest step."""
-    if node.op_type != "CompressedWeightGrad":
+    """Return the share of a product's saved activations, or of its error map, that it read in the latest step."""
+    if node.op_type not in _LISTS or node.get("record") is None:
         return 1.0
     kept, total = learner.topology.tally(int(node.get("record")))
     return kept / max(1, total)

@@ -273,7 +273,8 @@ def test_command_prints_the_table(folder, capsys):
 
 @pytest.mark.parametrize(
     ("flag", "method"),
-    [("--sparsity=rigl:weights=0.95", "csr"), ("--error-pruning=gradients:group=lanes", "lists"),
+    [("--sparsity=rigl:weights=0.95", "lists of weights"),
+     ("--error-pruning=gradients:group=lanes", "lists of errors"),
      ("--error-pruning=channels:keep=0.5", "winograd")],
 )  # fmt: skip
 def test_command_prints_the_kernels_of_methods(folder, capsys, flag, method):

@@ -210,6 +210,32 @@ def test_the_report_tells_what_every_layer_did_and_changes_nothing(policy):
     assert twin.partial_fit(*batch(8, 2)).loss == step.loss
 
 
+@pytest.mark.parametrize(
+    ("group", "pruning", "word"),
+    [
+        ("element", None, "lists of activations"),
+        ("lanes", et.ErrorMapPruning(keep=0.5), "lists of activations"),
+        (None, et.GradientPruning(rate=0.8, group="lanes"), "lists of errors"),
+    ],
+)
+def test_the_report_counts_what_all_methods_skip(group, pruning, word):
+    """And of error maps the dense products, not those of the kept channels, are the whole."""
+    policy = et.SWAT(weights=0.5, activations=0.8, group=group) if group else et.RigL(weights=0.5)
+    made = learner(policy, error_pruning=pruning)
+    for step in range(8):  # gradients are pruned after the first five
+        made.partial_fit(*batch(32, step))
+    state = made.state()
+    rng = np.random.default_rng(0)  # what layer_report trains on
+    x = rng.random((made.batch_size, *SHAPE), np.float32)
+    y = rng.integers(0, CLASSES, made.batch_size)
+    step = [made.partial_fit(x, y) for _ in range(7)][-1]
+    made.restore(*state)
+    report = layer_report(made)
+    assert sum(layer.macs_dense for layer in report) == step.macs_dense
+    assert sum(layer.macs_done for layer in report) == pytest.approx(step.macs_done, rel=1e-3)
+    assert any(word in layer.kernels for layer in report)
+
+
 @pytest.mark.parametrize("group", ["element", "lanes"])
 def test_gradients_are_pytorchs_with_masked_weights_and_masked_saved_activations(group):
     torch = pytest.importorskip("torch")
