@@ -104,6 +104,7 @@ def fit_loop(
     held_out = None if validation is None else as_samples(validation, "validation data", graph, learner.loss)
     check_fits(graph, training)
     last_epoch = _begin(learner, training, epochs, normalize)
+    learner.prepare()
     loop = _Loop(learner, training, _parsed(augmentation), shuffle, Callbacks(on_step, on_epoch, should_stop))
     while learner.position.epoch < last_epoch:
         if not loop.epoch(held_out):

@@ -30,6 +30,7 @@ from edgetrain.filters import InstanceFilter
 from edgetrain.fitting import Data, History, fit_loop
 from edgetrain.forking import ForkLock
 from edgetrain.graph import Graph, Normalization
+from edgetrain.kernels.registry import compile_kernels
 from edgetrain.losses import log_softmax, sample_losses
 from edgetrain.lowering_products import whole_gradient
 from edgetrain.ops import get_op
@@ -121,6 +122,7 @@ class Learner:
         objective = Objective(self.loss, self.label_smoothing)
         self._lock = ForkLock()
         self._scaled_for: Normalization | None = None
+        self._prepared = False
         self._parameters.scale_input(None)
         self.plans = Plans(
             self.graph, self._parameters, self._optimizer, objective, self.batch_size, self.memory_budget,
@@ -452,10 +454,23 @@ class Learner:
     def kernels(self) -> list[KernelKey]:
         """Return the kernels that training steps and predictions of up to ``batch_size`` samples need.
 
-        Nothing is compiled; ``kernels.registry.compile_kernels`` does that.
+        Those of the instance filter's own network are among them. Nothing is compiled; ``prepare`` does that.
         """
         with self._lock:
-            return self.plans.kernels()
+            return list(dict.fromkeys([*self.plans.kernels(), *self.stream.kernels()]))
+
+    def prepare(self) -> None:
+        """Compile all of ``kernels``, so that no step and no prediction waits for a compiler; ``fit`` begins with it.
+
+        Raises:
+            MemoryBudgetError: a training step does not fit into the budget.
+        """
+        if self._prepared:
+            return
+        with self._lock:
+            self.training_plan()  # the budget first: compiling takes long
+            compile_kernels(self.kernels())
+            self._prepared = True
 
     # --- inside a step ---
 

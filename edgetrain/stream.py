@@ -20,6 +20,7 @@ from edgetrain.arrays import Checked
 from edgetrain.filters import Choice, InstanceFilter, Judge, Lesson, Selector
 from edgetrain.history import Totals
 from edgetrain.losses import sample_losses
+from edgetrain.plan import KernelKey
 
 if TYPE_CHECKING:
     from edgetrain.learner import Learner
@@ -130,6 +131,10 @@ class InstanceStream:
             step, instances_seen=0, instances_kept=0, instances_uncertain=lesson.uncertain, macs_selection=lesson.macs,
             macs_done=step.macs_done + lesson.macs, saved_filter=-lesson.macs, seconds=time.perf_counter() - start,
         )  # fmt: skip
+
+    def kernels(self) -> list[KernelKey]:
+        """Return the kernels of the filter's own network, which is made for that."""
+        return self._ready(self._filter).kernels() if self._filter else []
 
     def state(self) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
         """Return (tensors, plain data) for ``restore``; both empty when nothing came by."""

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import edgetrain as et
@@ -343,3 +344,51 @@ def test_warmup_shows_its_progress_and_takes_a_profile(monkeypatch, tmp_path, ca
     assert f"kept in {tmp_path}" in text
     code, text, _ = run(capsys, "warmup", "--quiet")
     assert "compiling" not in text
+
+
+@pytest.mark.parametrize("methods", [
+    {"instance_filter": "eif:rate=0.25", "error_pruning": "channels:keep=0.7"}, {"sparsity": "swat:weights=0.9"},
+    {"sparsity": "set:weights=0.9"}, {"error_pruning": "gradients:rate=0.9"}, {"instance_filter": "selective"},
+], ids=lambda methods: ",".join(methods.values()))  # fmt: skip
+def test_warmup_covers_recipes_and_common_methods(built_in, methods):
+    assert set(et.Learner(et.models.resnet(depth=20), **methods).kernels()) <= set(built_in)
+
+
+# ---- before the first step
+
+
+def wanted_of(monkeypatch) -> list[tuple[str, tuple[int, ...]]]:
+    """Return the list of the kernels that are asked for from now on."""
+    wanted: list[tuple[str, tuple[int, ...]]] = []
+    find = registry._ADDRESSES.__class__.__contains__
+
+    class Table(dict):
+        def __contains__(self, key: object) -> bool:
+            wanted.append(key)  # type: ignore[arg-type]
+            return find(self, key)
+
+    monkeypatch.setattr(registry, "_ADDRESSES", Table(registry._ADDRESSES))
+    return wanted
+
+
+def test_a_prepared_learner_waits_for_no_compiler(monkeypatch):
+    methods = {"instance_filter": "eif:rate=0.4,start=64", "error_pruning": "channels:keep=0.7",
+               "sparsity": "rigl:weights=0.9"}  # fmt: skip
+    learner = et.Learner(et.models.lenet5(), batch_size=32, **methods)
+    wanted = wanted_of(monkeypatch)
+    learner.prepare()
+    prepared = set(wanted)
+    rng = np.random.default_rng(0)
+    for _ in range(8):
+        learner.observe(rng.random((80, 1, 28, 28), np.float32), rng.integers(0, 10, 80), predict=True)
+    assert learner.step_count > 3
+    assert set(wanted) == prepared
+
+
+def test_fit_compiles_before_its_clock_starts(monkeypatch):
+    learner = et.Learner(et.models.lenet5(), batch_size=32, instance_filter="eif:rate=0.4,start=64")
+    wanted, at_first_step = wanted_of(monkeypatch), []
+    rng = np.random.default_rng(0)
+    data = rng.random((160, 1, 28, 28), np.float32), rng.integers(0, 10, 160)
+    learner.fit(data, 2, validation=data, on_step=lambda event: at_first_step.append(len(set(wanted))))
+    assert at_first_step[0] == at_first_step[-1] == len(set(wanted))

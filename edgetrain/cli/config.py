@@ -118,7 +118,9 @@ _SWAT_CLIP_NORM = 1.0
 # A recipe's learning rate is for its own optimizer; these are for a run that asks for another one.
 _USUAL_LR = {"sgd": 0.05, "adam": 0.001, "adamw": 0.001}
 
-METHODS = ("filter", "sparsity", "error_pruning")
+# Kind of policy -> the learner's argument, which is its name in checkpoints too.
+ARGUMENTS = {"filter": "instance_filter", "sparsity": "sparsity", "error_pruning": "error_pruning"}
+METHODS = tuple(ARGUMENTS)
 # What --recipe names; "edge" gives way to the profile's own recipe if that skips anything. It is what measured best on
 # streams whose data change (docs/streams.md). No profile names it: from scratch no method clearly beat dense training
 # for fewer steps at equal time (docs/learning_accuracy.md, docs/sparse_accuracy.md).

@@ -67,7 +67,7 @@ def resume_stream(run: Run, config: Config, display: Display, as_json: bool) -> 
     with CompileNotice(display.compiling):
         learner = load_checkpoint(run.last)
         learner.threads = config.device.threads
-        learner.training_plan()
+        learner.prepare()
     done = learner.stream.position // config.stream.window
     run.keep_metrics(done)
     source = stream_source(config, learner.graph)
@@ -106,7 +106,7 @@ def _new_learner(
         graph.class_names = source.class_names
     with CompileNotice(display.compiling):
         learner = make_learner(config, graph, profile)
-        learner.training_plan()
+        learner.prepare()  # compiles, and checks the memory budget, before there is a run folder
     if config.model.initial_weights is not None:
         display.say(str(learner.load_parameters(config.model.initial_weights)))
     return learner

@@ -48,7 +48,7 @@ def fit_command(flags: Mapping[str, Any]) -> None:
         _check_augmentation(config, training)
         with CompileNotice(display.compiling):
             learner = make_learner(config, graph, profile)
-            learner.training_plan()  # compiles, and checks the memory budget, before there is a run folder
+            learner.prepare()  # compiles, and checks the memory budget, before there is a run folder
         if config.model.initial_weights is not None:
             display.say(str(learner.load_parameters(config.model.initial_weights)))
         run = create_run(flags["out"], "fit")
@@ -103,7 +103,7 @@ def _resume(run: Run, before: Config, config: Config, display: Display, as_json:
     with CompileNotice(display.compiling):
         learner = load_checkpoint(run.last)
         learner.threads = config.device.threads
-        learner.training_plan()
+        learner.prepare()
     training, validation, held_out = load_splits(config)
     _check_same_data(run, training, validation)
     _refuse_finished(run, learner, config)

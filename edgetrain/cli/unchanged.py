@@ -9,14 +9,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from edgetrain.checkpoint import read_checkpoint
-from edgetrain.cli.config import METHODS, Config
+from edgetrain.cli.config import ARGUMENTS, METHODS, Config
 from edgetrain.cli.sources import make_optimizer
 from edgetrain.errors import UsageError
 from edgetrain.policies import describe_policy, parse_policy
 from edgetrain.runs import Run
-
-# Policies have other names in checkpoints, which name the learner's arguments.
-_ARGUMENTS = {"filter": "instance_filter", "sparsity": "sparsity", "error_pruning": "error_pruning"}
 
 
 def check_unchanged(run: Run, config: Config) -> None:
@@ -47,7 +44,7 @@ def _settings(config: Config) -> dict[str, Any]:
         "seed": config.training.seed,
         "label_smoothing": config.training.label_smoothing,
         "optimizer": make_optimizer(config).to_dict(),
-        **{_ARGUMENTS[kind]: describe_policy(kind, policy) for kind, policy in policies.items()},
+        **{ARGUMENTS[kind]: describe_policy(kind, policy) for kind, policy in policies.items()},
     }
 
 
@@ -72,5 +69,5 @@ def _by_key(settings: Mapping[str, Any], model: str) -> dict[str, Any]:
         **{f"training.{name}": value for name, value in optimizer.items()},
         "training.schedule": schedule["kind"],
         "training.warmup_fraction": schedule["warmup"],
-        **{f"methods.{kind}": settings[argument] for kind, argument in _ARGUMENTS.items()},
+        **{f"methods.{kind}": settings[argument] for kind, argument in ARGUMENTS.items()},
     }

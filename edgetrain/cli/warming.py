@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from typing import Any
 
 from edgetrain.catalog import build_model
+from edgetrain.cli.config import ARGUMENTS, RECIPES
 from edgetrain.cli.output import count, duration, emit
 from edgetrain.cli.progress import CompileNotice, choose_display
 from edgetrain.devices import DeviceProfile, load_profile
@@ -14,7 +16,13 @@ from edgetrain.kernels.registry import compile_kernels, interpreter
 from edgetrain.learner import Learner
 from edgetrain.optim import SGD, Adam
 from edgetrain.plan import KernelKey
+from edgetrain.policies import NONE
 
+# Methods that are not in a recipe: one of each family of kernels.
+COMMON: tuple[dict[str, str], ...] = (
+    {"sparsity": "rigl:weights=0.9"}, {"sparsity": "swat:weights=0.9,activations=0.9"},
+    {"error_pruning": "gradients:rate=0.9,group=lanes"},
+)  # fmt: skip
 # One of each family and width: depth adds layers of the same kind, which need no other kernels (a test compares).
 MODELS = ("lenet5", "resnet20", "mobilenet_v1", "mobilenet_v1_0.5", "mobilenet_v1_0.25", "ds_cnn", "cnn1d")
 
@@ -37,11 +45,15 @@ def warmup_command(profile_name: str | None, *, quiet: bool, as_json: bool) -> N
 
 
 def needed_kernels(profile: DeviceProfile) -> list[KernelKey]:
-    """Return the kernels for the profile's batch size: all built-in models, training and inference, SGD and Adam."""
+    """Return the kernels for the profile's batch size: all built-in models, training and inference.
+
+    Each trained densely, by every named recipe and with the methods of ``COMMON``; densely with Adam as well.
+    """
     kernels: dict[KernelKey, None] = {}
-    for name, optimizer in [*((name, SGD(lr=0.1, momentum=0.9)) for name in MODELS), (MODELS[0], Adam())]:
-        kernels |= dict.fromkeys(Learner(build_model(name), profile, optimizer=optimizer).kernels())
-    return list(kernels)
+    for name, methods in itertools.product(MODELS, (*RECIPES.values(), *COMMON)):
+        arguments = {ARGUMENTS[kind]: text for kind, text in methods.items() if text != NONE}
+        kernels |= dict.fromkeys(Learner(build_model(name), profile, optimizer=SGD(lr=0.1), **arguments).kernels())
+    return [*(kernels | dict.fromkeys(Learner(build_model(MODELS[0]), profile, optimizer=Adam()).kernels()))]
 
 
 def _text(result: dict[str, Any]) -> str:

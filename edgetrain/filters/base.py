@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgetrain.errors import UsageError
+from edgetrain.plan import KernelKey
 
 Floats = NDArray[np.float64]
 Images = NDArray[np.float32]
@@ -146,6 +147,10 @@ class Selector(ABC):
     def learn(self, x: Images, y: Labels, losses: Floats) -> Lesson:
         """Learn from samples (x, y) that were trained on, with their losses float64 ``(N,)`` before the step."""
         return Lesson()
+
+    def kernels(self) -> list[KernelKey]:
+        """Return the kernels of the filter's own network, if it has one."""
+        return []
 
     @property
     def facts(self) -> dict[str, float]:

@@ -27,6 +27,7 @@ from edgetrain.errors import UsageError
 from edgetrain.filters.base import Choice, Floats, Images, InstanceFilter, Judge, Labels, Lesson, Selector, State
 from edgetrain.graph import Graph, Shape
 from edgetrain.optim import SGD
+from edgetrain.plan import KernelKey
 
 # Share of the main network's forward operations that the filter may take.
 _LARGEST_SHARE = 0.05
@@ -165,6 +166,11 @@ class _Early(Selector):
             weights = weights / np.where(target > 0, self.settings.rate, 1 - self.settings.rate)
         step = self._train(x, target, weights / weights.mean())
         return Lesson(uncertain, uncertain * self._judge.executed() + step.macs_done)
+
+    def kernels(self) -> list[KernelKey]:
+        """Return the kernels of the tiny network."""
+        kernels: list[KernelKey] = self._learner.kernels()
+        return kernels
 
     @property
     def facts(self) -> dict[str, float]:
