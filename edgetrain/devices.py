@@ -44,7 +44,8 @@ _PEAK_ORIGIN = "derived: cores x clock x lanes x 2 flops x FMA per cycle"
 class Recipe:
     """How to train on this device unless the user says otherwise; ``lr`` is the peak of the schedule.
 
-    ``filter``, ``sparsity`` and ``error_pruning`` say what to skip, as ``policies.parse_policy`` reads it.
+    ``filter``, ``sparsity`` and ``error_pruning`` say what to skip, as ``policies.parse_policy`` reads it. Where they
+    skip nothing, ``stream_recipe`` names the recipe of ``edgetrain fit --recipe`` that a stream is learned with.
     """
 
     optimizer: Annotated[str, OneOf(("sgd", "adam", "adamw"))]
@@ -62,6 +63,7 @@ class Recipe:
     filter: str = "none"
     sparsity: str = "none"
     error_pruning: str = "none"
+    stream_recipe: Annotated[str, OneOf(("edge", "dense"))] = "dense"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,7 +159,8 @@ class DeviceProfile:
             "recipe": f"{r.optimizer}, peak lr {r.lr:g}, "
             f"momentum {r.momentum:g}{' (Nesterov)' * r.nesterov}, weight decay {r.weight_decay:g}, "
             f"{r.schedule} after {r.warmup_fraction:.0%} warm-up, {r.epochs} epochs",
-            "skips": f"instance filter {r.filter}, sparsity {r.sparsity}, error pruning {r.error_pruning}",
+            "skips": f"instance filter {r.filter}, sparsity {r.sparsity}, error pruning {r.error_pruning}; "
+            f"of streams: recipe {r.stream_recipe}",
         }
         return "\n".join(
             [f"{self.name}: {self.description}", *(f"  {key:<9} {text}" for key, text in rows.items())]

@@ -7,7 +7,6 @@ Floor 6. Nothing here prints or touches signals: a caller watches through callba
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, TypeAlias
@@ -214,7 +213,7 @@ class _Loop:
         return True
 
     def _steps(self) -> bool:
-        learner, start = self.learner, time.perf_counter()
+        learner = self.learner
         stop = self.callbacks.should_stop or (lambda: False)
         if stop():
             return False
@@ -222,9 +221,7 @@ class _Loop:
         take = learner.partial_fit if learner.instance_filter is None else learner.stream.offer
         for x, y in self._batches():
             step = take(x, y)
-            now = time.perf_counter()
-            learner.history.running.add(step, now - start)
-            start = now
+            learner.history.running.add(step, step.seconds)
             learner.position = replace(learner.position, batch=learner.position.batch + 1)
             if self.callbacks.on_step is not None:
                 self.callbacks.on_step(self._event(step))
@@ -236,16 +233,35 @@ class _Loop:
         return True
 
     def _batches(self) -> Iterator[Batch]:
-        made = batches(
-            self.dataset, block_size(self.learner), seed=self.learner.seed, epoch=self.learner.position.epoch,
-            shuffle=self.shuffle, augmentation=self.augmentation, start=self.learner.position.batch,
+        return training_batches(
+            self.learner, self.dataset, block_size(self.learner), shuffle=self.shuffle, augmentation=self.augmentation,
+            start=self.learner.position.batch,
         )  # fmt: skip
-        return (_as_taken(batch, self.learner.graph) for batch in made)
 
     def _event(self, step: StepResult) -> StepEvent:
         learner, position = self.learner, self.learner.position
         count = batch_count(len(self.dataset), block_size(learner))
         return StepEvent(position.epoch + 1, position.batch, count, _last_lr(learner), step, learner.history.running)
+
+
+def training_batches(
+    learner: Learner, dataset: Samples, size: int, *, shuffle: bool = True, augmentation: Augmentation | None = None,
+    start: int = 0,
+) -> Iterator[Batch]:  # fmt: skip
+    """Yield the batches (x ``(N, *input_shape)``, y) of the learner's present epoch, prepared as ``fit`` does.
+
+    Args:
+        learner: tells seed, epoch and input shape.
+        dataset: what is trained on.
+        size: N, smaller for the last one.
+        shuffle, augmentation: as for ``fit_loop``.
+        start: batches that are left out at the beginning.
+    """
+    made = batches(
+        dataset, size, seed=learner.seed, epoch=learner.position.epoch, shuffle=shuffle, augmentation=augmentation,
+        start=start,
+    )  # fmt: skip
+    return (_as_taken(batch, learner.graph) for batch in made)
 
 
 def _begin(learner: Learner, dataset: Samples, epochs: int, normalize: bool) -> int:

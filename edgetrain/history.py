@@ -29,7 +29,8 @@ class EpochRecord:
             ``"mse"`` there is no accuracy: it is NaN.
         validation_loss, validation_accuracy: after the epoch; ``None`` without validation data.
         lr: learning rate of the last step.
-        seconds: training time of the epoch, validation left out.
+        seconds: training time: inside the steps, or inside ``observe``; reading and preparing data, validation and
+            checkpoints are left out.
         images_per_second: instances seen per second of training time.
         instances_seen, instances_trained: the second is smaller when a filter skipped some.
         macs_dense, macs_done: multiply-accumulates a dense epoch needs, and those really executed.
@@ -83,7 +84,7 @@ class Totals:
     saved_activations: int = 0
 
     def add(self, step: StepResult, seconds: float, judged: int | None = None) -> None:
-        """Count one step that took ``seconds``, data preparation included; it judged those trained on by default."""
+        """Count one step that took ``seconds``; it judged those trained on by default."""
         number = step.instances_trained if judged is None else judged
         if number:
             self.loss += float(step.loss) * number

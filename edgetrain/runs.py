@@ -4,10 +4,11 @@ Floor 7. A run folder holds
 
 - ``config.toml``: the effective configuration, every value that the run really used
 - ``environment.json``: the machine, the versions, and what the data looked like
-- ``metrics.csv``: one row per epoch, columns as in ``METRICS``
+- ``metrics.csv``: one row per epoch, or per window of a stream, columns as in ``METRICS``
 - ``events.jsonl``: what happened when, one JSON object per line with ``time`` (UTC) and ``event``
 - ``last.safetensors``, ``best.safetensors``: checkpoints; best by validation accuracy
 - ``model.onnx``: the trained network
+- ``baseline/``, ``accuracy.svg``: the run folder of the dense twin, and both in one plot, where that was asked for
 
 Rows and lines are synced one by one; a reader skips a line that a crash cut off. Who writes a run holds a lock on
 its ``events.jsonl``, the one file that is never replaced; the system takes the lock back when the process ends.
@@ -24,6 +25,7 @@ import tomllib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import MISSING, asdict, dataclass, fields
 from datetime import UTC, datetime
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +89,11 @@ class Run:
         """The trained network as ONNX."""
         return self.path / "model.onnx"
 
+    @property
+    def baseline(self) -> Run:
+        """The dense twin of the run, in a folder of its own."""
+        return Run(self.path / "baseline")
+
     def lock(self) -> None:
         """Keep other processes from writing this run, until ``runs_released`` ends or this process does.
 
@@ -133,21 +140,29 @@ class Run:
             return {}
         return table if isinstance(table, dict) else {}
 
-    def add_metrics(self, record: EpochRecord) -> None:
-        """Append the row of one epoch and sync it."""
+    def add_metrics(self, *records: EpochRecord) -> None:
+        """Append the rows of epochs and sync them together."""
         if not self.metrics_file.exists():
             self.write_metrics(())
-        _append(self.metrics_file, _row(_cells(record)))
+        if records:
+            _append(self.metrics_file, "".join(_row(_cells(record)) for record in records))
 
     def write_metrics(self, records: Iterable[EpochRecord]) -> None:
         """Replace all rows: on resuming, the checkpoint knows which epochs count."""
         rows = [list(METRICS), *map(_cells, records)]
         write_file(self.metrics_file, "".join(map(_row, rows)).encode())
 
-    def keep_metrics(self, last: int) -> None:
-        """Keep the rows up to number ``last``: on resuming a stream, those that the checkpoint knows."""
-        rows = [line + "\n" for line in _whole_lines(self.metrics_file)[1:] if 0 < _number_of(line) <= last]
-        write_file(self.metrics_file, "".join([_row(list(METRICS)), *rows]).encode())
+    def keep_metrics(self, instances: int) -> int:
+        """Keep the rows about the first ``instances``: on resuming a stream, those that the checkpoint knows.
+
+        Returns:
+            How many rows these are; damaged ones are not among them.
+        """
+        rows = [line for line in _whole_lines(self.metrics_file)[1:] if _instances_of(line)]
+        seen = accumulate(map(_instances_of, rows))
+        known = [row + "\n" for row, number in zip(rows, seen, strict=True) if number <= instances]
+        write_file(self.metrics_file, "".join([_row(list(METRICS)), *known]).encode())
+        return len(known)
 
     def read_metrics(self) -> list[dict[str, float | None]]:
         """Return the rows as numbers, ``None`` for an empty cell; a row that a crash cut off is skipped.
@@ -191,6 +206,29 @@ class Run:
         except OSError:
             return []
         return [event for event in map(_parse_event, lines) if event is not None]
+
+    def whole_seconds(self) -> float:
+        """Return the wall time of all processes that worked on the run, as far as their events tell it.
+
+        Of a process that was killed, that is up to its last checkpoint: what came after it is done again.
+        """
+        parts = [0.0]
+        for event in self.read_events():
+            if event["event"] in ("started", "resumed"):
+                parts.append(0.0)
+            parts[-1] = max(parts[-1], event.get("whole_seconds", 0.0))
+        return sum(parts)
+
+    def comparison(self) -> str:
+        """Return "wanted" if the dense twin was asked for, "baseline" if this run is such a twin, else ""."""
+        started = [event for event in self.read_events() if event["event"] == "started"]
+        return str(started[0].get("comparison", "")) if started else ""
+
+    def account(self) -> dict[str, Any]:
+        """Return what a finished run computed and skipped: ``savings`` and perhaps ``layers``; else empty."""
+        found = [event for event in self.read_events() if event["event"] == "account"]
+        known = found[-1] if found and self.status() == "finished" else {}
+        return {key: known[key] for key in ("savings", "layers") if key in known}
 
     def status(self) -> str:
         """Return "finished", "interrupted", "failed", or "unfinished" for a run that was killed or is still going."""
@@ -360,10 +398,11 @@ def _whole_lines(path: Path) -> list[str]:
     return [line for line in text.split("\n")[:-1] if "\0" not in line]
 
 
-def _number_of(line: str) -> int:
-    """Return the number that a row begins with, 0 if there is none."""
+def _instances_of(line: str) -> int:
+    """Return the instances that a row is about, 0 if it is damaged."""
+    cells = line.split(",")
     try:
-        return int(line.partition(",")[0])
+        return int(cells[METRICS.index("instances_seen")]) if len(cells) == len(METRICS) else 0
     except ValueError:
         return 0
 

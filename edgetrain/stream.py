@@ -20,7 +20,6 @@ from edgetrain.arrays import Checked
 from edgetrain.filters import Choice, InstanceFilter, Judge, Lesson, Selector
 from edgetrain.history import Totals
 from edgetrain.losses import sample_losses
-from edgetrain.plan import KernelKey
 
 if TYPE_CHECKING:
     from edgetrain.learner import Learner
@@ -132,7 +131,7 @@ class InstanceStream:
             macs_done=step.macs_done + lesson.macs, saved_filter=-lesson.macs, seconds=time.perf_counter() - start,
         )  # fmt: skip
 
-    def kernels(self) -> list[KernelKey]:
+    def kernels(self) -> list[tuple[str, tuple[int, ...]]]:
         """Return the kernels of the filter's own network, which is made for that."""
         return self._ready(self._filter).kernels() if self._filter else []
 

@@ -148,7 +148,8 @@ def test_report(inside, capsys):
     code, out, _ = run(capsys, "report", "runs/fit-1", "--json")
     result = json.loads(out)
     assert code == 0
-    wanted = {"run", "status", "config", "environment", "epochs", "operations", "best", "seconds", "files"}
+    wanted = {"run", "status", "config", "environment", "epochs", "operations", "best", "seconds", "files",
+              "whole_seconds", "account"}
     assert set(result) == wanted
     assert result["status"] == "finished"
     assert len(result["epochs"]) == 3

@@ -192,13 +192,15 @@ def test_a_stop_in_the_baseline_leaves_a_finished_run(inside, capsys, tmp_path, 
         signals.setattr("edgetrain.cli.signals.StopOnSignal.requested", stop)
         code, _, err = run(capsys, *FIT, "--epochs", "1", "--baseline", "--quiet", "--out", tmp_path)
     assert code == 5
-    assert f"go on with: edgetrain resume {twin}" in err
+    assert err.endswith(f"go on with: edgetrain resume {found}\n")
     assert locked
     assert (found / "model.onnx").exists()
     assert open_run(found).status() == "finished"
-    assert "nothing is left" in run(capsys, "resume", found)[2]
-    assert run(capsys, "resume", twin, "--quiet")[0] == 0
+    code, out, _ = run(capsys, "resume", found, "--json")
+    assert code == 0
+    assert json.loads(out)["savings"]["dense"]["how"] == "measured, the same data without the methods"
     assert open_run(twin).status() == "finished"
+    assert "nothing is left" in run(capsys, "resume", found)[2]
     assert (twin / "model.onnx").read_bytes() == (found / "model.onnx").read_bytes()
 
 

@@ -39,7 +39,7 @@ def test_run_folder_is_complete(inside):
     assert tuple(table[0]) == METRICS
     assert [row["epoch"] for row in table] == ["1", "2", "3"]
     events = [event["event"] for event in open_run(folder).read_events()]
-    assert events == ["started", "epoch", "epoch", "epoch", "finished"]
+    assert events == ["started", "epoch", "epoch", "epoch", "finished", "account"]
     facts = json.loads((folder / "environment.json").read_text())
     assert set(facts) == {"edgetrain", "host", "data"}
 
@@ -108,7 +108,7 @@ def test_plain_lines_without_a_terminal(inside, capsys, tmp_path):
 def test_quiet_prints_the_result_alone(inside, capsys, tmp_path):
     code, out, _ = run(capsys, *FIT, "--epochs", "1", "--quiet", "--out", tmp_path)
     assert code == 0
-    assert len(out.splitlines()) == 1
+    assert len(out.splitlines()) == 2
 
 
 def test_json_of_fit(inside, capsys, tmp_path):
@@ -117,7 +117,7 @@ def test_json_of_fit(inside, capsys, tmp_path):
     assert code == 0
     assert set(result) == {
         "run", "model", "data", "profile", "epochs", "validated_on", "loss", "accuracy", "best_epoch", "best_accuracy",
-        "seconds", "images_per_second", "memory_mib", "files",
+        "seconds", "whole_seconds", "images_per_second", "memory_mib", "files", "savings",
     }  # fmt: skip
     assert set(result["files"]) == {"model", "last", "best"}
     assert result["validated_on"] == "test"

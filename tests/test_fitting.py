@@ -57,6 +57,9 @@ class FakeLearner:
         self.weights = np.zeros((3, 4))
         self.batches = []
 
+    def prepare(self):
+        pass
+
     def partial_fit(self, x, y):
         probabilities = self._probabilities(x)
         loss = -np.log(probabilities[np.arange(len(y)), y]).mean()

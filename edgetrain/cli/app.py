@@ -68,7 +68,7 @@ def fit(
     threads: Threads = None,
     memory_budget: MemoryBudget = None,
     initial_weights: Annotated[Text, typer.Option(help="An .onnx file to start from.")] = None,
-    recipe: Annotated[Text, typer.Option(help="edge (for streams) or dense. [default: the profile's]")] = None,
+    recipe: Annotated[Text, typer.Option(help="edge or dense. [default: the profile's: edge for streams]")] = None,
     filter_: Annotated[Text, typer.Option("--filter", help="Instance filter, such as eif:rate=0.3; or none.")] = None,
     sparsity: Annotated[Text, typer.Option(help="Weight sparsity, such as swat:weights=0.9; or none.")] = None,
     error_pruning: Annotated[Text, typer.Option(help="Error pruning, such as channels:keep=0.7; or none.")] = None,
@@ -76,7 +76,7 @@ def fit(
     stream: Annotated[Flag, typer.Option(help="Learn from the data once, in order; --data - reads stdin.")] = None,
     predict_first: Annotated[Flag, typer.Option(help="In a stream: predict every instance before learning.")] = None,
     window: Annotated[Whole, typer.Option(help="In a stream: instances per row of metrics. [default: 1000]")] = None,
-    save_every: Annotated[Number, typer.Option(help="Minutes between checkpoints inside an epoch.")] = None,
+    save_every: Annotated[Number, typer.Option(help="Minutes between checkpoints on the way. [default: 10]")] = None,
     config: Annotated[File, typer.Option(help="A config.toml of another run to start from.")] = None,
     set_: Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="Any key of config.toml.")] = [],  # noqa: B006
     out: Annotated[Path, typer.Option(help="Folder that gets the run folder.")] = Path("runs"),

@@ -70,7 +70,7 @@ class TrainingSettings:
     schedule: Annotated[str, OneOf(("constant", "step", "cosine", "one_cycle"))]
     warmup_fraction: Annotated[float, Within(0, 0.99)]
     label_smoothing: Annotated[float, Within(0, 0.9)]
-    save_every_minutes: Annotated[float, Within(0.01, 1e6)] = 10.0
+    save_every_minutes: Annotated[float, Within(0, 1e6)] = 10.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,8 +122,9 @@ _USUAL_LR = {"sgd": 0.05, "adam": 0.001, "adamw": 0.001}
 ARGUMENTS = {"filter": "instance_filter", "sparsity": "sparsity", "error_pruning": "error_pruning"}
 METHODS = tuple(ARGUMENTS)
 # What --recipe names; "edge" gives way to the profile's own recipe if that skips anything. It is what measured best on
-# streams whose data change (docs/streams.md). No profile names it: from scratch no method clearly beat dense training
-# for fewer steps at equal time (docs/learning_accuracy.md, docs/sparse_accuracy.md).
+# streams whose data change (docs/streams.md), so profiles of boards name it as their ``stream_recipe``, the default of
+# fit --stream. Epochs from scratch stay dense: there no method clearly beat dense training for fewer steps at equal
+# time (docs/learning_accuracy.md, docs/sparse_accuracy.md).
 RECIPES = {
     "edge": {"filter": "eif:rate=0.25,power=2", "sparsity": NONE, "error_pruning": "channels:keep=0.7"},
     "dense": dict.fromkeys(METHODS, NONE),
@@ -177,7 +178,10 @@ def effective(
     build(Config, merged, Path("settings"))  # types first: what follows computes with the values
     if merged["training"]["optimizer"] != profile.recipe.optimizer and "lr" not in both.get("training", {}):
         merged["training"]["lr"] = _USUAL_LR.get(merged["training"]["optimizer"], profile.recipe.lr)
-    merged["methods"] = _methods(profile, recipe) | (both if recipe is None else given).get("methods", {})
+    named = (both if recipe is None else given).get("methods", {})
+    # A method that somebody named stands for itself.
+    usual = profile.recipe.stream_recipe if merged["stream"].get("enabled") and not named else "dense"
+    merged["methods"] = _methods(profile, recipe, usual) | named
     if merged["methods"]["sparsity"].startswith("swat") and not merged["training"].get("clip_norm"):
         # Weight gradients from the largest activations are biased upwards; LeNet-5 diverges without a bound.
         merged["training"]["clip_norm"] = _SWAT_CLIP_NORM
@@ -235,7 +239,7 @@ def dense(config: Config) -> Config:
 
 def _from_profile(profile: DeviceProfile, name: str) -> Table:
     recipe = asdict(profile.recipe)
-    augment = recipe.pop("augmentation")
+    augment, _ = recipe.pop("augmentation"), recipe.pop("stream_recipe")
     training = {key: value for key, value in recipe.items() if value is not None and key not in METHODS}
     threads = min(profile.threads, _usable_cores())
     limits = {"batch_size": profile.batch_size, "memory_budget_mib": float(profile.memory_budget_mib)}
@@ -244,14 +248,14 @@ def _from_profile(profile: DeviceProfile, name: str) -> Table:
     return sections | {"methods": {}, "stream": {}}
 
 
-def _methods(profile: DeviceProfile, recipe: str | None) -> Table:
-    """Return what to skip by the recipe of that name, or by the profile's."""
-    own = {key: getattr(profile.recipe, key) for key in METHODS}
-    if recipe is None or (recipe == "edge" and any(text != NONE for text in own.values())):
-        return own
-    if recipe not in RECIPES:
+def _methods(profile: DeviceProfile, recipe: str | None, usual: str) -> Table:
+    """Return what to skip by the recipe of that name, or by the profile's; if that skips nothing, by the usual one."""
+    if recipe is not None and recipe not in RECIPES:
         raise UsageError(f"--recipe '{recipe}', expected one of {', '.join(RECIPES)}")
-    return dict(RECIPES[recipe])
+    own = {key: getattr(profile.recipe, key) for key in METHODS}
+    if recipe != "dense" and own != RECIPES["dense"]:
+        return own
+    return dict(RECIPES[recipe or usual])
 
 
 def _adapt_to_stream(training: Table, given: Mapping[str, Any]) -> None:

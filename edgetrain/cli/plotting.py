@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+from edgetrain.cli.endings import resuming
 from edgetrain.errors import UsageError
 from edgetrain.runs import Run
 
+Rows = list[dict[str, float | None]]
 PLOT = "accuracy.svg"
 
 
@@ -20,24 +24,50 @@ def plot_runs(run: Run, others: list[Run]) -> Path:
         others: runs to compare with, such as the baseline.
 
     Raises:
-        UsageError: matplotlib is not installed, or a run has no rows yet.
+        UsageError: matplotlib is not installed, a run has no rows yet, or the runs have no measure in common.
     """
     figure, axes = _axes()
-    for one in (run, *others):
-        rows = one.read_metrics()
+    runs = {one: one.read_metrics() for one in (run, *others)}
+    for one, rows in runs.items():
         if not rows:
-            raise UsageError(f"{one.path}: no finished epoch to plot; train with: edgetrain resume {one.path}")
-        accuracy = [_accuracy(row) for row in rows]
+            raise UsageError(f"{one.path}: no finished epoch to plot; train with: {resuming(one)}")
+    measure, title = _measure(runs)
+    for one, rows in runs.items():
         for axis, column, unit in ((axes[0], "macs_done", 1e9), (axes[1], "seconds", 1.0)):
-            done = list(accumulate((row.get(column) or 0.0) / unit for row in rows))
-            axis.plot(done, accuracy, marker="o", markersize=3, label=_label(one))
+            done = accumulate((row.get(column) or 0.0) / unit for row in rows)
+            points = [(x, row[measure]) for x, row in zip(done, rows, strict=True) if _is_known(row.get(measure))]
+            axis.plot(*zip(*points, strict=True), marker="o", markersize=3, label=_label(one))
     axes[0].set_xlabel("operations done, 10^9 multiply-accumulates")
     axes[1].set_xlabel("training time on the machine of the run, s")
-    axes[0].set_ylabel("validation accuracy" if rows[-1].get("validation_accuracy") is not None else "accuracy")
+    axes[0].set_ylabel(title)
     axes[0].legend()
     path = run.path / PLOT
     figure.savefig(path, metadata={"Date": None})
     return path
+
+
+def _measure(runs: Mapping[Run, Rows]) -> tuple[str, str]:
+    """Return the column that all runs have figures in, and what these are.
+
+    Raises:
+        UsageError: the runs have no measure in common.
+    """
+    if all(any(_is_known(row.get("validation_accuracy")) for row in rows) for rows in runs.values()):
+        return "validation_accuracy", "accuracy on test or validation data"
+    for one, rows in runs.items():
+        if not any(_is_known(row.get("accuracy")) for row in rows):
+            raise UsageError(f"{one.path}: no step was taken yet, so there is no accuracy to plot")
+    kinds = {bool(one.read_config().get("stream", {}).get("predict")) for one in runs}
+    if len(kinds) > 1:
+        raise UsageError(
+            "some of the runs predict before they learn, others do not: their accuracies are of other instances; "
+            "compare runs that all have --predict-first, or none"
+        )
+    return "accuracy", "accuracy before learning" if kinds == {True} else "accuracy of the instances trained on"
+
+
+def _is_known(value: float | None) -> bool:
+    return value is not None and not math.isnan(value)
 
 
 def _axes() -> tuple[Any, Any]:
@@ -48,11 +78,6 @@ def _axes() -> tuple[Any, Any]:
     # Not pyplot: that keeps figures and chooses a display.
     figure = Figure(figsize=(10, 4), layout="constrained")
     return figure, figure.subplots(1, 2, sharey=True)
-
-
-def _accuracy(row: dict[str, float | None]) -> float:
-    validation = row.get("validation_accuracy")
-    return (row.get("accuracy") or 0.0) if validation is None else validation
 
 
 def _label(run: Run) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from edgetrain.cli.output import duration, emit, table
+from edgetrain.cli.savings import account_text
 from edgetrain.history import COUNTED
 from edgetrain.runs import Run, open_run
 
@@ -48,6 +49,8 @@ def summarise(run: Run) -> dict[str, Any]:
         "epochs": metrics,
         "best": max(known, key=lambda row: row["validation_accuracy"] or 0.0, default=None),
         "seconds": sum(row["seconds"] or 0.0 for row in metrics),
+        "whole_seconds": run.whole_seconds(),
+        "account": run.account(),
         "operations": {name: sum(row.get(name) or 0.0 for row in metrics) for name in COUNTED},
         "files": {file.name: file.stat().st_size for file in files if file.exists()},
     }
@@ -63,14 +66,20 @@ def _text(result: dict[str, Any]) -> str:
     if result["best"] is not None:
         best = result["best"]
         lines.append(f"best: epoch {best['epoch']:g}, validation accuracy {best['validation_accuracy']:.4f}")
-    operations = result["operations"]
+    lines += [account_text(result["account"])] if result["account"] else _so_far(result)
+    lines += [f"  {name:<20} {size:>12,} bytes" for name, size in result["files"].items()]
+    return "\n".join(lines)
+
+
+def _so_far(result: dict[str, Any]) -> list[str]:
+    """Return what an unfinished run has computed and skipped."""
+    lines, operations = [], result["operations"]
     if operations["macs_done"] < operations["macs_dense"]:
         share = operations["macs_done"] / operations["macs_dense"]
         kept = operations["instances_kept"] / max(operations["instances_seen"], 1)
         lines.append(f"computed {share:.1%} of the operations of dense training, instances kept: {kept:.1%}")
-    lines.append(f"training time {duration(result['seconds'])} on the machine of the run")
-    lines += [f"  {name:<20} {size:>12,} bytes" for name, size in result["files"].items()]
-    return "\n".join(lines)
+    whole = duration(result["whole_seconds"])
+    return [*lines, f"training time {duration(result['seconds'])} (whole run {whole}) on the machine of the run"]
 
 
 def _row(row: dict[str, float | None]) -> tuple[str, ...]:

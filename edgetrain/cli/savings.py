@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
+import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from edgetrain.accounting import METHODS
 from edgetrain.cli.output import duration, table
-from edgetrain.errors import NumericalError
+from edgetrain.data.batches import Batch
+from edgetrain.errors import DataError, MemoryBudgetError, NumericalError
+from edgetrain.layer_report import layer_report
 
 if TYPE_CHECKING:
     from edgetrain.learner import Learner
@@ -23,25 +26,47 @@ _NAMES = {"filter": "the instance filter", "error_maps": "error pruning", "weigh
 _TIMED_STEPS = 10
 
 
-def savings_of(counts: Mapping[str, int], seconds: float, dense: Mapping[str, Any]) -> dict[str, Any]:
+def savings_of(
+    counts: Mapping[str, int], seconds: float, whole_seconds: float, dense: Mapping[str, Any]
+) -> dict[str, Any]:
     """Return the account of a run.
 
     Args:
         counts: sums of the run, as ``history.Totals.counts`` names them.
         seconds: training time of the run.
+        whole_seconds: wall time of the run: reading, validation, checkpoints and compiling are in it, too.
         dense: ``seconds`` that dense training takes, ``None`` if that is unknown, ``how`` it is known or why not, and
-            perhaps its ``accuracy``.
+            perhaps its ``accuracy`` and ``whole_seconds``; ``itself`` of a run that is dense.
     """
     shares = {f"saved_{name}": counts[f"saved_{name}"] / max(counts["macs_dense"], 1) for name in METHODS}
     done = counts["macs_done"] / counts["macs_dense"] if counts["macs_dense"] else 1.0
     return {
-        **counts, "share_done": done, "shares": shares, "seconds": seconds, "dense": dict(dense),
+        **counts, "share_done": done, "shares": shares, "seconds": seconds,
+        "whole_seconds": whole_seconds, "dense": dict(dense),
         "time_saved": 1 - seconds / dense["seconds"] if dense["seconds"] else None,
     }  # fmt: skip
 
 
+def itself(seconds: float) -> dict[str, Any]:
+    """Return what dense training takes, for the account of a run that is dense and took so many seconds."""
+    return {"seconds": seconds, "how": "no method was used: this is the dense run", "itself": True}
+
+
+def account_of(result: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the parts of a run's result that tell what was computed and skipped."""
+    return {key: result[key] for key in ("layers", "savings") if key in result}
+
+
+def account_text(account: Mapping[str, Any]) -> str:
+    """Return what ``account_of`` found, as a person reads it."""
+    texts = [layers_text(account["layers"])] if "layers" in account else []
+    return "\n".join([*texts, savings_text(account["savings"])])
+
+
 def savings_text(account: Mapping[str, Any]) -> str:
-    """Return the account as a table and a line about time."""
+    """Return the account as a table and a line about time; of a dense run, the line says it all."""
+    if account["dense"].get("itself"):
+        return _dense_line(account)
     seen = max(account["instances_seen"], 1)
     rows = [("instances seen", f"{account['instances_seen']:,}", "100.0 %")]
     for name in ("kept", "uncertain"):
@@ -58,12 +83,31 @@ def savings_text(account: Mapping[str, Any]) -> str:
 
 def _time_line(account: Mapping[str, Any]) -> str:
     dense, saved = account["dense"], account["time_saved"]
-    took = f"training took {duration(account['seconds'])}"
+    took = f"training time {_times(account)}"
     if saved is None:
         return f"{took}; what dense training takes is unknown ({dense['how']})"
     accuracy = f", accuracy {dense['accuracy']:.4f}" if dense.get("accuracy") is not None else ""
     outcome = f"{_percent(saved)} of the time saved" if saved >= 0 else f"{_percent(-saved)} more time"
-    return f"{took}, dense training {duration(dense['seconds'])}{accuracy} ({dense['how']}): {outcome}"
+    return f"{took}; dense {_times(dense)}{accuracy} ({dense['how']}): {outcome}"
+
+
+def _dense_line(account: Mapping[str, Any]) -> str:
+    done, whole = account["macs_done"], account["macs_dense"]
+    # Kernels pass over exact zeros of error maps, which changes nothing but the count.
+    zeros = f", {_percent(1 - done / whole)} were exact zeros" if done < whole else ""
+    share = f"operations done {_percent(account['share_done'])} ({_macs(done)}{zeros})"
+    return f"{share}, training time {_times(account)}; {account['dense']['how']}"
+
+
+def _times(account: Mapping[str, Any]) -> str:
+    """Return training time and, where it is known, that of the whole run."""
+    whole = account.get("whole_seconds")
+    return duration(account["seconds"]) + (f" (whole run {duration(whole)})" if whole else "")
+
+
+def layers_of(learner: Learner) -> dict[str, Any]:
+    """Return ``layers``: what every layer does in a training step; empty for a learner without sparsity."""
+    return {} if learner.sparsity is None else {"layers": [layer.to_dict() for layer in layer_report(learner)]}
 
 
 def layers_text(layers: Sequence[Mapping[str, Any]]) -> str:
@@ -77,45 +121,86 @@ def layers_text(layers: Sequence[Mapping[str, Any]]) -> str:
     return f"{table(rows)}\none step of the usual batch size, random images, times of this machine"
 
 
-def time_dense(learner: Learner, instances: int) -> dict[str, Any]:
-    """Estimate how long dense training on so many instances takes on this machine, from a few steps.
+def random_batches(learner: Learner) -> Iterator[Batch]:
+    """Yield batches of random images, where those of the run are gone."""
+    rng = np.random.default_rng(0)
+    size, graph = learner.batch_size, learner.graph
+    while True:
+        yield rng.random((size, *graph.input_shape), np.float32), rng.integers(0, graph.output_shape[0], size)
+
+
+def time_dense(
+    learner: Learner, instances: int, batches: Callable[[], Iterable[Batch]], predict: bool = False
+) -> dict[str, Any]:
+    """Estimate the training time of dense training on so many instances on this machine, from a few steps.
 
     The steps are taken at learning rate 0: at that of the run, weights drawn at random may grow without bound, which
     says nothing about the run.
 
+    Args:
+        learner: of the run; it stays as it is, and so does the memory it takes.
+        instances: that the run has trained on or skipped.
+        batches: returns batches (x, y) prepared as the run does; the first few are used, again where they are few.
+        predict: whether the run predicts every instance before it learns from it.
+
     Returns:
-        ``seconds``, ``None`` if there is no instance or even those steps were not finite, and ``how`` that is known.
+        ``seconds``, ``None`` where they cannot be told, and ``how`` that is known or why not.
+    """
+    if not instances:
+        return {"seconds": None, "how": "no instance was trained on or skipped yet"}
+    try:
+        seconds = _seconds_per_instance(_dense_twin(learner), batches, predict)
+    except NumericalError:
+        return {"seconds": None, "how": "dense steps with random weights were not finite"}
+    except MemoryBudgetError:
+        return {"seconds": None, "how": "a dense network beside the run's does not fit into the memory budget; "
+                                        "--baseline measures it"}  # fmt: skip
+    except DataError as error:
+        return {"seconds": None, "how": str(error)}
+    return {"seconds": seconds * instances, "how": f"estimated from the median of {_TIMED_STEPS} dense steps"}
+
+
+def _dense_twin(learner: Learner) -> Learner:
+    """Return a dense learner of the same network with weights of a usual size, in what the run leaves of its budget.
+
+    Raises:
+        MemoryBudgetError: that is too little.
     """
     from edgetrain.learner import Learner
 
-    if not instances:
-        return {"seconds": None, "how": "no instance was trained on or skipped yet"}
-
+    left = learner.memory_budget - learner.memory_plan().peak_bytes
+    if learner.memory_budget and left <= 0:
+        raise MemoryBudgetError("nothing of the memory budget is left")
     twin = Learner(
         learner.graph, learner.profile, batch_size=learner.batch_size, threads=learner.threads,
         optimizer=replace(learner.optimizer, lr=0.0, schedule=None), loss=learner.loss,
-        label_smoothing=learner.label_smoothing, memory_budget="1024GiB",
+        label_smoothing=learner.label_smoothing, memory_budget=left if learner.memory_budget else 0,
     )  # fmt: skip
+    twin.prepare()
     rng = np.random.default_rng(0)
     # Trained weights would do, unless the training went astray: numbers of a usual size take as long.
     weights = {n: a for n, a in twin.parameters().items() if n in learner.graph.trainable}
     twin.load_parameters({n: rng.normal(0, a[0].size ** -0.5, a.shape) for n, a in weights.items()})
-    x = rng.random((learner.batch_size, *learner.graph.input_shape), np.float32)
-    y = rng.integers(0, learner.graph.output_shape[0], learner.batch_size)
-    try:
-        seconds = _seconds_per_step(twin, x, y) / learner.batch_size * instances
-    except NumericalError:
-        return {"seconds": None, "how": "dense steps with random weights were not finite"}
-    return {"seconds": seconds, "how": f"estimated from {_TIMED_STEPS} dense steps"}
+    return twin
 
 
-def _seconds_per_step(learner: Learner, x: NDArray[np.float32], y: NDArray[np.int64]) -> float:
-    start = 0.0
-    for step in range(2 * _TIMED_STEPS):
-        if step == _TIMED_STEPS:
-            start = time.perf_counter()
+def _seconds_per_instance(learner: Learner, batches: Callable[[], Iterable[Batch]], predict: bool) -> float:
+    """Return the median over steps, after some to warm up.
+
+    Raises:
+        DataError: there is no batch any more.
+    """
+    found = []
+    again = itertools.chain.from_iterable(batches() for _ in range(2 * _TIMED_STEPS))
+    for x, y in itertools.islice(again, 2 * _TIMED_STEPS):
+        start = time.perf_counter()
+        if predict:
+            learner.predict(x)
         learner.partial_fit(x, y)
-    return (time.perf_counter() - start) / _TIMED_STEPS
+        found.append((time.perf_counter() - start) / len(y))
+    if not found:
+        raise DataError("the data are gone that dense steps would be timed with")
+    return statistics.median(found[-_TIMED_STEPS:])
 
 
 def _macs(count: int) -> str:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import functools
 import math
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -15,20 +15,32 @@ from numpy.typing import NDArray
 
 from edgetrain._version import __version__
 from edgetrain.checkpoint import load_checkpoint, save_checkpoint
-from edgetrain.cli.config import Config, dense
-from edgetrain.cli.output import count, duration, emit
+from edgetrain.cli.config import Config, MethodSettings, dense
+from edgetrain.cli.endings import (
+    baseline_facts,
+    begin,
+    begin_baseline,
+    draw,
+    how_to_go_on,
+    is_done,
+    resuming,
+    tell_profile,
+)
+from edgetrain.cli.output import count, emit
 from edgetrain.cli.progress import CompileNotice, Display, resident_mib
-from edgetrain.cli.savings import savings_of, savings_text, time_dense
+from edgetrain.cli.savings import account_of, account_text, itself, layers_of, random_batches, savings_of, time_dense
 from edgetrain.cli.signals import StopOnSignal
 from edgetrain.cli.sources import make_learner
 from edgetrain.data import Dataset, available_splits, load_dataset
+from edgetrain.data.batches import Batch
 from edgetrain.data.images import deviation_to_divide_by
 from edgetrain.data.streaming import STANDARD_INPUT, InstanceSource, open_stream
 from edgetrain.devices import DeviceProfile, host_facts
-from edgetrain.errors import DataError, EdgetrainError, InterruptedRunError, UsageError
+from edgetrain.errors import DataError, EdgetrainError, InterruptedRunError, NumericalError, UsageError
 from edgetrain.fitting import block_size, evaluate_dataset
 from edgetrain.graph import Normalization
 from edgetrain.history import EpochRecord, Totals
+from edgetrain.policies import NONE
 from edgetrain.runs import Run, create_run
 
 if TYPE_CHECKING:
@@ -38,10 +50,14 @@ if TYPE_CHECKING:
 
 # Images whose deviation is below one grey level are as good as dark: their noise says nothing about what comes later.
 _GREY_LEVEL = 1 / 255
+# Rows in memory, about a kilobyte each; a checkpoint writes them sooner unless windows are small.
+_MOST_UNWRITTEN = 1000
 
 
-def fit_stream(flags: Mapping[str, Any], config: Config, profile: DeviceProfile, display: Display) -> None:
-    """Learn from a stream in a new run folder."""
+def fit_stream(
+    flags: Mapping[str, Any], config: Config, profile: DeviceProfile, display: Display, began: float
+) -> None:
+    """Learn from a stream in a new run folder; ``began``: when the command did, of ``time.monotonic``."""
     if flags["baseline"] and config.data.source == STANDARD_INPUT:
         raise UsageError("--baseline needs the data twice, standard input comes once; use a file or a folder")
     graph = stream_graph(config)
@@ -51,52 +67,42 @@ def fit_stream(flags: Mapping[str, Any], config: Config, profile: DeviceProfile,
     save_checkpoint(learner, run.last)
     environment = {"edgetrain": __version__, "host": host_facts(), "data": {"name": source.name, "count": source.count}}
     run.write_environment(environment)
-    _begin(run, config)
+    begin(run, config, comparison="wanted" if flags["baseline"] else "")
+    skips = ", ".join(text for text in asdict(config.methods).values() if text != NONE)
     display.say(
         f"{run.path}: {config.model.name} ({graph.parameter_count:,} parameters) learns from the stream {source.name}, "
-        f"micro-batches of {learner.batch_size}, instance filter {config.methods.filter}"
+        f"micro-batches of {learner.batch_size}, {skips or 'nothing is skipped'}"
     )
-    session = StreamSession(run, learner, config, display, source)
-    session.train()
-    session.conclude()
+    tell_profile(display, profile)
+    session = StreamSession(run, learner, config, display, source, began, judges=flags["baseline"])
+    session.finish()
     session.tell(flags["json"], _baseline(session, profile) if flags["baseline"] else None)
 
 
-def resume_stream(run: Run, config: Config, display: Display, as_json: bool) -> None:
+def resume_stream(
+    run: Run, config: Config, profile: DeviceProfile, display: Display, as_json: bool, began: float
+) -> None:
     """Go on in a run folder: a file or a folder where the stream was left, standard input with what comes now."""
+    session = _taken_up(run, config, display, began)
+    learner, source = session.learner, session.source
+    if session.is_over and is_done(run):
+        raise UsageError(f"{run.path}: all {source.count:,} instances of the stream are done, nothing is left")
+    run.log("resumed", instances=learner.stream.position)
+    display.say(f"resuming {run.path} after {learner.stream.position:,} instances")
+    session.finish()
+    session.tell(as_json, _baseline(session, profile) if run.comparison() == "wanted" else None)
+
+
+def _taken_up(run: Run, config: Config, display: Display, began: float) -> StreamSession:
+    """Return a session that goes on where the last checkpoint of a run stands."""
     with CompileNotice(display.compiling):
         learner = load_checkpoint(run.last)
         learner.threads = config.device.threads
         learner.prepare()
-    done = learner.stream.position // config.stream.window
-    run.keep_metrics(done)
     source = stream_source(config, learner.graph)
-    over = source.count is not None and learner.stream.position >= source.count
-    if over and run.status() == "finished" and run.model.exists():
-        raise UsageError(f"{run.path}: all {source.count:,} instances of the stream are done, nothing is left")
-    run.log("resumed", instances=learner.stream.position)
-    display.say(f"resuming {run.path} after {learner.stream.position:,} instances")
-    session = StreamSession(run, learner, config, display, source)
-    if not over:
-        session.train()
-    session.conclude()
-    session.tell(as_json)
-
-
-def baseline_run(run: Run, config: Config) -> Run:
-    """Make the folder of the dense twin of a run, inside the run's folder."""
-    twin = Run(run.path / "baseline")
-    twin.path.mkdir()
-    twin.lock()
-    _begin(twin, config)
-    return twin
-
-
-def _begin(run: Run, config: Config) -> None:
-    # The configuration comes last: a folder that has one can be resumed, even if the power fails right now.
-    run.write_metrics(())
-    run.write_config(config.to_dict())
-    run.log("started", edgetrain=__version__)
+    session = StreamSession(run, learner, config, display, source, began, judges=run.comparison() != "")
+    session.rows = run.keep_metrics(learner.stream.position - learner.history.running.instances_seen)
+    return session
 
 
 def _new_learner(
@@ -113,17 +119,21 @@ def _new_learner(
 
 
 def _baseline(session: StreamSession, profile: DeviceProfile) -> dict[str, Any]:
-    """Learn from the same stream densely; return time and accuracy."""
-    config = dense(session.config)
-    graph = stream_graph(config)
-    learner = _new_learner(config, graph, session.source, profile, session.display)
-    twin = StreamSession(baseline_run(session.run, config), learner, config, session.display, session.source)
-    session.display.say(f"{twin.run.path}: the same stream, dense")
-    twin.train()
-    twin.conclude()
-    seconds = sum(total.seconds for total in learner.stream.totals.values())
-    return {"seconds": seconds, "accuracy": twin.test_metrics.get("accuracy"), "run": str(twin.run.path),
-            "how": "measured, the same stream without the methods"}  # fmt: skip
+    """Learn from the same stream densely, or go on with that; return times and accuracy, and draw both runs."""
+    config, display, began = dense(session.config), session.display, time.monotonic()
+    run = begin_baseline(session.run)
+    display.say(f"{run.path}: the same stream, dense")
+    if run.config_file.exists():
+        twin = _taken_up(run, config, display, began)
+    else:
+        learner = _new_learner(config, stream_graph(config), session.source, profile, display)
+        save_checkpoint(learner, run.last)
+        begin(run, config, comparison="baseline")
+        twin = StreamSession(run, learner, config, display, session.source, began, judges=True)
+    if not (twin.is_over and is_done(run)):
+        twin.finish()
+    draw(session.run, display)
+    return baseline_facts(run)
 
 
 def stream_source(config: Config, graph: Graph) -> InstanceSource:
@@ -167,15 +177,36 @@ def stream_graph(config: Config) -> Graph:
 
 @dataclass
 class StreamSession:
-    """One process' part of a streaming run."""
+    """One process' part of a streaming run.
+
+    Attributes:
+        began: when this part began, of ``time.monotonic``.
+        judges: whether some rows tell the accuracy on the test data: for comparing with the dense twin.
+        rows: rows of metrics.csv so far; those since the last checkpoint are kept in memory.
+    """
 
     run: Run
     learner: Learner
     config: Config
     display: Display
     source: InstanceSource
+    began: float
+    judges: bool = False
+    rows: int = 0
+    _unwritten: list[EpochRecord] = field(default_factory=list)
     _saved_at: float = field(default_factory=time.monotonic)
-    _rate: float = 0.0
+    _judged: tuple[int, dict[str, float]] = field(default_factory=lambda: (-1, {}))  # steps done, and what was found
+
+    @property
+    def is_over(self) -> bool:
+        """Whether all instances of the source were seen; false where nobody knows how many there are."""
+        return self.source.count is not None and self.learner.stream.position >= self.source.count
+
+    def finish(self) -> None:
+        """Learn from what is left, if anything is, and write the last files; raises what ``train`` does."""
+        if not self.is_over:
+            self.train()
+        self.conclude()
 
     def train(self) -> None:
         """Learn until the stream ends.
@@ -189,15 +220,12 @@ class StreamSession:
         size = settings.block or block_size(learner)
         self.display.begin(self.config.training.epochs, "test")
         with StopOnSignal(self.display) as stop, CompileNotice(self.display.compiling):
-            start = time.perf_counter()
             try:
                 for x, y in self.source.blocks(size, learner.stream.position, stop.requested):
                     self._normalize(x)
                     result = learner.observe(x, y, predict=settings.predict)
-                    now = time.perf_counter()
                     judged = len(y) if settings.predict else result.instances_trained
-                    learner.history.running.add(result, now - start, judged)
-                    start = now
+                    learner.history.running.add(result, result.seconds, judged)
                     self.display.instances(learner.stream.position, self.source.count, learner.history.running)
                     self._after(len(y))
                     # A live source ends by itself, after the instances that it has taken: nobody could give them again.
@@ -208,33 +236,34 @@ class StreamSession:
             if stop.requested():
                 self._interrupt()
             if not learner.stream.position:
-                self.run.log("failed", error="no instance")
+                self._log("failed", error="no instance")
                 raise DataError(
                     f"{self.source.name}: ended without an instance, expected at least one; nothing was learned; when "
                     f"there are some, go on with: edgetrain resume {self.run.path}"
                 )
             self._end()
 
-    @functools.cached_property
     def test_metrics(self) -> dict[str, float]:
-        """Loss and accuracy on the test data of the source, after the stream; empty when it has none."""
-        test = self._test_data()
-        return {} if test is None else evaluate_dataset(self.learner, test)
+        """Return loss and accuracy on the test data of the source, as things stand; empty when it has none."""
+        if self._judged[0] != self.learner.step_count:
+            test = self._test_data
+            self._judged = self.learner.step_count, {} if test is None else evaluate_dataset(self.learner, test)
+        return self._judged[1]
 
     def result(self, baseline: Mapping[str, Any] | None) -> dict[str, Any]:
         """Return what the run gave; ``baseline``: time and accuracy of the same stream, dense."""
-        learner, stream, metrics = self.learner, self.learner.stream, self.test_metrics
+        learner, stream, metrics = self.learner, self.learner.stream, self.test_metrics()
         total = stream.totals["predict" if self.config.stream.predict else "train"]
-        # Those that wait cost nothing yet, so dense training must not be charged for them.
-        done = total.instances_seen - stream.waiting
-        account = savings_of(total.counts(), total.seconds, baseline or time_dense(learner, done))
-        return {
+        whole = self.run.whole_seconds()
+        account = savings_of(total.counts(), total.seconds, whole, baseline or self._dense(total))
+        return layers_of(learner) | {
             "run": str(self.run.path), "model": self.config.model.name, "data": self.config.data.source,
             "profile": self.config.device.profile, "instances": stream.position,
             "instances_waiting": stream.waiting,
             "mode": "predict and train" if self.config.stream.predict else "train only",
             "running_accuracy": stream.accuracy, "recent_accuracy": stream.recent_accuracy,
             "loss": metrics.get("loss"), "accuracy": metrics.get("accuracy"), "seconds": total.seconds,
+            "whole_seconds": whole, "steps": learner.step_count, "batch_size": learner.batch_size,
             "images_per_second": total.images_per_second, "memory_mib": resident_mib(), "savings": account,
             "filter": stream.facts,
             "files": {"model": str(self.run.model), "last": str(self.run.last), "best": str(self.run.best)},
@@ -242,17 +271,31 @@ class StreamSession:
 
     def conclude(self) -> None:
         """Write the last checkpoint and the ONNX file: the run is then finished, whatever becomes of its account."""
-        save_checkpoint(self.learner, self.run.last)
+        self._save()
         save_checkpoint(self.learner, self.run.best)
         self.learner.export_onnx(self.run.model)
-        accuracy = self.test_metrics.get("accuracy")
-        self.run.log("finished", instances=self.learner.stream.position, accuracy=accuracy)
+        self._log("finished", accuracy=self.test_metrics().get("accuracy"))
 
     def tell(self, as_json: bool, baseline: Mapping[str, Any] | None = None) -> None:
         """Print the last lines, with what was saved; ``baseline``: time and accuracy of the same stream, dense."""
         result = self.result(baseline)
+        self.run.log("account", **account_of(result))
         self.display.close()
-        emit(result, f"{savings_text(result['savings'])}\n{_last_line(result)}", as_json)
+        emit(result, f"{account_text(result)}\n{_last_line(result)}", as_json)
+
+    def _dense(self, total: Totals) -> dict[str, Any]:
+        """Estimate how long the same stream takes densely; a run that skips nothing is that dense run."""
+        if self.config.methods == MethodSettings():
+            return itself(total.seconds)
+        # Those that wait cost nothing yet, so dense training must not be charged for them.
+        done = total.instances_seen - self.learner.stream.waiting
+        return time_dense(self.learner, done, self._batches_again, predict=self.config.stream.predict)
+
+    def _batches_again(self) -> Iterable[Batch]:
+        """Return batches of the stream from its beginning, random ones where it cannot be read twice."""
+        if self.source.count is None:
+            return random_batches(self.learner)
+        return self.source.blocks(self.learner.batch_size, 0, lambda: False)
 
     def _normalize(self, x: NDArray[np.float32]) -> None:
         """Give a network without input normalisation that of the first block; a stream cannot be looked at twice."""
@@ -267,50 +310,70 @@ class StreamSession:
     def _after(self, count: int) -> None:
         position, window = self.learner.stream.position, self.config.stream.window
         if position // window > (position - count) // window:
-            self._row(position // window)
+            self._row()
         if time.monotonic() - self._saved_at > 60 * self.config.training.save_every_minutes:
             self._save()
+            self._log("saved")
 
-    def _row(self, number: int) -> None:
-        """Write a row about the instances since the last one."""
+    def _row(self) -> None:
+        """Make a row about the instances since the last one; it is written with the next checkpoint."""
         learner, total = self.learner, self.learner.history.running
-        learner.history.running = Totals()
+        metrics = self.test_metrics() if self.judges and self._is_tenth(total.instances_seen) else {}
+        learner.history.running, self.rows = Totals(), self.rows + 1
         record = EpochRecord(
-            epoch=number, steps=learner.step_count, loss=total.mean_loss if total.judged else math.nan,
-            accuracy=total.accuracy if total.judged else math.nan, validation_loss=None, validation_accuracy=None,
+            epoch=self.rows, steps=learner.step_count, loss=total.mean_loss if total.judged else math.nan,
+            accuracy=total.accuracy if total.judged else math.nan,
+            validation_loss=metrics.get("loss"), validation_accuracy=metrics.get("accuracy"),
             lr=float(learner.optimizer.lr_at(max(learner.step_count - 1, 0))), seconds=total.seconds,
             images_per_second=total.images_per_second, **total.counts(),
         )  # fmt: skip
-        # The row comes first: one that its checkpoint does not know is taken back on resuming.
-        self.run.add_metrics(record)
-        self._save()
+        self._unwritten.append(record)
+        if len(self._unwritten) >= _MOST_UNWRITTEN:
+            self._write_rows()
         self.display.say(stream_line(learner.stream, self.source.count, record, self.config.stream.predict))
 
     def _end(self) -> None:
         # What waits for its micro-batch stays in the checkpoint: the source may have grown when the run is resumed.
         if self.learner.history.running.instances_seen:
-            self._row(self.learner.stream.position // self.config.stream.window + 1)
+            self._row()
+
+    def _is_tenth(self, count: int) -> bool:
+        """Tell whether the last ``count`` instances of the stream went past a tenth of it, or end it."""
+        position, length = self.learner.stream.position, self.source.count
+        return length is not None and 10 * position // length > 10 * (position - count) // length
+
+    def _write_rows(self) -> None:
+        self.run.add_metrics(*self._unwritten)
+        self._unwritten.clear()
 
     def _save(self) -> None:
+        # The rows come first: those that the checkpoint does not know are taken back on resuming.
+        self._write_rows()
         save_checkpoint(self.learner, self.run.last)
         self._saved_at = time.monotonic()
 
+    def _log(self, event: str, **details: Any) -> None:
+        whole = time.monotonic() - self.began
+        self.run.log(event, instances=self.learner.stream.position, whole_seconds=whole, **details)
+
     def _fail(self, error: EdgetrainError) -> NoReturn:
         self._save()
-        self.run.log("failed", error=str(error), instances=self.learner.stream.position)
+        self._log("failed", error=str(error))
+        if isinstance(error, NumericalError):
+            raise NumericalError(how_to_go_on(error, self.run, self.config)) from error
         raise type(error)(
-            f"{error}; the state before it is saved in {self.run.last}, go on with: edgetrain resume {self.run.path}"
+            f"{error}; the state before it is saved in {self.run.last}, go on with: {resuming(self.run)}"
         ) from error
 
     def _interrupt(self) -> None:
         self._save()
-        position = self.learner.stream.position
-        self.run.log("interrupted", instances=position)
+        self._log("interrupted")
         raise InterruptedRunError(
-            f"stopped after {position:,} instances; the state is saved in {self.run.last}, go on with: "
-            f"edgetrain resume {self.run.path}"
+            f"stopped after {self.learner.stream.position:,} instances; the state is saved in {self.run.last}, go on "
+            f"with: {resuming(self.run)}"
         )
 
+    @functools.cached_property
     def _test_data(self) -> Dataset | None:
         source = self.config.data.source
         if source == STANDARD_INPUT or "test" not in available_splits(source):
@@ -350,7 +413,7 @@ def _waiting(number: int) -> str:
 
 
 def _last_line(result: dict[str, Any]) -> str:
-    parts = [f"{count(result['instances'], 'instance')} in {duration(result['seconds'])}, {result['mode']}"]
+    parts = [f"{count(result['instances'], 'instance')}, {result['mode']}"]
     if result["mode"] == "predict and train":
         running, recent = result["running_accuracy"], result["recent_accuracy"]
         parts.append(f"accuracy before learning {running:.4f}, of late {recent:.4f}")
@@ -358,4 +421,10 @@ def _last_line(result: dict[str, Any]) -> str:
         parts.append(f"test accuracy {result['accuracy']:.4f}")
     if result["instances_waiting"]:
         parts.append(_waiting(result["instances_waiting"]))
+    if not result["steps"]:
+        parts[-1] = (
+            f"nothing was learned yet: {count(result['instances_waiting'], 'instance')} kept, a micro-batch takes "
+            f"{result['batch_size']}; use a smaller --batch-size, or when there are more instances go on with: "
+            f"edgetrain resume {result['run']}"
+        )
     return "; ".join([*parts, f"model: {result['files']['model']}, run: {result['run']}"])

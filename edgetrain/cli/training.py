@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,21 +11,31 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 import edgetrain
-from edgetrain.checkpoint import load_checkpoint, save_checkpoint
+from edgetrain.checkpoint import load_checkpoint, read_checkpoint, save_checkpoint
 from edgetrain.cli.config import Config, MethodSettings, check_stream, dense, from_flags, from_run
-from edgetrain.cli.output import count, duration, emit
+from edgetrain.cli.endings import (
+    baseline_facts,
+    begin,
+    begin_baseline,
+    draw,
+    how_to_go_on,
+    is_done,
+    resuming,
+    tell_profile,
+)
+from edgetrain.cli.output import count, emit
 from edgetrain.cli.progress import CompileNotice, Display, choose_display, resident_mib
-from edgetrain.cli.savings import layers_text, savings_of, savings_text, time_dense
+from edgetrain.cli.savings import account_of, account_text, itself, layers_of, savings_of, time_dense
 from edgetrain.cli.signals import StopOnSignal
 from edgetrain.cli.sources import check_classes, describe_data, load_splits, make_graph, make_learner
-from edgetrain.cli.streaming import baseline_run, fit_stream, resume_stream
+from edgetrain.cli.streaming import fit_stream, resume_stream
 from edgetrain.cli.unchanged import check_unchanged
 from edgetrain.data import Augmentation, Dataset, batch_count
-from edgetrain.devices import DeviceProfile, host_facts
+from edgetrain.data.batches import Batch
+from edgetrain.devices import DeviceProfile, host_facts, load_profile
 from edgetrain.errors import DataError, InterruptedRunError, NumericalError, UsageError
-from edgetrain.fitting import StepEvent, block_size, check_fits, fit_loop
+from edgetrain.fitting import StepEvent, block_size, check_fits, fit_loop, training_batches
 from edgetrain.history import COUNTED, EpochRecord
-from edgetrain.layer_report import layer_report
 from edgetrain.runs import Run, create_run, open_run, runs_released
 
 if TYPE_CHECKING:
@@ -34,11 +44,12 @@ if TYPE_CHECKING:
 
 def fit_command(flags: Mapping[str, Any]) -> None:
     """Train in a new run folder; ``flags`` are the parameters of the command."""
+    began = time.monotonic()
     config, profile = from_flags(flags)
     display = choose_display(flags["quiet"], flags["json"], config.device.memory_budget_mib)
     with runs_released(), _Closing(display):
         if config.stream.enabled:
-            fit_stream(flags, config, profile, display)
+            fit_stream(flags, config, profile, display, began)
             return
         training, validation, held_out = load_splits(config)
         graph = make_graph(config, training)
@@ -52,76 +63,89 @@ def fit_command(flags: Mapping[str, Any]) -> None:
         if config.model.initial_weights is not None:
             display.say(str(learner.load_parameters(config.model.initial_weights)))
         run = create_run(flags["out"], "fit")
-        # The configuration comes last: a folder that has one can be resumed, even if the power fails right now.
         save_checkpoint(learner, run.last)
         run.write_environment(_environment(training, validation))
-        run.write_metrics(())
-        run.write_config(config.to_dict())
-        run.log("started", edgetrain=edgetrain.__version__)
+        begin(run, config, comparison="wanted" if flags["baseline"] else "")
         _introduce(display, run, learner, config, profile)
-        session = _Session(run, learner, config, display, training, validation, held_out)
-        session.train()
-        session.conclude()
+        session = _Session(run, learner, config, display, training, validation, held_out, began)
+        session.finish()
         session.tell(flags["json"], _baseline(session, profile) if flags["baseline"] else None)
 
 
 def _baseline(session: _Session, profile: DeviceProfile) -> dict[str, Any]:
-    """Train the same run densely in a folder inside the run folder; return its time and accuracy."""
-    config = dense(session.config)
-    learner = make_learner(config, make_graph(config, session.training), profile)
-    if config.model.initial_weights is not None:
-        learner.load_parameters(config.model.initial_weights)
-    run = baseline_run(session.run, config)
-    save_checkpoint(learner, run.last)
-    session.display.say(f"{session.run.path} is done; {run.path}: the same run, dense")
-    twin = _Session(run, learner, config, session.display, session.training, session.validation, session.held_out)
-    twin.train()
-    twin.conclude()
-    return {
-        "seconds": sum(learner.history.column("seconds")), "accuracy": learner.history.epochs[-1].validation_accuracy,
-        "how": "measured, the same run without the methods", "run": str(run.path),
-    }  # fmt: skip
+    """Train the same run densely, or go on with that; return times and accuracy, and draw both runs."""
+    config, display, began = dense(session.config), session.display, time.monotonic()
+    run = begin_baseline(session.run)
+    display.say(f"{session.run.path} is done; {run.path}: the same run, dense")
+    if run.config_file.exists():
+        learner = _taken_up(run, config, display)
+    else:
+        with CompileNotice(display.compiling):
+            learner = make_learner(config, make_graph(config, session.training), profile)
+            learner.prepare()
+        if config.model.initial_weights is not None:
+            learner.load_parameters(config.model.initial_weights)
+        save_checkpoint(learner, run.last)
+        begin(run, config, comparison="baseline")
+    twin = _Session(
+        run, learner, config, display, session.training, session.validation, session.held_out, began
+    )  # fmt: skip
+    if learner.position.epoch < config.training.epochs or not is_done(run):
+        twin.finish()
+    draw(session.run, display)
+    return baseline_facts(run)
 
 
 def resume_command(path: Path, *, epochs: int | None, threads: int | None, quiet: bool, as_json: bool) -> None:
     """Go on in an existing run folder."""
-    run = open_run(path)
+    began, run = time.monotonic(), open_run(path)
     with runs_released():
         run.lock()
         before = from_run(run.read_config(), run.config_file)
         config = _changed(before, epochs, threads)
         check_unchanged(run, config)
         display = choose_display(quiet, as_json, config.device.memory_budget_mib)
+        profile = load_profile(config.device.profile)
         with _Closing(display):
             if config.stream.enabled:
-                resume_stream(run, config, display, as_json)
-            else:
-                _resume(run, before, config, display, as_json)
+                resume_stream(run, config, profile, display, as_json, began)
+                return
+            session = _resumed(run, before, config, display, began)
+            session.finish()
+            session.tell(as_json, _baseline(session, profile) if run.comparison() == "wanted" else None)
 
 
-def _resume(run: Run, before: Config, config: Config, display: Display, as_json: bool) -> None:
-    with CompileNotice(display.compiling):
-        learner = load_checkpoint(run.last)
-        learner.threads = config.device.threads
-        learner.prepare()
+def _resumed(run: Run, before: Config, config: Config, display: Display, began: float) -> _Session:
+    """Return a session that goes on where a run stopped, after a look at whether it can.
+
+    Raises:
+        UsageError, DataError: it cannot.
+    """
     training, validation, held_out = load_splits(config)
     _check_same_data(run, training, validation)
-    _refuse_finished(run, learner, config)
-    _renew_best(run, learner)
-    # A finished run that gets more epochs goes on as if it had been asked for them from the start.
-    learner.history.finished = False
-    run.write_config(config.to_dict())
-    run.write_metrics(learner.history.epochs)
+    _refuse_finished(run, config)
+    learner = _taken_up(run, config, display)
     changes = _differences(before, config)
     run.log("resumed", epoch=learner.position.epoch, batch=learner.position.batch, changes=changes)
     has_epochs_left = learner.position.epoch < config.training.epochs
     display.say(f"resuming {run.path} {_where(learner, training) if has_epochs_left else 'to write its last files'}")
     for change in changes:
         display.say(f"changed: {change}")
-    session = _Session(run, learner, config, display, training, validation, held_out)
-    session.train()
-    session.conclude()
-    session.tell(as_json)
+    return _Session(run, learner, config, display, training, validation, held_out, began)
+
+
+def _taken_up(run: Run, config: Config, display: Display) -> Learner:
+    """Return the learner of a run's last checkpoint, and take back what the run folder has beyond it."""
+    with CompileNotice(display.compiling):
+        learner = load_checkpoint(run.last)
+        learner.threads = config.device.threads
+        learner.prepare()
+    _renew_best(run, learner)
+    # A finished run that gets more epochs goes on as if it had been asked for them from the start.
+    learner.history.finished = False
+    run.write_config(config.to_dict())
+    run.write_metrics(learner.history.epochs)
+    return learner
 
 
 @dataclass
@@ -135,7 +159,13 @@ class _Session:
     training: Dataset
     validation: Dataset
     held_out: str
+    began: float
     _saved_at: float = field(default_factory=time.monotonic)
+
+    def finish(self) -> None:
+        """Train to the last epoch and write the last files; raises what ``train`` does."""
+        self.train()
+        self.conclude()
 
     def train(self) -> None:
         """Train to the last epoch.
@@ -153,8 +183,8 @@ class _Session:
                 )  # fmt: skip
             except NumericalError as error:
                 self._save()
-                self.run.log("failed", error=str(error))
-                raise NumericalError(f"{error}; the state before it is saved in {self.run.last}") from error
+                self._log("failed", error=str(error))
+                raise NumericalError(how_to_go_on(error, self.run, self.config)) from error
             if not history.finished:
                 self._interrupt()
 
@@ -165,56 +195,52 @@ class _Session:
             save_checkpoint(self.learner, self.run.best)
         self.learner.export_onnx(self.run.model)
         last = self.learner.history.epochs[-1]
-        self.run.log("finished", accuracy=last.validation_accuracy, loss=last.validation_loss)
+        self._log("finished", accuracy=last.validation_accuracy, loss=last.validation_loss)
 
     def tell(self, as_json: bool, baseline: Mapping[str, Any] | None = None) -> None:
         """Print the last lines, with what was saved; ``baseline``: time and accuracy of the same run, dense."""
         result = self._result(baseline)
-        account = {key: result[key] for key in ("savings", "layers") if key in result}
-        if account:
-            self.run.log("account", **account)
+        self.run.log("account", **account_of(result))
         self.display.close()
-        lines = [layers_text(result["layers"])] if "layers" in result else []
-        lines += [savings_text(result["savings"])] if "savings" in result else []
-        emit(result, "\n".join([*lines, _last_line(result, self.held_out)]), as_json)
+        emit(result, f"{account_text(result)}\n{_last_line(result, self.held_out)}", as_json)
 
     def _on_step(self, event: StepEvent) -> None:
         self.display.step(event)
         if time.monotonic() - self._saved_at > 60 * self.config.training.save_every_minutes:
             self._save()
+            self._log("saved", epoch=self.learner.position.epoch, batch=self.learner.position.batch)
 
     def _on_epoch(self, record: EpochRecord) -> None:
         self._save()
         if self.learner.history.best() is record:
             save_checkpoint(self.learner, self.run.best)
         self.run.add_metrics(record)
-        self.run.log("epoch", epoch=record.epoch, validation_accuracy=record.validation_accuracy)
+        self._log("epoch", epoch=record.epoch, validation_accuracy=record.validation_accuracy)
         self.display.epoch(record)
 
     def _save(self) -> None:
         save_checkpoint(self.learner, self.run.last)
         self._saved_at = time.monotonic()
 
+    def _log(self, event: str, **details: Any) -> None:
+        self.run.log(event, whole_seconds=time.monotonic() - self.began, **details)
+
     def _interrupt(self) -> None:
         self._save()
         where = _where(self.learner, self.training)
-        self.run.log("interrupted", epoch=self.learner.position.epoch, batch=self.learner.position.batch)
+        self._log("interrupted", epoch=self.learner.position.epoch, batch=self.learner.position.batch)
         raise InterruptedRunError(
-            f"stopped {where}; the state is saved in {self.run.last}, go on with: edgetrain resume {self.run.path}"
+            f"stopped {where}; the state is saved in {self.run.last}, go on with: {resuming(self.run)}"
         )
 
     def _result(self, baseline: Mapping[str, Any] | None) -> dict[str, Any]:
         history = self.learner.history
         last, best = history.epochs[-1], history.best() or history.epochs[-1]
-        seconds = sum(history.column("seconds"))
-        savings: dict[str, Any] = {}
-        if baseline is not None or self.config.methods != MethodSettings():
-            counts = {name: sum(history.column(name)) for name in COUNTED}
-            dense_run = baseline or time_dense(self.learner, counts["instances_seen"])
-            savings = {"savings": savings_of(counts, seconds, dense_run)}
-        if self.learner.sparsity is not None:
-            savings["layers"] = [layer.to_dict() for layer in layer_report(self.learner)]
-        return savings | {
+        seconds, whole = sum(history.column("seconds")), self.run.whole_seconds()
+        counts = {name: sum(history.column(name)) for name in COUNTED}
+        savings = savings_of(counts, seconds, whole, baseline or self._dense(seconds, counts["instances_seen"]))
+        return layers_of(self.learner) | {
+            "savings": savings,
             "run": str(self.run.path),
             "model": self.config.model.name,
             "data": self.config.data.source,
@@ -226,10 +252,23 @@ class _Session:
             "best_epoch": best.epoch,
             "best_accuracy": best.validation_accuracy,
             "seconds": seconds,
+            "whole_seconds": whole,
             "images_per_second": sum(history.column("instances_seen")) / seconds if seconds else 0.0,
             "memory_mib": resident_mib(),
             "files": {"model": str(self.run.model), "last": str(self.run.last), "best": str(self.run.best)},
         }
+
+
+    def _dense(self, seconds: float, instances: int) -> dict[str, Any]:
+        """Estimate how long the same run takes densely; a run that skips nothing is that dense run."""
+        if self.config.methods == MethodSettings():
+            return itself(seconds)
+        return time_dense(self.learner, instances, self._batches_again)
+
+    def _batches_again(self) -> Iterable[Batch]:
+        """Return batches prepared as those of the run."""
+        augmentation = Augmentation.parse(self.config.data.augment)
+        return training_batches(self.learner, self.training, self.learner.batch_size, augmentation=augmentation)
 
 
 class _Closing:
@@ -260,11 +299,7 @@ def _introduce(display: Display, run: Run, learner: Learner, config: Config, pro
         f"{count(recipe.epochs, 'epoch')}, batch size {device.batch_size}, {recipe.optimizer} with lr {recipe.lr:g}, "
         f"{count(device.threads, 'thread')}, seed {recipe.seed}"
     )
-    if profile.name != "host":
-        display.say(
-            f"profile {profile.name}: its batch size, memory budget and recipe are used; all times are this machine's, "
-            "not the device's"
-        )
+    tell_profile(display, profile)
 
 
 def _changed(config: Config, epochs: int | None, threads: int | None) -> Config:
@@ -299,11 +334,11 @@ def _check_same_data(run: Run, training: Dataset, validation: Dataset) -> None:
     )
 
 
-def _refuse_finished(run: Run, learner: Learner, config: Config) -> None:
-    """Refuse a run with nothing left; one whose ending was cut off still lacks its last files."""
-    done, epochs = learner.position.epoch, config.training.epochs
-    is_whole = run.status() == "finished" and run.model.exists()
-    if done < epochs or (done == epochs and not learner.position.batch and not is_whole):
+def _refuse_finished(run: Run, config: Config) -> None:
+    """Refuse a run with nothing left; one whose ending was cut off still lacks its last files, or its baseline."""
+    position, epochs = read_checkpoint(run.last)[1]["position"], config.training.epochs
+    done = position["epoch"]
+    if done < epochs or (done == epochs and not position["batch"] and not is_done(run)):
         return
     raise UsageError(
         f"{run.path}: {done} of {epochs} epochs are done, nothing is left; "
@@ -326,6 +361,6 @@ def _where(learner: Learner, training: Dataset) -> str:
 def _last_line(result: dict[str, Any], held_out: str) -> str:
     return (
         f"{held_out} accuracy {result['accuracy']:.4f} after {count(result['epochs'], 'epoch')} "
-        f"in {duration(result['seconds'])} ({result['images_per_second']:,.0f} images/s on this machine); "
+        f"({result['images_per_second']:,.0f} images/s on this machine); "
         f"model: {result['files']['model']}, run: {result['run']}"
     )

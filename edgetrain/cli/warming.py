@@ -21,7 +21,7 @@ from edgetrain.policies import NONE
 # Methods that are not in a recipe: one of each family of kernels.
 COMMON: tuple[dict[str, str], ...] = (
     {"sparsity": "rigl:weights=0.9"}, {"sparsity": "swat:weights=0.9,activations=0.9"},
-    {"error_pruning": "gradients:rate=0.9,group=lanes"},
+    {"error_pruning": "gradients:group=element"}, {"error_pruning": "gradients:group=lanes"},
 )  # fmt: skip
 # One of each family and width: depth adds layers of the same kind, which need no other kernels (a test compares).
 MODELS = ("lenet5", "resnet20", "mobilenet_v1", "mobilenet_v1_0.5", "mobilenet_v1_0.25", "ds_cnn", "cnn1d")
@@ -51,7 +51,7 @@ def needed_kernels(profile: DeviceProfile) -> list[KernelKey]:
     """
     kernels: dict[KernelKey, None] = {}
     for name, methods in itertools.product(MODELS, (*RECIPES.values(), *COMMON)):
-        arguments = {ARGUMENTS[kind]: text for kind, text in methods.items() if text != NONE}
+        arguments: dict[str, Any] = {ARGUMENTS[kind]: text for kind, text in methods.items() if text != NONE}
         kernels |= dict.fromkeys(Learner(build_model(name), profile, optimizer=SGD(lr=0.1), **arguments).kernels())
     return [*(kernels | dict.fromkeys(Learner(build_model(MODELS[0]), profile, optimizer=Adam()).kernels()))]
 

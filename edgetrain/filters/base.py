@@ -12,7 +12,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgetrain.errors import UsageError
-from edgetrain.plan import KernelKey
 
 Floats = NDArray[np.float64]
 Images = NDArray[np.float32]
@@ -148,7 +147,7 @@ class Selector(ABC):
         """Learn from samples (x, y) that were trained on, with their losses float64 ``(N,)`` before the step."""
         return Lesson()
 
-    def kernels(self) -> list[KernelKey]:
+    def kernels(self) -> list[tuple[str, tuple[int, ...]]]:
         """Return the kernels of the filter's own network, if it has one."""
         return []
 

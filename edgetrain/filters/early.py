@@ -27,7 +27,6 @@ from edgetrain.errors import UsageError
 from edgetrain.filters.base import Choice, Floats, Images, InstanceFilter, Judge, Labels, Lesson, Selector, State
 from edgetrain.graph import Graph, Shape
 from edgetrain.optim import SGD
-from edgetrain.plan import KernelKey
 
 # Share of the main network's forward operations that the filter may take.
 _LARGEST_SHARE = 0.05
@@ -167,9 +166,9 @@ class _Early(Selector):
         step = self._train(x, target, weights / weights.mean())
         return Lesson(uncertain, uncertain * self._judge.executed() + step.macs_done)
 
-    def kernels(self) -> list[KernelKey]:
+    def kernels(self) -> list[tuple[str, tuple[int, ...]]]:
         """Return the kernels of the tiny network."""
-        kernels: list[KernelKey] = self._learner.kernels()
+        kernels: list[tuple[str, tuple[int, ...]]] = self._learner.kernels()
         return kernels
 
     @property
