@@ -85,7 +85,8 @@ def how_to_go_on(error: EdgetrainError, run: Run, config: Config) -> str:
     """Return what to do after a step that was not finite: the same step again would fail again."""
     weights = run.path / "start.onnx"
     return (
-        f"{error}; the state before it is saved in {run.last}, but the same step would fail again: start a new run "
-        f"from its weights with a lower learning rate (or --clip-norm 1): edgetrain export {run.path} -o {weights}, "
-        f"then edgetrain fit --config {run.config_file} --initial-weights {weights} --lr {config.training.lr / 10:g}"
+        f"{error}; the state before it is saved in {run.last}, but the same step would fail again. Start a new run "
+        f"with a lower learning rate: edgetrain fit --config {run.config_file} --lr {config.training.lr / 10:g} (or with "
+        f"--clip-norm 1); where the saved weights are good (edgetrain evaluate {run.path}), go on from them: edgetrain "
+        f"export {run.path} -o {weights}, and fit with --initial-weights {weights}"
     )

@@ -1,0 +1,243 @@
+"""What a run tells at its end: times that agree everywhere, checkpoints by the clock, the dense twin, the plot."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import edgetrain as et
+from edgetrain.cli import streaming
+from edgetrain.errors import UsageError
+from edgetrain.runs import open_run
+from tests.cli_support import rows_without_times, run, write_data
+
+STREAM = ["fit", "--stream", "--data", "digits.npz", "--batch-size", "8", "--threads", "1", "--window", "100",
+          "--filter", "random:rate=0.5"]  # fmt: skip
+EPOCHS = ["fit", "--data", "digits.npz", "--batch-size", "8", "--threads", "1", "--epochs", "2"]
+
+
+@pytest.fixture
+def inside(tmp_path, monkeypatch) -> Path:
+    """Return a folder with 640 training instances and test data, as the working directory."""
+    write_data(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def stopped_after(monkeypatch, count: int, folder: str) -> None:
+    """Let a signal seem to come while the run of ``folder`` goes on, after ``count`` questions."""
+    asked = []
+
+    def requested(_) -> bool:
+        if Path(folder).is_dir():
+            asked.append(1)
+        return len(asked) > count
+
+    monkeypatch.setattr("edgetrain.cli.signals.StopOnSignal.requested", requested)
+
+
+# ---- times and checkpoints
+
+
+def test_a_stream_is_saved_by_the_clock_not_by_its_rows(inside, capsys, monkeypatch):
+    saved = []
+    real = streaming.save_checkpoint
+    monkeypatch.setattr(streaming, "save_checkpoint", lambda made, path: saved.append(path.name) or real(made, path))
+    assert run(capsys, *STREAM, "--quiet")[0] == 0
+    assert saved == ["last.safetensors", "last.safetensors", "best.safetensors"]  # the beginning and the end
+    assert len(open_run("runs/fit-1").read_metrics()) == 7
+    saved.clear()
+    assert run(capsys, *STREAM, "--quiet", "--save-every", "0")[0] == 0
+    assert len(saved) > 30
+    assert rows_without_times(Path("runs/fit-2")) == rows_without_times(Path("runs/fit-1"))
+
+
+def test_rows_in_memory_are_bounded(inside, capsys, monkeypatch):
+    monkeypatch.setattr(streaming, "_MOST_UNWRITTEN", 2)
+    monkeypatch.setattr(streaming.StreamSession, "_save", lambda self: None)
+    assert run(capsys, *STREAM, "--quiet")[0] == 0
+    assert len(open_run("runs/fit-1").read_metrics()) == 6
+
+
+@pytest.mark.parametrize("flags", [STREAM, EPOCHS], ids=["stream", "epochs"])
+def test_training_time_is_one_figure_and_leaves_out_what_is_not_training(inside, capsys, monkeypatch, flags):
+    kept = et.data.Dataset.take
+    monkeypatch.setattr("edgetrain.data.Dataset.take", lambda self, which: time.sleep(0.01) or kept(self, which))
+    real = streaming.StreamSession._normalize
+    monkeypatch.setattr(streaming.StreamSession, "_normalize", lambda self, x: time.sleep(0.01) or real(self, x))
+    code, out, _ = run(capsys, *flags, "--json")
+    result = json.loads(out)
+    assert code == 0
+    assert 0 < result["seconds"] < 0.3 < result["whole_seconds"]
+    assert result["seconds"] == pytest.approx(sum(row["seconds"] for row in open_run("runs/fit-1").read_metrics()))
+    assert (result["savings"]["seconds"], result["savings"]["whole_seconds"]) == (
+        result["seconds"], result["whole_seconds"])  # fmt: skip
+    code, out, _ = run(capsys, "report", "runs/fit-1", "--json")
+    told = json.loads(out)
+    assert told["seconds"] == pytest.approx(result["seconds"])
+    assert told["whole_seconds"] == result["whole_seconds"]
+    _, out, _ = run(capsys, "report", "runs/fit-1")
+    assert re.search(r"training time \d\.\d s \(whole run \d\.\d s\)", out)
+
+
+def test_the_whole_run_is_the_sum_of_its_parts(tmp_path):
+    made = et.runs.create_run(tmp_path, "fit")
+    for event, seconds in (("started", None), ("saved", 60.0), ("saved", 120.0), ("resumed", None),
+                           ("interrupted", 7.0), ("resumed", None), ("finished", 3.0)):  # fmt: skip
+        made.log(event, **({} if seconds is None else {"whole_seconds": seconds}))
+    assert made.whole_seconds() == 130.0
+
+
+def test_a_stream_that_grew_goes_on_with_its_rows(inside, capsys, tmp_path):
+    images = np.load("digits.npz")
+    for count in (250, 400):
+        np.savez("grows.npz", x=images["x_train"][:count], y=images["y_train"][:count])
+        command = ["resume", "runs/fit-1"] if count == 400 else [*STREAM, "--data", "grows.npz"]
+        assert run(capsys, *command, "--quiet")[0] == 0
+    rows = open_run("runs/fit-1").read_metrics()
+    assert [row["epoch"] for row in rows] == list(range(1, len(rows) + 1))
+    assert sum(row["instances_seen"] for row in rows) == 400
+
+
+# ---- the dense twin
+
+
+@pytest.mark.parametrize("flags", [STREAM, [*EPOCHS, "--error-pruning", "channels:keep=0.7"]], ids=["stream", "epochs"])
+@pytest.mark.parametrize("folder", ["runs/fit-1", "runs/fit-1/baseline"])
+def test_a_baseline_is_remembered_when_a_run_is_resumed(inside, capsys, monkeypatch, flags, folder):
+    with monkeypatch.context() as signals:
+        stopped_after(signals, 12, folder)
+        code, _, err = run(capsys, *flags, "--baseline", "--quiet")
+    assert code == 5
+    assert err.endswith("go on with: edgetrain resume runs/fit-1\n")
+    code, out, _ = run(capsys, "resume", "runs/fit-1", "--json")
+    assert code == 0
+    dense = json.loads(out)["savings"]["dense"]
+    assert dense["how"] == "measured, the same data without the methods"
+    assert dense["accuracy"] > 0
+    assert open_run("runs/fit-1/baseline").status() == "finished"
+    assert "nothing is left" in run(capsys, "resume", "runs/fit-1")[2]
+    assert run(capsys, *flags, "--baseline", "--quiet")[0] == 0
+    for name in ("", "baseline"):
+        assert rows_without_times(Path("runs/fit-1") / name) == rows_without_times(Path("runs/fit-2") / name)
+
+
+# ---- the plot
+
+
+def test_the_plot_is_in_the_folder_of_a_run_with_a_baseline(inside, capsys):
+    pytest.importorskip("matplotlib")
+    code, out, _ = run(capsys, *STREAM, "--baseline")
+    assert code == 0
+    assert "plot: runs/fit-1/accuracy.svg" in out
+    assert (inside / "runs/fit-1/accuracy.svg").exists()
+
+
+@pytest.mark.parametrize(("error", "message"), [
+    (UsageError("plots need matplotlib, which is not installed; use pip install edgetrain[plots]"),
+     "no plot: plots need matplotlib, which is not installed; use pip install edgetrain[plots]\n"),
+    (RuntimeError("no fonts"), "no plot: RuntimeError: no fonts; try again with: edgetrain report runs/fit-1 --plot\n"),
+])  # fmt: skip
+def test_no_plot_fails_no_run(inside, capsys, monkeypatch, error, message):
+    def plot_runs(*_):
+        raise error
+
+    monkeypatch.setattr("edgetrain.cli.plotting.plot_runs", plot_runs)
+    code, out, _ = run(capsys, *STREAM, "--baseline")
+    assert code == 0
+    assert message in out
+
+
+def drawn(monkeypatch, capsys, *flags) -> tuple[str, list]:
+    """Return the label of the vertical axis and the curves (operations, accuracies) of ``report --plot``."""
+    from edgetrain.cli import plotting
+
+    figure, axes = plotting._axes()
+    monkeypatch.setattr(plotting, "_axes", lambda: (figure, axes))
+    code, _, err = run(capsys, "report", *flags)
+    assert (code, err) == (0, "")
+    return axes[0].get_ylabel(), [line.get_data() for line in axes[0].lines]
+
+
+def test_runs_with_test_data_are_compared_on_these(inside, capsys, monkeypatch):
+    pytest.importorskip("matplotlib")
+    assert run(capsys, *STREAM, "--baseline", "--quiet")[0] == 0
+    title, curves = drawn(monkeypatch, capsys, "runs/fit-1", "--plot")
+    assert title == "accuracy on test or validation data"
+    last = [open_run(f"runs/fit-1/{name}").read_metrics()[-1]["validation_accuracy"] for name in ("", "baseline")]
+    assert [list(accuracy)[-1] for _, accuracy in curves] == last
+    assert all(len(accuracy) > 3 for _, accuracy in curves)
+
+
+@pytest.mark.parametrize(("flags", "title"), [
+    ([], "accuracy of the instances trained on"), (["--predict-first"], "accuracy before learning"),
+])  # fmt: skip
+def test_the_axis_says_whose_accuracy_it_is_and_gaps_are_left_out(inside, capsys, monkeypatch, flags, title):
+    pytest.importorskip("matplotlib")
+    images = np.load("digits.npz")
+    np.savez("plain.npz", x=images["x_train"], y=images["y_train"])
+    assert run(capsys, *STREAM, "--data", "plain.npz", "--window", "8", "--quiet", *flags)[0] == 0
+    rows = open_run("runs/fit-1").read_metrics()
+    without = sum(math.isnan(row["accuracy"]) for row in rows)
+    assert (without > 0) == (not flags)
+    label, curves = drawn(monkeypatch, capsys, "runs/fit-1", "--plot")
+    assert label == title
+    assert len(curves[0][1]) == len(rows) - without
+    assert not np.isnan(curves[0][1]).any()
+
+
+def test_accuracies_of_other_instances_are_not_compared(inside, capsys):
+    pytest.importorskip("matplotlib")
+    images = np.load("digits.npz")
+    np.savez("plain.npz", x=images["x_train"], y=images["y_train"])
+    for flags in ([], ["--predict-first"]):
+        assert run(capsys, *STREAM, "--data", "plain.npz", "--quiet", *flags)[0] == 0
+    code, _, err = run(capsys, "report", "runs/fit-1", "--against", "runs/fit-2")
+    assert code == 2
+    assert "compare runs that all have --predict-first, or none" in err
+
+
+# ---- what the last lines and the report tell
+
+
+@pytest.mark.parametrize("flags", [STREAM[:-2], EPOCHS], ids=["stream", "epochs"])
+def test_every_run_ends_with_accuracy_operations_and_time(inside, capsys, flags):
+    code, out, _ = run(capsys, *flags, "--profile", "raspberrypi4", "--recipe", "dense", "--quiet")
+    assert code == 0
+    assert re.search(r"^operations done 100.0 % .*training time .*this is the dense run\n.*test accuracy", out, re.M)
+    assert "more time" not in out
+
+
+@pytest.mark.parametrize("flags", [STREAM[:-2], EPOCHS], ids=["stream", "epochs"])
+def test_layers_of_a_sparse_run_are_told_at_its_end_and_in_the_report(inside, capsys, flags):
+    code, out, _ = run(capsys, *flags, "--sparsity", "rigl:weights=0.9", "--quiet")
+    assert code == 0
+    report = run(capsys, "report", "runs/fit-1")[1]
+    for text in (out, report):
+        assert "layer " in text
+        assert "conv1" in text
+        assert "saved by sparse weights" in text
+    table = out[out.index("layer ") : out.index("training time")]
+    assert table in report
+
+
+# ---- after a step that was not finite
+
+
+@pytest.mark.parametrize("flags", [STREAM, [*EPOCHS, "--schedule", "constant"]], ids=["stream", "epochs"])
+def test_the_advice_after_a_failed_step_works(inside, capsys, flags):
+    code, _, err = run(capsys, *flags, "--lr", "10", "--momentum", "0.99", "--quiet")
+    assert code == 3
+    assert "go on with" not in err
+    anew, export = re.findall(r"edgetrain ((?:fit|export) [^,(]*)", err)
+    assert anew == "fit --config runs/fit-1/config.toml --lr 1 "
+    assert run(capsys, *anew.replace("--lr 1", "--lr 0.01").split(), "--quiet")[0] == 0
+    assert run(capsys, *export.split())[0] == 0
+    assert "and fit with --initial-weights runs/fit-1/start.onnx" in err
+    assert (inside / "runs/fit-1/start.onnx").exists()
