@@ -241,3 +241,13 @@ def test_the_advice_after_a_failed_step_works(inside, capsys, flags):
     assert run(capsys, *export.split())[0] == 0
     assert "and fit with --initial-weights runs/fit-1/start.onnx" in err
     assert (inside / "runs/fit-1/start.onnx").exists()
+
+
+def test_vain_attempts_to_go_on_lose_no_instances(inside, capsys):
+    assert run(capsys, *STREAM, "--lr", "10", "--momentum", "0.99", "--quiet")[0] == 3
+    saved = Path("runs/fit-1/last.safetensors").read_bytes()
+    for _ in range(2):
+        code, _, err = run(capsys, "resume", "runs/fit-1", "--quiet")
+        assert code == 3
+        assert "Start a new run with a lower learning rate" in err
+        assert Path("runs/fit-1/last.safetensors").read_bytes() == saved

@@ -86,7 +86,7 @@ def how_to_go_on(error: EdgetrainError, run: Run, config: Config) -> str:
     weights = run.path / "start.onnx"
     return (
         f"{error}; the state before it is saved in {run.last}, but the same step would fail again. Start a new run "
-        f"with a lower learning rate: edgetrain fit --config {run.config_file} --lr {config.training.lr / 10:g} (or with "
-        f"--clip-norm 1); where the saved weights are good (edgetrain evaluate {run.path}), go on from them: edgetrain "
-        f"export {run.path} -o {weights}, and fit with --initial-weights {weights}"
+        f"with a lower learning rate: edgetrain fit --config {run.config_file} --lr {config.training.lr / 10:g} (or "
+        f"with --clip-norm 1); where the saved weights are good (edgetrain evaluate {run.path}), go on from them: "
+        f"edgetrain export {run.path} -o {weights}, and fit with --initial-weights {weights}"
     )

@@ -197,6 +197,9 @@ class StreamSession:
     _saved_at: float = field(default_factory=time.monotonic)
     _judged: tuple[int, dict[str, float]] = field(default_factory=lambda: (-1, {}))  # steps done, and what was found
 
+    def __post_init__(self) -> None:
+        self._first_step = self.learner.step_count
+
     @property
     def is_over(self) -> bool:
         """Whether all instances of the source were seen; false where nobody knows how many there are."""
@@ -357,7 +360,10 @@ class StreamSession:
         self.run.log(event, instances=self.learner.stream.position, whole_seconds=whole, **details)
 
     def _fail(self, error: EdgetrainError) -> NoReturn:
-        self._save()
+        # A step that was not finite drops its instances. Where it is the first one of this process, the checkpoint stays
+        # as it was: else every vain attempt to go on would cost some more.
+        if not isinstance(error, NumericalError) or self.learner.step_count > self._first_step:
+            self._save()
         self._log("failed", error=str(error))
         if isinstance(error, NumericalError):
             raise NumericalError(how_to_go_on(error, self.run, self.config)) from error
