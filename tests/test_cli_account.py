@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -15,7 +18,7 @@ import edgetrain as et
 from edgetrain.cli import streaming
 from edgetrain.errors import UsageError
 from edgetrain.runs import open_run
-from tests.cli_support import rows_without_times, run, write_data
+from tests.cli_support import ROOT, rows_without_times, run, write_data
 
 STREAM = ["fit", "--stream", "--data", "digits.npz", "--batch-size", "8", "--threads", "1", "--window", "100",
           "--filter", "random:rate=0.5"]  # fmt: skip
@@ -251,3 +254,30 @@ def test_vain_attempts_to_go_on_lose_no_instances(inside, capsys):
         assert code == 3
         assert "Start a new run with a lower learning rate" in err
         assert Path("runs/fit-1/last.safetensors").read_bytes() == saved
+
+
+# ---- standard input, as the README explains it
+
+
+def test_the_lines_of_the_readme_are_learned_from(inside, capsys, monkeypatch):
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    lines = re.search(r"```json\n(.*?)```", text, re.S).group(1)
+    graph = et.Graph("tiny", input_shape=(1, 2, 2))
+    weight = graph.parameter("w", np.ones((2, 4), np.float32))
+    flat = graph.add("Flatten", [graph.inputs[0]], axis=1)
+    graph.set_outputs([graph.add("Gemm", [flat, weight, graph.parameter("b", np.zeros(2, np.float32))], transB=1)])
+    et.Learner(graph).export_onnx("tiny.onnx")
+    command = [sys.executable, "-m", "edgetrain", "fit", "--stream", "--data", "-", "--model", "tiny.onnx", "--json",
+               "--batch-size", "2"]  # fmt: skip
+    done = subprocess.run(command, input=lines, env=os.environ | {"PYTHONPATH": str(ROOT)}, text=True,
+                          capture_output=True, check=False)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert (result["instances"], result["steps"]) == (2, 1)
+
+
+def test_the_help_of_fit_explains_standard_input_and_methods(capsys):
+    out = " ".join(run(capsys, "fit", "--help")[1].split())
+    assert '{"pixels": [0, 17, 255], "y": 3}' in out
+    assert "name:key=value,key=value" in out
+    assert "docs/methods.md" in out

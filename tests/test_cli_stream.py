@@ -378,6 +378,26 @@ def test_a_profile_may_name_methods(tmp_path):
     assert effective(device, "dense")[0].methods.filter == "none"
 
 
+def test_boards_learn_streams_with_edge_unless_told_otherwise(tmp_path):
+    from dataclasses import asdict
+
+    from edgetrain.cli.config import RECIPES, effective
+
+    def methods(given=None, recipe=None, profile="raspberrypi4", enabled=True) -> dict:
+        given = {"device": {"profile": profile}, "stream": {"enabled": enabled}} | (given or {})
+        return asdict(effective(given, recipe)[0].methods)
+
+    assert methods() == RECIPES["edge"]
+    assert methods(recipe="dense") == methods(enabled=False) == methods(profile="generic-x86_64") == RECIPES["dense"]
+    assert methods({"methods": {"sparsity": "rigl"}}) == RECIPES["dense"] | {"sparsity": "rigl"}
+    assert methods({"methods": {"filter": "none"}}) == RECIPES["dense"]
+    text = (Path(__file__).parents[1] / "device_profiles/raspberrypi4.toml").read_text()
+    path = tmp_path / "board.toml"
+    for recipe in ("edge", "dense"):
+        path.write_text(text.replace('stream_recipe = "edge"', f'stream_recipe = "{recipe}"\nfilter = "random:rate=0.5"'))
+        assert methods(profile=str(path)) == RECIPES["dense"] | {"filter": "random:rate=0.5"}
+
+
 def test_a_stream_has_a_constant_and_smaller_learning_rate():
     from edgetrain.cli.config import effective
 

@@ -83,6 +83,20 @@ def test_defaults_fit_the_device(name):
     assert p.recipe.lr * 64 / p.batch_size <= 0.1 and not p.recipe.decay_bias_and_norm
 
 
+def test_streams_are_learned_with_edge_on_boards_and_densely_elsewhere(name):
+    assert load_profile(name).recipe.stream_recipe == ("edge" if name in BOARDS else "dense")
+    assert "of streams: recipe" in load_profile(name).summary()
+
+
+def test_profiles_name_recipes_that_there_are():
+    from typing import get_type_hints
+
+    from edgetrain.cli.config import RECIPES
+
+    hint = get_type_hints(devices.Recipe, include_extras=True)["stream_recipe"]
+    assert set(hint.__metadata__[0].choices) == set(RECIPES)
+
+
 def test_dict_is_json_and_complete(name):
     profile = load_profile(name)
     back = json.loads(json.dumps(profile.to_dict()))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 
 import edgetrain as et
@@ -77,3 +80,30 @@ BAD_FIELDS = {
 def test_bad_fields_are_refused_when_a_policy_is_made(policy, settings, message):
     with pytest.raises(UsageError, match=message):
         policy(**settings)
+
+
+def documented() -> dict[str, dict[str, str]]:
+    """Return the defaults by key, of every method that docs/methods.md has a section for."""
+    text = (Path(__file__).parents[1] / "docs/methods.md").read_text(encoding="utf-8")
+    sections = re.findall(r"^### `(\w+)`\n(.*?)(?=^##|\Z)", text, re.M | re.S)
+    return {name: dict(re.findall(r"^\| `(\w+)` \| `(\S+)` \| .{10,} \|$", body, re.M)) for name, body in sections}
+
+
+def test_the_document_of_the_methods_has_all_of_them():
+    assert list(documented()) == [name for _, name in EVERY]
+
+
+@pytest.mark.parametrize(("kind", "name"), EVERY)
+def test_the_document_of_the_methods_has_every_key_and_its_default(kind, name):
+    settings = describe_policy(kind, parse_policy(kind, name)).partition(":")[2]
+    assert documented()[name] == dict(part.split("=") for part in settings.split(","))
+    assert parse_policy(kind, f"{name}:{settings}") == parse_policy(kind, name)
+
+
+def test_the_recipe_that_the_document_spells_out_is_edge():
+    from edgetrain.cli.config import RECIPES
+
+    text = (Path(__file__).parents[1] / "docs/methods.md").read_text(encoding="utf-8")
+    edge = RECIPES["edge"]
+    assert f"`--filter {edge['filter']} --error-pruning {edge['error_pruning']}`" in text
+    assert edge["sparsity"] == "none"

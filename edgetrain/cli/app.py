@@ -36,6 +36,13 @@ ModelName = Annotated[str, typer.Argument(help="A built-in model such as lenet5,
 InputShape = Annotated[Text, typer.Option(help="Shape of one input, such as 1x28x28.")]
 Classes = Annotated[Whole, typer.Option(help="Number of classes.")]
 
+FIT_NOTES = (
+    "Methods (--filter, --sparsity, --error-pruning) are written name:key=value,key=value; docs/methods.md lists all "
+    "names, keys and defaults, and a wrong one is answered with those there are. With --stream --data -, every line of "
+    "standard input is one instance: a JSON object with its label y and its pixels from 0 to 255, its numbers x, or the "
+    'path of its image: {"pixels": [0, 17, 255], "y": 3} or {"image": "a/b.png", "y": "cat"}.'
+)
+
 
 @app.callback()
 def options(
@@ -44,7 +51,7 @@ def options(
     """Train small convolutional networks on the device where the data is."""
 
 
-@app.command()
+@app.command(epilog=FIT_NOTES)
 def fit(
     context: typer.Context,
     model: Annotated[Text, typer.Option(help="Built-in model or .onnx file. [default: lenet5]")] = None,

@@ -360,8 +360,8 @@ class StreamSession:
         self.run.log(event, instances=self.learner.stream.position, whole_seconds=whole, **details)
 
     def _fail(self, error: EdgetrainError) -> NoReturn:
-        # A step that was not finite drops its instances. Where it is the first one of this process, the checkpoint stays
-        # as it was: else every vain attempt to go on would cost some more.
+        # A step that was not finite drops its instances. Where it is the first one of this process, the checkpoint
+        # stays as it was: else every vain attempt to go on would cost some more.
         if not isinstance(error, NumericalError) or self.learner.step_count > self._first_step:
             self._save()
         self._log("failed", error=str(error))
