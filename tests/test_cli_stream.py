@@ -394,7 +394,8 @@ def test_boards_learn_streams_with_edge_unless_told_otherwise(tmp_path):
     text = (Path(__file__).parents[1] / "device_profiles/raspberrypi4.toml").read_text()
     path = tmp_path / "board.toml"
     for recipe in ("edge", "dense"):
-        path.write_text(text.replace('stream_recipe = "edge"', f'stream_recipe = "{recipe}"\nfilter = "random:rate=0.5"'))
+        own = f'stream_recipe = "{recipe}"\nfilter = "random:rate=0.5"'
+        path.write_text(text.replace('stream_recipe = "edge"', own))
         assert methods(profile=str(path)) == RECIPES["dense"] | {"filter": "random:rate=0.5"}
 
 

@@ -39,8 +39,8 @@ Classes = Annotated[Whole, typer.Option(help="Number of classes.")]
 FIT_NOTES = (
     "Methods (--filter, --sparsity, --error-pruning) are written name:key=value,key=value; docs/methods.md lists all "
     "names, keys and defaults, and a wrong one is answered with those there are. With --stream --data -, every line of "
-    "standard input is one instance: a JSON object with its label y and its pixels from 0 to 255, its numbers x, or the "
-    'path of its image: {"pixels": [0, 17, 255], "y": 3} or {"image": "a/b.png", "y": "cat"}.'
+    "standard input is one instance: a JSON object with its label y and its pixels from 0 to 255, its numbers x, or "
+    'the path of its image: {"pixels": [0, 17, 255], "y": 3} or {"image": "a/b.png", "y": "cat"}.'
 )
 
 
