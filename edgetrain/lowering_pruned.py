@@ -175,7 +175,8 @@ class PrunedLowering(ProductLowering):
         grad, base, lists = self.layout(node.input(1)), self.address(node.x), self._lists(node, g)
         self.clear_unmet(node, g, target)
         for number, phase in enumerate(lists.phases):
-            terms = list(zip(phase.terms(grad), phase.sources(), strict=True))
+            # In the order of the weights, as ``kernels.tiles`` expects.
+            terms = sorted(zip(phase.terms(grad), phase.sources(), strict=True), key=lambda term: term[1])
             width = min(_LISTED_TERMS, len(terms))
             chunk = -(-len(terms) // (width * _PARTS)) * width
             chunks = -(-len(terms) // chunk)
