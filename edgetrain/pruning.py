@@ -28,6 +28,11 @@ class ErrorPruning:
     Between the two calls error maps behind max pools become lists (``pooled_errors``), where that pays.
     """
 
+    @property
+    def idle(self) -> bool:
+        """Whether nothing is ever dropped."""
+        return False
+
     def rewrite(self, train: TrainingGraph) -> None:
         """Insert operators that change error maps into a training graph."""
 
@@ -69,6 +74,11 @@ class ErrorMapPruning(ErrorPruning):
         if self.importance not in IMPORTANCE:
             known = ", ".join(IMPORTANCE)
             raise UsageError(f"ErrorMapPruning: importance={self.importance!r}, expected one of {known}")
+
+    @property
+    def idle(self) -> bool:
+        """Whether all channels are kept."""
+        return self.keep == 1
 
     def skip(self, train: TrainingGraph) -> None:
         """Choose channels before the first gradient that reads an error map."""

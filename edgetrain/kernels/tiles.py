@@ -223,7 +223,7 @@ def _store_sums(
 ) -> None:
     """Add the sum of the lanes of every vector ``[channel][term]`` to its weight gradient.
 
-    ``offsets`` of different terms must ascend: those whose last is ``width - 1`` numbers behind the first are neighbours.
+    ``offsets`` must ascend: where the last is ``width - 1`` numbers behind the first, all are neighbours.
     """
     width, sums = len(offsets), _lane_sums(builder, vectors)
     # Terms of consecutive weights are stored as one vector: fc1 of LeNet-5, whose weight gradient is all

@@ -78,6 +78,10 @@ class SparsityPolicy:
         """Change the training graph of a network with these layers; return the records that this made, by weight."""
         return {}
 
+    def prunes_activations(self, layers: Sequence[SparseLayer]) -> bool:
+        """Whether ``rewrite`` changes the training graph of a network with these layers."""
+        return False
+
     # --- during training; steps count from 0 ---
 
     @property

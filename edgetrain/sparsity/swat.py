@@ -138,6 +138,10 @@ class SWAT(SparsityPolicy):
             records |= mask_activations(train, {n: d for n, d in densities.items() if n not in records}, self.refresh)
         return records
 
+    def prunes_activations(self, layers: Sequence[SparseLayer]) -> bool:
+        """Whether a layer's saved activations lose anything."""
+        return any(density < 1 for density in self.activation_densities(layers).values())
+
     def before_step(self, topology: Topology, step: int) -> None:
         """Choose the largest weights of every layer anew, every ``refresh`` steps."""
         if step % self.refresh:
