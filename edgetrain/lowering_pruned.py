@@ -48,6 +48,9 @@ class PrunedLowering(ProductLowering):
         if self._winograd(kept, node.input(1), g.size):
             winograd.input_grad(self, node, kept, self.address(node.input(2)))
             return
+        if self.runs_sparse(node.input(1)):
+            self.sparse_input_grad(node, g, node.input(2))
+            return
         grad, out = self.layout(node.x), self.layout(node.y)
         weight = self.dense_weight(node.input(1), g)
         for phase, few in zip(g.phases(), kept.phases(), strict=True):
@@ -85,7 +88,11 @@ class PrunedLowering(ProductLowering):
         return terms, sources, count
 
     def pruned_weight_grad(self, node: Node, g: Product) -> None:
-        """Zeros for the channels that are not kept; for the others as the dense gradient."""
+        """Zeros for the channels that are not kept; for the others as the gradient of all."""
+        few = replace(g, channels_out=node.input(2).size)
+        if self.keeps_lists(node.get("like"), winograd.suits(self, few, g.out)):
+            self.sparse_weight_grad(node, g, node.input(2))
+            return
         with self.whole_gradient(node, g) as target:
             self._pruned_weight_grad(node, g, target)
 

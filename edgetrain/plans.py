@@ -23,7 +23,7 @@ from edgetrain.lowering_channels import ChannelLowering, fits
 from edgetrain.lowering_sparse import SKIPS_WEIGHTS, suits_lists
 from edgetrain.memory import Lifetime, place
 from edgetrain.ops import get_op
-from edgetrain.ops.conv import ProductOp
+from edgetrain.ops.conv import ProductOp, weights_of
 from edgetrain.optim import Optimizer
 from edgetrain.parameters import Parameters
 from edgetrain.plan import KernelKey, Plan, Ref
@@ -129,12 +129,13 @@ class Plans:
         made = training_graph(self.graph, self._objective.loss, self._objective.label_smoothing)
         self.parameters.start_training(made.gradients, self._optimizer)
         self._macs["dense"] = _macs(made)
+        made.densities = {name: index.capacity / index.size for name, index in self.parameters.sparse.items()}
         if self._rewrite is not None:
             self._rewrite(made)
         if self._error_pruning is not None:
             self._error_pruning.rewrite(made)
         if not self.by_channel:
-            list_pooled_errors(made, self.lanes, self.parameters.sparse)
+            list_pooled_errors(made, self.lanes)
         if self._error_pruning is not None:
             self._error_pruning.skip(made)
         self.parameters.start_records(made.graph.nodes, made.records)
@@ -257,7 +258,8 @@ class Plans:
         nodes = {row.node for row in plan.rows if row.kernel[0] in SKIPS_WEIGHTS}
         found = []
         for node in (plan.graph.nodes[position] for position in sorted(nodes)):
-            weight = node.get("like") if node.op_type == "ProductWeightGrad" else node.input(1)
+            weight = weights_of(node)
+            assert weight is not None
             found.append((get_op(node.op_type).macs(node), self.parameters.sparse[weight.name]))
         return found
 
