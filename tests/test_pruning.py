@@ -161,7 +161,7 @@ def test_of_lists_of_weights_the_kept_channels_are_read(policy, count):
 
 
 def test_gradients_of_sparser_weights_are_left_alone():
-    graph, (x, y) = network(), batch(5)
+    graph = network()
     policies = {share: et.StaticSparse(share, distribution="uniform") for share in (0.7, 0.95)}
     pruning = GradientPruning(rate=0.9, group="lanes")
     plans = {s: learner(graph, error_pruning=pruning, sparsity=p).training_plan() for s, p in policies.items()}
