@@ -254,7 +254,8 @@ def write_document() -> None:
              "network, its training and its labels are counted. *random, as X* keeps instances by chance, as many as X",
              "had operations for. Time is that of the first variant, in turns on one machine with two threads.",
              f"The filter is {FILTERS['lenet5']} for LeNet-5, {FILTERS['resnet8']} for ResNet-8; error maps are",
-             f"{ERROR_MAPS['lenet5']} and {ERROR_MAPS['resnet8']}; chosen, as the learning rates, on other seeds.", ""]  # fmt: skip
+             f"{ERROR_MAPS['lenet5']} and {ERROR_MAPS['resnet8']}; chosen, as the learning rates, on other seeds.",
+             ""]  # fmt: skip
     for path in sorted(RESULTS.glob("adaptation-*.json")):
         model, results = path.stem.removeprefix("adaptation-"), json.loads(path.read_text())
         for variant in VARIANTS:

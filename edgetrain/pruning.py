@@ -14,6 +14,7 @@ from statistics import NormalDist
 from typing import Any
 
 from edgetrain.autodiff import TrainingGraph
+from edgetrain.densities import DISTRIBUTIONS
 from edgetrain.errors import UsageError
 from edgetrain.graph import Graph, Node, Value
 from edgetrain.keeping import forget_again
@@ -54,6 +55,8 @@ class ErrorMapPruning(ErrorPruning):
 
     Attributes:
         keep: share of the channels, above 0 and at most 1. With 1 nothing changes.
+        distribution: the layers' shares: ``"uniform"``, or ``"erk"``, the Erdos-Renyi-kernel rule of sparse weights:
+            small layers keep more, and the channels kept of all layers together have the share ``keep`` of the weights.
         importance: ``"error"``: L1 norm of the error map; ``"error_and_weights"``: that twice, plus the L1 norm of the
             channel's weights, both relative to the layer's sum; ``"random"``: the baseline, by chance.
 
@@ -67,6 +70,7 @@ class ErrorMapPruning(ErrorPruning):
 
     keep: float = 0.7
     importance: str = "error"
+    distribution: str = "uniform"
 
     def __post_init__(self) -> None:
         if not (isinstance(self.keep, int | float) and 0 < self.keep <= 1):
@@ -74,6 +78,9 @@ class ErrorMapPruning(ErrorPruning):
         if self.importance not in IMPORTANCE:
             known = ", ".join(IMPORTANCE)
             raise UsageError(f"ErrorMapPruning: importance={self.importance!r}, expected one of {known}")
+        if self.distribution not in DISTRIBUTIONS:
+            known = ", ".join(DISTRIBUTIONS)
+            raise UsageError(f"ErrorMapPruning: distribution={self.distribution!r}, expected one of {known}")
 
     @property
     def idle(self) -> bool:
@@ -82,25 +89,27 @@ class ErrorMapPruning(ErrorPruning):
 
     def skip(self, train: TrainingGraph) -> None:
         """Choose channels before the first gradient that reads an error map."""
-        graph = train.graph
+        graph, listed = train.graph, error_maps(train)
         pooled = [node for node in graph.nodes if node.op_type == "PooledErrors"]
-        for stream, error_map in enumerate(error_maps(train)):
-            if count := self._count(error_map.conv):
+        convs = [*(error_map.conv for error_map in listed), *(node.get("conv") for node in pooled)]
+        keep = DISTRIBUTIONS[self.distribution]({conv.input(1).name: conv.input(1).shape for conv in convs}, self.keep)
+        for stream, error_map in enumerate(listed):
+            if count := self._count(error_map.conv, keep):
                 kept = self._choice(graph, error_map.conv, error_map.value, count, stream)
                 readers = [i for i, node in enumerate(graph.nodes) if error_map.read_by(node)]
                 for i in readers:
                     graph.nodes[i] = _pruned(graph.nodes[i], kept.y)
                 graph.nodes.insert(readers[0], kept)
         for stream, node in enumerate(pooled, 500):
-            if count := self._count(node.get("conv")):
+            if count := self._count(node.get("conv"), keep):
                 # What comes to the pool has the norms of the error map.
                 kept = self._choice(graph, node.get("conv"), node.input(1), count, stream)
                 self._prune_lists(graph, node, kept)
 
-    def _count(self, conv: Node) -> int:
-        """Return how many channels to keep, 0 if all are."""
+    def _count(self, conv: Node, keep: Mapping[str, float]) -> int:
+        """Return how many channels to keep, 0 if all are; ``keep``: shares by weight."""
         channels = conv.input(1).shape[0]
-        count = max(1, round(self.keep * channels))
+        count = max(1, round(keep[conv.input(1).name] * channels))
         return count if count < channels else 0
 
     def _choice(self, graph: Graph, conv: Node, errors: Value, count: int, stream: int) -> Node:

@@ -13,6 +13,7 @@ import edgetrain as et
 from edgetrain import lowering_elements, reference
 from edgetrain.arrays import aligned
 from edgetrain.autodiff import LABELS, TrainingGraph, training_graph
+from edgetrain.densities import erdos_renyi_kernel
 from edgetrain.errors import NumericalError, UsageError
 from edgetrain.graph import Graph, Node
 from edgetrain.kernels.codes import MEAN_COUNT, MEANS, RECORD
@@ -169,10 +170,21 @@ def test_gradients_of_sparser_weights_are_left_alone():
     assert lists[0.95] < lists[0.7]
 
 
+def test_the_share_of_kept_channels_may_go_by_layer():
+    made = learner(network(), error_pruning=ErrorMapPruning(keep=0.5, distribution="erk"))
+    nodes = made.training_plan().graph.nodes
+    choices = {n.input(1).name: n.y.size / n.input(1).shape[0] for n in nodes if n.op_type == "KeptChannels"}
+    shapes = {name: made.graph.arrays[name].shape for name in conv_weights(made.graph)}
+    wanted = erdos_renyi_kernel(shapes, 0.5)
+    assert len(set(wanted.values())) == len(wanted), "no two layers alike"
+    for name, share in wanted.items():
+        assert choices.get(name, 1.0) == pytest.approx(share, abs=0.5 / shapes[name][0])
+
+
 class Everything(ErrorMapPruning):
     """Lists all channels."""
 
-    def _count(self, conv: Node) -> int:
+    def _count(self, conv: Node, keep: Any) -> int:
         return conv.input(1).shape[0]
 
 

@@ -13,11 +13,12 @@ import pytest
 import edgetrain as et
 from edgetrain import reference
 from edgetrain.checkpoint import read_checkpoint
+from edgetrain.densities import erdos_renyi_kernel, uniform
 from edgetrain.errors import CheckpointError, UsageError
 from edgetrain.graph import Graph
 from edgetrain.policies import describe_policy, parse_policy, policy_names
 from edgetrain.sparsity import SparseLayer, sparse_layers
-from edgetrain.sparsity.layers import entries, erdos_renyi_kernel, uniform
+from edgetrain.sparsity.layers import entries, shapes_of
 from edgetrain.sparsity.policy import largest
 from edgetrain.torch_network import TorchNetwork
 from tests.sparse_networks import (
@@ -322,7 +323,7 @@ GRAPHS = {"lenet5": et.models.lenet5, "resnet8": lambda: et.models.resnet(depth=
 @pytest.mark.parametrize("graph", GRAPHS.values(), ids=GRAPHS.keys())
 def test_erdos_renyi_kernel_densities_sum_to_the_target(graph, sparsity):
     layers = sparse_layers(graph())
-    densities = erdos_renyi_kernel(layers, 1 - sparsity)
+    densities = erdos_renyi_kernel(shapes_of(layers), 1 - sparsity)
     total = sum(layer.size for layer in layers)
     assert sum(densities[layer.weight] * layer.size for layer in layers) == pytest.approx((1 - sparsity) * total)
     assert all(0 < density <= 1 for density in densities.values())
@@ -334,14 +335,14 @@ def test_erdos_renyi_kernel_densities_sum_to_the_target(graph, sparsity):
 
 def test_a_layer_that_would_be_denser_than_dense_is_dense():
     layers = [SparseLayer(n, n, s, False, 1, 0) for n, s in (("small", (2, 1, 3, 3)), ("large", (64, 64, 3, 3)))]
-    densities = erdos_renyi_kernel(layers, 0.5)
+    densities = erdos_renyi_kernel(shapes_of(layers), 0.5)
     assert densities["small"] == 1
     assert densities["large"] == pytest.approx((0.5 * (18 + 36864) - 18) / 36864)
 
 
 def test_uniform_densities():
     layers = sparse_layers(et.models.lenet5())
-    assert set(uniform(layers, 0.1).values()) == {0.1}
+    assert set(uniform(shapes_of(layers), 0.1).values()) == {0.1}
 
 
 RULES = {

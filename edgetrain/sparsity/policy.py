@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
+from edgetrain.densities import DISTRIBUTIONS
 from edgetrain.errors import UsageError
 from edgetrain.graph import Graph
 from edgetrain.optim import Optimizer
-from edgetrain.sparsity.layers import DISTRIBUTIONS, SparseLayer, entries, sparse_layers
+from edgetrain.sparsity.layers import SparseLayer, entries, shapes_of, sparse_layers
 
 if TYPE_CHECKING:
     from edgetrain.autodiff import TrainingGraph
@@ -154,7 +155,7 @@ class CompactPolicy(SparsityPolicy):
 
     def densities(self, layers: Sequence[SparseLayer]) -> dict[str, float]:
         """Return the densities of the distribution."""
-        return DISTRIBUTIONS[self.distribution](layers, 1 - self.weights) if layers else {}
+        return DISTRIBUTIONS[self.distribution](shapes_of(layers), 1 - self.weights) if layers else {}
 
     def initial(
         self, layer: SparseLayer, array: Floats, density: float, rng: np.random.Generator
