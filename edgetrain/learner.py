@@ -127,7 +127,7 @@ class Learner:
         self.plans = Plans(
             self.graph, self._parameters, self._optimizer, objective, self.batch_size, self.memory_budget,
             self._allowed(threads), self.error_pruning, self.topology.wants_gradients,
-            None if self.sparsity is None else self.topology.rewrite,
+            self.topology.rewrite if self.topology.prunes_activations else None,
         )  # fmt: skip
         self.stream = InstanceStream(self, self.instance_filter)
 

@@ -13,11 +13,12 @@ import pytest
 import edgetrain as et
 from edgetrain import reference
 from edgetrain.checkpoint import read_checkpoint
+from edgetrain.densities import erdos_renyi_kernel, uniform
 from edgetrain.errors import CheckpointError, UsageError
 from edgetrain.graph import Graph
 from edgetrain.policies import describe_policy, parse_policy, policy_names
 from edgetrain.sparsity import SparseLayer, sparse_layers
-from edgetrain.sparsity.layers import entries, erdos_renyi_kernel, uniform
+from edgetrain.sparsity.layers import entries, shapes_of
 from edgetrain.sparsity.policy import largest
 from edgetrain.torch_network import TorchNetwork
 from tests.sparse_networks import (
@@ -223,15 +224,53 @@ def test_any_number_of_samples(policy):
 # ---- density 1 -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("policy", [
+WITHOUT_ZEROS = pytest.mark.parametrize("policy", [
     et.StaticSparse(weights=0.0), et.RigL(weights=0.0, refresh=2, total_steps=20), et.SET(weights=0.0),
     *(et.SWAT(weights=0.0, activations=0.0, variant=v) for v in ("unstructured", "erk", "momentum", "structured")),
 ], ids=lambda policy: f"{policy.name}-{getattr(policy, 'variant', '')}")  # fmt: skip
+
+
+@WITHOUT_ZEROS
 def test_without_zeros_training_is_dense_training_bit_for_bit(policy):
     sparse, dense = learner(policy), learner(None)
     assert train(sparse, 6) == train(dense, 6)
     assert_equal(sparse.parameters(), dense.parameters())
     assert sparse.memory_plan() == dense.memory_plan()
+
+
+def few_samples(policy, batch_size=1):
+    """A learner for so few samples that lanes hold channels, on a wide machine."""
+    graph = et.models.resnet((2, 8, 8), num_classes=CLASSES, depth=8)
+    return et.Learner(graph, PROFILE, batch_size=batch_size, threads=1, sparsity=policy)
+
+
+@WITHOUT_ZEROS
+def test_without_zeros_a_single_sample_is_trained_as_densely(policy, monkeypatch):
+    monkeypatch.setattr("edgetrain.plans.simd_lanes", lambda: 16)
+    made = few_samples(policy), few_samples(None)
+    assert [m.plans.by_channel for m in made] == [True, True]
+    losses = [[m.partial_fit(*batch(1, seed)).loss for seed in range(5)] for m in made]
+    assert losses[0] == losses[1]
+    assert_equal(made[0].parameters(), made[1].parameters())
+
+
+@pytest.mark.parametrize(
+    ("policy", "batch_size", "by_channel"),
+    [
+        (et.StaticSparse(0.9), 1, True), (et.StaticSparse(0.5, distribution="uniform"), 4, True),
+        (et.StaticSparse(0.9), 4, False), (et.StaticSparse(0.99), 2, False), (et.SWAT(0.9), 1, False),
+    ],
+)  # fmt: skip
+def test_a_few_samples_are_computed_as_is_faster(policy, batch_size, by_channel, monkeypatch):
+    monkeypatch.setattr("edgetrain.plans.simd_lanes", lambda: 16)
+    made = few_samples(policy, batch_size)
+    assert made.plans.by_channel == by_channel
+    other = few_samples(policy, batch_size)
+    other.plans.__dict__["by_channel"] = False
+    x, y = batch(batch_size)
+    got, wanted = made.gradients(x, y), other.gradients(x, y)
+    for name, array in wanted.items():
+        np.testing.assert_allclose(got[name], array, atol=1e-4 * np.abs(array).max(), err_msg=name)
 
 
 # ---- memory ----------------------------------------------------------------------------------------------------------
@@ -284,7 +323,7 @@ GRAPHS = {"lenet5": et.models.lenet5, "resnet8": lambda: et.models.resnet(depth=
 @pytest.mark.parametrize("graph", GRAPHS.values(), ids=GRAPHS.keys())
 def test_erdos_renyi_kernel_densities_sum_to_the_target(graph, sparsity):
     layers = sparse_layers(graph())
-    densities = erdos_renyi_kernel(layers, 1 - sparsity)
+    densities = erdos_renyi_kernel(shapes_of(layers), 1 - sparsity)
     total = sum(layer.size for layer in layers)
     assert sum(densities[layer.weight] * layer.size for layer in layers) == pytest.approx((1 - sparsity) * total)
     assert all(0 < density <= 1 for density in densities.values())
@@ -296,14 +335,14 @@ def test_erdos_renyi_kernel_densities_sum_to_the_target(graph, sparsity):
 
 def test_a_layer_that_would_be_denser_than_dense_is_dense():
     layers = [SparseLayer(n, n, s, False, 1, 0) for n, s in (("small", (2, 1, 3, 3)), ("large", (64, 64, 3, 3)))]
-    densities = erdos_renyi_kernel(layers, 0.5)
+    densities = erdos_renyi_kernel(shapes_of(layers), 0.5)
     assert densities["small"] == 1
     assert densities["large"] == pytest.approx((0.5 * (18 + 36864) - 18) / 36864)
 
 
 def test_uniform_densities():
     layers = sparse_layers(et.models.lenet5())
-    assert set(uniform(layers, 0.1).values()) == {0.1}
+    assert set(uniform(shapes_of(layers), 0.1).values()) == {0.1}
 
 
 RULES = {

@@ -62,40 +62,9 @@ def entries(size: int, density: float) -> int:
     return min(size, max(1, math.ceil(density * size - 1e-6)))
 
 
-def uniform(layers: Sequence[SparseLayer], density: float) -> dict[str, float]:
-    """Return the same density for all layers, by weight."""
-    return {layer.weight: density for layer in layers}
-
-
-def erdos_renyi_kernel(layers: Sequence[SparseLayer], density: float) -> dict[str, float]:
-    """Return densities proportional to (sum of a weight's sizes) / (product of its sizes), by weight.
-
-    A layer that this would make denser than dense is dense, and the factor is solved again for the others, so that
-    all layers together have the share ``density`` of their weights.
-
-    Source: Evci, Gale, Menick, Castro, Elsen, "Rigging the Lottery", ICML 2020, section 3 (1), and the reference
-    code's ``sparse_utils.get_mask_random`` and ``get_sparsities_erdos_renyi``.
-
-    Example:
-        >>> layer = SparseLayer("w", "n", (16, 16, 3, 3), False, 1, 0)
-        >>> round(erdos_renyi_kernel([layer], 0.1)["w"], 6)
-        0.1
-    """
-    raw = {layer.weight: sum(layer.shape) / layer.size for layer in layers}
-    open_layers, wanted = list(layers), density * sum(layer.size for layer in layers)
-    factor = 0.0
-    while open_layers:
-        factor = wanted / sum(raw[layer.weight] * layer.size for layer in open_layers)
-        largest = max(raw[layer.weight] for layer in open_layers)
-        if factor * largest <= 1:
-            break
-        wanted -= sum(layer.size for layer in open_layers if raw[layer.weight] == largest)
-        open_layers = [layer for layer in open_layers if raw[layer.weight] != largest]
-    solved = {layer.weight for layer in open_layers}
-    return {name: factor * share if name in solved else 1.0 for name, share in raw.items()}
-
-
-DISTRIBUTIONS = {"uniform": uniform, "erk": erdos_renyi_kernel}
+def shapes_of(layers: Sequence[SparseLayer]) -> dict[str, Shape]:
+    """Return the shapes of the layers' weights by name."""
+    return {layer.weight: layer.shape for layer in layers}
 
 
 def _may_be_sparse(graph: Graph, node: Node) -> bool:

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
+from edgetrain.densities import DISTRIBUTIONS
 from edgetrain.errors import UsageError
 from edgetrain.graph import Graph
 from edgetrain.optim import Optimizer
-from edgetrain.sparsity.layers import DISTRIBUTIONS, SparseLayer, entries, sparse_layers
+from edgetrain.sparsity.layers import SparseLayer, entries, shapes_of, sparse_layers
 
 if TYPE_CHECKING:
     from edgetrain.autodiff import TrainingGraph
@@ -77,6 +78,10 @@ class SparsityPolicy:
     def rewrite(self, train: TrainingGraph, layers: Sequence[SparseLayer]) -> dict[str, int]:
         """Change the training graph of a network with these layers; return the records that this made, by weight."""
         return {}
+
+    def prunes_activations(self, layers: Sequence[SparseLayer]) -> bool:
+        """Whether ``rewrite`` changes the training graph of a network with these layers."""
+        return False
 
     # --- during training; steps count from 0 ---
 
@@ -150,7 +155,7 @@ class CompactPolicy(SparsityPolicy):
 
     def densities(self, layers: Sequence[SparseLayer]) -> dict[str, float]:
         """Return the densities of the distribution."""
-        return DISTRIBUTIONS[self.distribution](layers, 1 - self.weights) if layers else {}
+        return DISTRIBUTIONS[self.distribution](shapes_of(layers), 1 - self.weights) if layers else {}
 
     def initial(
         self, layer: SparseLayer, array: Floats, density: float, rng: np.random.Generator

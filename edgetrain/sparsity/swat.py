@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
+from edgetrain.densities import DISTRIBUTIONS
 from edgetrain.errors import UsageError
 from edgetrain.graph import Graph
 from edgetrain.optim import Optimizer
 from edgetrain.pruning import compress_activations, mask_activations
-from edgetrain.sparsity.layers import SparseLayer, entries, erdos_renyi_kernel, sparse_layers, uniform
+from edgetrain.sparsity.layers import SparseLayer, entries, shapes_of, sparse_layers
 from edgetrain.sparsity.policy import Floats, Mask, SparsityPolicy, largest
 
 if TYPE_CHECKING:
@@ -109,7 +110,7 @@ class SWAT(SparsityPolicy):
         return self._spread(layers, 1 - self.activations)
 
     def _spread(self, layers: Sequence[SparseLayer], density: float) -> dict[str, float]:
-        return erdos_renyi_kernel(layers, density) if self.variant == "erk" else uniform(layers, density)
+        return DISTRIBUTIONS["erk" if self.variant == "erk" else "uniform"](shapes_of(layers), density)
 
     def capacity(self, layer: SparseLayer, density: float) -> int:
         """Return the most weights that a layer will have: the momentum variant moves them between layers."""
@@ -137,6 +138,10 @@ class SWAT(SparsityPolicy):
         if self.group == "element":
             records |= mask_activations(train, {n: d for n, d in densities.items() if n not in records}, self.refresh)
         return records
+
+    def prunes_activations(self, layers: Sequence[SparseLayer]) -> bool:
+        """Whether a layer's saved activations lose anything."""
+        return any(density < 1 for density in self.activation_densities(layers).values())
 
     def before_step(self, topology: Topology, step: int) -> None:
         """Choose the largest weights of every layer anew, every ``refresh`` steps."""

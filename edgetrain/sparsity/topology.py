@@ -90,6 +90,11 @@ class Topology:
         if self.policy is not None:
             self.records = self.policy.rewrite(train, self.candidates)
 
+    @property
+    def prunes_activations(self) -> bool:
+        """Whether ``rewrite`` changes anything."""
+        return self.policy is not None and self.policy.prunes_activations(self.candidates)
+
     def attach(self, parameters: Parameters) -> None:
         """Say where the values are stored."""
         self._parameters = parameters
