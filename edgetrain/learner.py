@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import os
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +29,7 @@ from edgetrain.filters import InstanceFilter
 from edgetrain.fitting import Data, History, fit_loop
 from edgetrain.forking import ForkLock
 from edgetrain.graph import Graph, Normalization
-from edgetrain.kernels.registry import compile_kernels
+from edgetrain.kernels.registry import compile_kernels, working_clock
 from edgetrain.losses import log_softmax, sample_losses
 from edgetrain.lowering_products import whole_gradient
 from edgetrain.ops import get_op
@@ -189,7 +188,7 @@ class Learner:
             NumericalError: loss or gradients are not finite; parameters are those before the step.
             MemoryBudgetError: this batch does not fit into the memory budget.
         """
-        start = time.perf_counter()
+        start = working_clock()
         with self._lock:
             executor, sources, count = self._begin_step(x, y)
             if not executor.run(sources):
@@ -197,7 +196,7 @@ class Learner:
             self._end_step(executor)
             loss, correct = (float(v) for v in self._parameters.buffers["result"][:2])
             done, saved = self.plans.macs(count, executor.plan)
-        seconds, dense = time.perf_counter() - start, done + sum(saved.values())
+        seconds, dense = working_clock() - start, done + sum(saved.values())
         return StepResult(loss, int(correct), count, count, dense, done, seconds, instances_kept=count, **saved)
 
     def observe(self, x: Inputs, y: ArrayLike, predict: bool = False) -> StepResult:

@@ -264,8 +264,12 @@ class Plans:
         return found
 
     def kernels(self) -> list[KernelKey]:
-        """Return the kernels that training steps and predictions of up to a batch need."""
-        counts = (1, self._batch_size) if self._blocks(self._batch_size) > 1 else (1,)
+        """Return the kernels that training steps and predictions of a batch need, and of one and two blocks.
+
+        Products with dense weights need no others for any number in between; lists of weights may.
+        """
+        some = {self._blocks(count): count for count in (self._batch_size, self.lanes + 1, 1)}
+        counts = [count for blocks, count in sorted(some.items()) if blocks <= self._blocks(self._batch_size)]
         plans = [self.plan(training, count) for training in (True, False) for count in counts]
         plans += [self.plan(True, count, True) for count in counts if self._whole_gradients]
         return list(dict.fromkeys(key for plan in plans for key in plan.kernels))

@@ -6,7 +6,6 @@ holds at most one micro-batch, and what the filter keeps, however long the strea
 
 from __future__ import annotations
 
-import time
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
@@ -19,6 +18,7 @@ from edgetrain.accounting import StepResult
 from edgetrain.arrays import Checked
 from edgetrain.filters import Choice, InstanceFilter, Judge, Lesson, Selector
 from edgetrain.history import Totals
+from edgetrain.kernels.registry import working_clock
 from edgetrain.losses import sample_losses
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ class InstanceStream:
             y: labels ``(N,)``, or targets ``(N, *output_shape)``.
             predict: predict all of them first.
         """
-        start, learner, count = time.perf_counter(), self._learner, len(y)
+        start, learner, count = working_clock(), self._learner, len(y)
         losses, hits = self._predicted(x, y) if predict else (None, None)
         choice = self._choose(x, y, losses)
         done = self._collect(x, y, choice.keep)
@@ -111,7 +111,7 @@ class InstanceStream:
             loss, correct, count, trained,
             macs_dense=(count - kept) * dense + _sum(steps, "macs_dense") + forward,
             macs_done=selection + _sum(steps, "macs_done") + executed,
-            seconds=time.perf_counter() - start,
+            seconds=working_clock() - start,
             instances_kept=kept,
             instances_uncertain=sum(lesson.uncertain for lesson in lessons),
             macs_selection=selection,
@@ -124,11 +124,11 @@ class InstanceStream:
         """Train on the instances that wait, a smaller batch than usual; ``None`` when none do."""
         if not self.waiting:
             return None
-        start = time.perf_counter()
+        start = working_clock()
         step, lesson = self._train(*self._take(self.waiting))
         return replace(
             step, instances_seen=0, instances_kept=0, instances_uncertain=lesson.uncertain, macs_selection=lesson.macs,
-            macs_done=step.macs_done + lesson.macs, saved_filter=-lesson.macs, seconds=time.perf_counter() - start,
+            macs_done=step.macs_done + lesson.macs, saved_filter=-lesson.macs, seconds=working_clock() - start,
         )  # fmt: skip
 
     def kernels(self) -> list[tuple[str, tuple[int, ...]]]:

@@ -9,6 +9,7 @@ import shutil
 import struct
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -392,3 +393,30 @@ def test_fit_compiles_before_its_clock_starts(monkeypatch):
     data = rng.random((160, 1, 28, 28), np.float32), rng.integers(0, 10, 160)
     learner.fit(data, 2, validation=data, on_step=lambda event: at_first_step.append(len(set(wanted))))
     assert at_first_step[0] == at_first_step[-1] == len(set(wanted))
+
+
+def test_dense_networks_need_no_kernel_more_for_any_number_of_samples():
+    learner = et.Learner(et.models.lenet5(), batch_size=128)
+    kernels = set(learner.kernels())
+    for count in range(1, 129, 5):
+        for training in (True, False):
+            assert set(learner.plans.plan(training, count).kernels) <= kernels
+
+
+def test_a_step_that_has_to_compile_is_timed_without_that(monkeypatch, tmp_path):
+    from edgetrain.graph import Graph
+
+    graph = Graph("tiny", input_shape=(3,))
+    weights = graph.parameter("w", np.full((2, 3), 0.5, np.float32))
+    graph.set_outputs([graph.add("Gemm", ["input", weights, graph.parameter("b", np.zeros(2))], transB=1)])
+    x, y = np.eye(4, 3, dtype=np.float32), np.array([0, 1, 0, 1])
+    for step in ("partial_fit", "observe"):
+        monkeypatch.setattr(registry, "_ADDRESSES", {})
+        monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path / step))
+        learner, compiled = et.Learner(graph, batch_size=4, threads=1), []
+        monkeypatch.setattr(registry, "on_compile", [lambda *_, seen=compiled: seen.append(time.sleep(0.1))])
+        start = time.perf_counter()
+        seconds = getattr(learner, step)(x, y).seconds
+        whole = time.perf_counter() - start
+        assert compiled
+        assert whole > 0.1 * len(compiled) > 5 * seconds

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import statistics
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -15,6 +14,7 @@ from edgetrain.accounting import METHODS
 from edgetrain.cli.output import duration, table
 from edgetrain.data.batches import Batch
 from edgetrain.errors import DataError, MemoryBudgetError, NumericalError
+from edgetrain.kernels.registry import working_clock
 from edgetrain.layer_report import layer_report
 
 if TYPE_CHECKING:
@@ -193,11 +193,11 @@ def _seconds_per_instance(learner: Learner, batches: Callable[[], Iterable[Batch
     found = []
     again = itertools.chain.from_iterable(batches() for _ in range(2 * _TIMED_STEPS))
     for x, y in itertools.islice(again, 2 * _TIMED_STEPS):
-        start = time.perf_counter()
+        start = working_clock()
         if predict:
             learner.predict(x)
         learner.partial_fit(x, y)
-        found.append((time.perf_counter() - start) / len(y))
+        found.append((working_clock() - start) / len(y))
     if not found:
         raise DataError("the data are gone that dense steps would be timed with")
     return statistics.median(found[-_TIMED_STEPS:])

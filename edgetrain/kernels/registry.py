@@ -15,7 +15,10 @@ import ctypes
 import functools
 import importlib
 import json
-from collections.abc import Callable
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from edgetrain.errors import GraphError
 from edgetrain.forking import ForkLock
@@ -37,6 +40,7 @@ _MODULES = (
 _FACTORIES: dict[str, tuple[Factory, tuple[str, ...]]] = {}
 _ADDRESSES: dict[tuple[str, tuple[int, ...]], int] = {}
 _LOCK = ForkLock()
+_compiling = threading.local()  # the seconds that a thread has spent on compiling
 _NAMES = "arguments.json"  # the kernels' arguments, in the cache beside the kernels
 
 
@@ -101,26 +105,45 @@ def _kernel_address(key: tuple[str, tuple[int, ...]], number: int, total: int) -
     symbol = f"edgetrain_{label}"
     content = cache.read(cache.file_name(label))
     if content is None:
-        for callback in on_compile:
-            callback(label, number, total)
-        from edgetrain.kernels.compiler import compile_object
+        with _standing_clock():
+            for callback in on_compile:
+                callback(label, number, total)
+            from edgetrain.kernels.compiler import compile_object
 
-        content = compile_object(load_factories()[key[0]][0](*key[1]), symbol, 3)
-        cache.write(cache.file_name(label), content)
+            content = compile_object(load_factories()[key[0]][0](*key[1]), symbol, 3)
+            cache.write(cache.file_name(label), content)
     return load(symbol, content)
+
+
+def working_clock() -> float:
+    """Return the seconds of a clock that stands still while this thread compiles kernels: steps are timed with it.
+
+    ``Learner.prepare`` compiles beforehand what can be foreseen; an odd number of samples may still need a kernel.
+    """
+    return time.perf_counter() - getattr(_compiling, "seconds", 0.0)
+
+
+@contextmanager
+def _standing_clock() -> Iterator[None]:
+    start = time.perf_counter()
+    try:
+        yield
+    finally:
+        _compiling.seconds = getattr(_compiling, "seconds", 0.0) + time.perf_counter() - start
 
 
 def _interpreter_address(function: str, parameters: int) -> int:
     name, symbol = cache.file_name(function), f"edgetrain_{function}"
     content = cache.read(name)
     if content is None:
-        from numba import types
+        with _standing_clock():
+            from numba import types
 
-        from edgetrain.kernels import program
-        from edgetrain.kernels.compiler import compile_object
+            from edgetrain.kernels import program
+            from edgetrain.kernels.compiler import compile_object
 
-        content = compile_object(getattr(program, function), symbol, parameters, types.int64)
-        cache.write(name, content)
+            content = compile_object(getattr(program, function), symbol, parameters, types.int64)
+            cache.write(name, content)
     return load(symbol, content)
 
 
