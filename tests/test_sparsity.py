@@ -192,6 +192,19 @@ def test_loaded_parameters_bring_their_pattern(policy):
 
 
 @EVERY
+def test_momentum_stays_with_its_weights_when_parameters_are_loaded(policy):
+    made = learner(policy)
+    train(made, 5)
+    before, old = {name: made._parameters.dense(name, "velocity") for name in patterns(made)}, patterns(made)
+    made.load_parameters(network(seed=5).arrays)
+    for name, mask in patterns(made).items():
+        stays = old[name] & mask if policy.compact else True
+        wanted = np.where(stays, before[name], 0)
+        assert np.count_nonzero(wanted)
+        np.testing.assert_array_equal(made._parameters.dense(name, "velocity"), wanted, err_msg=name)
+
+
+@EVERY
 def test_the_text_of_a_policy_gives_it_back(policy):
     assert parse_policy("sparsity", describe_policy("sparsity", policy)) == policy
 

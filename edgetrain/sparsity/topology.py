@@ -158,11 +158,11 @@ class Topology:
                 self.policy.after_step(self, step, gradients)
 
     def adopt(self, arrays: Mapping[str, ArrayLike]) -> None:
-        """Choose the patterns of layers whose weights are about to be replaced."""
+        """Choose the patterns of layers whose weights are about to be replaced; moments stay with their weights."""
         for layer in self.layers:
             if self.policy is not None and layer.weight in arrays:
                 array = np.asarray(arrays[layer.weight], np.float32)
-                self.indices[layer.weight].set(self.policy.adopted(layer, array, self.densities[layer.weight]))
+                self.set(layer, self.policy.adopted(layer, array, self.densities[layer.weight]))
 
     def describe(self) -> dict[str, str]:
         """Return what an exported file says about its zeros: policy, and density of every sparse layer as JSON."""
