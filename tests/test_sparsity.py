@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import tracemalloc
 from dataclasses import replace
 
 import numpy as np
@@ -18,7 +19,7 @@ from edgetrain.graph import Graph
 from edgetrain.policies import describe_policy, parse_policy, policy_names
 from edgetrain.sparsity import SparseLayer, sparse_layers
 from edgetrain.sparsity.layers import entries, erdos_renyi_kernel, uniform
-from edgetrain.sparsity.policy import largest
+from edgetrain.sparsity.policy import largest, largest_missing
 from edgetrain.torch_network import TorchNetwork
 from tests.sparse_networks import (
     CLASSES,
@@ -288,6 +289,46 @@ def test_the_budget_covers_steps_that_change_the_topology():
         tight.partial_fit(np.zeros((1, 1, 28, 28)), [0])
 
 
+DYNAMIC = {"rigl": et.RigL(0.99, refresh=2, total_steps=100), "set": et.SET(0.99, refresh=2, total_steps=100)}
+
+
+@pytest.mark.parametrize("policy", DYNAMIC.values(), ids=DYNAMIC.keys())
+def test_changes_and_checkpoints_take_memory_for_weights_that_exist_only(policy, tmp_path):
+    graph, rng, width = Graph("wide", input_shape=(16,)), np.random.default_rng(0), 2000
+    x = "input"
+    for name, shape in (("a", (width, 16)), ("b", (width, width)), ("c", (CLASSES, width))):
+        x = graph.add("Gemm", [x, graph.parameter(name, rng.normal(0, 0.03, shape))], transB=1)
+    graph.set_outputs([x])
+    made = learner(policy, graph=graph)
+    x, y = rng.random((8, 16), np.float32), rng.integers(0, CLASSES, 8)
+    for _ in range(3):  # the first change: RigL's plan gets its memory
+        made.partial_fit(x, y)
+    tracemalloc.start()
+    peaks = {}
+    for name, act in (("change", lambda: made.partial_fit(x, y)), ("save", lambda: made.save(tmp_path / "c")),
+                      ("load", lambda: et.Learner.load(tmp_path / "c"))):  # fmt: skip
+        before = tracemalloc.get_traced_memory()[0]
+        tracemalloc.reset_peak()
+        act()
+        peaks[name] = (tracemalloc.get_traced_memory()[1] - before) / (4 * width * width)
+    tracemalloc.stop()
+    assert made.topology.changes == 2
+    assert max(peaks.values()) < 0.25, peaks
+
+
+@pytest.mark.parametrize("block", [1, 7, 1000])
+def test_choosing_in_blocks_is_choosing_at_once(block, monkeypatch):
+    monkeypatch.setattr("edgetrain.sparsity.policy._BLOCK", block)
+    rng = np.random.default_rng(3)
+    for count in (0, 1, 5, 40):
+        scores = rng.integers(0, 9, 100).astype(np.float32)  # many are equal
+        taken = np.sort(rng.choice(100, 60, replace=False))
+        free = np.setdiff1d(np.arange(100), taken)
+        wanted = free[largest(scores[free], count)]
+        got = largest_missing(lambda first, last, scores=scores: scores[first:last], 100, count, taken)
+        np.testing.assert_array_equal(got, wanted)
+
+
 # ---- densities -------------------------------------------------------------------------------------------------------
 
 GRAPHS = {"lenet5": et.models.lenet5, "resnet8": lambda: et.models.resnet(depth=8), "resnet20": et.models.resnet}
@@ -405,7 +446,7 @@ def test_fit_tells_how_long_training_is():
     x, y = batch(40)
     made.fit((x, y), epochs=4, normalize=False)
     assert made.topology.total_steps == 20
-    assert made.topology.changes == 7  # after steps 2, 4, ... 14, before 75 % of 20
+    assert made.topology.changes == 6  # after steps 2, 4, ... 12; the last, after 14, is of less than one weight
 
 
 def test_set_needs_no_gradients_of_weights_that_do_not_exist():

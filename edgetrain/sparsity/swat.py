@@ -115,7 +115,8 @@ class SWAT(SparsityPolicy):
         """Return the most weights that a layer will have: the momentum variant moves them between layers."""
         if self.variant == "momentum":
             return layer.size
-        return int(np.count_nonzero(self._mask(layer, np.zeros(layer.shape, np.float32), density)))
+        taps = layer.taps if self.variant == "structured" else 1
+        return taps * entries(layer.size // taps, density)
 
     def initial(
         self, layer: SparseLayer, array: Floats, density: float, rng: np.random.Generator
@@ -146,7 +147,8 @@ class SWAT(SparsityPolicy):
             topology.densities |= momentum_densities(topology, 1 - self.weights)
             topology.prune_activations(momentum_densities(topology, 1 - self.activations))
         for layer in topology.layers:
-            topology.set(layer, self._mask(layer, topology.master(layer), topology.densities[layer.weight]))
+            mask = self._mask(layer, topology.master(layer), topology.densities[layer.weight])
+            topology.set(layer, np.flatnonzero(mask))
 
     def _mask(self, layer: SparseLayer, array: Floats, density: float) -> Mask:
         if self.variant != "structured" or layer.taps == 1:

@@ -13,16 +13,17 @@ from numpy.typing import ArrayLike, NDArray
 
 from edgetrain.autodiff import TrainingGraph
 from edgetrain.errors import CheckpointError, UsageError
-from edgetrain.graph import Graph
+from edgetrain.graph import Graph, is_placeholder
 from edgetrain.kernels.codes import DENSITY, RECORD
 from edgetrain.optim import Optimizer
 from edgetrain.parameters import Parameters
 from edgetrain.policies import NONE, describe_policy, parse_policy
-from edgetrain.sparse_index import SparseIndex
+from edgetrain.sparse_index import Positions, SparseIndex
 from edgetrain.sparsity.layers import SparseLayer
 from edgetrain.sparsity.policy import Floats, Gradients, Mask, SparsityPolicy
 
 TOPOLOGY = "topology/"  # begins the names of the state's tensors
+_PARTS = ("starts", "columns")
 # Keys of the metadata of exported files.
 SPARSITY, DENSITIES = "edgetrain.sparsity", "edgetrain.densities"
 
@@ -71,17 +72,21 @@ class Topology:
         densities = policy.densities(self.candidates)
         for number, layer in enumerate(self.candidates):
             density, array = densities[layer.weight], graph.arrays[layer.weight]
-            mask, scale = policy.initial(layer, array, density, np.random.default_rng([self.seed, number]))
             capacity = policy.capacity(layer, density)
-            if mask.all() and (policy.compact or density >= 1):
-                continue  # dense: the kernels and the storage of any dense layer
+            if is_placeholder(array):  # of a checkpoint: any weights, until its state brings pattern and values
+                positions = np.arange(capacity if policy.compact else 0)
+            else:
+                mask, scale = policy.initial(layer, array, density, np.random.default_rng([self.seed, number]))
+                positions = np.flatnonzero(mask)
+                if len(positions) == layer.size and (policy.compact or density >= 1):
+                    continue  # dense: the kernels and the storage of any dense layer
+                if policy.compact or scale != 1:
+                    kept = mask if policy.compact else True
+                    graph.arrays[layer.weight] = np.where(kept, array * np.float32(scale), np.float32(0))
             index = SparseIndex(
                 layer.shape, capacity, inputs_first=layer.inputs_first, groups=layer.groups, compact=policy.compact
             )
-            index.set(mask)
-            if policy.compact or scale != 1:
-                kept = mask if policy.compact else True
-                graph.arrays[layer.weight] = np.where(kept, array * np.float32(scale), np.float32(0))
+            index.set_positions(positions)
             self.layers.append(layer)
             self.indices[layer.weight], self.densities[layer.weight] = index, density
 
@@ -100,9 +105,10 @@ class Topology:
         """Return which weights exist, bool in ONNX shape."""
         return self.indices[layer.weight].mask()
 
-    def dense(self, layer: SparseLayer) -> Floats:
-        """Return a copy of the weights in ONNX shape, 0 where none exists."""
-        return self._parameters.dense(layer.weight)
+    def entries(self, layer: SparseLayer) -> tuple[Positions, Floats]:
+        """Return the weights that exist in a compact layer: ascending positions in the flat ONNX array, and values."""
+        positions, order = self.indices[layer.weight].ascending()
+        return positions, self._parameters.view(layer.weight)[order]
 
     def master(self, layer: SparseLayer) -> Floats:
         """Return the master copy of the weights in ONNX shape, as a view; only where the policy is not compact."""
@@ -124,15 +130,27 @@ class Topology:
         for name, number in self.records.items():
             records[number, DENSITY] = densities[name]
 
-    def set(self, layer: SparseLayer, mask: Mask) -> None:
-        """Take another topology; a new weight has its master copy's value or, if there is none, is 0 as its moments."""
+    def set(self, layer: SparseLayer, positions: Positions) -> None:
+        """Take another topology; a new weight has its master copy's value or, if there is none, is 0 as its moments.
+
+        What is stored moves from its old place to its new one, in memory proportional to the weights that exist.
+
+        Args:
+            layer: one of ``layers``.
+            positions: indices of the weights that exist in the flat ONNX array, ascending.
+        """
         index = self.indices[layer.weight]
+        old, order = index.ascending()
+        if np.array_equal(old, positions):
+            return
         buffers = ("weights", *self._parameters.moments) if index.compact else ()
-        kept = {name: index.dense(self._parameters.view(layer.weight, name)) for name in buffers}
-        index.set(mask)
+        moved = {n: _moved(old, self._parameters.view(layer.weight, n)[order], positions) for n in buffers}
+        index.set_positions(positions)
         self.version += 1
-        for name, array in kept.items():
-            self._parameters.put(layer.weight, array, name)
+        _, order = index.ascending()
+        for name, values in moved.items():
+            view = self._parameters.view(layer.weight, name)
+            view[order], view[index.count :] = values, 0
 
     # --- what the learner calls ---
 
@@ -162,7 +180,8 @@ class Topology:
         for layer in self.layers:
             if self.policy is not None and layer.weight in arrays:
                 array = np.asarray(arrays[layer.weight], np.float32)
-                self.set(layer, self.policy.adopted(layer, array, self.densities[layer.weight]))
+                mask = self.policy.adopted(layer, array, self.densities[layer.weight])
+                self.set(layer, np.flatnonzero(mask))
 
     def describe(self) -> dict[str, str]:
         """Return what an exported file says about its zeros: policy, and density of every sparse layer as JSON."""
@@ -192,19 +211,19 @@ class Topology:
             CheckpointError: it belongs to another network or policy.
         """
         rest = {key: array for key, array in tensors.items() if not key.startswith(TOPOLOGY)}
-        wanted = {f"{TOPOLOGY}{name}/{part}" for name in self.indices for part in ("starts", "columns")}
+        wanted = {f"{TOPOLOGY}{name}/{part}" for name in self.indices for part in _PARTS}
         policy = NONE if meta is None else meta["policy"]
         if not self._is_policy(policy) or wanted | rest.keys() != tensors.keys():
             raise CheckpointError(
                 f"the state belongs to another sparsity policy: '{policy}', this learner has '{self._described()}'"
             )
         try:
-            masks = {name: index.mask_of(*(tensors[f"{TOPOLOGY}{name}/{part}"] for part in ("starts", "columns")))
-                     for name, index in self.indices.items()}  # fmt: skip
+            parts = {name: [tensors[f"{TOPOLOGY}{name}/{part}"] for part in _PARTS] for name in self.indices}
+            patterns = {name: index.positions_of(*parts[name]) for name, index in self.indices.items()}
         except UsageError as error:
             raise CheckpointError(f"the state belongs to another network: {error}") from error
-        for name, mask in masks.items():  # only now: a state that does not fit changes nothing
-            self.indices[name].set(mask)
+        for name, positions in patterns.items():  # only now: a state that does not fit changes nothing
+            self.indices[name].set_positions(positions)
         self.version += 1
         if meta is not None:
             self.total_steps, self.densities = meta["total_steps"], dict(meta["densities"])
@@ -225,3 +244,12 @@ class Topology:
         if self.version != version:
             self.changes += 1
             self.seconds += time.perf_counter() - start
+
+
+def _moved(old: Positions, values: Floats, new: Positions) -> Floats:
+    """Return the values ``(len(new),)`` of ascending positions, of which ``old`` had ``values``; 0 for the others."""
+    places = np.minimum(np.searchsorted(old, new), max(0, len(old) - 1))
+    found = old[places] == new if len(old) else np.zeros(len(new), bool)
+    moved = np.zeros(len(new), np.float32)
+    moved[found] = values[places[found]]
+    return moved
