@@ -79,7 +79,9 @@ def load_checkpoint(path: str | os.PathLike[str]) -> Learner:
         arrays = {name[6:]: array for name, array in tensors.items() if name.startswith("graph/")}
         state = {name[6:]: array for name, array in tensors.items() if name.startswith("state/")}
         arrays |= _placeholders(table["graph"], arrays)
-        learner = Learner(graph_from_dict(table["graph"], arrays), **_arguments(table["settings"]))
+        graph = graph_from_dict(table["graph"], arrays)
+        graph.densities = (table["state"].get("topology") or {}).get("densities", {})
+        learner = Learner(graph, **_arguments(table["settings"]))
         learner.restore(state, table["state"])
         learner.position = replace(learner.position, **table["position"])
         learner.history = History.from_dict(table["history"])

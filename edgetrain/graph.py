@@ -129,6 +129,8 @@ class Graph:
         nodes: in execution order.
         arrays: float32 arrays of parameters and constants by value name, in ONNX layout.
         trainable: names of the arrays that training may change.
+        trained: whether the arrays come from a file or from training, not from a builder's random numbers.
+        densities: shares of weights that exist, by weight, of arrays that are placeholders.
         normalization: input normalisation that belongs to the model, or ``None``.
         class_names: labels of the outputs, empty when unknown.
         softmax_output: whether users of the model get probabilities: the exported file ends in Softmax.
@@ -150,6 +152,8 @@ class Graph:
         self.nodes: list[Node] = []
         self.arrays: dict[str, NDArray[np.float32]] = {}
         self.trainable: set[str] = set()
+        self.trained = False
+        self.densities: dict[str, float] = {}
         self.normalization: Normalization | None = None
         self.class_names: tuple[str, ...] = ()
         self.softmax_output = False
@@ -256,7 +260,7 @@ class Graph:
         twin.inputs, twin.outputs = list(self.inputs), list(self.outputs)
         twin.values, twin.nodes = dict(self.values), list(self.nodes)
         twin.arrays = {name: a if is_placeholder(a) else a.copy() for name, a in self.arrays.items()}
-        twin.trainable = set(self.trainable)
+        twin.trainable, twin.trained, twin.densities = set(self.trainable), self.trained, dict(self.densities)
         twin.normalization, twin.class_names = self.normalization, self.class_names
         twin.softmax_output = self.softmax_output
         return twin

@@ -69,7 +69,7 @@ BAD_FIELDS = {
     "first layer": (et.RigL, {"dense_first": "x"}, "rigl: dense_first='x', expected True, False or None"),
     "last layer": (et.StaticSparse, {"dense_last": 1}, "static: dense_last=1, expected True or False"),
     "fraction": (et.SET, {"fraction": "x"}, "set: fraction='x', expected a share"),
-    "rescale": (et.SWAT, {"rescale": "x"}, "swat: rescale='x', expected True or False"),
+    "rescale": (et.SWAT, {"rescale": "x"}, "swat: rescale='x', expected True, False or None"),
 }
 
 

@@ -174,10 +174,72 @@ def test_an_exported_file_goes_on_sparse(policy, tmp_path):
     train(made, 4)
     made.export_onnx(tmp_path / "m.onnx")
     again = learner(policy, graph=et.load_onnx(tmp_path / "m.onnx"))
-    for name, array in made.parameters().items():
-        if policy.name != "swat" or policy.variant != "momentum":  # whose densities begin uniform again
-            np.testing.assert_array_equal(again.parameters()[name], array)
+    assert_equal(again.parameters(), made.parameters())
     train(again, 3)
+
+
+@EVERY
+def test_a_file_that_is_sparse_enough_keeps_its_densities_whatever_the_policy(policy, tmp_path):
+    source = learner(et.SWAT(weights=0.95, activations=0.0, variant="momentum", refresh=3))
+    train(source, 5)
+    source.export_onnx(tmp_path / "m.onnx")
+    again = learner(policy, graph=et.load_onnx(tmp_path / "m.onnx"))
+    pruned = again.topology.indices.keys() if policy != POLICIES["swat-structured"] else {"c.weight", "d.weight"}
+    for name in pruned:
+        np.testing.assert_array_equal(again.parameters()[name], source.parameters()[name], err_msg=name)
+    train(again, 2)
+    again.save(tmp_path / "c.safetensors")
+    loaded = et.Learner.load(tmp_path / "c.safetensors")
+    assert train(loaded, 4, 2) == train(again, 4, 2)
+    assert_equal(loaded.parameters(), again.parameters())
+
+
+def test_a_file_that_goes_on_without_a_policy_tells_true_densities(tmp_path):
+    source = learner(POLICIES["rigl"])
+    train(source, 2)
+    source.export_onnx(tmp_path / "m.onnx")
+    dense = learner(None, graph=et.load_onnx(tmp_path / "m.onnx"))
+    for steps in (0, 3):
+        train(dense, steps)
+        dense.export_onnx(tmp_path / "again.onnx")
+        told = {prop.key: prop.value for prop in onnx.load(tmp_path / "again.onnx").metadata_props}
+        assert "edgetrain.sparsity" not in told
+        densities = json.loads(told.get("edgetrain.densities", "{}"))
+        shares = {name: np.count_nonzero(a) / a.size for name, a in dense.parameters().items() if "weight" in name}
+        assert densities == {name: share for name, share in shares.items() if share < 1}
+        assert (len(densities) == len(source.topology.indices)) == (steps == 0)
+
+
+@EVERY
+def test_trained_weights_keep_their_largest_and_their_size(policy, tmp_path):
+    source = learner(None)
+    train(source, 3)
+    source.export_onnx(tmp_path / "m.onnx")
+    wanted = source.parameters()
+    taken = learner(policy)
+    taken.load_parameters(tmp_path / "m.onnx")
+    for made in (learner(policy, graph=et.load_onnx(tmp_path / "m.onnx")), learner(policy, graph=source.graph), taken):
+        for name, mask in patterns(made).items():
+            np.testing.assert_array_equal(made.parameters()[name], np.where(mask, wanted[name], 0), err_msg=name)
+            if policy.name != "swat" or policy.variant != "structured":
+                np.testing.assert_array_equal(mask, largest(np.abs(wanted[name]), int(mask.sum())))
+        assert "given weights" in made.topology.start
+    assert "scaled" in learner(policy).topology.start
+
+
+@pytest.mark.parametrize("policy", [
+    et.RigL(0.8, initial_pattern="random"), et.SWAT(0.8, activations=0.0, rescale=True),
+], ids=["rigl", "swat"])  # fmt: skip
+def test_a_policy_may_say_how_trained_weights_begin(policy, tmp_path):
+    source = learner(None)
+    source.export_onnx(tmp_path / "m.onnx")
+    taken, name = learner(policy), "b.weight"
+    taken.load_parameters(tmp_path / "m.onnx")
+    for made in (learner(policy, graph=et.load_onnx(tmp_path / "m.onnx")), taken):
+        kept = made.parameters()[name]
+        factors = kept[kept != 0] / source.parameters()[name][kept != 0]
+        assert factors.min() > 1.05
+        assert factors.max() == pytest.approx(factors.min(), rel=1e-5)
 
 
 @EVERY

@@ -59,6 +59,20 @@ def test_a_sparse_run_goes_on(folder, capsys):
     assert learner.topology.indices["fc1.weight"].count == learner.topology.indices["fc1.weight"].capacity
 
 
+def test_a_run_tells_which_weights_it_begins_with(folder, capsys):
+    code, first, _ = run(capsys, *FIT, "--sparsity", POLICY)
+    assert code == 0
+    assert f"sparsity {POLICY}: begins with a random pattern" in first
+    for source in (("--model", "runs/fit-1/model.onnx"), ("--initial-weights", "runs/fit-1/model.onnx")):
+        code, out, _ = run(capsys, *FIT, "--sparsity", "rigl:weights=0.95", *source)
+        assert code == 0
+        assert "sparsity rigl:weights=0.95: begins with the largest of the given weights" in out
+    stream = [*FIT, "--epochs", "1", "--stream", "--sparsity", "swat", "--model", "runs/fit-1/model.onnx"]
+    code, out, _ = run(capsys, *stream)
+    assert code == 0
+    assert "sparsity swat: begins with the largest of the given weights as they are" in out
+
+
 def test_a_wrong_policy_is_one_message(folder, capsys):
     code, _, err = run(capsys, *FIT, "--sparsity", "rigl:weight=0.9")
     assert code == 2

@@ -260,6 +260,8 @@ def _introduce(display: Display, run: Run, learner: Learner, config: Config, pro
         f"{count(recipe.epochs, 'epoch')}, batch size {device.batch_size}, {recipe.optimizer} with lr {recipe.lr:g}, "
         f"{count(device.threads, 'thread')}, seed {recipe.seed}"
     )
+    if learner.sparsity is not None:
+        display.say(f"sparsity {config.methods.sparsity}: {learner.topology.start}")
     if profile.name != "host":
         display.say(
             f"profile {profile.name}: its batch size, memory budget and recipe are used; all times are this machine's, "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
@@ -58,19 +58,42 @@ class SparsityPolicy:
         """Return the share of weights that every layer keeps, by weight."""
         raise NotImplementedError
 
+    def densities_for(self, layers: Sequence[SparseLayer], arrays: Mapping[str, Floats]) -> dict[str, float]:
+        """Return the share of weights that every layer keeps of given arrays, by weight.
+
+        Weights that are sparse enough in all, but not layer by layer, were shared out by another rule or by momentum:
+        their layers go on with the densities that they have.
+        """
+        densities = self.densities(layers)
+        counts = {layer.weight: int(np.count_nonzero(arrays[layer.weight])) for layer in layers}
+        fits = all(counts[layer.weight] <= entries(layer.size, densities[layer.weight]) for layer in layers)
+        # Every layer's number is rounded up.
+        most = (1 - self.weights) * sum(layer.size for layer in layers) + len(layers)
+        if fits or sum(counts.values()) > most:
+            return densities
+        return {layer.weight: max(1, counts[layer.weight]) / layer.size for layer in layers}
+
     def capacity(self, layer: SparseLayer, density: float) -> int:
         """Return the most weights that a layer will ever have."""
         return entries(layer.size, density)
 
     def initial(
-        self, layer: SparseLayer, array: Floats, density: float, rng: np.random.Generator
+        self, layer: SparseLayer, array: Floats, density: float, rng: np.random.Generator, trained: bool
     ) -> tuple[Mask, float]:
-        """Return which weights exist before the first step, and the factor that they are multiplied with."""
+        """Return which weights exist when a layer is given values, and the factor that they are multiplied with.
+
+        Args:
+            layer: the layer.
+            array: its values in ONNX shape.
+            density: share of weights to keep.
+            rng: of random patterns.
+            trained: whether the values come from training, or a file, and not from a builder.
+        """
         raise NotImplementedError
 
-    def adopted(self, layer: SparseLayer, array: Floats, density: float) -> Mask:
-        """Return which weights exist when a layer is given new values: the largest."""
-        return largest(np.abs(array), entries(layer.size, density))
+    def start(self, trained: bool) -> str:
+        """Return what ``initial`` does, as text."""
+        raise NotImplementedError
 
     def check(self, optimizer: Optimizer) -> None:
         """Refuse an optimizer that the policy cannot work with.
@@ -130,21 +153,23 @@ class CompactPolicy(SparsityPolicy):
     Attributes:
         distribution: of densities over layers: ``"erk"`` (Erdos-Renyi-kernel) or ``"uniform"``.
         initial_pattern: ``"random"`` (weights are then scaled by ``1 / sqrt(density)``, as fewer add up), or
-            ``"magnitude"`` for trained weights: the largest stay as they are. A layer that already has as many zeros as
-            asked for keeps its pattern in both.
+            ``"magnitude"``: the largest stay as they are; ``None``: magnitude for trained weights (of an .onnx file,
+            of ``load_parameters``, of a graph that a learner trained: ``Graph.trained``), random for those of a
+            builder. A layer that already has as many zeros as asked for keeps its pattern in all cases.
         dense_first: whether the first layer stays dense; ``None``: with uniform densities, as in RigL's experiments.
         dense_last: whether the last layer stays dense.
     """
 
     distribution: str = "erk"
-    initial_pattern: str = "random"
+    initial_pattern: str | None = None
     dense_first: bool | None = None
     dense_last: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self._check_one_of("distribution", tuple(DISTRIBUTIONS))
-        self._check_one_of("initial_pattern", ("random", "magnitude"))
+        if self.initial_pattern is not None:
+            self._check_one_of("initial_pattern", ("random", "magnitude"))
         self._check_flag("dense_first", optional=True)
         self._check_flag("dense_last")
 
@@ -158,16 +183,25 @@ class CompactPolicy(SparsityPolicy):
         return DISTRIBUTIONS[self.distribution](layers, 1 - self.weights) if layers else {}
 
     def initial(
-        self, layer: SparseLayer, array: Floats, density: float, rng: np.random.Generator
+        self, layer: SparseLayer, array: Floats, density: float, rng: np.random.Generator, trained: bool
     ) -> tuple[Mask, float]:
-        """Return a random pattern, or the given one where there is one."""
+        """Return a random pattern or that of the largest weights, or the given one where there is one."""
         count = entries(layer.size, density)
-        if self.initial_pattern == "magnitude" or 0 < np.count_nonzero(array) <= count:
+        if self._pattern(trained) == "magnitude" or 0 < np.count_nonzero(array) <= count:
             fillers = rng.random(layer.shape, np.float32)  # zeros that may become weights, when there are too many
             return largest(np.where(array == 0, fillers - 2, np.abs(array)), count), 1.0
         mask = np.zeros(layer.size, bool)
         mask[rng.choice(layer.size, count, replace=False, shuffle=False)] = True
         return mask.reshape(layer.shape), 1 / math.sqrt(density)
+
+    def start(self, trained: bool) -> str:
+        """Return which pattern ``initial`` chooses, as text."""
+        if self._pattern(trained) == "magnitude":
+            return "begins with the largest of the given weights (initial_pattern=random draws a pattern)"
+        return "begins with a random pattern, its weights scaled (initial_pattern=magnitude keeps the largest)"
+
+    def _pattern(self, trained: bool) -> str:
+        return self.initial_pattern or ("magnitude" if trained else "random")
 
 
 def largest(scores: Floats, count: int) -> Mask:

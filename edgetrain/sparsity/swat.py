@@ -7,7 +7,7 @@ reference code (AamirRaihan/SWAT) for constants and the rules about first and la
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
@@ -54,8 +54,9 @@ class SWAT(SparsityPolicy):
         dense_first: whether the first layer stays dense; ``None``: in the unstructured and structured variants.
         dense_last: whether the last layer stays dense.
         rescale: whether the weights that a learner begins with are scaled so that the largest have the norm that all
-            had; give ``False`` for trained weights. (Not in the reference code: its networks have batch normalisation;
-            LeNet-5 without it stays at 10 % accuracy at 90 %, as every layer passes on a quarter of the variance.)
+            had; ``None``: those of a builder are, trained ones are not (``Graph.trained``). (Not in the reference code:
+            its networks have batch normalisation; LeNet-5 without it stays at 10 % accuracy at 90 %, as every layer
+            passes on a quarter of the variance.)
 
     Raises:
         UsageError: a value out of range.
@@ -71,7 +72,7 @@ class SWAT(SparsityPolicy):
     refresh: int = 100
     dense_first: bool | None = None
     dense_last: bool = False
-    rescale: bool = True
+    rescale: bool | None = None
 
     name: ClassVar[str] = "swat"
     compact: ClassVar[bool] = False
@@ -84,7 +85,7 @@ class SWAT(SparsityPolicy):
         self._check_count("refresh")
         self._check_flag("dense_first", optional=True)
         self._check_flag("dense_last")
-        self._check_flag("rescale")
+        self._check_flag("rescale", optional=True)
 
     def check(self, optimizer: Optimizer) -> None:
         """Refuse an optimizer without momentum for the momentum variant.
@@ -118,17 +119,29 @@ class SWAT(SparsityPolicy):
         taps = layer.taps if self.variant == "structured" else 1
         return taps * entries(layer.size // taps, density)
 
+    def densities_for(self, layers: Sequence[SparseLayer], arrays: Mapping[str, Floats]) -> dict[str, float]:
+        """Return the densities for given arrays; the momentum variant leaves no layer dense, here either."""
+        densities = super().densities_for(layers, arrays)
+        if self.variant != "momentum" or self.weights == 0:
+            return densities
+        return {name: min(density, _DENSEST) for name, density in densities.items()}
+
     def initial(
-        self, layer: SparseLayer, array: Floats, density: float, rng: np.random.Generator
+        self, layer: SparseLayer, array: Floats, density: float, rng: np.random.Generator, trained: bool
     ) -> tuple[Mask, float]:
         """Return the pattern of the largest weights, and what gives them the norm that all weights had."""
         mask = self._mask(layer, array, density)
         whole, kept = (float(np.square(a, dtype=np.float64).sum()) for a in (array, np.where(mask, array, 0)))
-        return mask, math.sqrt(whole / kept) if self.rescale and kept else 1.0
+        return mask, math.sqrt(whole / kept) if self._rescales(trained) and kept else 1.0
 
-    def adopted(self, layer: SparseLayer, array: Floats, density: float) -> Mask:
-        """Return the pattern of the largest weights."""
-        return self._mask(layer, array, density)
+    def start(self, trained: bool) -> str:
+        """Return whether ``initial`` scales, as text."""
+        if self._rescales(trained):
+            return "begins with the largest weights, scaled to the norm of all (rescale=false leaves them as they are)"
+        return "begins with the largest of the given weights as they are (rescale=true scales them)"
+
+    def _rescales(self, trained: bool) -> bool:
+        return not trained if self.rescale is None else self.rescale
 
     def rewrite(self, train: TrainingGraph, layers: Sequence[SparseLayer]) -> dict[str, int]:
         """Let weight gradients read pruned activations."""

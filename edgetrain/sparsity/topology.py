@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
 from edgetrain.autodiff import TrainingGraph
 from edgetrain.errors import CheckpointError, UsageError
@@ -19,7 +19,7 @@ from edgetrain.optim import Optimizer
 from edgetrain.parameters import Parameters
 from edgetrain.policies import NONE, describe_policy, parse_policy
 from edgetrain.sparse_index import Positions, SparseIndex
-from edgetrain.sparsity.layers import SparseLayer
+from edgetrain.sparsity.layers import SparseLayer, sparse_layers
 from edgetrain.sparsity.policy import Floats, Gradients, Mask, SparsityPolicy
 
 TOPOLOGY = "topology/"  # begins the names of the state's tensors
@@ -46,6 +46,7 @@ class Topology:
         records: of layers whose saved activations are pruned: number of their record, by weight.
         indices: their indices by weight.
         densities: the share of weights that every sparse layer keeps, by weight.
+        start: what weights exist before the first step, and why, as text; empty without a policy.
         total_steps: length of training, ``None`` when nobody told.
         version: number of changes of any layer.
         changes, seconds: after or before how many steps the topology changed, and the time that choosing took.
@@ -62,33 +63,43 @@ class Topology:
         self.records: dict[str, int] = {}
         self.indices: dict[str, SparseIndex] = {}
         self.densities: dict[str, float] = {}
-        self.version, self.changes, self.seconds = 0, 0, 0.0
+        self.version, self.changes, self.seconds, self.start = 0, 0, 0.0, ""
         if policy is not None:
             policy.check(optimizer)
             self._choose(graph, policy)
+            self.start = policy.start(graph.trained)
 
     def _choose(self, graph: Graph, policy: SparsityPolicy) -> None:
         self.candidates = policy.layers(graph)
-        densities = policy.densities(self.candidates)
+        arrays = {layer.weight: graph.arrays[layer.weight] for layer in self.candidates}
+        if any(is_placeholder(array) for array in arrays.values()):  # a checkpoint: its state brings pattern and values
+            densities = policy.densities(self.candidates) | graph.densities
+            for layer in self.candidates:
+                if is_placeholder(arrays[layer.weight]):
+                    index = self._add(policy, layer, densities[layer.weight])
+                    index.set_positions(np.arange(index.capacity if policy.compact else 0))
+            return
+        densities = policy.densities_for(self.candidates, arrays)
         for number, layer in enumerate(self.candidates):
-            density, array = densities[layer.weight], graph.arrays[layer.weight]
-            capacity = policy.capacity(layer, density)
-            if is_placeholder(array):  # of a checkpoint: any weights, until its state brings pattern and values
-                positions = np.arange(capacity if policy.compact else 0)
-            else:
-                mask, scale = policy.initial(layer, array, density, np.random.default_rng([self.seed, number]))
-                positions = np.flatnonzero(mask)
-                if len(positions) == layer.size and (policy.compact or density >= 1):
-                    continue  # dense: the kernels and the storage of any dense layer
-                if policy.compact or scale != 1:
-                    kept = mask if policy.compact else True
-                    graph.arrays[layer.weight] = np.where(kept, array * np.float32(scale), np.float32(0))
-            index = SparseIndex(
-                layer.shape, capacity, inputs_first=layer.inputs_first, groups=layer.groups, compact=policy.compact
-            )
-            index.set_positions(positions)
-            self.layers.append(layer)
-            self.indices[layer.weight], self.densities[layer.weight] = index, density
+            density, array = densities[layer.weight], arrays[layer.weight]
+            rng = np.random.default_rng([self.seed, number])
+            mask, scale = policy.initial(layer, array, density, rng, graph.trained)
+            if mask.all() and (policy.compact or density >= 1):
+                continue  # dense: the kernels and the storage of any dense layer
+            self._add(policy, layer, density).set(mask)
+            if policy.compact or scale != 1:
+                kept = mask if policy.compact else True
+                graph.arrays[layer.weight] = np.where(kept, array * np.float32(scale), np.float32(0))
+
+    def _add(self, policy: SparsityPolicy, layer: SparseLayer, density: float) -> SparseIndex:
+        """Make a layer sparse; its pattern is still to come."""
+        index = SparseIndex(
+            layer.shape, policy.capacity(layer, density), inputs_first=layer.inputs_first, groups=layer.groups,
+            compact=policy.compact,
+        )  # fmt: skip
+        self.layers.append(layer)
+        self.indices[layer.weight], self.densities[layer.weight] = index, density
+        return index
 
     def rewrite(self, train: TrainingGraph) -> None:
         """Let the policy change the training graph that autodiff made."""
@@ -175,18 +186,39 @@ class Topology:
             with self._measured():
                 self.policy.after_step(self, step, gradients)
 
-    def adopt(self, arrays: Mapping[str, ArrayLike]) -> None:
-        """Choose the patterns of layers whose weights are about to be replaced; moments stay with their weights."""
-        for layer in self.layers:
-            if self.policy is not None and layer.weight in arrays:
-                array = np.asarray(arrays[layer.weight], np.float32)
-                mask = self.policy.adopted(layer, array, self.densities[layer.weight])
-                self.set(layer, np.flatnonzero(mask))
+    def adopt(self, arrays: Mapping[str, NDArray[np.float32]]) -> dict[str, NDArray[np.float32]]:
+        """Choose the patterns of layers whose weights are about to be replaced; moments stay with their weights.
 
-    def describe(self) -> dict[str, str]:
-        """Return what an exported file says about its zeros: policy, and density of every sparse layer as JSON."""
+        Returns:
+            The arrays to take, where the policy scales them.
+        """
+        taken = dict(arrays)
         if self.policy is None:
-            return {}
+            return taken
+        if not self.policy.compact and all(layer.weight in arrays for layer in self.candidates):
+            wanted, indices = self.policy.densities_for(self.candidates, arrays), self.indices
+            self.densities = {n: min(wanted[n], index.capacity / index.size) for n, index in indices.items()}
+        for number, layer in enumerate(self.candidates):
+            name = layer.weight
+            if name in self.indices and name in arrays:
+                rng = np.random.default_rng([self.seed, number])
+                mask, scale = self.policy.initial(layer, arrays[name], self.densities[name], rng, trained=True)
+                self.set(layer, np.flatnonzero(mask))
+                taken[name] = arrays[name] * np.float32(scale) if scale != 1 else arrays[name]
+        self.start = self.policy.start(trained=True)
+        return taken
+
+    def describe(self, graph: Graph, arrays: Mapping[str, NDArray[np.float32]]) -> dict[str, str]:
+        """Return what an exported file says about its zeros: policy, and density of every sparse layer as JSON.
+
+        Args:
+            graph: the network.
+            arrays: its parameters: without a policy, layers that have zeros are the sparse ones.
+        """
+        if self.policy is None:
+            shares = {layer.weight: _density(arrays[layer.weight]) for layer in sparse_layers(graph)}
+            densities = {name: share for name, share in shares.items() if share < 1}
+            return {DENSITIES: json.dumps(densities)} if densities else {}
         densities = {name: index.density for name, index in self.indices.items()}
         return {SPARSITY: self._described(), DENSITIES: json.dumps(densities)}
 
@@ -253,3 +285,7 @@ def _moved(old: Positions, values: Floats, new: Positions) -> Floats:
     moved = np.zeros(len(new), np.float32)
     moved[found] = values[places[found]]
     return moved
+
+
+def _density(array: NDArray[np.float32]) -> float:
+    return np.count_nonzero(array) / array.size
