@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -78,3 +79,15 @@ def test_a_wrong_policy_is_one_message(folder, capsys):
     assert code == 2
     assert "unknown key 'weight'" in err
     assert not (folder / "runs").exists()
+
+
+def test_a_bad_recipe_is_told_with_file_and_key(folder, capsys):
+    good = (Path(__file__).parents[1] / "device_profiles" / "raspberrypi4.toml").read_text()
+    key = "[defaults.recipe]"
+    (folder / "mine.toml").write_text(good.replace(key, f'{key}\nsparsity = "swat:weights=90"'))
+    code, _, err = run(capsys, *FIT, "--profile", "mine.toml")
+    assert code == 2
+    assert "mine.toml: key 'defaults.recipe.sparsity' is 'swat:weights=90': swat: weights=90" in err
+    code, _, err = run(capsys, *FIT, "--profile", "mine.toml", "--sparsity", "")
+    assert code == 2
+    assert "sparsity '': unknown name ''" in err

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 
 from edgetrain.errors import UsageError
+from edgetrain.schema import percent_hint
 from edgetrain.sparsity.policy import CompactPolicy, Gradients, Scores, largest, largest_missing
 
 if TYPE_CHECKING:
@@ -52,7 +53,8 @@ class DynamicPolicy(CompactPolicy):
         for key in ("fraction", "until"):
             value = getattr(self, key)
             if not (isinstance(value, int | float) and 0 <= value <= 1):
-                raise UsageError(f"{self.name}: {key}={value!r}, expected a share from 0 to 1")
+                hint = percent_hint(key, value)
+                raise UsageError(f"{self.name}: {key}={value!r}, expected a share from 0 to 1{hint}")
         if self.total_steps is not None:
             self._check_count("total_steps")
 

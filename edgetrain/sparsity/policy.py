@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from edgetrain.errors import UsageError
 from edgetrain.graph import Graph
 from edgetrain.optim import Optimizer
+from edgetrain.schema import percent_hint, take_numbers
 from edgetrain.sparse_index import Positions
 from edgetrain.sparsity.layers import DISTRIBUTIONS, SparseLayer, entries, sparse_layers
 
@@ -48,6 +49,7 @@ class SparsityPolicy:
     compact: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
+        take_numbers(self, self.name)
         self._check_share("weights")
 
     def layers(self, graph: Graph) -> list[SparseLayer]:
@@ -128,7 +130,8 @@ class SparsityPolicy:
     def _check_share(self, key: str) -> None:
         value = getattr(self, key)
         if not (isinstance(value, int | float) and 0 <= value < 1):
-            raise UsageError(f"{self.name}: {key}={value!r}, expected a share of zeros from 0 to below 1")
+            hint = percent_hint(key, value)
+            raise UsageError(f"{self.name}: {key}={value!r}, expected a share of zeros from 0 to below 1{hint}")
 
     def _check_one_of(self, key: str, choices: Sequence[str]) -> None:
         if getattr(self, key) not in choices:
@@ -142,7 +145,7 @@ class SparsityPolicy:
 
     def _check_count(self, key: str) -> None:
         value = getattr(self, key)
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        if not isinstance(value, int) or value < 1:
             raise UsageError(f"{self.name}: {key}={value!r}, expected a whole number of at least 1")
 
 
