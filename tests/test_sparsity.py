@@ -447,6 +447,30 @@ def test_weights_that_two_layers_share_stay_dense():
     assert sparse_layers(graph) == []
 
 
+def test_a_policy_that_finds_no_layer_is_refused():
+    graph, rng = Graph("odd", input_shape=(2, 6, 6)), np.random.default_rng(0)
+    x = graph.add("Conv", ["input", graph.parameter("thin", rng.normal(size=(2, 1, 3, 3)))], group=2)
+    x, twice = graph.add("Flatten", [x]), graph.parameter("twice", rng.normal(size=(32, 32)))
+    x = graph.add("MatMul", [graph.add("MatMul", [x, twice]), twice])
+    x = graph.add("MatMul", [x, graph.parameter("fixed", rng.normal(size=(32, 8)), False)])
+    graph.set_outputs([graph.add("MatMul", [x, graph.parameter("last", rng.normal(size=(8, CLASSES)))])])
+    reasons = ("thin: depthwise; twice: several layers share its weights; fixed: its weights are not trained; "
+               r"last: the last layer stays dense \(dense_last\)")  # fmt: skip
+    with pytest.raises(UsageError, match=f"rigl: no layer of 'odd' can be sparse .{reasons}.; expected one at least"):
+        learner(et.RigL(0.9, dense_last=True), graph=graph)
+    with pytest.raises(UsageError, match="swat: no layer"):
+        learner(et.SWAT(0.0, activations=0.5, dense_last=True), graph=graph)
+    for policy in (et.RigL(0.9), et.RigL(0.0, dense_last=True), et.SWAT(0.0, activations=0.0, dense_last=True)):
+        learner(policy, graph=graph)
+
+
+def test_a_network_of_one_layer_tells_that_the_first_stays_dense():
+    graph = Graph("one", input_shape=(8,))
+    graph.set_outputs([graph.add("MatMul", ["input", graph.parameter("w", np.ones((8, CLASSES)))])])
+    with pytest.raises(UsageError, match=r"w: the first layer stays dense \(dense_first\)"):
+        learner(et.SWAT(0.9), graph=graph)
+
+
 # ---- initial patterns ------------------------------------------------------------------------------------------------
 
 

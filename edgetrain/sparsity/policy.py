@@ -54,7 +54,17 @@ class SparsityPolicy:
 
     def layers(self, graph: Graph) -> list[SparseLayer]:
         """Return the layers that this policy makes sparse."""
-        return sparse_layers(graph)
+        return sparse_layers(graph, *self.dense_ends)
+
+    @property
+    def dense_ends(self) -> tuple[bool, bool]:
+        """Whether the first and the last layer stay dense."""
+        return False, False
+
+    @property
+    def skips_nothing(self) -> bool:
+        """Whether the settings ask for dense training."""
+        return self.weights == 0
 
     def densities(self, layers: Sequence[SparseLayer]) -> dict[str, float]:
         """Return the share of weights that every layer keeps, by weight."""
@@ -176,10 +186,10 @@ class CompactPolicy(SparsityPolicy):
         self._check_flag("dense_first", optional=True)
         self._check_flag("dense_last")
 
-    def layers(self, graph: Graph) -> list[SparseLayer]:
-        """Return the layers that become sparse."""
-        dense_first = self.distribution == "uniform" if self.dense_first is None else self.dense_first
-        return sparse_layers(graph, dense_first, self.dense_last)
+    @property
+    def dense_ends(self) -> tuple[bool, bool]:
+        """Whether the first and the last layer stay dense."""
+        return self.distribution == "uniform" if self.dense_first is None else self.dense_first, self.dense_last
 
     def densities(self, layers: Sequence[SparseLayer]) -> dict[str, float]:
         """Return the densities of the distribution."""

@@ -14,10 +14,9 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 
 from edgetrain.errors import UsageError
-from edgetrain.graph import Graph
 from edgetrain.optim import Optimizer
 from edgetrain.pruning import compress_activations, mask_activations
-from edgetrain.sparsity.layers import SparseLayer, entries, erdos_renyi_kernel, sparse_layers, uniform
+from edgetrain.sparsity.layers import SparseLayer, entries, erdos_renyi_kernel, uniform
 from edgetrain.sparsity.policy import Floats, Mask, SparsityPolicy, largest
 
 if TYPE_CHECKING:
@@ -96,10 +95,16 @@ class SWAT(SparsityPolicy):
         if self.variant == "momentum" and not optimizer.moments:
             raise UsageError("swat: variant 'momentum' needs an optimizer with momentum; give momentum=0.9")
 
-    def layers(self, graph: Graph) -> list[SparseLayer]:
-        """Return the layers that become sparse."""
+    @property
+    def dense_ends(self) -> tuple[bool, bool]:
+        """Whether the first and the last layer stay dense."""
         by_rule = self.variant in ("unstructured", "structured")
-        return sparse_layers(graph, by_rule if self.dense_first is None else self.dense_first, self.dense_last)
+        return by_rule if self.dense_first is None else self.dense_first, self.dense_last
+
+    @property
+    def skips_nothing(self) -> bool:
+        """Whether the settings ask for dense training."""
+        return self.weights == self.activations == 0
 
     def densities(self, layers: Sequence[SparseLayer]) -> dict[str, float]:
         """Return the densities of the weights before the first step."""

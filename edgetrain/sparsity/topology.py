@@ -19,7 +19,7 @@ from edgetrain.optim import Optimizer
 from edgetrain.parameters import Parameters
 from edgetrain.policies import NONE, describe_policy, parse_policy
 from edgetrain.sparse_index import Positions, SparseIndex
-from edgetrain.sparsity.layers import SparseLayer, sparse_layers
+from edgetrain.sparsity.layers import SparseLayer, dense_layers, sparse_layers
 from edgetrain.sparsity.policy import Floats, Gradients, Mask, SparsityPolicy
 
 TOPOLOGY = "topology/"  # begins the names of the state's tensors
@@ -52,7 +52,7 @@ class Topology:
         changes, seconds: after or before how many steps the topology changed, and the time that choosing took.
 
     Raises:
-        UsageError: the policy cannot work with the optimizer.
+        UsageError: the policy cannot work with the optimizer, or finds no layer.
     """
 
     def __init__(self, graph: Graph, policy: SparsityPolicy | None, optimizer: Optimizer, seed: int) -> None:
@@ -71,6 +71,12 @@ class Topology:
 
     def _choose(self, graph: Graph, policy: SparsityPolicy) -> None:
         self.candidates = policy.layers(graph)
+        if not self.candidates and not policy.skips_nothing:
+            listed = "; ".join(f"{name}: {reason}" for name, reason in dense_layers(graph, *policy.dense_ends).items())
+            raise UsageError(
+                f"{policy.name}: no layer of '{graph.name}' can be sparse ({listed or 'it has no weights'}); "
+                "expected one at least: change the settings named, take another network, or leave sparsity out"
+            )
         arrays = {layer.weight: graph.arrays[layer.weight] for layer in self.candidates}
         if any(is_placeholder(array) for array in arrays.values()):  # a checkpoint: its state brings pattern and values
             densities = policy.densities(self.candidates) | graph.densities
