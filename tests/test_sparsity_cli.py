@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -38,12 +39,18 @@ def test_fit_trains_sparse_and_tells_what_every_layer_did(folder, capsys):
     assert settings["methods"]["sparsity"] == POLICY
     finished = open_run(result["run"]).read_events()[-1]
     assert [layer["name"] for layer in finished["layers"]] == list(layers)
+    # 120 steps, no change after 90: after 20, 40, 60 and 80. Those of the report do not count.
+    assert result["topology"]["changes"] == 4
+    assert result["topology"]["seconds"] > 0
+    assert finished["topology"] == result["topology"]
 
 
 def test_the_table_of_layers_and_both_savings_are_printed(folder, capsys):
     code, out, _ = run(capsys, *FIT, "--sparsity", POLICY, "--quiet")
     assert code == 0
     assert "lists of weights" in out
+    assert re.search(r"the topology changed 4 times, in \d\.\d{3} s: \d+\.\d\d ms per change", out)
+    assert re.search(r"fc3.weight .* 0\.\d*[1-9]\d* MMAC", out), "small layers are not 0"
     assert "saved by sparse weights" in out
     assert "dense training" in out
     assert "of the time saved" in out or "more time" in out
@@ -51,12 +58,13 @@ def test_the_table_of_layers_and_both_savings_are_printed(folder, capsys):
 
 def test_a_sparse_run_goes_on(folder, capsys):
     assert run(capsys, *FIT, "--sparsity", POLICY, "--quiet")[0] == 0
-    code, out, _ = run(capsys, "resume", "runs/fit-1", "--epochs", "4", "--json", "--quiet")
+    code, out, _ = run(capsys, "resume", "runs/fit-1", "--epochs", "5", "--json", "--quiet")
     assert code == 0
-    assert json.loads(out)["epochs"] == 4
+    assert json.loads(out)["epochs"] == 5
     learner = et.Learner.load("runs/fit-1/last.safetensors")
     assert learner.sparsity == et.RigL(weights=0.9, refresh=20)
-    assert learner.topology.total_steps == 4 * 40
+    assert learner.topology.total_steps == 5 * 40
+    assert learner.topology.changes == 4 + 1  # those of the first process, and after 140
     assert learner.topology.indices["fc1.weight"].count == learner.topology.indices["fc1.weight"].capacity
 
 

@@ -49,7 +49,8 @@ class Topology:
         start: what weights exist before the first step, and why, as text; empty without a policy.
         total_steps: length of training, ``None`` when nobody told.
         version: number of changes of any layer.
-        changes, seconds: after or before how many steps the topology changed, and the time that choosing took.
+        changes, seconds: before or after how many steps a weight came or went, in all processes of a run, and the time
+            that these changes took.
 
     Raises:
         UsageError: the policy cannot work with the optimizer, or finds no layer.
@@ -228,6 +229,10 @@ class Topology:
         densities = {name: index.density for name, index in self.indices.items()}
         return {SPARSITY: self._described(), DENSITIES: json.dumps(densities)}
 
+    def account(self) -> dict[str, Any]:
+        """Return how often the topology changed and how long that took, in seconds, as plain data."""
+        return {"changes": self.changes, "seconds": self.seconds}
+
     def _described(self) -> str:
         return describe_policy("sparsity", self.policy)
 
@@ -240,7 +245,7 @@ class Topology:
             tensors[f"{TOPOLOGY}{name}/starts"] = index.starts.copy()
             tensors[f"{TOPOLOGY}{name}/columns"] = index.columns[: index.count].copy()
         plain = {"total_steps": self.total_steps, "densities": dict(self.densities), "policy": self._described()}
-        return tensors, plain
+        return tensors, plain | self.account()
 
     def restore(self, tensors: Mapping[str, NDArray[Any]], meta: Mapping[str, Any] | None) -> dict[str, NDArray[Any]]:
         """Take the state that ``state`` returned (``None`` for none); return the tensors that belong to others.
@@ -265,6 +270,8 @@ class Topology:
         self.version += 1
         if meta is not None:
             self.total_steps, self.densities = meta["total_steps"], dict(meta["densities"])
+            # Not in files from before they were kept.
+            self.changes, self.seconds = meta.get("changes", 0), meta.get("seconds", 0.0)
         return rest
 
     def _is_policy(self, text: str) -> bool:
