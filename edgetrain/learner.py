@@ -331,7 +331,8 @@ class Learner:
 
         Arrays are matched by name and shape; those of the same network under other names by their order, if all of
         them pair up (``onnx_io.match_parameters``). Arrays with another name or shape, such as another last layer,
-        keep their values; the report lists them. In sparse layers the largest of the given weights exist from now on.
+        keep their values; the report lists them. In sparse layers the largest of the given weights exist from now on,
+        unless the policy says otherwise (``initial_pattern``, ``rescale``).
 
         Raises:
             ModelError: nothing or next to nothing matches, or an array holds NaN or infinite numbers; nothing has
@@ -342,8 +343,8 @@ class Learner:
         given = source if isinstance(source, Mapping) else Path(source)
         arrays, report = match_parameters(self.graph, given)  # type: ignore[arg-type]
         with self._lock:
-            self.topology.adopt(arrays)
-            self._parameters.load(arrays)
+            self._parameters.load(self.topology.adopt(arrays))
+            self.graph.trained = True
         return report
 
     def state(self) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
@@ -381,6 +382,7 @@ class Learner:
                 buffer, name = key.split("/", 1)
                 parameters.stored(name, buffer)[...] = array
             self.step_count = int(meta["step_count"])
+            self.graph.trained |= self.step_count > 0
             self.stream = InstanceStream(self, self.instance_filter)
             if "stream" in meta:
                 self.stream.restore(streamed, meta["stream"])
@@ -429,14 +431,16 @@ class Learner:
     def export_onnx(self, path: str | os.PathLike[str]) -> None:
         """Write the network with its present parameters, input normalisation included.
 
-        Weights that do not exist are zeros; the file's metadata tell the policy and the density of every sparse layer.
+        Weights that do not exist are zeros; the file's metadata tell the policy and the density of every sparse layer,
+        without a policy that of layers that have zeros.
 
         Raises:
             UsageError: the file cannot be written there.
         """
         from edgetrain.onnx_io import save_onnx
 
-        save_onnx(self.graph, path, arrays=self.parameters(), metadata=self.topology.describe())
+        arrays = self.parameters()
+        save_onnx(self.graph, path, arrays=arrays, metadata=self.topology.describe(self.graph, arrays))
 
     # --- plans ---
 
@@ -485,6 +489,7 @@ class Learner:
         shapes = self.graph.values
         self.topology.end_step(self.step_count, lambda name: executor.kept(whole_gradient(name), shapes[name].shape))
         self.step_count += 1
+        self.graph.trained = True
 
     def _prepare(self, x: Inputs, y: ArrayLike, whole_gradients: bool = False) -> tuple[Executor, Arrays, int]:
         """Check a batch and put its labels, mask and counters where kernels read them."""

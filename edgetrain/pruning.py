@@ -19,6 +19,7 @@ from edgetrain.errors import UsageError
 from edgetrain.graph import Graph, Node, Value
 from edgetrain.keeping import forget_again
 from edgetrain.ops.pruning import IMPORTANCE
+from edgetrain.schema import percent_hint, take_numbers
 
 _PRUNED = {"ProductInputGrad": "PrunedInputGrad", "ProductWeightGrad": "PrunedWeightGrad", "SumTo": "PrunedBiasGrad"}
 
@@ -73,8 +74,10 @@ class ErrorMapPruning(ErrorPruning):
     distribution: str = "uniform"
 
     def __post_init__(self) -> None:
+        take_numbers(self, "ErrorMapPruning")
         if not (isinstance(self.keep, int | float) and 0 < self.keep <= 1):
-            raise UsageError(f"ErrorMapPruning: keep={self.keep!r}, expected a number above 0 and at most 1")
+            hint = percent_hint("keep", self.keep)
+            raise UsageError(f"ErrorMapPruning: keep={self.keep!r}, expected a number above 0 and at most 1{hint}")
         if self.importance not in IMPORTANCE:
             known = ", ".join(IMPORTANCE)
             raise UsageError(f"ErrorMapPruning: importance={self.importance!r}, expected one of {known}")
@@ -170,8 +173,10 @@ class GradientPruning(ErrorPruning):
     group: str = "element"
 
     def __post_init__(self) -> None:
+        take_numbers(self, "GradientPruning")
         if not (isinstance(self.rate, int | float) and 0 < self.rate < 1):
-            raise UsageError(f"GradientPruning: rate={self.rate!r}, expected a number above 0 and below 1")
+            hint = percent_hint("rate", self.rate)
+            raise UsageError(f"GradientPruning: rate={self.rate!r}, expected a number above 0 and below 1{hint}")
         if self.group not in ("element", "lanes"):
             raise UsageError(f"GradientPruning: group={self.group!r}, expected 'element' or 'lanes'")
 

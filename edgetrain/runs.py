@@ -225,10 +225,10 @@ class Run:
         return str(started[0].get("comparison", "")) if started else ""
 
     def account(self) -> dict[str, Any]:
-        """Return what a finished run computed and skipped: ``savings`` and perhaps ``layers``; else empty."""
+        """Return what a finished run computed and skipped: ``savings``, perhaps ``layers`` and ``topology``; else empty."""
         found = [event for event in self.read_events() if event["event"] == "account"]
         known = found[-1] if found and self.status() == "finished" else {}
-        return {key: known[key] for key in ("savings", "layers") if key in known}
+        return {key: known[key] for key in ("savings", "layers", "topology") if key in known}
 
     def status(self) -> str:
         """Return "finished", "interrupted", "failed", or "unfinished" for a run that was killed or is still going."""

@@ -54,12 +54,12 @@ def itself(seconds: float) -> dict[str, Any]:
 
 def account_of(result: Mapping[str, Any]) -> dict[str, Any]:
     """Return the parts of a run's result that tell what was computed and skipped."""
-    return {key: result[key] for key in ("layers", "savings") if key in result}
+    return {key: result[key] for key in ("layers", "topology", "savings") if key in result}
 
 
 def account_text(account: Mapping[str, Any]) -> str:
     """Return what ``account_of`` found, as a person reads it."""
-    texts = [layers_text(account["layers"])] if "layers" in account else []
+    texts = [layers_text(account["layers"], account.get("topology", {}))] if "layers" in account else []
     return "\n".join([*texts, savings_text(account["savings"])])
 
 
@@ -106,19 +106,34 @@ def _times(account: Mapping[str, Any]) -> str:
 
 
 def layers_of(learner: Learner) -> dict[str, Any]:
-    """Return ``layers``: what every layer does in a training step; empty for a learner without sparsity."""
-    return {} if learner.sparsity is None else {"layers": [layer.to_dict() for layer in layer_report(learner)]}
+    """Return ``layers`` and ``topology``, as ``layers_text`` takes them; empty for a learner without sparsity."""
+    if learner.sparsity is None:
+        return {}
+    topology = learner.topology.account()  # before the report: that takes steps
+    return {"layers": [layer.to_dict() for layer in layer_report(learner)], "topology": topology}
 
 
-def layers_text(layers: Sequence[Mapping[str, Any]]) -> str:
-    """Return what every layer did in a training step, as a table; ``layers``: of ``LayerUse.to_dict``."""
+def layers_text(layers: Sequence[Mapping[str, Any]], topology: Mapping[str, Any]) -> str:
+    """Return what every layer did in a training step, as a table, and what changes of the topology took.
+
+    Args:
+        layers: of ``LayerUse.to_dict``.
+        topology: of ``Topology.account``; empty of a run that did not keep it.
+    """
+    mega = max((layer["macs_done"] for layer in layers), default=0) < 1e9
     rows = [("layer", "density", "forward, gradients", "operations done", "of dense", "ms per step")]
     for layer in layers:
         share = _percent(layer["macs_done"] / max(1, layer["macs_dense"]))
         kernels = ", ".join(dict.fromkeys(layer["kernels"]))
-        rows.append((layer["name"], f"{layer['density']:.4f}", kernels, _macs(layer["macs_done"]), share,
+        done = f"{layer['macs_done'] / 1e6:,.3f} MMAC" if mega else _macs(layer["macs_done"])
+        rows.append((layer["name"], f"{layer['density']:.4f}", kernels, done, share,
                      f"{1e3 * layer['seconds']:.3f}"))  # fmt: skip
-    return f"{table(rows)}\none step of the usual batch size, random images, times of this machine"
+    lines = [table(rows), "one step of the usual batch size, random images, times of this machine"]
+    if topology.get("changes"):
+        each = 1e3 * topology["seconds"] / topology["changes"]
+        lines.append(f"the topology changed {topology['changes']:,} times, in {topology['seconds']:.3f} s: "
+                     f"{each:.2f} ms per change")  # fmt: skip
+    return "\n".join(lines)
 
 
 def random_batches(learner: Learner) -> Iterator[Batch]:

@@ -115,6 +115,8 @@ def _new_learner(
         learner.prepare()  # compiles, and checks the memory budget, before there is a run folder
     if config.model.initial_weights is not None:
         display.say(str(learner.load_parameters(config.model.initial_weights)))
+    if learner.sparsity is not None:
+        display.say(f"sparsity {config.methods.sparsity}: {learner.topology.start}")
     return learner
 
 

@@ -299,6 +299,8 @@ def _introduce(display: Display, run: Run, learner: Learner, config: Config, pro
         f"{count(recipe.epochs, 'epoch')}, batch size {device.batch_size}, {recipe.optimizer} with lr {recipe.lr:g}, "
         f"{count(device.threads, 'thread')}, seed {recipe.seed}"
     )
+    if learner.sparsity is not None:
+        display.say(f"sparsity {config.methods.sparsity}: {learner.topology.start}")
     tell_profile(display, profile)
 
 

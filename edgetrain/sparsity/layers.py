@@ -52,9 +52,13 @@ def sparse_layers(graph: Graph, dense_first: bool = False, dense_last: bool = Fa
         graph: the network.
         dense_first, dense_last: whether the first and the last layer stay dense.
     """
-    products = [node for node in graph.nodes if isinstance(get_op(node.op_type), ProductOp)]
-    chosen = products[1 if dense_first else 0 : len(products) - (1 if dense_last else 0)]
-    return [_described(node) for node in chosen if _may_be_sparse(graph, node)]
+    reasons = _reasons(graph, dense_first, dense_last)
+    return [_described(node) for node, reason in reasons if not reason]
+
+
+def dense_layers(graph: Graph, dense_first: bool = False, dense_last: bool = False) -> dict[str, str]:
+    """Return why layers stay dense, by the name of their weights: what ``sparse_layers`` leaves out."""
+    return {node.input(1).name: reason for node, reason in _reasons(graph, dense_first, dense_last) if reason}
 
 
 def entries(size: int, density: float) -> int:
@@ -67,10 +71,26 @@ def shapes_of(layers: Sequence[SparseLayer]) -> dict[str, Shape]:
     return {layer.weight: layer.shape for layer in layers}
 
 
-def _may_be_sparse(graph: Graph, node: Node) -> bool:
-    weight = node.input(1).name
-    depthwise = node.op_type == "Conv" and node.get("group", 1) > 1 and node.input(1).shape[1] == 1
-    return weight in graph.trainable and len(graph.consumers(weight)) == 1 and not depthwise
+def _reasons(graph: Graph, dense_first: bool, dense_last: bool) -> list[tuple[Node, str]]:
+    """Return every product with the reason why it stays dense, empty if it does not."""
+    products = [node for node in graph.nodes if isinstance(get_op(node.op_type), ProductOp)]
+    reasons = [_reason(graph, node) for node in products]
+    if products and dense_last:
+        reasons[-1] = reasons[-1] or "the last layer stays dense (dense_last)"
+    if products and dense_first:
+        reasons[0] = reasons[0] or "the first layer stays dense (dense_first)"
+    return list(zip(products, reasons, strict=True))
+
+
+def _reason(graph: Graph, node: Node) -> str:
+    weight = node.input(1)
+    if weight.name not in graph.trainable:
+        return "its weights are not trained"
+    if len(graph.consumers(weight.name)) > 1:
+        return "several layers share its weights"
+    if node.op_type == "Conv" and node.get("group", 1) > 1 and weight.shape[1] == 1:
+        return "depthwise"
+    return ""
 
 
 def _described(node: Node) -> SparseLayer:
