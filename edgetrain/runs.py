@@ -225,7 +225,7 @@ class Run:
         return str(started[0].get("comparison", "")) if started else ""
 
     def account(self) -> dict[str, Any]:
-        """Return what a finished run computed and skipped: ``savings``, perhaps ``layers`` and ``topology``; else empty."""
+        """Return what a finished run did: ``savings``, perhaps ``layers`` and ``topology``; else empty."""
         found = [event for event in self.read_events() if event["event"] == "account"]
         known = found[-1] if found and self.status() == "finished" else {}
         return {key: known[key] for key in ("savings", "layers", "topology") if key in known}
