@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
@@ -54,6 +55,14 @@ class MemoryPlan:
         return sum(self.parts.values())
 
 
+class HasMemory(Protocol):
+    """Something that takes memory."""
+
+    @property
+    def memory(self) -> dict[str, int]:
+        """Bytes by purpose."""
+
+
 @dataclass(frozen=True)
 class Objective:
     """What training minimises: ``"cross_entropy"`` or ``"mse"``, and the label smoothing of the former."""
@@ -76,6 +85,9 @@ class Plans:
         whole_gradients: whether some training steps keep the gradients of weights that do not exist.
         rewrite: changes the training graph that autodiff made.
         error_pruning: rewrites the training graph so that error maps are thinned out.
+
+    Attributes:
+        beside: what works beside the network within the same budget, the filtering of instances.
     """
 
     def __init__(
@@ -87,6 +99,7 @@ class Plans:
         self._batch_size, self._budget, self._error_pruning = batch_size, budget, error_pruning
         self.arena, self.team, self._whole_gradients = Arena(), Team(threads), whole_gradients
         self._rewrite = rewrite
+        self.beside: HasMemory | None = None
         self._executors: dict[tuple[bool, int, bool, tuple[bool, ...]], Executor] = {}
         self._forward_plans: dict[tuple[bool, ...], Plan] = {}  # the latest, by which weights run on lists
         self._macs: dict[str, int] = {}  # of one sample's step: before and after every policy has rewritten the graph
@@ -272,6 +285,7 @@ class Plans:
             "workspace": max(0, plan.arena_bytes - activations),
             **({"sparse index": sum(index.nbytes for index in sparse)} if sparse else {}),
             "tables": plan.table_bytes,
+            **({} if self.beside is None else self.beside.memory),
         })  # fmt: skip
 
     def _blocks(self, count: int) -> int:

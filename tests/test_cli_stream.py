@@ -24,7 +24,7 @@ from edgetrain.checkpoint import load_checkpoint
 from edgetrain.cli import main
 from edgetrain.cli.progress import BarDisplay, PlainDisplay
 from edgetrain.history import Totals
-from edgetrain.runs import open_run
+from edgetrain.runs import Run, open_run
 from tests.cli_support import FIT, ROOT, Terminal, assert_same_result, run, write_data
 from tests.test_cli_resume import wait_for_epochs
 
@@ -192,6 +192,34 @@ def test_dense_training_is_not_charged_for_instances_that_wait(inside, capsys, t
     np.savez(tmp_path / "a.npz", x=images["x_train"][:70], y=images["y_train"][:70])
     code, _, _ = run(capsys, "fit", "--stream", "--data", tmp_path / "a.npz", "--out", tmp_path, "--batch-size", "64")
     assert (code, timed) == (0, [64])
+
+
+def test_a_step_that_fails_is_resumed_behind_its_block_with_every_instance_counted_once(inside, capsys, tmp_path):
+    images = np.load("digits.npz")
+    x = images["x_train"][:600, None] / np.float32(255)
+    x[300:330] = 1e38
+    np.savez(tmp_path / "a.npz", x=x, y=images["y_train"][:600])
+    code, _, err = run(capsys, "fit", "--stream", "--data", tmp_path / "a.npz", "--out", tmp_path, "--batch-size", "8",
+                       "--filter", "random:rate=0.25", "--window", "100", "--profile", "generic-x86_64")  # fmt: skip
+    assert code == 3, err
+    folder = open_run(tmp_path / "fit-1")
+    total = counted(folder)
+    assert 300 < total.instances_seen < 600
+    while run(capsys, "resume", folder.path)[0] != 0:
+        assert counted(folder).instances_seen > total.instances_seen
+        total = counted(folder)
+    assert counted(folder).instances_seen == 600
+
+
+def counted(folder: Run) -> Totals:
+    """Return the sums of a stream's checkpoint, which must be those of its rows and of the begun one."""
+    learner = load_checkpoint(folder.last)
+    total, running = learner.stream.totals["train"], learner.history.running
+    rows = folder.read_metrics()
+    for name, count in total.counts().items():
+        assert count == sum(row[name] for row in rows) + getattr(running, name), name
+    assert total.instances_seen == learner.stream.position
+    return total
 
 
 @pytest.mark.parametrize("first", ["dark", "bright", "almost dark", "weak"])

@@ -193,11 +193,10 @@ class StreamSession:
             try:
                 for x, y in self.source.blocks(size, learner.stream.position, stop.requested):
                     self._normalize(x)
-                    result = learner.observe(x, y, predict=settings.predict)
-                    now = time.perf_counter()
-                    judged = len(y) if settings.predict else result.instances_trained
-                    learner.history.running.add(result, now - start, judged)
-                    start = now
+                    try:
+                        learner.observe(x, y, predict=settings.predict)
+                    finally:
+                        start = self._count(start)
                     self.display.instances(learner.stream.position, self.source.count, learner.history.running)
                     self._after(len(y))
                     # A live source ends by itself, after the instances that it has taken: nobody could give them again.
@@ -263,6 +262,14 @@ class StreamSession:
         mean, deviation = x.mean(axes, dtype=np.float64), x.std(axes, dtype=np.float64)
         std = deviation_to_divide_by(mean, deviation, _GREY_LEVEL if _are_pixels(x) else 0.0)
         learner.graph.normalization = Normalization(mean.astype(np.float32), std)
+
+    def _count(self, start: float) -> float:
+        """Count what the latest ``observe`` did, whose data came from ``start`` on; return the time now."""
+        now, result = time.perf_counter(), self.learner.stream.latest
+        if result is not None:
+            judged = result.instances_seen if self.config.stream.predict else result.instances_trained
+            self.learner.history.running.add(result, now - start, judged)
+        return now
 
     def _after(self, count: int) -> None:
         position, window = self.learner.stream.position, self.config.stream.window
