@@ -7,8 +7,8 @@ A plan is a training step or a prediction lowered to a table of kernel calls: ``
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
@@ -45,9 +45,11 @@ class MemoryPlan:
 
     Attributes:
         parts: bytes by purpose.
+        notes: what a sparsity policy makes of a part, such as ``{"weights": "non-zeros only"}``.
     """
 
     parts: dict[str, int]
+    notes: dict[str, str] = field(default_factory=dict)
 
     @property
     def peak_bytes(self) -> int:
@@ -272,12 +274,12 @@ class Plans:
 
     def memory(self, plan: Plan) -> MemoryPlan:
         """Return the bytes that a plan needs, by purpose."""
-        buffers, sparse = self.parameters.buffers, self.parameters.sparse.values()
+        buffers, sparse = self.parameters.buffers, list(self.parameters.sparse.values())
         lasting = [n for n in plan.offsets if not n.startswith("workspace:")]
         ends = {n: plan.lifetimes[n] for n in lasting}
         _, activations = place([Lifetime(n, plan.sizes[n], *ends[n]) for n in lasting])
         moments = sum(buffers[m].nbytes for m in self._optimizer.moments if m in buffers)
-        return MemoryPlan({
+        parts = {
             "weights": buffers["weights"].nbytes,
             "gradients": buffers["gradients"].nbytes if "gradients" in buffers else 0,
             "optimizer": moments,
@@ -286,7 +288,8 @@ class Plans:
             **({"sparse index": sum(index.nbytes for index in sparse)} if sparse else {}),
             "tables": plan.table_bytes,
             **({} if self.beside is None else self.beside.memory),
-        })  # fmt: skip
+        }
+        return MemoryPlan(parts, _notes(sparse, self._whole_gradients))
 
     def _blocks(self, count: int) -> int:
         return count if self.by_channel else -(-count // self.lanes)
@@ -325,6 +328,17 @@ class Plans:
                 f"a step of {plan.capacity} samples needs {need.peak_bytes / 2**20:.1f} MiB ({parts}), the budget"
                 f" is {self._budget / 2**20:.1f} MiB; use a smaller batch size or network, or a larger budget"
             )
+
+
+def _notes(sparse: Sequence[SparseIndex], whole_gradients: bool) -> dict[str, str]:
+    """Return what of the weights and of what belongs to them is stored, by part of the memory plan."""
+    if not sparse:
+        return {}
+    if not all(index.compact for index in sparse):
+        return {"weights": "dense master", "gradients": "dense", "optimizer": "dense", "sparse index": "the pattern"}
+    notes = dict.fromkeys(("weights", "gradients", "optimizer"), "non-zeros only")
+    refresh = {"activations": "whole gradients at a refresh"} if whole_gradients else {}
+    return notes | refresh | {"sparse index": "the pattern"}
 
 
 def _skipped_weights(plan: Plan) -> int:
