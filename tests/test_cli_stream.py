@@ -20,9 +20,11 @@ from typing import IO
 import numpy as np
 import pytest
 
+import edgetrain as et
 from edgetrain.checkpoint import load_checkpoint
 from edgetrain.cli import main
 from edgetrain.cli.progress import BarDisplay, PlainDisplay
+from edgetrain.errors import UsageError
 from edgetrain.history import Totals
 from edgetrain.runs import Run, open_run
 from tests.cli_support import FIT, ROOT, Terminal, assert_same_result, run, write_data
@@ -329,6 +331,11 @@ def test_standard_input_has_no_baseline(inside, capsys):
         (["--recipe", "fast"], "--recipe 'fast', expected one of edge, dense"),
         (["--stream", "--epochs", "3"], "training.epochs is 3, but a stream is learned from once"),
         (["--stream", "--schedule", "cosine"], "training.schedule is 'cosine', but the end of a stream is unknown"),
+        (["--stream", "--augment", "flip"], "data.augment is 'flip', but instances of a stream are learned from as"),
+        (["--stream", "--image-size", "32x32"], "image_size and channels are for folders of images; leave them out"),
+        (["--stream", "--data", "digits.npz", "--image-size", "32x32"], "image_size and channels are for folders"),
+        (["--stream", "--data", "-", "--image-size", "32x32"], "standard input: image_size is for folders of images"),
+        (["--stream", "--image-size", "32"], "--image-size is '32'"),
         (["--data", "-"], "standard input, which can be read only once; add --stream"),
         (["--predict-first"], "stream.predict is True, which only a stream heeds; add --stream"),
         (["--window", "5"], "stream.window is 5, which only a stream heeds; add --stream"),
@@ -339,6 +346,48 @@ def test_bad_methods_and_contradictions_start_nothing(inside, capsys, tmp_path, 
     assert code == 2
     assert message in err
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("flags", [[], ["--stream"]], ids=["epochs", "stream"])
+def test_a_folder_of_images_gets_the_size_that_was_asked_for(capsys, tmp_path, flags):
+    image = pytest.importorskip("PIL.Image")
+    rng = np.random.default_rng(0)
+    for number in range(40):
+        folder = tmp_path / "images" / "ab"[number % 2]
+        folder.mkdir(exist_ok=True, parents=True)
+        image.fromarray(rng.integers(0, 255, (20, 20), np.uint8)).save(folder / f"{number:03d}.png")
+    command = ["fit", *flags, "--data", tmp_path / "images", "--image-size", "24x22", "--batch-size", "8",
+               "--out", tmp_path, "--quiet"]  # fmt: skip
+    assert run(capsys, *command, *([] if flags else ["--epochs", "1"]))[0] == 0
+    assert load_checkpoint(tmp_path / "fit-1/last.safetensors").graph.input_shape == (1, 24, 22)
+
+
+def test_a_network_of_another_size_is_refused(capsys, tmp_path):
+    image = pytest.importorskip("PIL.Image")
+    et.Learner(et.models.lenet5(num_classes=2), threads=1).export_onnx(tmp_path / "a.onnx")
+    for name in "ab":
+        (tmp_path / "images" / name).mkdir(parents=True)
+        image.fromarray(np.zeros((20, 20), np.uint8)).save(tmp_path / "images" / name / "0.png")
+    code, _, err = run(capsys, "fit", "--stream", "--data", tmp_path / "images", "--image-size", "24x24", "--model",
+                       tmp_path / "a.onnx", "--out", tmp_path / "runs")  # fmt: skip
+    assert code == 3
+    assert "has instances of shape (1, 24, 24), but the network" in err
+    assert not (tmp_path / "runs").exists()
+
+
+def test_the_augmentation_of_a_recipe_is_not_for_streams(tmp_path):
+    from edgetrain.cli.config import effective
+
+    text = (Path(__file__).parents[1] / "device_profiles/raspberrypi4.toml").read_text()
+    path = tmp_path / "board.toml"
+    path.write_text(text.replace('augmentation = ""', 'augmentation = "flip"'))
+    device = {"device": {"profile": str(path)}}
+    epochs = effective(device)[0]
+    assert epochs.data.augment == "flip"
+    assert effective({**device, "stream": {"enabled": True}})[0].data.augment == ""
+    assert effective({"stream": {"enabled": True}}, None, epochs.to_dict())[0].data.augment == ""
+    with pytest.raises(UsageError, match=r"data\.augment is 'flip'"):
+        effective({}, None, {"stream": {"enabled": True}, "data": {"augment": "flip"}})
 
 
 def test_recipes_and_flags_decide_what_is_skipped(tmp_path):

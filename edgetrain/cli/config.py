@@ -181,6 +181,9 @@ def effective(
         merged["training"]["clip_norm"] = _SWAT_CLIP_NORM
     if merged["stream"].get("enabled"):
         _adapt_to_stream(merged["training"], {**_kept_by_stream(file), **given.get("training", {})})
+        # A recipe's augmentation is for epochs; one that was asked for of a stream is refused below.
+        asked = both if file.get("stream", {}).get("enabled") else given
+        merged["data"]["augment"] = asked.get("data", {}).get("augment", "")
     config = build(Config, merged, Path("settings"))
     # Errors now, not when the run folder exists.
     Augmentation.parse(config.data.augment)
@@ -216,6 +219,11 @@ def check_stream(config: Config) -> None:
         raise UsageError(
             f"training.schedule is '{training.schedule}', but the end of a stream is unknown: expected 'constant'; "
             "leave it out (--schedule), or leave stream.enabled out (--stream)"
+        )
+    if stream.enabled and config.data.augment:
+        raise UsageError(
+            f"data.augment is '{config.data.augment}', but instances of a stream are learned from as they come: "
+            "expected ''; leave it out (--augment), or leave stream.enabled out (--stream)"
         )
     if not stream.enabled and config.data.source == STANDARD_INPUT:
         raise UsageError("data.source is '-', standard input, which can be read only once; add --stream")

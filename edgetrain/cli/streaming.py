@@ -20,7 +20,7 @@ from edgetrain.cli.output import count, duration, emit
 from edgetrain.cli.progress import CompileNotice, Display, resident_mib
 from edgetrain.cli.savings import savings_of, savings_text, time_dense
 from edgetrain.cli.signals import StopOnSignal
-from edgetrain.cli.sources import make_learner
+from edgetrain.cli.sources import image_size_of, make_learner
 from edgetrain.data import Dataset, available_splits, load_dataset
 from edgetrain.data.images import deviation_to_divide_by
 from edgetrain.data.streaming import STANDARD_INPUT, InstanceSource, open_stream
@@ -132,7 +132,9 @@ def stream_source(config: Config, graph: Graph) -> InstanceSource:
     Raises:
         DataError: they do not, or the source is bad.
     """
-    source = open_stream(config.data.source, graph.input_shape, graph.output_shape[0], graph.class_names)
+    source = open_stream(
+        config.data.source, graph.input_shape, graph.output_shape[0], graph.class_names, image_size_of(config)
+    )
     expected = graph.input_shape if len(graph.input_shape) == 3 else (graph.input_shape[0], 1, *graph.input_shape[1:])
     if source.input_shape not in (None, expected):
         raise DataError(
@@ -159,7 +161,7 @@ def stream_graph(config: Config) -> Graph:
     if name.lower().endswith(".onnx") or config.data.source == STANDARD_INPUT:
         return build_model(name, seed=config.training.seed)
     shape = build_model(name).input_shape
-    source = open_stream(config.data.source, shape, 2)
+    source = open_stream(config.data.source, shape, 2, image_size=image_size_of(config))
     told = source.input_shape or shape
     fitted = (told[0], told[2]) if len(told) == 3 and told[1] == 1 and len(shape) == 2 else told
     return build_model(name, fitted, len(source.class_names), config.training.seed)

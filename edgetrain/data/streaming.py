@@ -33,7 +33,7 @@ from edgetrain.data.dataset import Dataset
 from edgetrain.data.folder import class_folders, image_files, read_image
 from edgetrain.data.npz import DAMAGED, opened, read_npz, split_keys, stored_class_names
 from edgetrain.data.readers import available_splits, is_image_folder, load_dataset
-from edgetrain.errors import DataError, EdgetrainError
+from edgetrain.errors import DataError, EdgetrainError, UsageError
 
 STANDARD_INPUT = "-"
 Block = tuple[NDArray[np.float32], NDArray[np.int64]]
@@ -72,8 +72,9 @@ class InstanceSource(ABC):
 
 
 def open_stream(
-    source: str, graph_shape: Shape, graph_classes: int, class_names: tuple[str, ...] = ()
-) -> InstanceSource:
+    source: str, graph_shape: Shape, graph_classes: int, class_names: tuple[str, ...] = (),
+    image_size: tuple[int, int] | None = None,
+) -> InstanceSource:  # fmt: skip
     """Return the instances of a source.
 
     Args:
@@ -81,18 +82,22 @@ def open_stream(
         graph_shape: of the network's input; images in folders are resized to it.
         graph_classes: number of the network's outputs.
         class_names: of the network, for names as labels on standard input.
+        image_size: (H, W) in pixels to resize to instead; folders of images only.
 
     Raises:
         DataError: the source is missing or of no known format.
+        UsageError: an image size for another kind of source.
     """
     path = Path(source)
     if source == STANDARD_INPUT:
+        if image_size is not None:
+            raise UsageError("standard input: image_size is for folders of images, the network decides; leave it out")
         return _JsonLines(0, graph_shape, graph_classes, class_names)
-    if path.suffix == ".npz" and "train" in (split_keys(path) if path.is_file() else ()):
+    if image_size is None and path.suffix == ".npz" and "train" in (split_keys(path) if path.is_file() else ()):
         return _Npz(path)
     if path.is_dir() and available_splits(source) and is_image_folder(path):
-        return _Folder(path / "train" if _has_classes(path / "train") else path, graph_shape)
-    return _Whole(load_dataset(source))
+        return _Folder(path / "train" if _has_classes(path / "train") else path, graph_shape, image_size)
+    return _Whole(load_dataset(source, image_size=image_size))
 
 
 def _has_classes(folder: Path) -> bool:
@@ -187,7 +192,7 @@ def _members(path: Path, keys: tuple[str, str]) -> Iterator[tuple[_Member, _Memb
 class _Folder(InstanceSource):
     """Class folders, their images in the order of the file names, as a camera numbers them."""
 
-    def __init__(self, folder: Path, graph_shape: Shape) -> None:
+    def __init__(self, folder: Path, graph_shape: Shape, image_size: tuple[int, int] | None) -> None:
         folders = class_folders(folder)
         self._files = sorted(
             ((file, label) for label, place in enumerate(folders.values()) for file in image_files(place)),
@@ -195,7 +200,7 @@ class _Folder(InstanceSource):
         )
         if not self._files:
             raise DataError(f"{folder}: no image in its sub-folders, expected one sub-folder of images per class")
-        self._size = (graph_shape[1], graph_shape[2]) if len(graph_shape) == 3 else None
+        self._size = image_size or ((graph_shape[1], graph_shape[2]) if len(graph_shape) == 3 else None)
         self._channels = graph_shape[0] if graph_shape[0] in (1, 3) else None
         shape = read_image(self._files[0][0], self._size, self._channels).shape
         super().__init__(folder.name, shape, tuple(folders), len(self._files))
