@@ -265,6 +265,21 @@ def test_npz_with_more_images_than_labels_is_refused(tmp_path):
         open_stream(str(tmp_path / "a.npz"), SHAPE, 10)
 
 
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        ({"y": np.array(["cat"] * 20)}, r"a\.npz: labels have dtype <U3, expected integers"),
+        ({"x": np.array([["z"] * 9] * 20)[:, None]}, r"a\.npz: images have dtype <U1"),
+        ({"class_names": np.arange(3)}, r"a\.npz: class_names have dtype int64"),
+    ],
+    ids=["labels", "images", "class-names"],
+)
+def test_an_npz_with_other_things_than_numbers_is_named(tmp_path, arrays, message):
+    np.savez(tmp_path / "a.npz", **({"x": np.zeros((20, 1, 9, 9), np.uint8), "y": np.arange(20) % 3} | arrays))
+    with pytest.raises(DataError, match=message):
+        open_stream(str(tmp_path / "a.npz"), SHAPE, 10)
+
+
 def test_an_npz_in_fortran_order_is_refused_with_a_remedy_that_works(tmp_path):
     x, y = np.arange(5 * 81).reshape(5, 1, 9, 9) % 256, np.arange(5) % 3
     np.savez(tmp_path / "a.npz", x=np.asfortranarray(x), y=y)
@@ -355,10 +370,49 @@ GOOD = '{"x": [1, 2, 3, 4], "y": 2}\n'
 
 
 def test_lines_before_a_bad_one_come_first():
-    with piped(3 * GOOD + "garbage\n" + GOOD) as reading:
+    with piped(3 * GOOD + "garbage\n") as reading:
         labels, error = taken(_JsonLines(reading, (1, 2, 2), 3, ()).blocks(2, 0, never))
     assert labels == [2, 2, 2]
     assert "line 4: not JSON" in str(error)
+    assert str(error).endswith("such as " + '{"pixels": [0, 17, 255], "y": 3}')
+
+
+def test_lines_read_along_with_a_bad_one_are_not_lost():
+    with piped(3 * GOOD + "garbage\n" + GOOD.replace("2}", "1}") + "more garbage\n" + GOOD) as reading:
+        labels, error = taken(_JsonLines(reading, (1, 2, 2), 3, ()).blocks(2, 0, never))
+    assert labels == [2, 2, 2, 1, 2]
+    assert "line 4: not JSON" in str(error)
+    assert "of the lines read along with it, 2 behind it were taken, 1 are bad too" in str(error)
+
+
+def test_a_stream_ends_behind_a_whole_line_wherever_the_reading_stopped():
+    """Lines of a live pipe come in pieces; whoever goes on with it finds the first line that was not taken."""
+    reading, writing = os.pipe()
+    os.write(writing, (GOOD + GOOD[:9]).encode())
+    asked: list[int] = []
+    source = _JsonLines(reading, (1, 2, 2), 3, ())
+    later = threading.Timer(0.3, lambda: os.write(writing, (GOOD[9:] + GOOD.replace("2}", "1}")).encode()))
+    later.start()
+    assert taken(source.blocks(64, 0, lambda: bool(asked.append(0) or len(asked) > 1))) == ([2, 2], None)
+    later.join()
+    os.close(writing)
+    assert taken(_JsonLines(reading, (1, 2, 2), 3, ()).blocks(64, 0, never)) == ([1], None)
+    os.close(reading)
+
+
+@pytest.mark.parametrize("ends", [True, False])
+def test_a_begun_line_is_left_out_when_its_end_does_not_come(ends, monkeypatch):
+    monkeypatch.setattr("edgetrain.data.streaming._PATIENCE", 0.01)
+    reading, writing = os.pipe()
+    os.write(writing, (GOOD + GOOD[:9]).encode())
+    if ends:
+        os.close(writing)
+    asked: list[int] = []
+    source = _JsonLines(reading, (1, 2, 2), 3, ())
+    assert taken(source.blocks(64, 0, lambda: bool(asked.append(0) or len(asked) > 1))) == ([2], None)
+    os.close(reading)
+    if not ends:
+        os.close(writing)
 
 
 def test_lines_that_came_before_a_stop_are_not_lost():

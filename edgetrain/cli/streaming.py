@@ -184,7 +184,7 @@ class StreamSession:
 
         Raises:
             InterruptedRunError: a signal asked to stop; the state is saved.
-            DataError, NumericalError, MemoryBudgetError: an instance is bad or a step failed; the state before it is
+            DataError, NumericalError, MemoryBudgetError: an instance is bad or a step failed; the state is
                 saved.
         """
         learner, settings = self.learner, self.config.stream
@@ -306,9 +306,11 @@ class StreamSession:
 
     def _fail(self, error: EdgetrainError) -> NoReturn:
         self._save()
-        self.run.log("failed", error=str(error), instances=self.learner.stream.position)
+        position = self.learner.stream.position
+        self.run.log("failed", error=str(error), instances=position)
         raise type(error)(
-            f"{error}; the state before it is saved in {self.run.last}, go on with: edgetrain resume {self.run.path}"
+            f"{error}; the state after {position:,} instances is saved in {self.run.last}, go on with: "
+            f"edgetrain resume {self.run.path}"
         ) from error
 
     def _interrupt(self) -> None:

@@ -10,6 +10,11 @@ Standard input is JSON lines, one instance per line, with its label ``y`` (a num
 - ``"image"``: the path of an image file,
 
 flat or nested in the order channel, row, column: ``{"pixels": [0, 17, 255], "y": 3}``. Empty lines are passed over.
+
+Nobody can give the lines of a pipe again, so a stream that is stopped, or that meets a bad line, ends behind a whole
+line, after every line that has been read: who goes on with the same pipe loses none but the bad ones. Lost are up to
+64 KiB that were read ahead when a training step fails or the process is killed, and a begun line when its writer ends
+or waits for two seconds before its end: what comes then begins with a part of a line.
 """
 
 from __future__ import annotations
@@ -28,6 +33,7 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from edgetrain.data.checks import naming
 from edgetrain.data.convert import images_from, labels_from
 from edgetrain.data.dataset import Dataset
 from edgetrain.data.folder import class_folders, image_files, read_image
@@ -41,6 +47,8 @@ Shape = tuple[int, ...]
 
 # Waiting for standard input is interrupted so often to ask whether to stop, seconds.
 _PATIENCE = 0.2
+# The rest of a begun line may stay away so many times as long before a stream that was stopped ends without it.
+_TURNS = 10
 _CHUNK = 1 << 16
 
 
@@ -129,12 +137,15 @@ class _Npz(InstanceSource):
                 raise DataError(f"{path}: {len(images)} images but labels of shape {labels.shape}, expected one each")
             if not len(images):
                 raise DataError(f"{path}: holds images of shape {images.shape}, expected at least one instance")
-            largest = max(int(labels_from(part).max(initial=0)) for part in labels.pieces(_CHUNK))
-            sample = images_from(np.zeros((1, *images.shape[1:]), images.dtype))
+            with naming(path):
+                sample = images_from(np.zeros((1, *images.shape[1:]), images.dtype))
+            largest = max(int(self._labels(part).max(initial=0)) for part in labels.pieces(_CHUNK))
             count = len(images)
         channels, *space = sample.shape[1:]
         shape = (channels, *space) if len(space) == 2 else (channels, 1, *space)
-        super().__init__(path.stem, shape, stored_class_names(names, np.array([largest])), count)
+        with naming(path):
+            class_names = stored_class_names(names, np.array([largest]))
+        super().__init__(path.stem, shape, class_names, count)
 
     def blocks(self, size: int, start: int, should_stop: Callable[[], bool]) -> Iterator[Block]:
         """Read images and labels side by side."""
@@ -143,6 +154,10 @@ class _Npz(InstanceSource):
             for first, (x, y) in zip(range(start, len(images), size), pieces, strict=True):
                 name = f"{self.name}, counted from instance {first} on"
                 yield _checked(images_from(x), labels_from(y), self.class_names, name)
+
+    def _labels(self, y: NDArray[Any]) -> NDArray[np.int64]:
+        with naming(self._path):
+            return labels_from(y)
 
 
 class _Member:
@@ -223,15 +238,35 @@ class _JsonLines(InstanceSource):
 
     def blocks(self, size: int, start: int, should_stop: Callable[[], bool]) -> Iterator[Block]:
         """Parse lines until the input ends."""
-        numbered = enumerate(self._lines(should_stop), 1)
-        parsed = (self._parse(line, f"{self.name}, line {number}") for number, line in numbered if line.strip())
-        return _collected(parsed, size)
+        return _collected(self._parsed(should_stop), size)
+
+    def _parsed(self, should_stop: Callable[[], bool]) -> Iterator[tuple[NDArray[np.float32], int]]:
+        """Yield instances; of a bad line tell after those behind it that have been read along with it.
+
+        Raises:
+            DataError: the first bad line.
+        """
+        failures: list[DataError] = []
+        taken = 0
+        for number, line in enumerate(self._lines(lambda: bool(failures) or should_stop()), 1):
+            if not line.strip():
+                continue
+            try:
+                instance = self._parse(line, f"{self.name}, line {number}")
+            except DataError as error:
+                failures.append(error)
+                continue
+            taken += bool(failures)
+            yield instance
+        if failures:
+            others = f"; of the lines read along with it, {taken} behind it were taken, {len(failures) - 1} are bad too"
+            raise DataError(f"{failures[0]}{others if taken or failures[1:] else ''}")
 
     def _lines(self, should_stop: Callable[[], bool]) -> Iterator[bytes]:
         rest = b""
         while not should_stop():
             # A read that waits would not notice a signal: Python takes it up again.
-            if not select.select([self._descriptor], [], [], _PATIENCE)[0]:
+            if not self._is_ready():
                 continue
             content = os.read(self._descriptor, _CHUNK)
             if not content:
@@ -240,6 +275,21 @@ class _JsonLines(InstanceSource):
                 return
             *whole, rest = (rest + content).split(b"\n")
             yield from whole
+        if rest:
+            yield from self._ended(rest)
+
+    def _is_ready(self) -> bool:
+        return bool(select.select([self._descriptor], [], [], _PATIENCE)[0])
+
+    def _ended(self, line: bytes) -> Iterator[bytes]:
+        """Yield a begun line with its rest, reading nothing behind it; nothing if its end does not come."""
+        while any(self._is_ready() for _ in range(_TURNS)):
+            byte = os.read(self._descriptor, 1)
+            if byte == b"\n":
+                yield line
+            if byte in (b"", b"\n"):
+                return
+            line += byte
 
     def _parse(self, line: bytes, where: str) -> tuple[NDArray[np.float32], int]:
         try:
