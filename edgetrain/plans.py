@@ -289,7 +289,8 @@ class Plans:
             "tables": plan.table_bytes,
             **({} if self.beside is None else self.beside.memory),
         }
-        return MemoryPlan(parts, _notes(sparse, self._whole_gradients))
+        lists = any(node.op_type == "CompressedWeightGrad" for node in plan.graph.nodes)
+        return MemoryPlan(parts, _notes(sparse, self._whole_gradients, lists))
 
     def _blocks(self, count: int) -> int:
         return count if self.by_channel else -(-count // self.lanes)
@@ -330,12 +331,13 @@ class Plans:
             )
 
 
-def _notes(sparse: Sequence[SparseIndex], whole_gradients: bool) -> dict[str, str]:
+def _notes(sparse: Sequence[SparseIndex], whole_gradients: bool, lists: bool) -> dict[str, str]:
     """Return what of the weights and of what belongs to them is stored, by part of the memory plan."""
     if not sparse:
         return {}
     if not all(index.compact for index in sparse):
-        return {"weights": "dense master", "gradients": "dense", "optimizer": "dense", "sparse index": "the pattern"}
+        notes = {"weights": "dense master", "gradients": "dense", "optimizer": "dense", "sparse index": "the pattern"}
+        return notes | ({"activations": "pruned ones as lists"} if lists else {})
     notes = dict.fromkeys(("weights", "gradients", "optimizer"), "non-zeros only")
     refresh = {"activations": "whole gradients at a refresh"} if whole_gradients else {}
     return notes | refresh | {"sparse index": "the pattern"}

@@ -183,6 +183,7 @@ def test_plan_tells_what_sparse_training_stores(capsys, sparsity, stored):
     for line in (f"weights ({stored})", "sparse index (the pattern)"):
         assert line in out
     assert ("activations (whole gradients at a refresh)" in out) == (sparsity == "rigl")
+    assert ("activations (pruned ones as lists)" in out) == (sparsity == "swat")
 
 
 def test_plan_with_methods_is_that_of_their_learner(capsys):
