@@ -44,6 +44,7 @@ class TrainingGraph:
         gradients: name of the gradient of every trainable array.
         again: by the name of a value that the backward pass computes once more, the forward pass's value.
         records: how many layers remember something from step to step, see ``kernels.codes.RECORD``.
+        densities: share of the weights that there may be, by name, where not all exist.
     """
 
     graph: Graph
@@ -54,6 +55,7 @@ class TrainingGraph:
     gradients: dict[str, str] = field(default_factory=dict)
     again: dict[str, Value] = field(default_factory=dict)
     records: int = 0
+    densities: dict[str, float] = field(default_factory=dict)
 
 
 class Tape:

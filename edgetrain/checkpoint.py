@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from edgetrain.devices import DeviceProfile
 from edgetrain.errors import CheckpointError
+from edgetrain.graph import placeholder
 from edgetrain.graph_json import graph_from_dict, graph_to_dict
 from edgetrain.history import History
 from edgetrain.optim import Optimizer
@@ -49,7 +50,7 @@ def save_checkpoint(learner: Learner, path: str | os.PathLike[str]) -> None:
     """
     tensors, meta = learner.state()
     sparse = learner.topology.indices  # their weights are in the state only: a dense copy would say nothing new
-    arrays = {name: array for name, array in learner.parameters().items() if name not in sparse}
+    arrays = {key[8:]: a for key, a in tensors.items() if key.startswith("weights/") and key[8:] not in sparse}
     tensors = {f"state/{name}": np.ascontiguousarray(array) for name, array in tensors.items()}
     tensors |= {f"graph/{name}": array for name, array in arrays.items()}
     tensors, aliases = _without_duplicates(tensors)
@@ -78,7 +79,9 @@ def load_checkpoint(path: str | os.PathLike[str]) -> Learner:
         arrays = {name[6:]: array for name, array in tensors.items() if name.startswith("graph/")}
         state = {name[6:]: array for name, array in tensors.items() if name.startswith("state/")}
         arrays |= _placeholders(table["graph"], arrays)
-        learner = Learner(graph_from_dict(table["graph"], arrays), **_arguments(table["settings"]))
+        graph = graph_from_dict(table["graph"], arrays)
+        graph.densities = (table["state"].get("topology") or {}).get("densities", {})
+        learner = Learner(graph, **_arguments(table["settings"]))
         learner.restore(state, table["state"])
         learner.position = replace(learner.position, **table["position"])
         learner.history = History.from_dict(table["history"])
@@ -88,9 +91,9 @@ def load_checkpoint(path: str | os.PathLike[str]) -> Learner:
 
 
 def _placeholders(graph: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> Tensors:
-    """Return zeros in the place of sparse weights, which the state brings."""
+    """Return placeholders of sparse weights, which the state brings."""
     shapes = {step["parameter"]: step["shape"] for step in graph["steps"] if "parameter" in step}
-    return {name: np.broadcast_to(np.float32(0), shape) for name, shape in shapes.items() if name not in arrays}
+    return {name: placeholder(shape) for name, shape in shapes.items() if name not in arrays}
 
 
 def read_checkpoint(path: str | os.PathLike[str]) -> tuple[Tensors, dict[str, Any]]:

@@ -13,7 +13,7 @@ have their ONNX shape.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -100,6 +100,25 @@ class Normalization:
     std: NDArray[np.float32]
 
 
+# What every placeholder shows: its address tells a placeholder from any other array.
+_NOTHING = np.zeros((), np.float32)
+
+
+def placeholder(shape: Sequence[int]) -> NDArray[np.float32]:
+    """Return zeros that take no memory, for a graph to hold where sparse weights are stored elsewhere."""
+    return np.broadcast_to(_NOTHING, shape)
+
+
+def is_placeholder(array: Any) -> bool:
+    """Whether an array was made by ``placeholder``.
+
+    Example:
+        >>> is_placeholder(placeholder((2, 3))), is_placeholder(np.zeros((2, 3)))
+        (True, False)
+    """
+    return isinstance(array, np.ndarray) and array.ctypes.data == _NOTHING.ctypes.data
+
+
 class Graph:
     """A network: values, nodes in execution order, and the arrays of its parameters.
 
@@ -110,6 +129,8 @@ class Graph:
         nodes: in execution order.
         arrays: float32 arrays of parameters and constants by value name, in ONNX layout.
         trainable: names of the arrays that training may change.
+        trained: whether the arrays come from a file or from training, not from a builder's random numbers.
+        densities: shares of weights that exist, by weight, of arrays that are placeholders.
         normalization: input normalisation that belongs to the model, or ``None``.
         class_names: labels of the outputs, empty when unknown.
         softmax_output: whether users of the model get probabilities: the exported file ends in Softmax.
@@ -131,6 +152,8 @@ class Graph:
         self.nodes: list[Node] = []
         self.arrays: dict[str, NDArray[np.float32]] = {}
         self.trainable: set[str] = set()
+        self.trained = False
+        self.densities: dict[str, float] = {}
         self.normalization: Normalization | None = None
         self.class_names: tuple[str, ...] = ()
         self.softmax_output = False
@@ -170,10 +193,10 @@ class Graph:
 
         Args:
             name: of the value and of the ONNX initializer.
-            array: anything NumPy turns into float32.
+            array: anything NumPy turns into float32, or a ``placeholder``, which stays one.
             trainable: ``False`` for running averages and constants.
         """
-        data = np.array(array, dtype=np.float32, order="C")
+        data = array if is_placeholder(array) else np.array(array, dtype=np.float32, order="C")
         self.add_value(Value(name, data.shape, batched=False))
         self.arrays[name] = data
         if trainable:
@@ -236,8 +259,8 @@ class Graph:
         twin = Graph(self.name)
         twin.inputs, twin.outputs = list(self.inputs), list(self.outputs)
         twin.values, twin.nodes = dict(self.values), list(self.nodes)
-        twin.arrays = {name: array.copy() for name, array in self.arrays.items()}
-        twin.trainable = set(self.trainable)
+        twin.arrays = {name: a if is_placeholder(a) else a.copy() for name, a in self.arrays.items()}
+        twin.trainable, twin.trained, twin.densities = set(self.trainable), self.trained, dict(self.densities)
         twin.normalization, twin.class_names = self.normalization, self.class_names
         twin.softmax_output = self.softmax_output
         return twin

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -24,8 +25,8 @@ from edgetrain.sparsity import SparsityPolicy
 _MULTIPLYING = {"multiply": 0, "correlate": 0, "correlate_listed": 0, "winograd": 1}
 # Compiled for lanes and the cut of the maps, no tile of channels.
 _LISTED = ("multiply_csr", "correlate_csr", "multiply_lists", "correlate_lists")
-# Compiled for lanes of channels, vectors of them, rows and columns of the kernel.
-_POOLED = ("correlate_pooled", "spread_elements")
+# Compiled for lanes of channels, vectors of them, and terms, or rows and columns of the kernel.
+_NUMBERS = ("correlate_elements", "correlate_pooled", "spread_elements")
 
 
 @dataclass(frozen=True)
@@ -39,8 +40,8 @@ class KernelUse:
         method: see ``layer_report.method_of``; by rules alone, since it changes results.
         kernel: its name.
         lanes, lanes_hold: numbers in a vector, and what they are.
-        tile: (channels, vectors of pixels) of a multiply, (channels, terms) of a correlate and of lists before max
-            pools, (channels, vectors of 4x4 tiles) of winograd.
+        tile: (channels, vectors of pixels) of a multiply, (channels, terms) of a correlate and of lists of
+            numbers, (channels, vectors of 4x4 tiles) of winograd.
         jobs: parts that threads share.
         reason: of the tile, ``rule`` or ``calibration``.
     """
@@ -89,7 +90,7 @@ def merged(uses: Iterable[KernelUse]) -> list[KernelUse]:
 
 def _multiplies(plan: Plan, row: Row) -> bool:
     product = isinstance(get_op(plan.graph.nodes[row.node].op_type), (ProductOp, ProductGrad))
-    return product and row.kernel[0] in (*_MULTIPLYING, *_LISTED, *_POOLED)
+    return product and row.kernel[0] in (*_MULTIPLYING, *_LISTED, *_NUMBERS)
 
 
 def _use(plan: Plan, row: Row) -> KernelUse:
@@ -105,13 +106,13 @@ def _use(plan: Plan, row: Row) -> KernelUse:
 
 
 def _tile(name: str, lanes: int, sizes: list[int]) -> tuple[int, int] | None:
-    if name in _POOLED:
-        return lanes * sizes[0], sizes[1] * sizes[2]
+    if name in _NUMBERS:
+        return lanes * sizes[0], math.prod(sizes[1:3])
     return (sizes[0], sizes[1]) if name in _MULTIPLYING else None
 
 
 def _lanes_hold(plan: Plan, row: Row) -> str:
-    if plan.by_channel or row.kernel[0] in _POOLED:
+    if plan.by_channel or row.kernel[0] in _NUMBERS:
         return "channels"
     outer = row.kernel[0] == "multiply" and row.kernel[1][-1] == CHANNELS
     return "weights" if outer else "samples"

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from edgetrain.graph import Node
 from edgetrain.lowering_sparse import SKIPS_WEIGHTS
 from edgetrain.ops import get_op
-from edgetrain.ops.conv import ProductGrad, ProductOp
+from edgetrain.ops.conv import ProductGrad, ProductOp, weights_of
 from edgetrain.plan import Plan
 
 if TYPE_CHECKING:
@@ -74,19 +74,10 @@ def layer_report(learner: Learner) -> list[LayerUse]:
     median = np.median(times, axis=0)
     layers: dict[str, list[int]] = {}
     for position, node in enumerate(plan.graph.nodes):
-        weight = _weight(node)
+        weight = weights_of(node)
         if weight is not None:
-            layers.setdefault(weight, []).append(position)
+            layers.setdefault(weight.name, []).append(position)
     return [_use(learner, plan, name, nodes, median) for name, nodes in layers.items()]
-
-
-def _weight(node: Node) -> str | None:
-    """Return the name of a product's weights."""
-    op = get_op(node.op_type)
-    if not isinstance(op, (ProductOp, ProductGrad)):
-        return None
-    of_weights = node.get("like") is not None and not node.get("like").batched
-    return str(node.get("like").name if of_weights else node.input(1).name)
 
 
 def _use(learner: Learner, plan: Plan, name: str, nodes: Sequence[int], seconds: Any) -> LayerUse:

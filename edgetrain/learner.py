@@ -125,7 +125,7 @@ class Learner:
         self.plans = Plans(
             self.graph, self._parameters, self._optimizer, objective, self.batch_size, self.memory_budget,
             self._allowed(threads), self.error_pruning, self.topology.wants_gradients,
-            None if self.sparsity is None else self.topology.rewrite,
+            self.topology.rewrite if self.topology.prunes_activations else None,
         )  # fmt: skip
         self._start_stream()
 
@@ -343,7 +343,8 @@ class Learner:
 
         Arrays are matched by name and shape; those of the same network under other names by their order, if all of
         them pair up (``onnx_io.match_parameters``). Arrays with another name or shape, such as another last layer,
-        keep their values; the report lists them. In sparse layers the largest of the given weights exist from now on.
+        keep their values; the report lists them. In sparse layers the largest of the given weights exist from now on,
+        unless the policy says otherwise (``initial_pattern``, ``rescale``).
 
         Raises:
             ModelError: nothing or next to nothing matches, or an array holds NaN or infinite numbers; nothing has
@@ -354,8 +355,8 @@ class Learner:
         given = source if isinstance(source, Mapping) else Path(source)
         arrays, report = match_parameters(self.graph, given)  # type: ignore[arg-type]
         with self._lock:
-            self.topology.adopt(arrays)
-            self._parameters.load(arrays)
+            self._parameters.load(self.topology.adopt(arrays))
+            self.graph.trained = True
         return report
 
     def state(self) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
@@ -393,6 +394,7 @@ class Learner:
                 buffer, name = key.split("/", 1)
                 parameters.stored(name, buffer)[...] = array
             self.step_count = int(meta["step_count"])
+            self.graph.trained |= self.step_count > 0
             self._start_stream()
             if "stream" in meta:
                 self.stream.restore(streamed, meta["stream"])
@@ -445,14 +447,16 @@ class Learner:
     def export_onnx(self, path: str | os.PathLike[str]) -> None:
         """Write the network with its present parameters, input normalisation included.
 
-        Weights that do not exist are zeros; the file's metadata tell the policy and the density of every sparse layer.
+        Weights that do not exist are zeros; the file's metadata tell the policy and the density of every sparse layer,
+        without a policy that of layers that have zeros.
 
         Raises:
             UsageError: the file cannot be written there.
         """
         from edgetrain.onnx_io import save_onnx
 
-        save_onnx(self.graph, path, arrays=self.parameters(), metadata=self.topology.describe())
+        arrays = self.parameters()
+        save_onnx(self.graph, path, arrays=arrays, metadata=self.topology.describe(self.graph, arrays))
 
     # --- plans ---
 
@@ -488,6 +492,7 @@ class Learner:
         shapes = self.graph.values
         self.topology.end_step(self.step_count, lambda name: executor.kept(whole_gradient(name), shapes[name].shape))
         self.step_count += 1
+        self.graph.trained = True
 
     def _prepare(self, x: Inputs, y: ArrayLike, whole_gradients: bool = False) -> tuple[Executor, Arrays, int]:
         """Check a batch and put its labels, mask and counters where kernels read them."""

@@ -71,10 +71,7 @@ class ProductLowering(SparseLowering):
 
     def product_weight_grad(self, node: Node, g: Product) -> None:
         """Emit the gradient of a product's weights, from (x, grad_out)."""
-        weight = node.get("like")
-        index = self.sparse.get(weight.name)
-        lists = self.runs_sparse(weight, winograd=winograd.suits(self, g, g.out))
-        if index is not None and index.compact and lists and not self.whole_gradients:
+        if self.keeps_lists(node.get("like"), winograd.suits(self, g, g.out)):
             self.sparse_weight_grad(node, g)
             return
         with self.whole_gradient(node, g) as target:
@@ -82,6 +79,12 @@ class ProductLowering(SparseLowering):
                 winograd.weight_grad(self, node, g, target)
             else:
                 self._direct_weight_grad(node, g, target)
+
+    def keeps_lists(self, weight: Value, winograd: bool) -> bool:
+        """Whether only the gradients of weights that exist are wanted, and computed by lists; see ``runs_sparse``."""
+        index = self.sparse.get(weight.name)
+        compact = index is not None and index.compact and not self.whole_gradients
+        return compact and self.runs_sparse(weight, winograd)
 
     @contextmanager
     def whole_gradient(self, node: Node, g: Product) -> Iterator[Ref]:

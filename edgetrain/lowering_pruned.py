@@ -48,6 +48,9 @@ class PrunedLowering(ProductLowering):
         if self._winograd(kept, node.input(1), g.size):
             winograd.input_grad(self, node, kept, self.address(node.input(2)))
             return
+        if self.runs_sparse(node.input(1)):
+            self.sparse_input_grad(node, g, node.input(2))
+            return
         grad, out = self.layout(node.x), self.layout(node.y)
         weight = self.dense_weight(node.input(1), g)
         for phase, few in zip(g.phases(), kept.phases(), strict=True):
@@ -85,7 +88,11 @@ class PrunedLowering(ProductLowering):
         return terms, sources, count
 
     def pruned_weight_grad(self, node: Node, g: Product) -> None:
-        """Zeros for the channels that are not kept; for the others as the dense gradient."""
+        """Zeros for the channels that are not kept; for the others as the gradient of all."""
+        few = replace(g, channels_out=node.input(2).size)
+        if self.keeps_lists(node.get("like"), winograd.suits(self, few, g.out)):
+            self.sparse_weight_grad(node, g, node.input(2))
+            return
         with self.whole_gradient(node, g) as target:
             self._pruned_weight_grad(node, g, target)
 
@@ -175,7 +182,8 @@ class PrunedLowering(ProductLowering):
         grad, base, lists = self.layout(node.input(1)), self.address(node.x), self._lists(node, g)
         self.clear_unmet(node, g, target)
         for number, phase in enumerate(lists.phases):
-            terms = list(zip(phase.terms(grad), phase.sources(), strict=True))
+            # In the order of the weights, as ``kernels.tiles`` expects.
+            terms = sorted(zip(phase.terms(grad), phase.sources(), strict=True), key=lambda term: term[1])
             width = min(_LISTED_TERMS, len(terms))
             chunk = -(-len(terms) // (width * _PARTS)) * width
             chunks = -(-len(terms) // chunk)

@@ -14,7 +14,7 @@ import numpy as np
 from edgetrain.arrays import Layout
 from edgetrain.choice import target
 from edgetrain.graph import Node, Value
-from edgetrain.kernels.codes import ABSENT, SAMPLES
+from edgetrain.kernels.codes import ABSENT, ALL_COUNT, FLAGGED_COLUMNS, FLAGGED_ROWS, SAMPLES
 from edgetrain.lowering_core import LoweringCore, Pair
 from edgetrain.plan import Ref
 from edgetrain.sparse_index import SparseIndex
@@ -61,6 +61,15 @@ class Grid:
     columns: int
     steps: Pair
     blocks: int
+
+
+@dataclass(frozen=True)
+class _Flags:
+    """Which part of a list counts: see ``kernels.csr.expand_csr``."""
+
+    kind: int = ALL_COUNT
+    address: Ref | int = 0
+    taps: int = 1
 
 
 @dataclass(frozen=True)
@@ -183,25 +192,33 @@ class SparseLowering(LoweringCore):
         bias_ref = self.zeros(index.rows) if bias is None else self.address(bias)
         self._multiply(self.address(node.x), x, self.address(node.y), y, grid, lists, index.rows, bias_ref)
 
-    def sparse_input_grad(self, node: Node, g: Product) -> None:
-        """Emit the gradient of the input: one product on the transposed list per phase of the stride."""
+    def sparse_input_grad(self, node: Node, g: Product, kept: Value | None = None) -> None:
+        """Emit the gradient of the input: one product on the transposed list per phase of the stride.
+
+        ``kept``: numbers of the output channels that count, all by default.
+        """
+        flags = _Flags() if kept is None else _Flags(FLAGGED_COLUMNS, self._flags(kept, g), len(g.taps))
         grad, out = self.layout(node.x), self.layout(node.y)
         for phase in g.phases():
             pixels = phase.pixels(grad, out)
             columns = len(range(phase.first[1], g.size[1], g.strides[1]))
             grid = self._grid(pixels, columns, (grad.pixel, g.strides[1] * out.pixel), grad, out)
             lists = self._expand(node.input(1), _phase_terms(phase, grad), g.channels_in, g.inputs,
-                                 g.outputs * grad.channel, grid, "input_")  # fmt: skip
+                                 g.outputs * grad.channel, grid, "input_", flags)  # fmt: skip
             self._multiply(self.address(node.x), grad, self.address(node.y), out, grid, lists, g.channels_in,
                            self.zeros(g.channels_in))  # fmt: skip
 
-    def sparse_weight_grad(self, node: Node, g: Product) -> None:
-        """Emit the gradients of the weights that exist: vectors of partial sums, then their sums."""
+    def sparse_weight_grad(self, node: Node, g: Product, kept: Value | None = None) -> None:
+        """Emit the gradients of the weights that exist: vectors of partial sums, then their sums.
+
+        ``kept``: numbers of the output channels that count, all by default; the others' weights get 0.
+        """
         x, grad = self.layout(node.x), self.layout(node.input(1))
         weight = node.get("like")
         index: SparseIndex = self.sparse[weight.name]
         grid = self._grid(g.forward_pixels(x, grad), g.out[1], (g.strides[1] * x.pixel, grad.pixel), x, grad)
-        lists = self._expand(weight, g.forward_terms(x), index.rows, g.outputs, g.inputs * x.channel, grid)
+        flags = _Flags() if kept is None else _Flags(FLAGGED_ROWS, self._flags(kept, g))
+        lists = self._expand(weight, g.forward_terms(x), index.rows, g.outputs, g.inputs * x.channel, grid, flags=flags)
         cuts = tilings(grid, _pixels())
         part_sums = 4 * self.lanes * max(1, index.capacity)
         chunks = max(1, min(-(-_WANTED_JOBS // grid.blocks), cuts[0].tiles, _SUMS // (part_sums * grid.blocks)))
@@ -218,12 +235,22 @@ class SparseLowering(LoweringCore):
                 part_sums=part_sums, tile_count=cut.tiles, tile_chunk=-(-cut.tiles // chunks), tile_chunks=chunks,
                 row_chunk=row_chunk, row_chunks=row_chunks,
             )  # fmt: skip
-        self.emit(
-            "sum_csr", (self.lanes,), -(-index.capacity // _ENTRIES_PER_JOB), sums=sums,
-            grad_weight=self.address(node.y), count=self.index(weight)["starts"] + 4 * index.rows,
-            capacity=index.capacity, part_sums=part_sums, chunks=grid.blocks * chunks,
-            entries_per_job=_ENTRIES_PER_JOB,
-        )  # fmt: skip
+        starts = self.index(weight)["starts"]
+        common: dict[str, int | Ref] = {"sums": sums, "grad_weight": self.address(node.y), "capacity": index.capacity,
+                  "part_sums": part_sums, "chunks": grid.blocks * chunks}  # fmt: skip
+        if kept is None:
+            self.emit("sum_csr", (self.lanes,), -(-index.capacity // _ENTRIES_PER_JOB), **common,
+                      count=starts + 4 * index.rows, entries_per_job=_ENTRIES_PER_JOB)  # fmt: skip
+        else:
+            self.emit("sum_csr_listed", (self.lanes,), -(-index.rows // _ROWS_PER_JOB), **common, starts=starts,
+                      flags=flags.address, row_count=index.rows, rows_per_job=_ROWS_PER_JOB)  # fmt: skip
+
+    def _flags(self, kept: Value, g: Product) -> Ref:
+        """Emit which output channels count; return where that stands, int32 per channel."""
+        flags = self.workspace(4 * g.channels_out)
+        self.emit("channel_flags", (), 1, kept=self.address(kept), kept_count=kept.size, channels=g.channels_out,
+                  flags=flags)  # fmt: skip
+        return flags
 
     def _grid(self, pixels: list[Pair], columns: int, steps: Pair, gathered: Layout, other: Layout) -> Grid:
         """Return the pixels as rows; those of all blocks are in one grid where a block's would not fill a tile."""
@@ -234,7 +261,7 @@ class SparseLowering(LoweringCore):
         return Grid(rows, columns, steps, 1)
 
     def _expand(self, weight: Value, terms: list[int], rows: int, group_rows: int, group_bytes: int, grid: Grid,
-                order: str = "") -> dict[str, int | Ref]:  # fmt: skip
+                order: str = "", flags: _Flags = _Flags()) -> dict[str, int | Ref]:  # fmt: skip
         """Emit the expansion of a weight's list; return its entries and bounds.
 
         ``order``: "" for rows of output channels, "input_" for rows of input channels.
@@ -248,9 +275,10 @@ class SparseLowering(LoweringCore):
             self.plan.fixed[name] = getattr(index, order + part)
             arrays[part] = Ref(name)
         self.emit(
-            "expand_csr", (), -(-rows // _ROWS_PER_JOB), **arrays, weight=self.address(weight), terms=self.table(terms),
-            limits=self.table(limits), bounds=bounds, entries=entries, row_count=rows, group_rows=group_rows,
-            group_bytes=group_bytes, parts=len(limits), rows_per_job=_ROWS_PER_JOB,
+            "expand_csr", (flags.kind,), -(-rows // _ROWS_PER_JOB), **arrays, weight=self.address(weight),
+            terms=self.table(terms), limits=self.table(limits), bounds=bounds, entries=entries, row_count=rows,
+            group_rows=group_rows, group_bytes=group_bytes, parts=len(limits), rows_per_job=_ROWS_PER_JOB,
+            flags=flags.address, taps=flags.taps,
         )  # fmt: skip
         return {"entries": entries, "bounds": bounds, "parts": len(limits)}
 

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgetrain.errors import UsageError
+from edgetrain.schema import take_numbers
 
 KINDS = ("constant", "step", "cosine", "one_cycle")
 # Places in the settings array; the same order as in kernels/update.py (a test compares them).
@@ -49,6 +50,8 @@ class Schedule:
     gamma: float = 0.1
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "milestones", tuple(self.milestones))
+        take_numbers(self, "schedule")
         if self.kind not in KINDS:
             raise UsageError(f"schedule '{self.kind}' is unknown; expected one of {', '.join(KINDS)}")
         if not (isinstance(self.warmup, int | float) and 0 <= self.warmup < 1):
@@ -57,7 +60,6 @@ class Schedule:
             raise UsageError(f"schedule: total_steps={self.total_steps!r}, expected an integer of at least 1, or None")
         if not all(isinstance(value, int | float) and value >= 0 for value in (self.final, self.gamma)):
             raise UsageError(f"schedule: final={self.final!r}, gamma={self.gamma!r}, expected numbers of at least 0")
-        object.__setattr__(self, "milestones", tuple(self.milestones))
 
     def factor(self, step: int) -> float:
         """Return the factor for optimizer step ``step`` (from 0).
@@ -121,6 +123,7 @@ class Optimizer:
     name: ClassVar[str]
 
     def __post_init__(self) -> None:
+        take_numbers(self, self.name)
         for key, low, high in (("lr", 0.0, math.inf), ("weight_decay", 0.0, math.inf), *self._ranges()):
             value = getattr(self, key)
             if not (isinstance(value, int | float) and low <= value < high):

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from edgetrain.arrays import ALIGNMENT, aligned
-from edgetrain.graph import Graph, Node, Normalization
+from edgetrain.graph import Graph, Node, Normalization, placeholder
 from edgetrain.kernels.codes import DENSITY, RECORD, TALLY_BYTES
 from edgetrain.optim import SETTINGS, Optimizer
 from edgetrain.sparse_index import SparseIndex
@@ -107,7 +107,7 @@ class Parameters:
     def shared(self, name: str) -> NDArray[np.float32]:
         """Return an array for a graph to hold: the stored one, or a placeholder of the right shape without memory."""
         if self._is_compact(name):
-            return np.broadcast_to(np.float32(0), self._shapes[name])
+            return placeholder(self._shapes[name])
         return self.view(name)
 
     def dense(self, name: str, buffer: str = "weights") -> NDArray[np.float32]:

@@ -7,7 +7,7 @@ A plan is a training step or a prediction lowered to a table of kernel calls: ``
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -24,6 +24,7 @@ from edgetrain.lowering_channels import ChannelLowering, fits
 from edgetrain.lowering_sparse import SKIPS_WEIGHTS, suits_lists
 from edgetrain.memory import Lifetime, place
 from edgetrain.ops import get_op
+from edgetrain.ops.conv import ProductOp, weights_of
 from edgetrain.optim import Optimizer
 from edgetrain.parameters import Parameters
 from edgetrain.plan import KernelKey, Plan, Ref
@@ -37,6 +38,12 @@ _KEPT_PLANS = 8
 _LISTED = ("ListedInputGrad", "ListedWeightGrad", "PooledInputGrad", "PooledWeightGrad")
 # Lanes hold channels when this many batches would fit into one vector of samples.
 _SMALL_BATCH = 4
+# Batches so small nevertheless have lists of weights, and mostly empty lanes, where the lists leave at most this share
+# of the operations, by batch size (a step at batch 1, lists and written out against dense: ResNet-8 with 0.10 left 1.60
+# and 1.07, with 0.02 0.91 and 1.06; at batch 2 0.87 and 1.04; at batch 4 with 0.18 0.70 and 1.02), or where a weight
+# has few operations, so that writing it out costs as much as they do (LeNet-5 with a tenth of its weights 0.84, 1.31).
+_LISTED_SHARE = 0.3
+_LEFT, _FEW_OPERATIONS = {1: 0.02, 2: 0.1, 3: 0.75, 4: 0.75}, 10
 
 
 @dataclass(frozen=True)
@@ -122,10 +129,14 @@ class Plans:
     def by_channel(self) -> bool:
         """Whether lanes hold channels: for batches that would leave most sample lanes empty.
 
-        Kernels that skip something exist for lanes of samples only.
+        Kernels that skip something exist for lanes of samples only; with channels in the lanes sparse weights are
+        written out.
         """
         small = self._batch_size * _SMALL_BATCH <= simd_lanes()
-        return small and self._rewrite is None and self._error_pruning is None and fits(self.graph.nodes)
+        pruned = self._error_pruning is not None and not self._error_pruning.idle
+        if not small or self._rewrite is not None or pruned or not fits(self.graph.nodes):
+            return False
+        return not _lists_pay(self.graph, self.parameters.sparse, self._batch_size)
 
     @functools.cached_property
     def training(self) -> TrainingGraph:
@@ -133,12 +144,13 @@ class Plans:
         made = training_graph(self.graph, self._objective.loss, self._objective.label_smoothing)
         self.parameters.start_training(made.gradients, self._optimizer)
         self._macs["dense"] = _macs(made)
+        made.densities = {name: index.capacity / index.size for name, index in self.parameters.sparse.items()}
         if self._rewrite is not None:
             self._rewrite(made)
         if self._error_pruning is not None:
             self._error_pruning.rewrite(made)
         if not self.by_channel:
-            list_pooled_errors(made, self.lanes, self.parameters.sparse)
+            list_pooled_errors(made, self.lanes)
         if self._error_pruning is not None:
             self._error_pruning.skip(made)
         self.parameters.start_records(made.graph.nodes, made.records)
@@ -261,7 +273,8 @@ class Plans:
         nodes = {row.node for row in plan.rows if row.kernel[0] in SKIPS_WEIGHTS}
         found = []
         for node in (plan.graph.nodes[position] for position in sorted(nodes)):
-            weight = node.get("like") if node.op_type == "ProductWeightGrad" else node.input(1)
+            weight = weights_of(node)
+            assert weight is not None
             found.append((get_op(node.op_type).macs(node), self.parameters.sparse[weight.name]))
         return found
 
@@ -341,6 +354,27 @@ def _notes(sparse: Sequence[SparseIndex], whole_gradients: bool, lists: bool) ->
     notes = dict.fromkeys(("weights", "gradients", "optimizer"), "non-zeros only")
     refresh = {"activations": "whole gradients at a refresh"} if whole_gradients else {}
     return notes | refresh | {"sparse index": "the pattern"}
+
+
+def _lists_pay(graph: Graph, sparse: Mapping[str, SparseIndex], batch_size: int) -> bool:
+    """Whether lists of weights beat channels in the lanes for a batch of few samples, see ``_LEFT``.
+
+    Depthwise convolutions, which have no lists, are several times slower in empty lanes.
+    """
+    operations = left = weights = 0.0
+    for node in graph.nodes:
+        op = get_op(node.op_type)
+        if isinstance(op, ProductOp):
+            g, index = op.product(node), sparse.get(node.input(1).name)
+            if g.groups > 1:
+                return False
+            # By the capacity: what a resumed run computes must not depend on how many weights there are now.
+            share = 1.0 if index is None else index.capacity / index.size
+            operations += g.macs
+            left += g.macs * (share if share <= _LISTED_SHARE else 1.0)
+            weights += node.input(1).size
+    few = operations <= _FEW_OPERATIONS * weights
+    return left < operations and (few or left <= _LEFT.get(batch_size, 1.0) * operations)
 
 
 def _skipped_weights(plan: Plan) -> int:

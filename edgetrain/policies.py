@@ -55,7 +55,7 @@ def policy_names(kind: str) -> list[str]:
 
 
 def parse_policy(kind: str, text: str) -> Any:
-    """Return the policy that a text describes, ``None`` for "none" and an empty text.
+    """Return the policy that a text describes, ``None`` for "none".
 
     Args:
         kind: "filter", "sparsity" or "error_pruning".
@@ -72,7 +72,7 @@ def parse_policy(kind: str, text: str) -> Any:
         True
     """
     name, _, settings = text.strip().partition(":")
-    if name in ("", NONE):
+    if name == NONE:
         if settings:
             raise UsageError(f"{_what(kind)} '{text}': 'none' takes no settings")
         return None
@@ -142,8 +142,12 @@ def example(kind: str) -> str:
 def _find(kind: str, name: str, text: str) -> Any:
     known = _POLICIES[kind]
     if name not in known:
-        hint = f"did you mean '{nearest(name, known)}'? " if known else ""
-        raise UsageError(f"{_what(kind)} '{text}': unknown name '{name}'; {hint}known: {', '.join([*known, NONE])}")
+        likely = nearest(name, known)
+        hint = f"did you mean '{likely}'? " if set(name) & set(likely) else ""
+        listed = ", ".join([*known, NONE])
+        raise UsageError(
+            f"{_what(kind)} '{text}': unknown name '{name}'; {hint}known: {listed}; expected such as {example(kind)}"
+        )
     return _load(kind, name)
 
 
@@ -180,9 +184,9 @@ def _value(hint: Any, text: str, where: str) -> Any:
             return _TRUTH[text.lower()] if kind is bool else kind(text)
         except (KeyError, ValueError):
             continue
-    expected = " or ".join({"bool": "true or false", "int": "a whole number", "float": "a number"}[k.__name__]
-                           for k in kinds)  # fmt: skip
-    raise UsageError(f"{where}={text}, expected {expected}")
+    names = {bool: "true or false", int: "a whole number", float: "a number"}
+    expected = [NONE] if type(None) in getattr(hint, "__args__", ()) else []
+    raise UsageError(f"{where}={text}, expected {' or '.join([*expected, *(names[kind] for kind in kinds)])}")
 
 
 _TRUTH = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}

@@ -7,7 +7,6 @@ A max pool hands each gradient to one pixel of a window, a Relu stops about half
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
 from dataclasses import replace
 
 from edgetrain.autodiff import TrainingGraph
@@ -29,19 +28,22 @@ _MARGIN, _MEMORY = 0.9, 1.5
 _READERS = {"ProductInputGrad", "ProductWeightGrad", "SumTo"}
 
 
-def list_pooled_errors(train: TrainingGraph, lanes: int, sparse: Collection[str]) -> None:
+def list_pooled_errors(train: TrainingGraph, lanes: int) -> None:
     """Let convolutions compute their gradients from lists of what comes to the max pool behind them, where that pays.
+
+    Not where some weights do not exist: their products skip zeros already.
 
     Args:
         train: is changed: the pool's gradient becomes ``PooledErrors``, its readers ``PooledInputGrad`` and
             ``PooledWeightGrad``; the bias gets the sum of what comes to the pool.
         lanes: samples in a vector.
-        sparse: names of weights that do not all exist; their products skip zeros already.
     """
     for node in [n for n in train.graph.nodes if n.op_type == "MaxPoolGrad"]:
         readers, pool = train.graph.consumers(node.y.name), MaxPoolGrad().pool(node)
         conv = train.graph.producer(node.get("like").name)
-        if conv is None or conv.op_type != "Conv" or conv.input(1).name in sparse or int(conv.get("group", 1)) != 1:
+        if conv is None or conv.op_type != "Conv" or int(conv.get("group", 1)) != 1:
+            continue
+        if conv.input(1).name in train.densities:
             continue
         kinds = {reader.op_type for reader in readers}
         if not pool.inside or "ProductWeightGrad" not in kinds or not kinds <= _READERS:

@@ -15,6 +15,7 @@ from edgetrain.arrays import aligned
 from edgetrain.errors import UsageError
 
 Mask = NDArray[np.bool_]
+Positions = NDArray[np.int64]
 Floats = NDArray[np.float32]
 
 
@@ -106,11 +107,24 @@ class SparseIndex:
         Raises:
             UsageError: another shape, or more entries than ``capacity``.
         """
-        rows = self._by_row(np.asarray(mask, bool))
-        owners, columns = np.nonzero(rows)
-        count = len(columns)
+        given = np.asarray(mask, bool)
+        if given.shape != self.shape:
+            raise UsageError(f"sparse index: a mask of shape {given.shape}, expected {self.shape}")
+        self.set_positions(np.flatnonzero(given))
+
+    def set_positions(self, positions: Positions) -> None:
+        """Take another topology without a dense mask; the values are the caller's business.
+
+        Args:
+            positions: indices of the weights that exist in the flat ONNX array, ascending, int64 ``(count,)``.
+
+        Raises:
+            UsageError: more entries than ``capacity``.
+        """
+        count = len(positions)
         if count > self.capacity:
             raise UsageError(f"sparse index: {count} weights given, there is room for {self.capacity}")
+        owners, columns = self._by_row(positions)
         self.count, self.starts[0] = count, 0
         self.starts[1:] = np.cumsum(np.bincount(owners, minlength=self.rows))
         self.columns[:count], self.columns[count:] = columns, 0
@@ -118,8 +132,11 @@ class SparseIndex:
         self.places[count:] = 0
         self._transpose(owners, count)
 
-    def mask_of(self, starts: ArrayLike, columns: ArrayLike) -> Mask:
-        """Return the topology of which ``starts`` and the first ``count`` of ``columns`` were kept, for ``set``.
+    def positions_of(self, starts: ArrayLike, columns: ArrayLike) -> Positions:
+        """Return the topology of which ``starts`` and the first ``count`` of ``columns`` were kept.
+
+        Returns:
+            For ``set_positions``.
 
         Raises:
             UsageError: they are those of another index.
@@ -128,11 +145,9 @@ class SparseIndex:
         fits = first.shape == self.starts.shape and places.shape == (first[-1],) and bool((np.diff(first) >= 0).all())
         if not fits or len(places) > self.capacity or not ((places >= 0) & (places < self.row_size)).all():
             raise UsageError(f"sparse index: starts {first.shape} and columns {places.shape} of another index")
-        rows = np.zeros((self.rows, self.row_size), bool)
-        rows[np.repeat(np.arange(self.rows), np.diff(first)), places] = True
-        return rows.T if self.inputs_first else rows.reshape(self.shape)
+        return np.sort(self._flat(np.repeat(np.arange(self.rows), np.diff(first)), places.astype(np.int64)))
 
-    def _transpose(self, owners: NDArray[np.int64], count: int) -> None:
+    def _transpose(self, owners: Positions, count: int) -> None:
         """Write the entries by input channel; ``owners``: the row of every entry."""
         group, output = np.divmod(owners, self.rows // self.groups)
         channel, tap = np.divmod(self.columns[:count], self.taps)
@@ -150,7 +165,13 @@ class SparseIndex:
         mask[self.positions()] = True
         return mask.reshape(self.shape)
 
-    def positions(self) -> NDArray[np.int64]:
+    def ascending(self) -> tuple[Positions, Positions]:
+        """Return the entries' positions in ascending order, and the number of the entry that stands at each."""
+        positions = self.positions()
+        order = np.argsort(positions) if self.inputs_first else np.arange(self.count)
+        return positions[order], order
+
+    def positions(self) -> Positions:
         """Return the entries' indices in the flat ONNX array int64 ``(count,)``, in the order of the entries."""
         owners = np.repeat(np.arange(self.rows), np.diff(self.starts))
         return self._flat(owners, self.columns[: self.count].astype(np.int64))
@@ -166,10 +187,14 @@ class SparseIndex:
         out[self.positions()] = np.asarray(values, np.float32)[: self.count]
         return out.reshape(self.shape)
 
-    def _by_row(self, mask: Mask) -> Mask:
-        if mask.shape != self.shape:
-            raise UsageError(f"sparse index: a mask of shape {mask.shape}, expected {self.shape}")
-        return mask.T if self.inputs_first else mask.reshape(self.rows, self.row_size)
+    def _by_row(self, positions: Positions) -> tuple[Positions, Positions]:
+        """Return row and column of ascending positions, in the order of the entries."""
+        if not self.inputs_first:
+            owners, columns = np.divmod(positions, self.row_size)
+            return owners, columns
+        columns, owners = np.divmod(positions, self.rows)
+        order = np.argsort(owners, kind="stable")  # within a row they are ascending by column already
+        return owners[order], columns[order]
 
-    def _flat(self, rows: NDArray[np.int64], columns: NDArray[np.int64]) -> NDArray[np.int64]:
+    def _flat(self, rows: Positions, columns: Positions) -> Positions:
         return columns * self.rows + rows if self.inputs_first else rows * self.row_size + columns

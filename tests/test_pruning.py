@@ -13,6 +13,7 @@ import edgetrain as et
 from edgetrain import lowering_elements, reference
 from edgetrain.arrays import aligned
 from edgetrain.autodiff import LABELS, TrainingGraph, training_graph
+from edgetrain.densities import erdos_renyi_kernel
 from edgetrain.errors import NumericalError, UsageError
 from edgetrain.graph import Graph, Node
 from edgetrain.kernels.codes import MEAN_COUNT, MEANS, RECORD
@@ -133,10 +134,57 @@ def test_winograd_products_take_listed_channels():
     assert_all_close(made.gradients(x, y), masked_gradients(graph, x, y, keep_largest(0.7, False)), 3e-5)
 
 
+@pytest.mark.parametrize("count", [1, 5, 20])
+@pytest.mark.parametrize(
+    "policy",
+    [et.StaticSparse(0.8, distribution="uniform"), et.SWAT(weights=0.8, activations=0.0),
+     et.RigL(0.8, distribution="uniform", dense_first=False)],
+    ids=lambda policy: policy.name,
+)  # fmt: skip
+def test_of_lists_of_weights_the_kept_channels_are_read(policy, count):
+    """And less is executed than with either method alone."""
+    (x, y), graph = batch(count), network()
+    pruning = ErrorMapPruning(keep=0.5)
+    made = learner(graph, error_pruning=pruning, sparsity=policy)
+    used = {row.kernel[0] for row in made.training_plan().rows}
+    assert used >= {"channel_flags", "multiply_csr"}
+    assert ("sum_csr_listed" in used) == policy.compact
+    with_zeros = network()
+    with_zeros.arrays = made.parameters()
+    wanted = masked_gradients(with_zeros, x, y, keep_largest(0.5, False))
+    if policy.compact:
+        wanted = {name: array * made.topology.indices[name].mask() if name in made.topology.indices else array
+                  for name, array in wanted.items()}  # fmt: skip
+    assert_all_close(made.gradients(x, y), wanted, TOLERANCE)
+    others = learner(graph, error_pruning=pruning), learner(graph, sparsity=policy)
+    done = [each.partial_fit(x, y).macs_done for each in (made, *others)]
+    assert done[0] < min(done[1:])
+
+
+def test_gradients_of_sparser_weights_are_left_alone():
+    graph = network()
+    policies = {share: et.StaticSparse(share, distribution="uniform") for share in (0.7, 0.95)}
+    pruning = GradientPruning(rate=0.9, group="lanes")
+    plans = {s: learner(graph, error_pruning=pruning, sparsity=p).training_plan() for s, p in policies.items()}
+    lists = {share: [n.op_type for n in plan.graph.nodes].count("ErrorLists") for share, plan in plans.items()}
+    assert lists[0.95] < lists[0.7]
+
+
+def test_the_share_of_kept_channels_may_go_by_layer():
+    made = learner(network(), error_pruning=ErrorMapPruning(keep=0.5, distribution="erk"))
+    nodes = made.training_plan().graph.nodes
+    choices = {n.input(1).name: n.y.size / n.input(1).shape[0] for n in nodes if n.op_type == "KeptChannels"}
+    shapes = {name: made.graph.arrays[name].shape for name in conv_weights(made.graph)}
+    wanted = erdos_renyi_kernel(shapes, 0.5)
+    assert len(set(wanted.values())) == len(wanted), "no two layers alike"
+    for name, share in wanted.items():
+        assert choices.get(name, 1.0) == pytest.approx(share, abs=0.5 / shapes[name][0])
+
+
 class Everything(ErrorMapPruning):
     """Lists all channels."""
 
-    def _count(self, conv: Node) -> int:
+    def _count(self, conv: Node, keep: Any) -> int:
         return conv.input(1).shape[0]
 
 

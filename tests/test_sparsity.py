@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import tracemalloc
 from dataclasses import replace
 
 import numpy as np
@@ -13,12 +14,13 @@ import pytest
 import edgetrain as et
 from edgetrain import reference
 from edgetrain.checkpoint import read_checkpoint
+from edgetrain.densities import erdos_renyi_kernel, uniform
 from edgetrain.errors import CheckpointError, UsageError
 from edgetrain.graph import Graph
 from edgetrain.policies import describe_policy, parse_policy, policy_names
 from edgetrain.sparsity import SparseLayer, sparse_layers
-from edgetrain.sparsity.layers import entries, erdos_renyi_kernel, uniform
-from edgetrain.sparsity.policy import largest
+from edgetrain.sparsity.layers import entries, shapes_of
+from edgetrain.sparsity.policy import largest, largest_missing
 from edgetrain.torch_network import TorchNetwork
 from tests.sparse_networks import (
     CLASSES,
@@ -173,10 +175,72 @@ def test_an_exported_file_goes_on_sparse(policy, tmp_path):
     train(made, 4)
     made.export_onnx(tmp_path / "m.onnx")
     again = learner(policy, graph=et.load_onnx(tmp_path / "m.onnx"))
-    for name, array in made.parameters().items():
-        if policy.name != "swat" or policy.variant != "momentum":  # whose densities begin uniform again
-            np.testing.assert_array_equal(again.parameters()[name], array)
+    assert_equal(again.parameters(), made.parameters())
     train(again, 3)
+
+
+@EVERY
+def test_a_file_that_is_sparse_enough_keeps_its_densities_whatever_the_policy(policy, tmp_path):
+    source = learner(et.SWAT(weights=0.95, activations=0.0, variant="momentum", refresh=3))
+    train(source, 5)
+    source.export_onnx(tmp_path / "m.onnx")
+    again = learner(policy, graph=et.load_onnx(tmp_path / "m.onnx"))
+    pruned = again.topology.indices.keys() if policy != POLICIES["swat-structured"] else {"c.weight", "d.weight"}
+    for name in pruned:
+        np.testing.assert_array_equal(again.parameters()[name], source.parameters()[name], err_msg=name)
+    train(again, 2)
+    again.save(tmp_path / "c.safetensors")
+    loaded = et.Learner.load(tmp_path / "c.safetensors")
+    assert train(loaded, 4, 2) == train(again, 4, 2)
+    assert_equal(loaded.parameters(), again.parameters())
+
+
+def test_a_file_that_goes_on_without_a_policy_tells_true_densities(tmp_path):
+    source = learner(POLICIES["rigl"])
+    train(source, 2)
+    source.export_onnx(tmp_path / "m.onnx")
+    dense = learner(None, graph=et.load_onnx(tmp_path / "m.onnx"))
+    for steps in (0, 3):
+        train(dense, steps)
+        dense.export_onnx(tmp_path / "again.onnx")
+        told = {prop.key: prop.value for prop in onnx.load(tmp_path / "again.onnx").metadata_props}
+        assert "edgetrain.sparsity" not in told
+        densities = json.loads(told.get("edgetrain.densities", "{}"))
+        shares = {name: np.count_nonzero(a) / a.size for name, a in dense.parameters().items() if "weight" in name}
+        assert densities == {name: share for name, share in shares.items() if share < 1}
+        assert (len(densities) == len(source.topology.indices)) == (steps == 0)
+
+
+@EVERY
+def test_trained_weights_keep_their_largest_and_their_size(policy, tmp_path):
+    source = learner(None)
+    train(source, 3)
+    source.export_onnx(tmp_path / "m.onnx")
+    wanted = source.parameters()
+    taken = learner(policy)
+    taken.load_parameters(tmp_path / "m.onnx")
+    for made in (learner(policy, graph=et.load_onnx(tmp_path / "m.onnx")), learner(policy, graph=source.graph), taken):
+        for name, mask in patterns(made).items():
+            np.testing.assert_array_equal(made.parameters()[name], np.where(mask, wanted[name], 0), err_msg=name)
+            if policy.name != "swat" or policy.variant != "structured":
+                np.testing.assert_array_equal(mask, largest(np.abs(wanted[name]), int(mask.sum())))
+        assert "given weights" in made.topology.start
+    assert "scaled" in learner(policy).topology.start
+
+
+@pytest.mark.parametrize("policy", [
+    et.RigL(0.8, initial_pattern="random"), et.SWAT(0.8, activations=0.0, rescale=True),
+], ids=["rigl", "swat"])  # fmt: skip
+def test_a_policy_may_say_how_trained_weights_begin(policy, tmp_path):
+    source = learner(None)
+    source.export_onnx(tmp_path / "m.onnx")
+    taken, name = learner(policy), "b.weight"
+    taken.load_parameters(tmp_path / "m.onnx")
+    for made in (learner(policy, graph=et.load_onnx(tmp_path / "m.onnx")), taken):
+        kept = made.parameters()[name]
+        factors = kept[kept != 0] / source.parameters()[name][kept != 0]
+        assert factors.min() > 1.05
+        assert factors.max() == pytest.approx(factors.min(), rel=1e-5)
 
 
 @EVERY
@@ -189,6 +253,19 @@ def test_loaded_parameters_bring_their_pattern(policy):
         kept, dropped = np.abs(given[name][mask]), np.abs(given[name][~mask])
         if policy.name != "swat" or policy.variant != "structured":
             assert kept.min() >= dropped.max()
+
+
+@EVERY
+def test_momentum_stays_with_its_weights_when_parameters_are_loaded(policy):
+    made = learner(policy)
+    train(made, 5)
+    before, old = {name: made._parameters.dense(name, "velocity") for name in patterns(made)}, patterns(made)
+    made.load_parameters(network(seed=5).arrays)
+    for name, mask in patterns(made).items():
+        stays = old[name] & mask if policy.compact else True
+        wanted = np.where(stays, before[name], 0)
+        assert np.count_nonzero(wanted)
+        np.testing.assert_array_equal(made._parameters.dense(name, "velocity"), wanted, err_msg=name)
 
 
 @EVERY
@@ -223,15 +300,53 @@ def test_any_number_of_samples(policy):
 # ---- density 1 -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("policy", [
+WITHOUT_ZEROS = pytest.mark.parametrize("policy", [
     et.StaticSparse(weights=0.0), et.RigL(weights=0.0, refresh=2, total_steps=20), et.SET(weights=0.0),
     *(et.SWAT(weights=0.0, activations=0.0, variant=v) for v in ("unstructured", "erk", "momentum", "structured")),
 ], ids=lambda policy: f"{policy.name}-{getattr(policy, 'variant', '')}")  # fmt: skip
+
+
+@WITHOUT_ZEROS
 def test_without_zeros_training_is_dense_training_bit_for_bit(policy):
     sparse, dense = learner(policy), learner(None)
     assert train(sparse, 6) == train(dense, 6)
     assert_equal(sparse.parameters(), dense.parameters())
     assert sparse.memory_plan() == dense.memory_plan()
+
+
+def few_samples(policy, batch_size=1):
+    """A learner for so few samples that lanes hold channels, on a wide machine."""
+    graph = et.models.resnet((2, 8, 8), num_classes=CLASSES, depth=8)
+    return et.Learner(graph, PROFILE, batch_size=batch_size, threads=1, sparsity=policy)
+
+
+@WITHOUT_ZEROS
+def test_without_zeros_a_single_sample_is_trained_as_densely(policy, monkeypatch):
+    monkeypatch.setattr("edgetrain.plans.simd_lanes", lambda: 16)
+    made = few_samples(policy), few_samples(None)
+    assert [m.plans.by_channel for m in made] == [True, True]
+    losses = [[m.partial_fit(*batch(1, seed)).loss for seed in range(5)] for m in made]
+    assert losses[0] == losses[1]
+    assert_equal(made[0].parameters(), made[1].parameters())
+
+
+@pytest.mark.parametrize(
+    ("policy", "batch_size", "by_channel"),
+    [
+        (et.StaticSparse(0.9), 1, True), (et.StaticSparse(0.5, distribution="uniform"), 4, True),
+        (et.StaticSparse(0.9), 4, False), (et.StaticSparse(0.99), 2, False), (et.SWAT(0.9), 1, False),
+    ],
+)  # fmt: skip
+def test_a_few_samples_are_computed_as_is_faster(policy, batch_size, by_channel, monkeypatch):
+    monkeypatch.setattr("edgetrain.plans.simd_lanes", lambda: 16)
+    made = few_samples(policy, batch_size)
+    assert made.plans.by_channel == by_channel
+    other = few_samples(policy, batch_size)
+    other.plans.__dict__["by_channel"] = False
+    x, y = batch(batch_size)
+    got, wanted = made.gradients(x, y), other.gradients(x, y)
+    for name, array in wanted.items():
+        np.testing.assert_allclose(got[name], array, atol=1e-4 * np.abs(array).max(), err_msg=name)
 
 
 # ---- memory ----------------------------------------------------------------------------------------------------------
@@ -275,6 +390,46 @@ def test_the_budget_covers_steps_that_change_the_topology():
         tight.partial_fit(np.zeros((1, 1, 28, 28)), [0])
 
 
+DYNAMIC = {"rigl": et.RigL(0.99, refresh=2, total_steps=100), "set": et.SET(0.99, refresh=2, total_steps=100)}
+
+
+@pytest.mark.parametrize("policy", DYNAMIC.values(), ids=DYNAMIC.keys())
+def test_changes_and_checkpoints_take_memory_for_weights_that_exist_only(policy, tmp_path):
+    graph, rng, width = Graph("wide", input_shape=(16,)), np.random.default_rng(0), 2000
+    x = "input"
+    for name, shape in (("a", (width, 16)), ("b", (width, width)), ("c", (CLASSES, width))):
+        x = graph.add("Gemm", [x, graph.parameter(name, rng.normal(0, 0.03, shape))], transB=1)
+    graph.set_outputs([x])
+    made = learner(policy, graph=graph)
+    x, y = rng.random((8, 16), np.float32), rng.integers(0, CLASSES, 8)
+    for _ in range(3):  # the first change: RigL's plan gets its memory
+        made.partial_fit(x, y)
+    tracemalloc.start()
+    peaks = {}
+    for name, act in (("change", lambda: made.partial_fit(x, y)), ("save", lambda: made.save(tmp_path / "c")),
+                      ("load", lambda: et.Learner.load(tmp_path / "c"))):  # fmt: skip
+        before = tracemalloc.get_traced_memory()[0]
+        tracemalloc.reset_peak()
+        act()
+        peaks[name] = (tracemalloc.get_traced_memory()[1] - before) / (4 * width * width)
+    tracemalloc.stop()
+    assert made.topology.changes == 2
+    assert max(peaks.values()) < 0.25, peaks
+
+
+@pytest.mark.parametrize("block", [1, 7, 1000])
+def test_choosing_in_blocks_is_choosing_at_once(block, monkeypatch):
+    monkeypatch.setattr("edgetrain.sparsity.policy._BLOCK", block)
+    rng = np.random.default_rng(3)
+    for count in (0, 1, 5, 40):
+        scores = rng.integers(0, 9, 100).astype(np.float32)  # many are equal
+        taken = np.sort(rng.choice(100, 60, replace=False))
+        free = np.setdiff1d(np.arange(100), taken)
+        wanted = free[largest(scores[free], count)]
+        got = largest_missing(lambda first, last, scores=scores: scores[first:last], 100, count, taken)
+        np.testing.assert_array_equal(got, wanted)
+
+
 # ---- densities -------------------------------------------------------------------------------------------------------
 
 GRAPHS = {"lenet5": et.models.lenet5, "resnet8": lambda: et.models.resnet(depth=8), "resnet20": et.models.resnet}
@@ -284,7 +439,7 @@ GRAPHS = {"lenet5": et.models.lenet5, "resnet8": lambda: et.models.resnet(depth=
 @pytest.mark.parametrize("graph", GRAPHS.values(), ids=GRAPHS.keys())
 def test_erdos_renyi_kernel_densities_sum_to_the_target(graph, sparsity):
     layers = sparse_layers(graph())
-    densities = erdos_renyi_kernel(layers, 1 - sparsity)
+    densities = erdos_renyi_kernel(shapes_of(layers), 1 - sparsity)
     total = sum(layer.size for layer in layers)
     assert sum(densities[layer.weight] * layer.size for layer in layers) == pytest.approx((1 - sparsity) * total)
     assert all(0 < density <= 1 for density in densities.values())
@@ -296,14 +451,14 @@ def test_erdos_renyi_kernel_densities_sum_to_the_target(graph, sparsity):
 
 def test_a_layer_that_would_be_denser_than_dense_is_dense():
     layers = [SparseLayer(n, n, s, False, 1, 0) for n, s in (("small", (2, 1, 3, 3)), ("large", (64, 64, 3, 3)))]
-    densities = erdos_renyi_kernel(layers, 0.5)
+    densities = erdos_renyi_kernel(shapes_of(layers), 0.5)
     assert densities["small"] == 1
     assert densities["large"] == pytest.approx((0.5 * (18 + 36864) - 18) / 36864)
 
 
 def test_uniform_densities():
     layers = sparse_layers(et.models.lenet5())
-    assert set(uniform(layers, 0.1).values()) == {0.1}
+    assert set(uniform(shapes_of(layers), 0.1).values()) == {0.1}
 
 
 RULES = {
@@ -329,6 +484,30 @@ def test_weights_that_two_layers_share_stay_dense():
     x = graph.add("MatMul", [graph.add("MatMul", ["input", weight]), weight])
     graph.set_outputs([x])
     assert sparse_layers(graph) == []
+
+
+def test_a_policy_that_finds_no_layer_is_refused():
+    graph, rng = Graph("odd", input_shape=(2, 6, 6)), np.random.default_rng(0)
+    x = graph.add("Conv", ["input", graph.parameter("thin", rng.normal(size=(2, 1, 3, 3)))], group=2)
+    x, twice = graph.add("Flatten", [x]), graph.parameter("twice", rng.normal(size=(32, 32)))
+    x = graph.add("MatMul", [graph.add("MatMul", [x, twice]), twice])
+    x = graph.add("MatMul", [x, graph.parameter("fixed", rng.normal(size=(32, 8)), False)])
+    graph.set_outputs([graph.add("MatMul", [x, graph.parameter("last", rng.normal(size=(8, CLASSES)))])])
+    reasons = ("thin: depthwise; twice: several layers share its weights; fixed: its weights are not trained; "
+               r"last: the last layer stays dense \(dense_last\)")  # fmt: skip
+    with pytest.raises(UsageError, match=f"rigl: no layer of 'odd' can be sparse .{reasons}.; expected one at least"):
+        learner(et.RigL(0.9, dense_last=True), graph=graph)
+    with pytest.raises(UsageError, match="swat: no layer"):
+        learner(et.SWAT(0.0, activations=0.5, dense_last=True), graph=graph)
+    for policy in (et.RigL(0.9), et.RigL(0.0, dense_last=True), et.SWAT(0.0, activations=0.0, dense_last=True)):
+        learner(policy, graph=graph)
+
+
+def test_a_network_of_one_layer_tells_that_the_first_stays_dense():
+    graph = Graph("one", input_shape=(8,))
+    graph.set_outputs([graph.add("MatMul", ["input", graph.parameter("w", np.ones((8, CLASSES)))])])
+    with pytest.raises(UsageError, match=r"w: the first layer stays dense \(dense_first\)"):
+        learner(et.SWAT(0.9), graph=graph)
 
 
 # ---- initial patterns ------------------------------------------------------------------------------------------------
@@ -392,7 +571,7 @@ def test_fit_tells_how_long_training_is():
     x, y = batch(40)
     made.fit((x, y), epochs=4, normalize=False)
     assert made.topology.total_steps == 20
-    assert made.topology.changes == 7  # after steps 2, 4, ... 14, before 75 % of 20
+    assert made.topology.changes == 6  # after steps 2, 4, ... 12; the last, after 14, is of less than one weight
 
 
 def test_set_needs_no_gradients_of_weights_that_do_not_exist():

@@ -237,12 +237,13 @@ def test_the_report_counts_what_all_methods_skip(group, pruning, word):
 
 
 @pytest.mark.parametrize("group", ["element", "lanes"])
-def test_gradients_are_pytorchs_with_masked_weights_and_masked_saved_activations(group):
+@pytest.mark.parametrize("shape", [(6, 2, 3, 3), (4, 2, 2, 3), (2, 2, 2, 1)])
+def test_gradients_are_pytorchs_with_masked_weights_and_masked_saved_activations(group, shape):
     torch = pytest.importorskip("torch")
     rng = np.random.default_rng(3)
     graph = Graph("small", input_shape=SHAPE)
-    x = graph.add("Conv", ["input", graph.parameter("conv.weight", rng.normal(size=(6, 2, 3, 3)))], pads=[1] * 4)
-    dense = graph.parameter("fc.weight", rng.normal(size=(CLASSES, 6 * 64)))
+    x = graph.add("Conv", ["input", graph.parameter("conv.weight", rng.normal(size=shape))], pads=[1] * 4)
+    dense = graph.parameter("fc.weight", rng.normal(size=(CLASSES, graph.values[x].size)))
     graph.set_outputs([graph.add("Gemm", [graph.add("Flatten", [graph.add("Relu", [x])]), dense], transB=1)])
     made = learner(et.SWAT(weights=0.7, activations=0.8, dense_first=False, group=group), graph=graph)
     images, labels = batch(24)

@@ -17,7 +17,7 @@ from edgetrain.data import Augmentation
 from edgetrain.data.embedded import EMBEDDED_NAMES
 from edgetrain.data.streaming import STANDARD_INPUT
 from edgetrain.devices import DeviceProfile, load_profile
-from edgetrain.errors import UsageError
+from edgetrain.errors import ProfileError, UsageError
 from edgetrain.policies import NONE, parse_policy
 from edgetrain.runs import read_sections
 from edgetrain.schema import OneOf, Within, build
@@ -187,8 +187,7 @@ def effective(
     config = build(Config, merged, Path("settings"))
     # Errors now, not when the run folder exists.
     Augmentation.parse(config.data.augment)
-    for kind, text in asdict(config.methods).items():
-        parse_policy(kind, text)
+    _check_methods(config, profile, both.get("methods", {}))
     check_stream(config)
     return config, profile
 
@@ -258,6 +257,23 @@ def _methods(profile: DeviceProfile, recipe: str | None) -> Table:
     if recipe not in RECIPES:
         raise UsageError(f"--recipe '{recipe}', expected one of {', '.join(RECIPES)}")
     return dict(RECIPES[recipe])
+
+
+def _check_methods(config: Config, profile: DeviceProfile, given: Mapping[str, Any]) -> None:
+    """Read the texts of all methods once.
+
+    Raises:
+        UsageError: a text that was given is bad.
+        ProfileError: one of the profile's recipe is.
+    """
+    for kind, text in asdict(config.methods).items():
+        try:
+            parse_policy(kind, text)
+        except UsageError as error:
+            if kind in given or text != getattr(profile.recipe, kind):
+                raise
+            where = f"profile {config.device.profile}: key 'defaults.recipe.{kind}'"
+            raise ProfileError(f"{where} is {text!r}: {error}") from error
 
 
 def _adapt_to_stream(training: Table, given: Mapping[str, Any]) -> None:

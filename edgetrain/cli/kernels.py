@@ -26,7 +26,7 @@ def kernels_command(
     """Print the table of a model, or of all built-in ones; ``methods``: policies as text, by kind."""
     profile = load_profile(profile_name or "host")
     size = profile.batch_size if batch_size is None else batch_size
-    policies = {kind: parse_policy(kind, text or NONE) for kind, text in methods.items()}
+    policies = {kind: parse_policy(kind, NONE if text is None else text) for kind, text in methods.items()}
     tables = {name: kernel_table(build_model(name), profile, size, **policies) for name in models or MODELS}
     state = calibration.describe()
     result = {

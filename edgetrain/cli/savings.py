@@ -66,15 +66,27 @@ def _time_line(account: Mapping[str, Any]) -> str:
     return f"{took}, dense training {duration(dense['seconds'])}{accuracy} ({dense['how']}): {outcome}"
 
 
-def layers_text(layers: Sequence[Mapping[str, Any]]) -> str:
-    """Return what every layer did in a training step, as a table; ``layers``: of ``LayerUse.to_dict``."""
+def layers_text(layers: Sequence[Mapping[str, Any]], topology: Mapping[str, Any]) -> str:
+    """Return what every layer did in a training step, as a table, and what changes of the topology took.
+
+    Args:
+        layers: of ``LayerUse.to_dict``.
+        topology: of ``Topology.account``.
+    """
+    mega = max((layer["macs_done"] for layer in layers), default=0) < 1e9
     rows = [("layer", "density", "forward, gradients", "operations done", "of dense", "ms per step")]
     for layer in layers:
         share = _percent(layer["macs_done"] / max(1, layer["macs_dense"]))
         kernels = ", ".join(dict.fromkeys(layer["kernels"]))
-        rows.append((layer["name"], f"{layer['density']:.4f}", kernels, _macs(layer["macs_done"]), share,
+        done = f"{layer['macs_done'] / 1e6:,.3f} MMAC" if mega else _macs(layer["macs_done"])
+        rows.append((layer["name"], f"{layer['density']:.4f}", kernels, done, share,
                      f"{1e3 * layer['seconds']:.3f}"))  # fmt: skip
-    return f"{table(rows)}\none step of the usual batch size, random images, times of this machine"
+    lines = [table(rows), "one step of the usual batch size, random images, times of this machine"]
+    if topology["changes"]:
+        each = 1e3 * topology["seconds"] / topology["changes"]
+        lines.append(f"the topology changed {topology['changes']:,} times, in {topology['seconds']:.3f} s: "
+                     f"{each:.2f} ms per change")  # fmt: skip
+    return "\n".join(lines)
 
 
 def time_dense(learner: Learner, instances: int) -> dict[str, Any]:

@@ -109,6 +109,8 @@ def _new_learner(
         learner.training_plan()
     if config.model.initial_weights is not None:
         display.say(str(learner.load_parameters(config.model.initial_weights)))
+    if learner.sparsity is not None:
+        display.say(f"sparsity {config.methods.sparsity}: {learner.topology.start}")
     return learner
 
 

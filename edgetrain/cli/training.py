@@ -170,11 +170,11 @@ class _Session:
     def tell(self, as_json: bool, baseline: Mapping[str, Any] | None = None) -> None:
         """Print the last lines, with what was saved; ``baseline``: time and accuracy of the same run, dense."""
         result = self._result(baseline)
-        account = {key: result[key] for key in ("savings", "layers") if key in result}
+        account = {key: result[key] for key in ("savings", "layers", "topology") if key in result}
         if account:
             self.run.log("account", **account)
         self.display.close()
-        lines = [layers_text(result["layers"])] if "layers" in result else []
+        lines = [layers_text(result["layers"], result["topology"])] if "layers" in result else []
         lines += [savings_text(result["savings"])] if "savings" in result else []
         emit(result, "\n".join([*lines, _last_line(result, self.held_out)]), as_json)
 
@@ -214,6 +214,7 @@ class _Session:
             savings = {"savings": savings_of(counts, seconds, dense_run)}
         if self.learner.sparsity is not None:
             savings["layers"] = [layer.to_dict() for layer in layer_report(self.learner)]
+            savings["topology"] = self.learner.topology.account()
         return savings | {
             "run": str(self.run.path),
             "model": self.config.model.name,
@@ -260,6 +261,8 @@ def _introduce(display: Display, run: Run, learner: Learner, config: Config, pro
         f"{count(recipe.epochs, 'epoch')}, batch size {device.batch_size}, {recipe.optimizer} with lr {recipe.lr:g}, "
         f"{count(device.threads, 'thread')}, seed {recipe.seed}"
     )
+    if learner.sparsity is not None:
+        display.say(f"sparsity {config.methods.sparsity}: {learner.topology.start}")
     if profile.name != "host":
         display.say(
             f"profile {profile.name}: its batch size, memory budget and recipe are used; all times are this machine's, "

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgetrain.errors import UsageError
+from edgetrain.schema import percent_hint, take_numbers
 
 Floats = NDArray[np.float64]
 Images = NDArray[np.float32]
@@ -85,6 +86,7 @@ class InstanceFilter:
     name: ClassVar[str]
 
     def __post_init__(self) -> None:
+        take_numbers(self, type(self).__name__)
         self.require_number("rate", lambda rate: 0 < rate <= 1, "above 0, at most 1: the share of instances to keep")
         self.require_number("start", lambda start: start >= 0 and start % 1 == 0, "a whole number of at least 0")
 
@@ -104,7 +106,9 @@ class InstanceFilter:
             UsageError: ``holds`` is false.
         """
         if not holds:
-            raise UsageError(f"{type(self).__name__}: {key}={getattr(self, key)!r}, expected {expected}")
+            value = getattr(self, key)
+            hint = percent_hint(key, value) if "share" in expected else ""
+            raise UsageError(f"{type(self).__name__}: {key}={value!r}, expected {expected}{hint}")
 
     def kept_of(self, count: int) -> int:
         """Return how many of the first ``count`` instances pass, as far as can be said beforehand."""

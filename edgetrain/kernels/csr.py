@@ -9,7 +9,7 @@ A list may be cut into *parts* by column, so that the channels that one part rea
 
 from __future__ import annotations
 
-from edgetrain.kernels.codes import ABSENT
+from edgetrain.kernels.codes import ABSENT, FLAGGED_COLUMNS, FLAGGED_ROWS
 from edgetrain.kernels.csr_tiles import ENTRY, csr_correlate_tile, csr_multiply_tile
 from edgetrain.kernels.registry import Body, kernel
 from edgetrain.kernels.simd import (
@@ -27,23 +27,42 @@ from edgetrain.kernels.simd import (
 # bounds: int32 pairs [part][row], the first entry and the one behind the last; entries: see ``csr_tiles``.
 
 
+@kernel("kept", "kept_count", "channels", "flags")
+def channel_flags() -> Body:
+    """Write an int32 per channel: 1 for those whose numbers (float32, ascending) ``kept`` holds, else 0. One job."""
+
+    def body(args: int, first: int, last: int) -> None:
+        kept, kept_count, channels, flags = arguments(args, 4)
+        at = 0
+        for channel in range(channels):
+            found = at < kept_count and int(load_f32(kept + 4 * at)) == channel
+            store_i32(flags + 4 * channel, int(found))
+            at += found
+
+    return body
+
+
 @kernel(
     "starts", "columns", "places", "weight", "terms", "limits", "bounds", "entries", "row_count", "group_rows",
-    "group_bytes", "parts", "rows_per_job",
+    "group_bytes", "parts", "rows_per_job", "flags", "taps",
 )  # fmt: skip
-def expand_csr() -> Body:
+def expand_csr(flagged: int) -> Body:
     """Write the list of every row: the offset of each non-zero's input, and its weight.
 
     Job: some rows. ``starts``, ``columns``, ``places``: of a ``SparseIndex``. ``terms``: table of int64 byte offsets
     by column, ``ABSENT`` for columns to leave out; ``group_bytes`` comes on top for each group of ``group_rows`` rows.
-    ``limits``: int64 column behind each part.
+    ``limits``: int64 column behind each part. ``flags``: int32 by output channel, 0 for those to leave out, which are
+    rows or, each, ``taps`` columns: ``flagged``, see ``codes``.
     """
 
     def body(args: int, first: int, last: int) -> None:
         (starts, columns, places, weight, terms, limits, bounds, entries, row_count, group_rows, group_bytes, parts,
-         rows_per_job) = arguments(args, 13)  # fmt: skip
+         rows_per_job, flags, taps) = arguments(args, 15)  # fmt: skip
         for row in range(first * rows_per_job, min(row_count, last * rows_per_job)):
             base = row // group_rows * group_bytes
+            counts = 1
+            if flagged == FLAGGED_ROWS:
+                counts = load_i32(flags + 4 * row)
             begin = load_i32(starts + 4 * row)
             at, part, limit = begin, 0, load_i64(limits)
             for i in range(begin, load_i32(starts + 4 * row + 4)):
@@ -59,7 +78,9 @@ def expand_csr() -> Body:
                 # Written in any case and kept if present: a branch would be predicted wrongly every other time.
                 store_i32(entries + ENTRY * at, base + term)
                 store_f32(entries + ENTRY * at + 4, load_f32(weight + 4 * load_i32(places + 4 * i)))
-                at += term != ABSENT
+                if flagged == FLAGGED_COLUMNS:
+                    counts = load_i32(flags + 4 * (column // taps))
+                at += term != ABSENT and counts != 0
             while part < parts:
                 bound = bounds + 8 * (part * row_count + row)
                 store_i32(bound, begin)
@@ -140,6 +161,28 @@ def correlate_csr(lanes: int, runs: int, columns: int, x_step: int, chains: int)
                                 target + vector * begin, tiles + t * tile_bytes, keep + t - first_tile, grad_step,
                                 runs, columns, x_step, chains, lanes,
                             )  # fmt: skip
+
+    return body
+
+
+@kernel("sums", "grad_weight", "starts", "flags", "row_count", "capacity", "part_sums", "chunks", "rows_per_job")
+def sum_csr_listed(lanes: int) -> Body:
+    """Do as ``sum_csr`` for the rows whose flag is set, see ``expand_csr``; 0 for all others. Job: some rows."""
+
+    def body(args: int, first: int, last: int) -> None:
+        (sums, grad_weight, starts, flags, row_count, capacity, part_sums, chunks,
+         rows_per_job) = arguments(args, 9)  # fmt: skip
+        for row in range(first * rows_per_job, min(row_count, last * rows_per_job)):
+            begin, end = load_i32(starts + 4 * row), load_i32(starts + 4 * row + 4)
+            parts = chunks if load_i32(flags + 4 * row) != 0 else 0
+            for i in range(begin, end):
+                total = broadcast(0.0, lanes)
+                for chunk in range(parts):
+                    total = total + load(sums + chunk * part_sums + 4 * lanes * i, lanes)
+                store_f32(grad_weight + 4 * i, sum_lanes(total))
+            if row == row_count - 1:
+                for i in range(end, capacity):
+                    store_f32(grad_weight + 4 * i, 0.0)
 
     return body
 

@@ -221,7 +221,10 @@ def _correlation(
 def _store_sums(
     builder: Any, vectors: list[Any], places: list[Any], offsets: list[Any], rows: Any, columns: Any, kept: Any
 ) -> None:
-    """Add the sum of the lanes of every vector ``[channel][term]`` to its weight gradient."""
+    """Add the sum of the lanes of every vector ``[channel][term]`` to its weight gradient.
+
+    ``offsets`` must ascend: where the last is ``width - 1`` numbers behind the first, all are neighbours.
+    """
     width, sums = len(offsets), _lane_sums(builder, vectors)
     # Terms of consecutive weights are stored as one vector: fc1 of LeNet-5, whose weight gradient is all
     # storing at batch 8, went from 83 to 49 us.

@@ -42,7 +42,8 @@ def load_onnx(source: str | PathLike[str] | ModelProto) -> Graph:
     Returns:
         A graph whose inputs have dimension 0 of the file's inputs as batch. Weights of Conv, Gemm and MatMul,
         scale and bias of BatchNormalization, and biases added right after a layer are trainable; running
-        averages and all other constants are not. A Softmax at the end is taken off (``softmax_output``).
+        averages and all other constants are not. A Softmax at the end is taken off (``softmax_output``). The weights
+        count as trained (``trained``).
 
     Raises:
         UnsupportedError: an operator, attribute, shape or type is not supported; names node, operator, opset, reason.
@@ -61,6 +62,7 @@ def load_onnx(source: str | PathLike[str] | ModelProto) -> Graph:
         graph.name = Path(source).stem
     if any(node.op_type in ("Shape", "Size") for node in model.graph.node):
         _check_same(graph, _build(model, opset, _OTHER_MARKER))
+    graph.trained = True
     return graph
 
 

@@ -23,7 +23,7 @@ from edgetrain.errors import GraphError
 from edgetrain.graph import Node, Shape, Value
 from edgetrain.kernels import reference
 from edgetrain.ops.geometry import Pair, Window, channels_of, out_shape, window_of
-from edgetrain.ops.registry import NO_BORDER, Array, Border, Op, describe, register
+from edgetrain.ops.registry import NO_BORDER, Array, Border, Op, describe, get_op, register
 
 if TYPE_CHECKING:
     from edgetrain.autodiff import Tape
@@ -376,3 +376,11 @@ class ProductWeightGrad(ProductGrad):
     def lower(self, node: Node, low: Lowering) -> None:
         """See ``lowering_products``."""
         low.product_weight_grad(node, self.product(node))
+
+
+def weights_of(node: Node) -> Value | None:
+    """Return the weights of a product or of one of its gradients, ``None`` for any other node."""
+    op = get_op(node.op_type)
+    if not isinstance(op, (ProductOp, ProductGrad)):
+        return None
+    return node.get("like") if isinstance(op, ProductWeightGrad) else node.input(1)

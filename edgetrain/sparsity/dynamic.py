@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 
 from edgetrain.errors import UsageError
-from edgetrain.sparsity.policy import CompactPolicy, Floats, Gradients, Mask, largest
+from edgetrain.schema import percent_hint
+from edgetrain.sparsity.policy import CompactPolicy, Gradients, Scores, largest, largest_missing
 
 if TYPE_CHECKING:
     from edgetrain.sparsity.topology import Topology
@@ -52,7 +53,8 @@ class DynamicPolicy(CompactPolicy):
         for key in ("fraction", "until"):
             value = getattr(self, key)
             if not (isinstance(value, int | float) and 0 <= value <= 1):
-                raise UsageError(f"{self.name}: {key}={value!r}, expected a share from 0 to 1")
+                hint = percent_hint(key, value)
+                raise UsageError(f"{self.name}: {key}={value!r}, expected a share from 0 to 1{hint}")
         if self.total_steps is not None:
             self._check_count("total_steps")
 
@@ -70,17 +72,14 @@ class DynamicPolicy(CompactPolicy):
         if share == 0:
             return
         for number, layer in enumerate(topology.layers):
-            mask, weights = topology.mask(layer), np.abs(topology.dense(layer))
-            total = int(mask.sum())
-            kept = largest(weights, total - int(share * total), mask)
-            scores = self.grow_scores(
-                layer.weight, gradients, np.random.default_rng([topology.seed, step, number]), mask
-            )
-            grown = largest(scores, total - int(kept.sum()), ~kept)
-            topology.set(layer, kept | grown)
+            present, weights = topology.entries(layer)
+            kept = present[largest(np.abs(weights), len(present) - int(share * len(present)))]
+            scores = self.grow_scores(layer.weight, gradients, np.random.default_rng([topology.seed, step, number]))
+            grown = largest_missing(scores, layer.size, len(present) - len(kept), kept)
+            topology.set(layer, np.sort(np.concatenate([kept, grown])))
 
-    def grow_scores(self, weight: str, gradients: Gradients, rng: np.random.Generator, mask: Mask) -> Floats:
-        """Return a score of at least 0 for every weight; of those not kept the highest grow."""
+    def grow_scores(self, weight: str, gradients: Gradients, rng: np.random.Generator) -> Scores:
+        """Return what gives the scores, at least 0, of all weights; of those not kept the highest grow."""
         raise NotImplementedError
 
 
@@ -107,9 +106,10 @@ class RigL(DynamicPolicy):
         """Those after which the topology changes."""
         return self.replaced(step, total_steps) > 0
 
-    def grow_scores(self, weight: str, gradients: Gradients, rng: np.random.Generator, mask: Mask) -> Floats:
+    def grow_scores(self, weight: str, gradients: Gradients, rng: np.random.Generator) -> Scores:
         """Return the gradients' absolute values."""
-        return np.abs(gradients(weight))
+        flat = gradients(weight).reshape(-1)
+        return lambda first, last: np.abs(flat[first:last])
 
 
 @dataclass(frozen=True)
@@ -123,6 +123,6 @@ class SET(DynamicPolicy):
 
     name: ClassVar[str] = "set"
 
-    def grow_scores(self, weight: str, gradients: Gradients, rng: np.random.Generator, mask: Mask) -> Floats:
-        """Return random numbers, a function of seed, step and layer."""
-        return rng.random(mask.shape, np.float32)
+    def grow_scores(self, weight: str, gradients: Gradients, rng: np.random.Generator) -> Scores:
+        """Return random numbers, a function of seed, step and layer: drawn in order, blocks are no other numbers."""
+        return lambda first, last: rng.random(last - first, np.float32)

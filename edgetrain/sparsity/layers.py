@@ -52,9 +52,13 @@ def sparse_layers(graph: Graph, dense_first: bool = False, dense_last: bool = Fa
         graph: the network.
         dense_first, dense_last: whether the first and the last layer stay dense.
     """
-    products = [node for node in graph.nodes if isinstance(get_op(node.op_type), ProductOp)]
-    chosen = products[1 if dense_first else 0 : len(products) - (1 if dense_last else 0)]
-    return [_described(node) for node in chosen if _may_be_sparse(graph, node)]
+    reasons = _reasons(graph, dense_first, dense_last)
+    return [_described(node) for node, reason in reasons if not reason]
+
+
+def dense_layers(graph: Graph, dense_first: bool = False, dense_last: bool = False) -> dict[str, str]:
+    """Return why layers stay dense, by the name of their weights: what ``sparse_layers`` leaves out."""
+    return {node.input(1).name: reason for node, reason in _reasons(graph, dense_first, dense_last) if reason}
 
 
 def entries(size: int, density: float) -> int:
@@ -62,46 +66,31 @@ def entries(size: int, density: float) -> int:
     return min(size, max(1, math.ceil(density * size - 1e-6)))
 
 
-def uniform(layers: Sequence[SparseLayer], density: float) -> dict[str, float]:
-    """Return the same density for all layers, by weight."""
-    return {layer.weight: density for layer in layers}
+def shapes_of(layers: Sequence[SparseLayer]) -> dict[str, Shape]:
+    """Return the shapes of the layers' weights by name."""
+    return {layer.weight: layer.shape for layer in layers}
 
 
-def erdos_renyi_kernel(layers: Sequence[SparseLayer], density: float) -> dict[str, float]:
-    """Return densities proportional to (sum of a weight's sizes) / (product of its sizes), by weight.
-
-    A layer that this would make denser than dense is dense, and the factor is solved again for the others, so that
-    all layers together have the share ``density`` of their weights.
-
-    Source: Evci, Gale, Menick, Castro, Elsen, "Rigging the Lottery", ICML 2020, section 3 (1), and the reference
-    code's ``sparse_utils.get_mask_random`` and ``get_sparsities_erdos_renyi``.
-
-    Example:
-        >>> layer = SparseLayer("w", "n", (16, 16, 3, 3), False, 1, 0)
-        >>> round(erdos_renyi_kernel([layer], 0.1)["w"], 6)
-        0.1
-    """
-    raw = {layer.weight: sum(layer.shape) / layer.size for layer in layers}
-    open_layers, wanted = list(layers), density * sum(layer.size for layer in layers)
-    factor = 0.0
-    while open_layers:
-        factor = wanted / sum(raw[layer.weight] * layer.size for layer in open_layers)
-        largest = max(raw[layer.weight] for layer in open_layers)
-        if factor * largest <= 1:
-            break
-        wanted -= sum(layer.size for layer in open_layers if raw[layer.weight] == largest)
-        open_layers = [layer for layer in open_layers if raw[layer.weight] != largest]
-    solved = {layer.weight for layer in open_layers}
-    return {name: factor * share if name in solved else 1.0 for name, share in raw.items()}
+def _reasons(graph: Graph, dense_first: bool, dense_last: bool) -> list[tuple[Node, str]]:
+    """Return every product with the reason why it stays dense, empty if it does not."""
+    products = [node for node in graph.nodes if isinstance(get_op(node.op_type), ProductOp)]
+    reasons = [_reason(graph, node) for node in products]
+    if products and dense_last:
+        reasons[-1] = reasons[-1] or "the last layer stays dense (dense_last)"
+    if products and dense_first:
+        reasons[0] = reasons[0] or "the first layer stays dense (dense_first)"
+    return list(zip(products, reasons, strict=True))
 
 
-DISTRIBUTIONS = {"uniform": uniform, "erk": erdos_renyi_kernel}
-
-
-def _may_be_sparse(graph: Graph, node: Node) -> bool:
-    weight = node.input(1).name
-    depthwise = node.op_type == "Conv" and node.get("group", 1) > 1 and node.input(1).shape[1] == 1
-    return weight in graph.trainable and len(graph.consumers(weight)) == 1 and not depthwise
+def _reason(graph: Graph, node: Node) -> str:
+    weight = node.input(1)
+    if weight.name not in graph.trainable:
+        return "its weights are not trained"
+    if len(graph.consumers(weight.name)) > 1:
+        return "several layers share its weights"
+    if node.op_type == "Conv" and node.get("group", 1) > 1 and weight.shape[1] == 1:
+        return "depthwise"
+    return ""
 
 
 def _described(node: Node) -> SparseLayer:

@@ -7,18 +7,18 @@ reference code (AamirRaihan/SWAT) for constants and the rules about first and la
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
+from edgetrain.densities import DISTRIBUTIONS
 from edgetrain.errors import UsageError
-from edgetrain.graph import Graph
 from edgetrain.keeping import keep_masks, keep_residual_masks
 from edgetrain.optim import Optimizer
 from edgetrain.pruning import compress_activations, mask_activations
-from edgetrain.sparsity.layers import SparseLayer, entries, erdos_renyi_kernel, sparse_layers, uniform
+from edgetrain.sparsity.layers import SparseLayer, entries, shapes_of
 from edgetrain.sparsity.policy import Floats, Mask, SparsityPolicy, largest
 
 if TYPE_CHECKING:
@@ -62,8 +62,9 @@ class SWAT(SparsityPolicy):
         dense_first: whether the first layer stays dense; ``None``: in the unstructured and structured variants.
         dense_last: whether the last layer stays dense.
         rescale: whether the weights that a learner begins with are scaled so that the largest have the norm that all
-            had; give ``False`` for trained weights. (Not in the reference code: its networks have batch normalisation;
-            LeNet-5 without it stays at 10 % accuracy at 90 %, as every layer passes on a quarter of the variance.)
+            had; ``None``: those of a builder are, trained ones are not (``Graph.trained``). (Not in the reference code:
+            its networks have batch normalisation; LeNet-5 without it stays at 10 % accuracy at 90 %, as every layer
+            passes on a quarter of the variance.)
 
     Raises:
         UsageError: a value out of range.
@@ -79,7 +80,7 @@ class SWAT(SparsityPolicy):
     refresh: int = 100
     dense_first: bool | None = None
     dense_last: bool = False
-    rescale: bool = True
+    rescale: bool | None = None
 
     name: ClassVar[str] = "swat"
     compact: ClassVar[bool] = False
@@ -92,7 +93,7 @@ class SWAT(SparsityPolicy):
         self._check_count("refresh")
         self._check_flag("dense_first", optional=True)
         self._check_flag("dense_last")
-        self._check_flag("rescale")
+        self._check_flag("rescale", optional=True)
 
     def check(self, optimizer: Optimizer) -> None:
         """Refuse an optimizer without momentum for the momentum variant.
@@ -103,10 +104,16 @@ class SWAT(SparsityPolicy):
         if self.variant == "momentum" and not optimizer.moments:
             raise UsageError("swat: variant 'momentum' needs an optimizer with momentum; give momentum=0.9")
 
-    def layers(self, graph: Graph) -> list[SparseLayer]:
-        """Return the layers that become sparse."""
+    @property
+    def dense_ends(self) -> tuple[bool, bool]:
+        """Whether the first and the last layer stay dense."""
         by_rule = self.variant in ("unstructured", "structured")
-        return sparse_layers(graph, by_rule if self.dense_first is None else self.dense_first, self.dense_last)
+        return by_rule if self.dense_first is None else self.dense_first, self.dense_last
+
+    @property
+    def skips_nothing(self) -> bool:
+        """Whether the settings ask for dense training."""
+        return self.weights == self.activations == 0
 
     def densities(self, layers: Sequence[SparseLayer]) -> dict[str, float]:
         """Return the densities of the weights before the first step."""
@@ -117,25 +124,38 @@ class SWAT(SparsityPolicy):
         return self._spread(layers, 1 - self.activations)
 
     def _spread(self, layers: Sequence[SparseLayer], density: float) -> dict[str, float]:
-        return erdos_renyi_kernel(layers, density) if self.variant == "erk" else uniform(layers, density)
+        return DISTRIBUTIONS["erk" if self.variant == "erk" else "uniform"](shapes_of(layers), density)
 
     def capacity(self, layer: SparseLayer, density: float) -> int:
         """Return the most weights that a layer will have: the momentum variant moves them between layers."""
         if self.variant == "momentum":
             return layer.size
-        return int(np.count_nonzero(self._mask(layer, np.zeros(layer.shape, np.float32), density)))
+        taps = layer.taps if self.variant == "structured" else 1
+        return taps * entries(layer.size // taps, density)
+
+    def densities_for(self, layers: Sequence[SparseLayer], arrays: Mapping[str, Floats]) -> dict[str, float]:
+        """Return the densities for given arrays; the momentum variant leaves no layer dense, here either."""
+        densities = super().densities_for(layers, arrays)
+        if self.variant != "momentum" or self.weights == 0:
+            return densities
+        return {name: min(density, _DENSEST) for name, density in densities.items()}
 
     def initial(
-        self, layer: SparseLayer, array: Floats, density: float, rng: np.random.Generator
+        self, layer: SparseLayer, array: Floats, density: float, rng: np.random.Generator, trained: bool
     ) -> tuple[Mask, float]:
         """Return the pattern of the largest weights, and what gives them the norm that all weights had."""
         mask = self._mask(layer, array, density)
         whole, kept = (float(np.square(a, dtype=np.float64).sum()) for a in (array, np.where(mask, array, 0)))
-        return mask, math.sqrt(whole / kept) if self.rescale and kept else 1.0
+        return mask, math.sqrt(whole / kept) if self._rescales(trained) and kept else 1.0
 
-    def adopted(self, layer: SparseLayer, array: Floats, density: float) -> Mask:
-        """Return the pattern of the largest weights."""
-        return self._mask(layer, array, density)
+    def start(self, trained: bool) -> str:
+        """Return whether ``initial`` scales, as text."""
+        if self._rescales(trained):
+            return "begins with the largest weights, scaled to the norm of all (rescale=false leaves them as they are)"
+        return "begins with the largest of the given weights as they are (rescale=true scales them)"
+
+    def _rescales(self, trained: bool) -> bool:
+        return not trained if self.rescale is None else self.rescale
 
     def rewrite(self, train: TrainingGraph, layers: Sequence[SparseLayer]) -> dict[str, int]:
         """Let weight gradients read pruned activations."""
@@ -149,6 +169,10 @@ class SWAT(SparsityPolicy):
                 train.forward_count += keep(train.graph, train.forward_count)
         return records
 
+    def prunes_activations(self, layers: Sequence[SparseLayer]) -> bool:
+        """Whether a layer's saved activations lose anything."""
+        return any(density < 1 for density in self.activation_densities(layers).values())
+
     def before_step(self, topology: Topology, step: int) -> None:
         """Choose the largest weights of every layer anew, every ``refresh`` steps."""
         if step % self.refresh:
@@ -157,7 +181,8 @@ class SWAT(SparsityPolicy):
             topology.densities |= momentum_densities(topology, 1 - self.weights)
             topology.prune_activations(momentum_densities(topology, 1 - self.activations))
         for layer in topology.layers:
-            topology.set(layer, self._mask(layer, topology.master(layer), topology.densities[layer.weight]))
+            mask = self._mask(layer, topology.master(layer), topology.densities[layer.weight])
+            topology.set(layer, np.flatnonzero(mask))
 
     def _mask(self, layer: SparseLayer, array: Floats, density: float) -> Mask:
         if self.variant != "structured" or layer.taps == 1:

@@ -9,20 +9,21 @@ from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
 from edgetrain.autodiff import TrainingGraph
 from edgetrain.errors import CheckpointError, UsageError
-from edgetrain.graph import Graph
+from edgetrain.graph import Graph, is_placeholder
 from edgetrain.kernels.codes import DENSITY, RECORD
 from edgetrain.optim import Optimizer
 from edgetrain.parameters import Parameters
 from edgetrain.policies import NONE, describe_policy, parse_policy
-from edgetrain.sparse_index import SparseIndex
-from edgetrain.sparsity.layers import SparseLayer
+from edgetrain.sparse_index import Positions, SparseIndex
+from edgetrain.sparsity.layers import SparseLayer, dense_layers, sparse_layers
 from edgetrain.sparsity.policy import Floats, Gradients, Mask, SparsityPolicy
 
 TOPOLOGY = "topology/"  # begins the names of the state's tensors
+_PARTS = ("starts", "columns")
 # Keys of the metadata of exported files.
 SPARSITY, DENSITIES = "edgetrain.sparsity", "edgetrain.densities"
 
@@ -45,12 +46,14 @@ class Topology:
         records: of layers whose saved activations are pruned: number of their record, by weight.
         indices: their indices by weight.
         densities: the share of weights that every sparse layer keeps, by weight.
+        start: what weights exist before the first step, and why, as text; empty without a policy.
         total_steps: length of training, ``None`` when nobody told.
         version: number of changes of any layer.
-        changes, seconds: after or before how many steps the topology changed, and the time that choosing took.
+        changes, seconds: before or after how many steps a weight came or went, in all processes of a run, and the time
+            that these changes took.
 
     Raises:
-        UsageError: the policy cannot work with the optimizer.
+        UsageError: the policy cannot work with the optimizer, or finds no layer.
     """
 
     def __init__(self, graph: Graph, policy: SparsityPolicy | None, optimizer: Optimizer, seed: int) -> None:
@@ -61,34 +64,59 @@ class Topology:
         self.records: dict[str, int] = {}
         self.indices: dict[str, SparseIndex] = {}
         self.densities: dict[str, float] = {}
-        self.version, self.changes, self.seconds = 0, 0, 0.0
+        self.version, self.changes, self.seconds, self.start = 0, 0, 0.0, ""
         if policy is not None:
             policy.check(optimizer)
             self._choose(graph, policy)
+            self.start = policy.start(graph.trained)
 
     def _choose(self, graph: Graph, policy: SparsityPolicy) -> None:
         self.candidates = policy.layers(graph)
-        densities = policy.densities(self.candidates)
+        if not self.candidates and not policy.skips_nothing:
+            listed = "; ".join(f"{name}: {reason}" for name, reason in dense_layers(graph, *policy.dense_ends).items())
+            raise UsageError(
+                f"{policy.name}: no layer of '{graph.name}' can be sparse ({listed or 'it has no weights'}); "
+                "expected one at least: change the settings named, take another network, or leave sparsity out"
+            )
+        arrays = {layer.weight: graph.arrays[layer.weight] for layer in self.candidates}
+        if any(is_placeholder(array) for array in arrays.values()):  # a checkpoint: its state brings pattern and values
+            densities = policy.densities(self.candidates) | graph.densities
+            for layer in self.candidates:
+                if is_placeholder(arrays[layer.weight]):
+                    index = self._add(policy, layer, densities[layer.weight])
+                    index.set_positions(np.arange(index.capacity if policy.compact else 0))
+            return
+        densities = policy.densities_for(self.candidates, arrays)
         for number, layer in enumerate(self.candidates):
-            density, array = densities[layer.weight], graph.arrays[layer.weight]
-            mask, scale = policy.initial(layer, array, density, np.random.default_rng([self.seed, number]))
-            capacity = policy.capacity(layer, density)
+            density, array = densities[layer.weight], arrays[layer.weight]
+            rng = np.random.default_rng([self.seed, number])
+            mask, scale = policy.initial(layer, array, density, rng, graph.trained)
             if mask.all() and (policy.compact or density >= 1):
                 continue  # dense: the kernels and the storage of any dense layer
-            index = SparseIndex(
-                layer.shape, capacity, inputs_first=layer.inputs_first, groups=layer.groups, compact=policy.compact
-            )
-            index.set(mask)
+            self._add(policy, layer, density).set(mask)
             if policy.compact or scale != 1:
                 kept = mask if policy.compact else True
                 graph.arrays[layer.weight] = np.where(kept, array * np.float32(scale), np.float32(0))
-            self.layers.append(layer)
-            self.indices[layer.weight], self.densities[layer.weight] = index, density
+
+    def _add(self, policy: SparsityPolicy, layer: SparseLayer, density: float) -> SparseIndex:
+        """Make a layer sparse; its pattern is still to come."""
+        index = SparseIndex(
+            layer.shape, policy.capacity(layer, density), inputs_first=layer.inputs_first, groups=layer.groups,
+            compact=policy.compact,
+        )  # fmt: skip
+        self.layers.append(layer)
+        self.indices[layer.weight], self.densities[layer.weight] = index, density
+        return index
 
     def rewrite(self, train: TrainingGraph) -> None:
         """Let the policy change the training graph that autodiff made."""
         if self.policy is not None:
             self.records = self.policy.rewrite(train, self.candidates)
+
+    @property
+    def prunes_activations(self) -> bool:
+        """Whether ``rewrite`` changes anything."""
+        return self.policy is not None and self.policy.prunes_activations(self.candidates)
 
     def attach(self, parameters: Parameters) -> None:
         """Say where the values are stored."""
@@ -100,9 +128,10 @@ class Topology:
         """Return which weights exist, bool in ONNX shape."""
         return self.indices[layer.weight].mask()
 
-    def dense(self, layer: SparseLayer) -> Floats:
-        """Return a copy of the weights in ONNX shape, 0 where none exists."""
-        return self._parameters.dense(layer.weight)
+    def entries(self, layer: SparseLayer) -> tuple[Positions, Floats]:
+        """Return the weights that exist in a compact layer: ascending positions in the flat ONNX array, and values."""
+        positions, order = self.indices[layer.weight].ascending()
+        return positions, self._parameters.view(layer.weight)[order]
 
     def master(self, layer: SparseLayer) -> Floats:
         """Return the master copy of the weights in ONNX shape, as a view; only where the policy is not compact."""
@@ -124,15 +153,27 @@ class Topology:
         for name, number in self.records.items():
             records[number, DENSITY] = densities[name]
 
-    def set(self, layer: SparseLayer, mask: Mask) -> None:
-        """Take another topology; a new weight has its master copy's value or, if there is none, is 0 as its moments."""
+    def set(self, layer: SparseLayer, positions: Positions) -> None:
+        """Take another topology; a new weight has its master copy's value or, if there is none, is 0 as its moments.
+
+        What is stored moves from its old place to its new one, in memory proportional to the weights that exist.
+
+        Args:
+            layer: one of ``layers``.
+            positions: indices of the weights that exist in the flat ONNX array, ascending.
+        """
         index = self.indices[layer.weight]
+        old, order = index.ascending()
+        if np.array_equal(old, positions):
+            return
         buffers = ("weights", *self._parameters.moments) if index.compact else ()
-        kept = {name: index.dense(self._parameters.view(layer.weight, name)) for name in buffers}
-        index.set(mask)
+        moved = {n: _moved(old, self._parameters.view(layer.weight, n)[order], positions) for n in buffers}
+        index.set_positions(positions)
         self.version += 1
-        for name, array in kept.items():
-            self._parameters.put(layer.weight, array, name)
+        _, order = index.ascending()
+        for name, values in moved.items():
+            view = self._parameters.view(layer.weight, name)
+            view[order], view[index.count :] = values, 0
 
     # --- what the learner calls ---
 
@@ -157,19 +198,45 @@ class Topology:
             with self._measured():
                 self.policy.after_step(self, step, gradients)
 
-    def adopt(self, arrays: Mapping[str, ArrayLike]) -> None:
-        """Choose the patterns of layers whose weights are about to be replaced."""
-        for layer in self.layers:
-            if self.policy is not None and layer.weight in arrays:
-                array = np.asarray(arrays[layer.weight], np.float32)
-                self.indices[layer.weight].set(self.policy.adopted(layer, array, self.densities[layer.weight]))
+    def adopt(self, arrays: Mapping[str, NDArray[np.float32]]) -> dict[str, NDArray[np.float32]]:
+        """Choose the patterns of layers whose weights are about to be replaced; moments stay with their weights.
 
-    def describe(self) -> dict[str, str]:
-        """Return what an exported file says about its zeros: policy, and density of every sparse layer as JSON."""
+        Returns:
+            The arrays to take, where the policy scales them.
+        """
+        taken = dict(arrays)
         if self.policy is None:
-            return {}
+            return taken
+        if not self.policy.compact and all(layer.weight in arrays for layer in self.candidates):
+            wanted, indices = self.policy.densities_for(self.candidates, arrays), self.indices
+            self.densities = {n: min(wanted[n], index.capacity / index.size) for n, index in indices.items()}
+        for number, layer in enumerate(self.candidates):
+            name = layer.weight
+            if name in self.indices and name in arrays:
+                rng = np.random.default_rng([self.seed, number])
+                mask, scale = self.policy.initial(layer, arrays[name], self.densities[name], rng, trained=True)
+                self.set(layer, np.flatnonzero(mask))
+                taken[name] = arrays[name] * np.float32(scale) if scale != 1 else arrays[name]
+        self.start = self.policy.start(trained=True)
+        return taken
+
+    def describe(self, graph: Graph, arrays: Mapping[str, NDArray[np.float32]]) -> dict[str, str]:
+        """Return what an exported file says about its zeros: policy, and density of every sparse layer as JSON.
+
+        Args:
+            graph: the network.
+            arrays: its parameters: without a policy, layers that have zeros are the sparse ones.
+        """
+        if self.policy is None:
+            shares = {layer.weight: _density(arrays[layer.weight]) for layer in sparse_layers(graph)}
+            densities = {name: share for name, share in shares.items() if share < 1}
+            return {DENSITIES: json.dumps(densities)} if densities else {}
         densities = {name: index.density for name, index in self.indices.items()}
         return {SPARSITY: self._described(), DENSITIES: json.dumps(densities)}
+
+    def account(self) -> dict[str, Any]:
+        """Return how often the topology changed and how long that took, in seconds, as plain data."""
+        return {"changes": self.changes, "seconds": self.seconds}
 
     def _described(self) -> str:
         return describe_policy("sparsity", self.policy)
@@ -183,7 +250,7 @@ class Topology:
             tensors[f"{TOPOLOGY}{name}/starts"] = index.starts.copy()
             tensors[f"{TOPOLOGY}{name}/columns"] = index.columns[: index.count].copy()
         plain = {"total_steps": self.total_steps, "densities": dict(self.densities), "policy": self._described()}
-        return tensors, plain
+        return tensors, plain | self.account()
 
     def restore(self, tensors: Mapping[str, NDArray[Any]], meta: Mapping[str, Any] | None) -> dict[str, NDArray[Any]]:
         """Take the state that ``state`` returned (``None`` for none); return the tensors that belong to others.
@@ -192,22 +259,24 @@ class Topology:
             CheckpointError: it belongs to another network or policy.
         """
         rest = {key: array for key, array in tensors.items() if not key.startswith(TOPOLOGY)}
-        wanted = {f"{TOPOLOGY}{name}/{part}" for name in self.indices for part in ("starts", "columns")}
+        wanted = {f"{TOPOLOGY}{name}/{part}" for name in self.indices for part in _PARTS}
         policy = NONE if meta is None else meta["policy"]
         if not self._is_policy(policy) or wanted | rest.keys() != tensors.keys():
             raise CheckpointError(
                 f"the state belongs to another sparsity policy: '{policy}', this learner has '{self._described()}'"
             )
         try:
-            masks = {name: index.mask_of(*(tensors[f"{TOPOLOGY}{name}/{part}"] for part in ("starts", "columns")))
-                     for name, index in self.indices.items()}  # fmt: skip
+            parts = {name: [tensors[f"{TOPOLOGY}{name}/{part}"] for part in _PARTS] for name in self.indices}
+            patterns = {name: index.positions_of(*parts[name]) for name, index in self.indices.items()}
         except UsageError as error:
             raise CheckpointError(f"the state belongs to another network: {error}") from error
-        for name, mask in masks.items():  # only now: a state that does not fit changes nothing
-            self.indices[name].set(mask)
+        for name, positions in patterns.items():  # only now: a state that does not fit changes nothing
+            self.indices[name].set_positions(positions)
         self.version += 1
         if meta is not None:
             self.total_steps, self.densities = meta["total_steps"], dict(meta["densities"])
+            # Not in files from before they were kept.
+            self.changes, self.seconds = meta.get("changes", 0), meta.get("seconds", 0.0)
         return rest
 
     def _is_policy(self, text: str) -> bool:
@@ -225,3 +294,16 @@ class Topology:
         if self.version != version:
             self.changes += 1
             self.seconds += time.perf_counter() - start
+
+
+def _moved(old: Positions, values: Floats, new: Positions) -> Floats:
+    """Return the values ``(len(new),)`` of ascending positions, of which ``old`` had ``values``; 0 for the others."""
+    places = np.minimum(np.searchsorted(old, new), max(0, len(old) - 1))
+    found = old[places] == new if len(old) else np.zeros(len(new), bool)
+    moved = np.zeros(len(new), np.float32)
+    moved[found] = values[places[found]]
+    return moved
+
+
+def _density(array: NDArray[np.float32]) -> float:
+    return np.count_nonzero(array) / array.size
