@@ -5,6 +5,7 @@ None of them changes what is computed, but for the order in which two gradients 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -125,18 +126,51 @@ def keep_masks(train: Graph, forward_count: int) -> int:
     added = 0
     for node in train.nodes[:forward_count]:
         slopes = _slopes(train, node, forward_count + added) if node.op_type == "Relu" else []
-        channels, rows, columns = map_sizes(node.y.shape)
-        words = packed_words(rows * columns, 1)
-        if not slopes or words == rows * columns:
+        mask = _mask_of(train, node) if slopes else None
+        if mask is None:
             continue
-        mask = Value(f"edgetrain.mask.{node.y.name}", (channels, words))
-        train.add_value(mask)
         for slope in slopes:
             inputs = (mask, slope.input(1))
             train.nodes[train.nodes.index(slope)] = replace(slope, op_type="ReluMaskGrad", inputs=inputs)
-        train.nodes.insert(train.nodes.index(node) + 1, Node("ReluMask", mask.name, (node.y,), (mask,), {}))
         added += 1
     return added
+
+
+def keep_residual_masks(train: Graph, forward_count: int) -> int:
+    """Do the same for Relus that a normalisation with an addend does along the way.
+
+    Usually the next product's weight gradient reads their output, too: this is for those that a policy has freed.
+
+    Returns:
+        How many nodes were added to the forward pass.
+    """
+    added = 0
+    for node in train.nodes[:forward_count]:
+        bounds = node.attributes.get("low"), node.attributes.get("high")
+        if node.op_type != "BatchNormalizationTraining" or node.optional(5) is None or bounds != (0.0, math.inf):
+            continue
+        readers = [n for n in train.nodes[forward_count + added :] if node.y in n.inputs]
+        by_gradient = [n.op_type == "ResidualNormalizationGrad" and n.input(3) == node.y for n in readers]
+        mask = _mask_of(train, node) if by_gradient == [True] and node.y.name not in train.outputs else None
+        if mask is None:
+            continue
+        (grad,) = readers
+        inputs = (*grad.inputs[:3], mask, *grad.inputs[4:])
+        train.nodes[train.nodes.index(grad)] = replace(grad, op_type="ResidualNormalizationMaskGrad", inputs=inputs)
+        added += 1
+    return added
+
+
+def _mask_of(train: Graph, node: Node) -> Value | None:
+    """Let the forward pass pack which numbers of a node's output are positive; ``None`` where that saves nothing."""
+    channels, rows, columns = map_sizes(node.y.shape)
+    words = packed_words(rows * columns, 1)
+    if words == rows * columns:
+        return None
+    mask = Value(f"edgetrain.mask.{node.y.name}", (channels, words))
+    train.add_value(mask)
+    train.nodes.insert(train.nodes.index(node) + 1, Node("ReluMask", mask.name, (node.y,), (mask,), {}))
+    return mask
 
 
 def _slopes(train: Graph, node: Node, forward_count: int) -> list[Node]:

@@ -83,7 +83,7 @@ class Learner:
     These three may be given as text, too: ``"rigl:weights=0.9"``, as on the command line (``policies.parse_policy``).
 
     Raises:
-        UsageError: an argument of a wrong kind or out of range.
+        UsageError: an argument of a wrong kind or out of range, or a network too small for the instance filter.
         ProfileError: the profile is not there or bad.
         MemoryBudgetError: a training step does not fit into the budget.
 
@@ -128,7 +128,7 @@ class Learner:
             self._allowed(threads), self.error_pruning, self.topology.wants_gradients,
             self.topology.rewrite if self.topology.prunes_activations else None,
         )  # fmt: skip
-        self.stream = InstanceStream(self, self.instance_filter)
+        self._start_stream()
 
     # --- settings ---
 
@@ -214,7 +214,8 @@ class Learner:
             What happened: ``instances_kept`` of them, ``instances_trained`` now (0 until a micro-batch is full).
 
         Raises:
-            DataError, NumericalError, MemoryBudgetError: as ``partial_fit``.
+            DataError, NumericalError, MemoryBudgetError: as ``partial_fit``. ``stream.position`` and ``stream.totals``
+                tell what was done until then (``stream.InstanceStream``).
         """
         with self._lock:
             arrays = self._inputs(x)
@@ -222,6 +223,18 @@ class Learner:
                 raise DataError(f"observe takes networks with one input, '{self.graph.name}' has {sorted(arrays)}")
             images = arrays[self.graph.inputs[0]]
             return self.stream.observe(images, self._targets(y, len(images)), predict)
+
+    def flush(self) -> StepResult | None:
+        """Train on the instances that ``observe`` left waiting, a smaller batch than usual: where a stream ends.
+
+        Returns:
+            What happened, counted in ``stream.totals`` with the instances observed last; ``None`` when none wait.
+
+        Raises:
+            NumericalError, MemoryBudgetError: as ``partial_fit``.
+        """
+        with self._lock:
+            return self.stream.flush(observed=True)
 
     def time_rows(self, x: Inputs, y: ArrayLike) -> NDArray[np.float64]:
         """Take one optimizer step like ``partial_fit`` and return the seconds of every kernel call, for diagnosis.
@@ -383,9 +396,13 @@ class Learner:
                 parameters.stored(name, buffer)[...] = array
             self.step_count = int(meta["step_count"])
             self.graph.trained |= self.step_count > 0
-            self.stream = InstanceStream(self, self.instance_filter)
+            self._start_stream()
             if "stream" in meta:
                 self.stream.restore(streamed, meta["stream"])
+
+    def _start_stream(self) -> None:
+        self.stream = InstanceStream(self, self.instance_filter)
+        self.plans.beside = self.stream
 
     def _check_state(self, tensors: Mapping[str, NDArray[Any]], records: NDArray[Any] | None, step_count: int) -> None:
         """Compare names and shapes with what this learner has, before any of it is changed.
@@ -445,7 +462,7 @@ class Learner:
     # --- plans ---
 
     def memory_plan(self, batch_size: int | None = None) -> MemoryPlan:
-        """Return the bytes that training steps of ``batch_size`` samples need."""
+        """Return the bytes that training steps of ``batch_size`` samples need, the instance filter's included."""
         with self._lock:
             return self.plans.memory(self.plans.largest(batch_size or self.batch_size))
 

@@ -272,10 +272,17 @@ class Lowering(ListedLowering):
 
     def residual_norm_gradient(self, node: Node, bounds: tuple[float, float]) -> None:
         """Emit the gradients of a normalisation with an addend."""
-        x, out = self.layout(node.x), self.layout(node.outputs[1])
+        self._residual_norm_gradient(node, bounds, bits=0)
+
+    def residual_norm_mask_gradient(self, node: Node, bounds: tuple[float, float]) -> None:
+        """Emit the same where bits take the place of the output."""
+        self._residual_norm_gradient(node, bounds, bits=1)
+
+    def _residual_norm_gradient(self, node: Node, bounds: tuple[float, float], bits: int) -> None:
+        x, out, sums = self.layout(node.x), self.layout(node.outputs[1]), int(node.optional(6) is not None)
         self.emit(
-            "residual_norm_gradient", (self.lanes, int(node.optional(6) is not None)), x.channels, mask=Ref("mask"),
-            state=Ref("state"), **border_of(out), **self.residual_arguments(node, bounds),
+            "residual_norm_gradient", (self.lanes, sums, bits), x.channels, mask=Ref("mask"), state=Ref("state"),
+            **border_of(out), **self.residual_arguments(node, bounds),
         )  # fmt: skip
 
     def residual_arguments(self, node: Node, bounds: tuple[float, float]) -> dict[str, float | Ref]:

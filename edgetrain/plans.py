@@ -7,8 +7,9 @@ A plan is a training step or a prediction lowered to a table of kernel calls: ``
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 
@@ -51,14 +52,24 @@ class MemoryPlan:
 
     Attributes:
         parts: bytes by purpose.
+        notes: what a sparsity policy makes of a part, such as ``{"weights": "non-zeros only"}``.
     """
 
     parts: dict[str, int]
+    notes: dict[str, str] = field(default_factory=dict)
 
     @property
     def peak_bytes(self) -> int:
         """Sum of all parts."""
         return sum(self.parts.values())
+
+
+class HasMemory(Protocol):
+    """Something that takes memory."""
+
+    @property
+    def memory(self) -> dict[str, int]:
+        """Bytes by purpose."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +94,9 @@ class Plans:
         whole_gradients: whether some training steps keep the gradients of weights that do not exist.
         rewrite: changes the training graph that autodiff made.
         error_pruning: rewrites the training graph so that error maps are thinned out.
+
+    Attributes:
+        beside: what works beside the network within the same budget, the filtering of instances.
     """
 
     def __init__(
@@ -94,6 +108,7 @@ class Plans:
         self._batch_size, self._budget, self._error_pruning = batch_size, budget, error_pruning
         self.arena, self.team, self._whole_gradients = Arena(), Team(threads), whole_gradients
         self._rewrite = rewrite
+        self.beside: HasMemory | None = None
         self._executors: dict[tuple[bool, int, bool, tuple[bool, ...]], Executor] = {}
         self._forward_plans: dict[tuple[bool, ...], Plan] = {}  # the latest, by which weights run on lists
         self._macs: dict[str, int] = {}  # of one sample's step: before and after every policy has rewritten the graph
@@ -276,12 +291,12 @@ class Plans:
 
     def memory(self, plan: Plan) -> MemoryPlan:
         """Return the bytes that a plan needs, by purpose."""
-        buffers, sparse = self.parameters.buffers, self.parameters.sparse.values()
+        buffers, sparse = self.parameters.buffers, list(self.parameters.sparse.values())
         lasting = [n for n in plan.offsets if not n.startswith("workspace:")]
         ends = {n: plan.lifetimes[n] for n in lasting}
         _, activations = place([Lifetime(n, plan.sizes[n], *ends[n]) for n in lasting])
         moments = sum(buffers[m].nbytes for m in self._optimizer.moments if m in buffers)
-        return MemoryPlan({
+        parts = {
             "weights": buffers["weights"].nbytes,
             "gradients": buffers["gradients"].nbytes if "gradients" in buffers else 0,
             "optimizer": moments,
@@ -289,7 +304,10 @@ class Plans:
             "workspace": max(0, plan.arena_bytes - activations),
             **({"sparse index": sum(index.nbytes for index in sparse)} if sparse else {}),
             "tables": plan.table_bytes,
-        })  # fmt: skip
+            **({} if self.beside is None else self.beside.memory),
+        }
+        lists = any(node.op_type == "CompressedWeightGrad" for node in plan.graph.nodes)
+        return MemoryPlan(parts, _notes(sparse, self._whole_gradients, lists))
 
     def _blocks(self, count: int) -> int:
         return count if self.by_channel else -(-count // self.lanes)
@@ -328,6 +346,18 @@ class Plans:
                 f"a step of {plan.capacity} samples needs {need.peak_bytes / 2**20:.1f} MiB ({parts}), the budget"
                 f" is {self._budget / 2**20:.1f} MiB; use a smaller batch size or network, or a larger budget"
             )
+
+
+def _notes(sparse: Sequence[SparseIndex], whole_gradients: bool, lists: bool) -> dict[str, str]:
+    """Return what of the weights and of what belongs to them is stored, by part of the memory plan."""
+    if not sparse:
+        return {}
+    if not all(index.compact for index in sparse):
+        notes = {"weights": "dense master", "gradients": "dense", "optimizer": "dense", "sparse index": "the pattern"}
+        return notes | ({"activations": "pruned ones as lists"} if lists else {})
+    notes = dict.fromkeys(("weights", "gradients", "optimizer"), "non-zeros only")
+    refresh = {"activations": "whole gradients at a refresh"} if whole_gradients else {}
+    return notes | refresh | {"sparse index": "the pattern"}
 
 
 def _lists_pay(graph: Graph, sparse: Mapping[str, SparseIndex], batch_size: int) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from edgetrain.accounting import StepResult
 from edgetrain.arrays import Checked
 from edgetrain.filters import Choice, InstanceFilter, Judge, Lesson, Selector
+from edgetrain.filters.base import instance_bytes
 from edgetrain.history import Totals
 from edgetrain.kernels.registry import working_clock
 from edgetrain.losses import sample_losses
@@ -33,25 +34,52 @@ MODES = ("train", "predict")
 _FADING = 0.999
 
 
+@dataclass
+class _Done:
+    """What a call has done so far; counted when it ends, also by an error."""
+
+    start: float
+    choice: Choice
+    losses: Floats | None = None
+    hits: NDArray[np.bool_] | None = None
+    steps: list[StepResult] = field(default_factory=list)
+    lessons: list[Lesson] = field(default_factory=list)
+
+
 class InstanceStream:
     """What stands between arriving instances and training steps.
+
+    A call that fails leaves consistent books. When a prediction or the filter fails, nothing has happened: position
+    and totals are as before, and the same instances may come again. When a training step fails, all instances of the
+    call have been observed, and position and totals tell what was done; those of the failed step are dropped, for
+    with the same parameters it would fail again, and the others wait. So ``instances_kept`` less
+    ``instances_trained`` less ``waiting`` is the number of dropped ones, and who goes on at ``position`` repeats none.
+
+    Users call ``Learner.observe`` and ``Learner.flush``, which hold the learner's lock.
 
     Attributes:
         position: instances observed so far; where a resumed stream goes on.
         totals: sums by mode: ``"train"`` (a skipped instance costs the filter alone) and ``"predict"`` (every instance
             is predicted first, and costs the forward pass too).
+        latest: what the latest ``observe`` did, also one that failed; ``None`` when that was nothing.
+
+    Raises:
+        UsageError: the filter does not suit the learner's network.
     """
 
     def __init__(self, learner: Learner, instance_filter: InstanceFilter | None) -> None:
         # Weak, for the learner holds this: a cycle would keep a dropped learner's memory until the next collection.
         self._learner: Learner = weakref.proxy(learner)
-        self._filter = instance_filter
         self._selector: Selector | None = None
+        if instance_filter is not None:
+            self._selector = instance_filter.selector(self._learner, _judge(self._learner))
         self._x: Images = np.zeros((0, *learner.graph.input_shape), np.float32)
         self._y: NDArray[Any] = np.zeros(0, np.int64)
         self._faded = np.zeros(2)  # sums of hits and of instances, both fading
+        self._mode = MODES[0]  # of the latest observed instances
         self.position = 0
         self.totals = {mode: Totals() for mode in MODES}
+        self.latest: StepResult | None = None
 
     @property
     def waiting(self) -> int:
@@ -74,75 +102,59 @@ class InstanceStream:
         """Numbers that tell how the filter is doing."""
         return self._selector.facts if self._selector else {}
 
-    def observe(self, x: Images, y: NDArray[Any], predict: bool) -> StepResult:
-        """Take instances of a stream and count them; arguments as for ``offer``."""
-        # Counted first: who goes on after a step that was not finite must not learn from the same instances again.
-        self.position += len(y)
-        result = self.offer(x, y, predict)
-        judged = len(y) if predict else result.instances_trained
-        self.totals["predict" if predict else "train"].add(result, result.seconds, judged)
-        return result
+    @property
+    def memory(self) -> dict[str, int]:
+        """Bytes by purpose that filtering needs beside the network's plan, for ``MemoryPlan``."""
+        if self._selector is None:
+            return {}
+        return {"waiting instances": self._learner.batch_size * instance_bytes(self._learner), **self._selector.memory}
 
-    def offer(self, x: Images, y: NDArray[Any], predict: bool = False) -> StepResult:
-        """Let the filter choose, collect what it keeps, and train on every micro-batch that is full.
+    def observe(self, x: Images, y: NDArray[Any], predict: bool) -> StepResult:
+        """Take instances of a stream and count them in ``position`` and ``totals``.
 
         Args:
             x: float32 ``(N, *input_shape)``.
             y: labels ``(N,)``, or targets ``(N, *output_shape)``.
             predict: predict all of them first.
         """
-        start, learner, count = working_clock(), self._learner, len(y)
-        losses, hits = self._predicted(x, y) if predict else (None, None)
-        choice = self._choose(x, y, losses)
-        done = self._collect(x, y, choice.keep)
-        steps, lessons = [step for step, _ in done], [lesson for _, lesson in done]
-        kept, dense = int(choice.keep.sum()), learner.plans.dense_macs
-        forward = count * learner.graph.macs() if predict else 0
-        executed = count * learner.plans.forward_macs if predict else 0
-        selection = choice.macs + sum(lesson.macs for lesson in lessons)
-        saved = (count - kept) * dense - selection
-        trained = _sum(steps, "instances_trained")
-        if losses is not None and hits is not None:
-            loss, correct = float(losses.mean()), int(hits.sum())
-        else:
-            loss = sum(s.loss * s.instances_trained for s in steps) / trained if trained else float("nan")
-            correct = _sum(steps, "correct")
-        return StepResult(
-            loss, correct, count, trained,
-            macs_dense=(count - kept) * dense + _sum(steps, "macs_dense") + forward,
-            macs_done=selection + _sum(steps, "macs_done") + executed,
-            seconds=working_clock() - start,
-            instances_kept=kept,
-            instances_uncertain=sum(lesson.uncertain for lesson in lessons),
-            macs_selection=selection,
-            saved_filter=saved,
-            saved_weights=_sum(steps, "saved_weights") + forward - executed,
-            **{name: _sum(steps, name) for name in ("saved_error_maps", "saved_activations")},
-        )  # fmt: skip
+        self.latest = None
+        return self._take_in(x, y, predict, observed=True)
 
-    def flush(self) -> StepResult | None:
-        """Train on the instances that wait, a smaller batch than usual; ``None`` when none do."""
+    def offer(self, x: Images, y: NDArray[Any]) -> StepResult:
+        """Take instances of a data set, which has a history of its own; arguments as for ``observe``."""
+        return self._take_in(x, y, False, observed=False)
+
+    def flush(self, observed: bool = False) -> StepResult | None:
+        """Train on the instances that wait, the last batch smaller than usual; ``None`` when none do.
+
+        Args:
+            observed: count it in ``totals``, in the mode of the latest ``observe``.
+        """
         if not self.waiting:
             return None
-        start = working_clock()
-        step, lesson = self._train(*self._take(self.waiting))
-        return replace(
-            step, instances_seen=0, instances_kept=0, instances_uncertain=lesson.uncertain, macs_selection=lesson.macs,
-            macs_done=step.macs_done + lesson.macs, saved_filter=-lesson.macs, seconds=working_clock() - start,
-        )  # fmt: skip
+        done = _Done(working_clock(), Choice(np.zeros(0, bool), 0))
+        try:
+            self._train_waiting(done, least=1)
+        finally:
+            result = self._result(done)
+            if observed:
+                judged = result.instances_trained if self._mode == "train" else 0
+                self.totals[self._mode].add(result, result.seconds, judged)
+        return result
 
     def kernels(self) -> list[tuple[str, tuple[int, ...]]]:
-        """Return the kernels of the filter's own network, which is made for that."""
-        return self._ready(self._filter).kernels() if self._filter else []
+        """Return the kernels of the filter's own network."""
+        return self._selector.kernels() if self._selector else []
 
     def state(self) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
         """Return (tensors, plain data) for ``restore``; both empty when nothing came by."""
-        if not (self.position or self.waiting or self._selector):
+        if not (self.position or self.waiting or (self._selector and self._selector.seen)):
             return {}, {}
         tensors: dict[str, NDArray[Any]] = {"faded": self._faded.copy()}
         if self.waiting:
             tensors |= {"x": self._x.copy(), "y": self._y.copy()}
-        meta: dict[str, Any] = {"position": self.position, "totals": {m: asdict(t) for m, t in self.totals.items()}}
+        totals = {mode: asdict(total) for mode, total in self.totals.items()}
+        meta: dict[str, Any] = {"position": self.position, "mode": self._mode, "totals": totals}
         if self._selector is not None:
             own, meta["filter"] = self._selector.state()
             tensors |= {f"filter/{name}": array for name, array in own.items()}
@@ -151,56 +163,109 @@ class InstanceStream:
     def restore(self, tensors: Mapping[str, NDArray[Any]], meta: Mapping[str, Any]) -> None:
         """Take the state that ``state`` returned."""
         self.position, self._faded = int(meta["position"]), np.array(tensors["faded"])
+        self._mode = meta.get("mode", MODES[0])
         self.totals = {mode: Totals(**meta["totals"][mode]) for mode in MODES}
         if "x" in tensors:
             self._x, self._y = np.array(tensors["x"]), np.array(tensors["y"])
-        if self._filter is not None and "filter" in meta:
+        if self._selector is not None and "filter" in meta:
             own = {name[7:]: array for name, array in tensors.items() if name.startswith("filter/")}
-            self._ready(self._filter).restore(own, meta["filter"])
+            self._selector.restore(own, meta["filter"])
+
+    def _take_in(self, x: Images, y: NDArray[Any], predict: bool, observed: bool) -> StepResult:
+        """Let the filter choose, collect what it keeps, and train on every micro-batch that is full."""
+        start = working_clock()
+        losses, hits = self._predicted(x, y) if predict else (None, None)
+        choice = self._choose(x, y, losses)
+        done = _Done(start, choice, losses, hits)
+        try:
+            self._collect(x[choice.keep], y[choice.keep])
+            self._train_waiting(done, least=self._learner.batch_size)
+            if self._selector is not None:
+                done.lessons.append(self._selector.catch_up())
+        finally:
+            result = self._result(done)
+            if observed:
+                self._count(result, done)
+        return result
+
+    def _count(self, result: StepResult, done: _Done) -> None:
+        """Count observed instances."""
+        self.latest, count, hits = result, result.instances_seen, done.hits
+        self.position += count
+        self._mode = "train" if hits is None else "predict"
+        if hits is not None:
+            self._faded = self._faded * _FADING**count + (float(hits.sum()), count)
+        self.totals[self._mode].add(result, result.seconds, result.instances_trained if hits is None else count)
+
+    def _result(self, done: _Done) -> StepResult:
+        """Return what a call did."""
+        learner, steps, choice = self._learner, done.steps, done.choice
+        count, kept, dense = len(choice.keep), int(choice.keep.sum()), learner.plans.dense_macs
+        forward = executed = 0
+        if done.losses is not None:
+            forward, executed = count * learner.graph.macs(), count * learner.plans.forward_macs
+        selection = choice.macs + sum(lesson.macs for lesson in done.lessons)
+        saved = (count - kept) * dense - selection
+        trained = _sum(steps, "instances_trained")
+        if done.losses is not None and done.hits is not None:
+            loss, correct = float(done.losses.mean()), int(done.hits.sum())
+        else:
+            loss = sum(s.loss * s.instances_trained for s in steps) / trained if trained else float("nan")
+            correct = _sum(steps, "correct")
+        return StepResult(
+            loss, correct, count, trained,
+            macs_dense=(count - kept) * dense + _sum(steps, "macs_dense") + forward,
+            macs_done=selection + _sum(steps, "macs_done") + executed,
+            seconds=working_clock() - done.start,
+            instances_kept=kept,
+            instances_uncertain=sum(lesson.uncertain for lesson in done.lessons),
+            macs_selection=selection,
+            saved_filter=saved,
+            saved_weights=_sum(steps, "saved_weights") + forward - executed,
+            **{name: _sum(steps, name) for name in ("saved_error_maps", "saved_activations")},
+        )  # fmt: skip
 
     def _predicted(self, x: Images, y: NDArray[Any]) -> tuple[Floats, NDArray[np.bool_]]:
         """Predict, and return the losses and which predictions were right."""
-        logits = self._learner.logits(self._checked(x))
+        logits = self._learner.logits(_checked(self._learner, x))
         hits = np.zeros(len(y), bool) if self._learner.loss == "mse" else logits.argmax(1) == y
-        self._faded = self._faded * _FADING ** len(y) + (float(hits.sum()), len(y))
         return _losses_of(self._learner, logits, y), hits
 
-    def _checked(self, x: Images) -> Checked:
-        return Checked({self._learner.graph.inputs[0]: x})
-
-    def _ready(self, instance_filter: InstanceFilter) -> Selector:
-        """Make the selector when it is first needed: its network takes memory."""
-        if self._selector is None:
-            learner = self._learner
-            judge = Judge(lambda x, y: _losses_of(learner, learner.logits(self._checked(x)), y), learner.graph.macs(),
-                          lambda: learner.plans.forward_macs)  # fmt: skip
-            self._selector = instance_filter.selector(learner, judge)
-        return self._selector
-
     def _choose(self, x: Images, y: NDArray[Any], losses: Floats | None) -> Choice:
-        if self._filter is None:
+        if self._selector is None:
             return Choice(np.ones(len(y), bool), 0)
-        return self._ready(self._filter).choose(x, y, losses)
+        return self._selector.choose(x, y, losses)
 
-    def _collect(self, x: Images, y: NDArray[Any], keep: NDArray[np.bool_]) -> list[tuple[StepResult, Lesson]]:
-        """Put the kept behind those that wait, and train while there is a full micro-batch."""
-        self._x = np.concatenate([self._x, x[keep]]) if self.waiting else x[keep]
-        self._y = np.concatenate([self._y, y[keep]]) if self.waiting else y[keep]
-        done = []
-        while self.waiting >= self._learner.batch_size:
-            done.append(self._train(*self._take(self._learner.batch_size)))
-        return done
+    def _collect(self, x: Images, y: NDArray[Any]) -> None:
+        """Put instances behind those that wait."""
+        self._x = np.concatenate([self._x, x]) if self.waiting else x
+        self._y = np.concatenate([self._y, y]) if self.waiting else y
 
-    def _take(self, size: int) -> tuple[Images, NDArray[Any]]:
-        x, y = self._x[:size], self._y[:size]
-        # A copy of the rest: a view would keep every batch it was ever a part of alive.
-        self._x, self._y = self._x[size:].copy(), self._y[size:].copy()
-        return x, y
+    def _train_waiting(self, done: _Done, least: int) -> None:
+        """Train on micro-batches as long as at least so many instances wait; those of a step that fails are gone."""
+        x, y, last = self._x, self._y, 0
+        try:
+            while len(y) - last >= least:
+                first, last = last, min(last + self._learner.batch_size, len(y))
+                batch = _checked(self._learner, x[first:last])
+                done.steps.append(self._learner.partial_fit(batch, y[first:last]))
+                if self._selector is not None:
+                    losses = _step_losses(self._learner, last - first)
+                    done.lessons.append(self._selector.learn(x[first:last], y[first:last], losses))
+        finally:
+            if last:
+                # A copy of the rest: a view would keep every batch it was ever a part of alive.
+                self._x, self._y = x[last:].copy(), y[last:].copy()
 
-    def _train(self, x: Images, y: NDArray[Any]) -> tuple[StepResult, Lesson]:
-        step = self._learner.partial_fit(self._checked(x), y)
-        lesson = self._selector.learn(x, y, _step_losses(self._learner, len(y))) if self._selector else Lesson()
-        return step, lesson
+def _judge(learner: Learner) -> Judge:
+    return Judge(
+        lambda x, y: _losses_of(learner, learner.logits(_checked(learner, x)), y), learner.graph.macs(),
+        lambda: learner.plans.forward_macs,
+    )  # fmt: skip
+
+
+def _checked(learner: Learner, x: Images) -> Checked:
+    return Checked({learner.graph.inputs[0]: x})
 
 
 def _losses_of(learner: Learner, logits: NDArray[np.float32], y: NDArray[Any]) -> Floats:

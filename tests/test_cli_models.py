@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import edgetrain as et
 from edgetrain.runs import open_run
 from tests.cli_support import FIT, run, trained
 
@@ -164,12 +165,45 @@ def test_plan_adds_up_and_respects_the_budget(capsys):
     code, out, _ = run(capsys, "plan", "lenet5", "--batch-size", "32", "--json")
     result = json.loads(out)
     assert code == 0
-    assert set(result) == {"model", "batch_size", "parts", "peak_bytes", "budget_bytes", "fits"}
+    assert set(result) == {"model", "batch_size", "methods", "parts", "notes", "peak_bytes", "budget_bytes", "fits"}
+    assert sum(result["parts"].values()) == result["peak_bytes"]
+    assert result["notes"] == {}
     assert {"weights", "activations"} <= set(result["parts"])
     code, out, err = run(capsys, "plan", "lenet5", "--batch-size", "32", "--memory-budget", "100KiB")
     assert code == 4
     assert "peak" in out
     assert "the budget is 0.10 MiB; use a smaller --batch-size" in err
+
+
+@pytest.mark.parametrize(("sparsity", "stored"), [("rigl", "non-zeros only"), ("set", "non-zeros only"),
+                                                  ("static", "non-zeros only"), ("swat", "dense master")])  # fmt: skip
+def test_plan_tells_what_sparse_training_stores(capsys, sparsity, stored):
+    code, out, _ = run(capsys, "plan", "lenet5", "--batch-size", "8", "--sparsity", f"{sparsity}:weights=0.8")
+    assert code == 0
+    assert out.startswith(f"lenet5, batch size 8, {sparsity}:weights=0.8\n")
+    for line in (f"weights ({stored})", "sparse index (the pattern)"):
+        assert line in out
+    assert ("activations (whole gradients at a refresh)" in out) == (sparsity == "rigl")
+    assert ("activations (pruned ones as lists)" in out) == (sparsity == "swat")
+
+
+def test_plan_with_methods_is_that_of_their_learner(capsys):
+    methods = {"filter": "eif:rate=0.3", "sparsity": "swat:weights=0.9", "error_pruning": "channels:keep=0.7"}
+    flags = [part for kind, text in methods.items() for part in (f"--{kind.replace('_', '-')}", text)]
+    code, out, _ = run(capsys, "plan", "lenet5", "--batch-size", "8", "--threads", "1", *flags, "--json")
+    result = json.loads(out)
+    named = {"sparsity": methods["sparsity"], "instance_filter": methods["filter"],
+             "error_pruning": methods["error_pruning"]}  # fmt: skip
+    expected = et.Learner(et.models.lenet5(), batch_size=8, threads=1, **named).memory_plan()
+    assert (code, result["methods"], result["notes"]) == (0, methods, expected.notes)
+    # The recipe's weight decay is another row of the program than none.
+    assert result["parts"] | {"tables": 0} == expected.parts | {"tables": 0}
+
+
+def test_plan_refuses_bad_methods(capsys):
+    code, out, err = run(capsys, "plan", "lenet5", "--sparsity", "riggl")
+    assert (code, out) == (2, "")
+    assert "did you mean 'rigl'?" in err
 
 
 def test_fit_over_the_budget_starts_nothing(inside, capsys, tmp_path):

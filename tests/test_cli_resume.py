@@ -108,7 +108,8 @@ def test_finished_run_has_nothing_to_resume(inside, capsys):
 
 
 @pytest.mark.parametrize(
-    "flags", [["--epochs", "200"], ["--epochs", "1", "--stream", "--data", "-"]], ids=["fit", "stream"]
+    "flags", [["--epochs", "200"], ["--epochs", "1", "--augment", "", "--stream", "--data", "-"]],
+    ids=["fit", "stream"],
 )
 def test_a_run_that_another_process_writes_is_not_resumed(inside, capsys, tmp_path, flags):
     process = started(inside, tmp_path, *flags)
@@ -275,7 +276,7 @@ def test_resume_refuses_settings_that_the_checkpoint_does_not_have(inside, capsy
 
 
 def test_resume_names_every_edited_setting_of_a_stream_too(inside, capsys, tmp_path):
-    run(capsys, *FIT, "--epochs", "1", "--stream", "--quiet", "--out", tmp_path)
+    run(capsys, *FIT, "--epochs", "1", "--augment", "", "--stream", "--quiet", "--out", tmp_path)
     edit(tmp_path / "fit-1/config.toml", ("seed = 1", "seed = 2"), ("batch_size = 8", "batch_size = 9"))
     code, _, err = run(capsys, "resume", tmp_path / "fit-1")
     assert code == 2

@@ -20,11 +20,13 @@ from typing import IO
 import numpy as np
 import pytest
 
+import edgetrain as et
 from edgetrain.checkpoint import load_checkpoint
 from edgetrain.cli import main
 from edgetrain.cli.progress import BarDisplay, PlainDisplay
+from edgetrain.errors import UsageError
 from edgetrain.history import Totals
-from edgetrain.runs import open_run
+from edgetrain.runs import Run, open_run
 from tests.cli_support import FIT, ROOT, Terminal, assert_same_result, run, write_data
 from tests.test_cli_resume import wait_for_epochs
 
@@ -199,6 +201,34 @@ def test_dense_training_is_not_charged_for_instances_that_wait(inside, capsys, t
     assert (code, timed) == (0, [64])
 
 
+def test_a_step_that_fails_is_resumed_behind_its_block_with_every_instance_counted_once(inside, capsys, tmp_path):
+    images = np.load("digits.npz")
+    x = images["x_train"][:600, None] / np.float32(255)
+    x[300:330] = 1e38
+    np.savez(tmp_path / "a.npz", x=x, y=images["y_train"][:600])
+    code, _, err = run(capsys, "fit", "--stream", "--data", tmp_path / "a.npz", "--out", tmp_path, "--batch-size", "8",
+                       "--filter", "random:rate=0.25", "--window", "100", "--profile", "generic-x86_64")  # fmt: skip
+    assert code == 3, err
+    folder = open_run(tmp_path / "fit-1")
+    total = counted(folder)
+    assert 300 < total.instances_seen < 600
+    while run(capsys, "resume", folder.path)[0] != 0:
+        assert counted(folder).instances_seen > total.instances_seen
+        total = counted(folder)
+    assert counted(folder).instances_seen == 600
+
+
+def counted(folder: Run) -> Totals:
+    """Return the sums of a stream's checkpoint, which must be those of its rows and of the begun one."""
+    learner = load_checkpoint(folder.last)
+    total, running = learner.stream.totals["train"], learner.history.running
+    rows = folder.read_metrics()
+    for name, count in total.counts().items():
+        assert count == sum(row[name] for row in rows) + getattr(running, name), name
+    assert total.instances_seen == learner.stream.position
+    return total
+
+
 @pytest.mark.parametrize("first", ["dark", "bright", "almost dark", "weak"])
 def test_a_stream_may_begin_without_contrast(inside, capsys, tmp_path, first):
     images = np.load("digits.npz")
@@ -246,22 +276,25 @@ def json_lines(first: int, last: int) -> str:
     return "".join(json.dumps({"pixels": x.ravel().tolist(), "y": int(y)}) + "\n" for x, y in pairs)
 
 
-def test_what_came_before_a_bad_line_is_learned_and_saved(inside, tmp_path):
+def test_a_bad_line_costs_no_other(inside, tmp_path):
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    command = [*LIVE, "--batch-size", "8", "--out", str(tmp_path)]
-    done = subprocess.run(command, input=json_lines(0, 90) + "garbage\n" + json_lines(90, 100), env=environment,
-                          text=True, capture_output=True, check=False)  # fmt: skip
-    folder = tmp_path / "fit-1"
-    assert done.returncode == 3
-    assert "line 91: not JSON" in done.stderr
-    assert f"is saved in {folder / 'last.safetensors'}, go on with: edgetrain resume {folder}" in done.stderr
-    learner = load_checkpoint(folder / "last.safetensors")
-    assert (learner.stream.position, learner.step_count, learner.stream.waiting) == (90, 11, 2)
-    last = open_run(folder).read_events()[-1]
-    assert (last["event"], last["instances"]) == ("failed", 90)
-    command = [sys.executable, "-m", "edgetrain", "resume", str(folder)]
-    subprocess.run(command, input=json_lines(90, 100), env=environment, text=True, capture_output=True, check=True)
-    assert load_checkpoint(folder / "last.safetensors").stream.position == 100
+    (tmp_path / "lines").write_text(json_lines(0, 90) + "garbage\n" + json_lines(90, 400))
+    with (tmp_path / "lines").open("rb") as lines:  # as with a pipe, each process goes on where the last one stopped
+        done = subprocess.run([*LIVE, "--batch-size", "8", "--out", str(tmp_path)], stdin=lines, env=environment,
+                              text=True, capture_output=True, check=False)  # fmt: skip
+        folder = tmp_path / "fit-1"
+        assert done.returncode == 3
+        assert "line 91: not JSON" in done.stderr
+        assert f"is saved in {folder / 'last.safetensors'}, go on with: edgetrain resume {folder}" in done.stderr
+        learner = load_checkpoint(folder / "last.safetensors")
+        position = learner.stream.position
+        assert 90 <= position < 200
+        assert (learner.step_count, learner.stream.waiting) == divmod(position, 8)
+        last = open_run(folder).read_events()[-1]
+        assert (last["event"], last["instances"]) == ("failed", position)
+        command = [sys.executable, "-m", "edgetrain", "resume", str(folder)]
+        subprocess.run(command, stdin=lines, env=environment, text=True, capture_output=True, check=True)
+    assert load_checkpoint(folder / "last.safetensors").stream.position == 400
 
 
 def wait_until_read(pipe: IO[str]) -> None:
@@ -306,6 +339,11 @@ def test_standard_input_has_no_baseline(inside, capsys):
         (["--recipe", "fast"], "--recipe 'fast', expected one of edge, dense"),
         (["--stream", "--epochs", "3"], "training.epochs is 3, but a stream is learned from once"),
         (["--stream", "--schedule", "cosine"], "training.schedule is 'cosine', but the end of a stream is unknown"),
+        (["--stream", "--augment", "flip"], "data.augment is 'flip', but instances of a stream are learned from as"),
+        (["--stream", "--image-size", "32x32"], "image_size and channels are for folders of images; leave them out"),
+        (["--stream", "--data", "digits.npz", "--image-size", "32x32"], "image_size and channels are for folders"),
+        (["--stream", "--data", "-", "--image-size", "32x32"], "standard input: image_size is for folders of images"),
+        (["--stream", "--image-size", "32"], "--image-size is '32'"),
         (["--data", "-"], "standard input, which can be read only once; add --stream"),
         (["--predict-first"], "stream.predict is True, which only a stream heeds; add --stream"),
         (["--window", "5"], "stream.window is 5, which only a stream heeds; add --stream"),
@@ -316,6 +354,48 @@ def test_bad_methods_and_contradictions_start_nothing(inside, capsys, tmp_path, 
     assert code == 2
     assert message in err
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("flags", [[], ["--stream"]], ids=["epochs", "stream"])
+def test_a_folder_of_images_gets_the_size_that_was_asked_for(capsys, tmp_path, flags):
+    image = pytest.importorskip("PIL.Image")
+    rng = np.random.default_rng(0)
+    for number in range(40):
+        folder = tmp_path / "images" / "ab"[number % 2]
+        folder.mkdir(exist_ok=True, parents=True)
+        image.fromarray(rng.integers(0, 255, (20, 20), np.uint8)).save(folder / f"{number:03d}.png")
+    command = ["fit", *flags, "--data", tmp_path / "images", "--image-size", "24x22", "--batch-size", "8",
+               "--out", tmp_path, "--quiet"]  # fmt: skip
+    assert run(capsys, *command, *([] if flags else ["--epochs", "1"]))[0] == 0
+    assert load_checkpoint(tmp_path / "fit-1/last.safetensors").graph.input_shape == (1, 24, 22)
+
+
+def test_a_network_of_another_size_is_refused(capsys, tmp_path):
+    image = pytest.importorskip("PIL.Image")
+    et.Learner(et.models.lenet5(num_classes=2), threads=1).export_onnx(tmp_path / "a.onnx")
+    for name in "ab":
+        (tmp_path / "images" / name).mkdir(parents=True)
+        image.fromarray(np.zeros((20, 20), np.uint8)).save(tmp_path / "images" / name / "0.png")
+    code, _, err = run(capsys, "fit", "--stream", "--data", tmp_path / "images", "--image-size", "24x24", "--model",
+                       tmp_path / "a.onnx", "--out", tmp_path / "runs")  # fmt: skip
+    assert code == 3
+    assert "has instances of shape (1, 24, 24), but the network" in err
+    assert not (tmp_path / "runs").exists()
+
+
+def test_the_augmentation_of_a_recipe_is_not_for_streams(tmp_path):
+    from edgetrain.cli.config import effective
+
+    text = (Path(__file__).parents[1] / "device_profiles/raspberrypi4.toml").read_text()
+    path = tmp_path / "board.toml"
+    path.write_text(text.replace('augmentation = ""', 'augmentation = "flip"'))
+    device = {"device": {"profile": str(path)}}
+    epochs = effective(device)[0]
+    assert epochs.data.augment == "flip"
+    assert effective({**device, "stream": {"enabled": True}})[0].data.augment == ""
+    assert effective({"stream": {"enabled": True}}, None, epochs.to_dict())[0].data.augment == ""
+    with pytest.raises(UsageError, match=r"data\.augment is 'flip'"):
+        effective({}, None, {"stream": {"enabled": True}, "data": {"augment": "flip"}})
 
 
 def test_recipes_and_flags_decide_what_is_skipped(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 
 import edgetrain as et
 from edgetrain.devices import load_profile
-from edgetrain.errors import UsageError
+from edgetrain.errors import MemoryBudgetError, UsageError
 from edgetrain.filters import Judge
 from edgetrain.filters.base import KeptShare
 from edgetrain.graph import Graph
@@ -155,6 +156,20 @@ def test_fit_goes_on_exactly_in_the_middle_of_an_epoch(name, tmp_path):
 
 
 @EVERY_FILTER
+@pytest.mark.parametrize("size", [1, 37, 600])
+def test_exactly_the_first_instances_pass_however_many_come_at_a_time(name, size):
+    some, (x, y, _) = learner(replace(FILTERS[name], start=64)), instances(600)
+    kept = []
+    choose = some.stream._choose
+    some.stream._choose = lambda x, y, losses: kept.append(choose(x, y, losses)) or kept[-1]
+    for i in range(0, 600, size):
+        some.observe(x[i : i + size], y[i : i + size])
+    keep = np.concatenate([choice.keep for choice in kept])
+    assert keep[:64].all()
+    assert keep[64:].mean() < 0.45
+
+
+@EVERY_FILTER
 def test_partial_fit_takes_exactly_its_batch(name):
     filtered, plain = learner(FILTERS[name]), learner()
     x, y, _ = instances(16)
@@ -275,6 +290,61 @@ def test_its_size_can_be_chosen():
 def test_a_network_too_small_for_a_filter_is_refused():
     with pytest.raises(UsageError, match="only 30 multiply-accumulates"):
         et.EarlyInstanceFilter().network((1, 8, 8), 30)
+
+
+def test_a_learner_whose_network_is_too_small_for_its_filter_is_not_made():
+    graph = Graph("tiny", input_shape=(1, 8, 8))
+    x = graph.add("Flatten", [graph.add("AveragePool", ["input"], kernel_shape=[8, 8])])
+    graph.set_outputs([graph.add("Gemm", [x, graph.parameter("w", np.ones((3, 1)))], transB=1)])
+    with pytest.raises(UsageError, match="only 3 multiply-accumulates"):
+        et.Learner(graph, PROFILE, instance_filter=et.EarlyInstanceFilter())
+    chosen = et.EarlyInstanceFilter(start=0, cells=1, hidden=1)
+    x, y, _ = instances(16)
+    assert et.Learner(graph, PROFILE, instance_filter=chosen).observe(x, y).instances_seen == 16
+
+
+def test_the_queue_of_lessons_is_bounded_where_next_to_nothing_is_kept():
+    some = learner(et.EarlyInstanceFilter(rate=0.01, start=0, uncertain=1.0))
+    x, y, _ = instances(1000)
+    longest = uncertain = 0
+    for _ in range(3):
+        for i in range(0, 1000, 20):
+            uncertain += some.observe(x[i : i + 20], y[i : i + 20]).instances_uncertain
+            longest = max(longest, sum(len(block[0]) for block in some.stream._selector._queue))
+    assert longest < 256
+    assert some.stream.totals["train"].instances_uncertain == uncertain > 2500
+    assert some.step_count < 3
+
+
+def test_a_long_queue_is_learned_from_in_steps_of_a_planned_size():
+    some, (x, y, _) = learner(et.EarlyInstanceFilter(rate=0.01, start=0, uncertain=1.0)), instances(3000)
+    sizes, own = [], some.stream._selector._learner
+    partial_fit = own.partial_fit
+    own.partial_fit = lambda x, y: sizes.append(len(y)) or partial_fit(x, y)
+    assert some.observe(x, y).instances_uncertain > 2500
+    assert sum(sizes) > 2500
+    assert max(sizes) <= 256
+
+
+def test_the_memory_of_a_filter_is_part_of_the_plan_and_of_the_budget():
+    plain, plan = learner().memory_plan(), learner(FILTERS["eif"]).memory_plan()
+    own = {name: size for name, size in plan.parts.items() if name not in plain.parts}
+    assert {name: plan.parts[name] for name in plain.parts} == plain.parts
+    assert list(own) == ["waiting instances", "filter network", "filter queue"]
+    assert own["waiting instances"] == 16 * (4 * 64 + 8)
+    some, (x, y, _) = learner(FILTERS["eif"], memory_budget=plan.peak_bytes), instances(400)
+    some.observe(x, y)
+    assert own["filter network"] == some.stream._selector._learner.memory_plan(256).peak_bytes
+    tight = learner(FILTERS["eif"], memory_budget=plan.peak_bytes - 1)
+    with pytest.raises(MemoryBudgetError, match="filter network"):
+        tight.observe(x, y)
+
+
+def test_the_filter_computes_with_the_threads_of_its_learner():
+    some, (x, y, _) = learner(et.EarlyInstanceFilter(start=0)), instances(16)
+    some.threads = 2
+    some.observe(x, y)
+    assert some.stream._selector._learner.threads == 2
 
 
 def test_the_weight_of_an_instance_multiplies_its_squared_error():

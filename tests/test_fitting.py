@@ -350,7 +350,7 @@ def test_features_are_fitted_with_a_mean_for_each(tmp_path):
 @pytest.mark.parametrize("turns", [("observe", "fit"), ("fit", "observe")], ids="-".join)
 def test_signals_with_a_row_meet_signals_without(turns):
     x, y = np.random.default_rng(0).random((44, 2, 1, 20), np.float32), np.arange(44) % 3
-    learner = linear(shape=(2, 20), instance_filter=et.RandomFilter(rate=0.6, start=1))
+    learner = linear(shape=(2, 20), instance_filter=et.RandomFilter(rate=0.6, start=22))
     for turn in turns:
         if turn == "fit":
             learner.fit((x, y), 1, should_stop=lambda: learner.position.batch == 1)

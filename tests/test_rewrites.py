@@ -85,6 +85,31 @@ def test_rewrites_change_no_gradient(plain):
             np.testing.assert_allclose(got[number][1][name], grad, rtol=1e-7, atol=1e-9 * max(1.0, np.abs(grad).max()))
 
 
+@pytest.mark.parametrize("joined", [1, 2])
+def test_bits_of_relus_behind_sums_change_no_gradient(monkeypatch, plain, joined):
+    net = Net((3, 6, 6))
+    first = net.conv("input", 3, 3, 1, 1)
+    h = net.Relu(net.Add(net.norm(net.conv(first, 3, 3, 1, 1)), first))
+    window = {"kernel_shape": [2, 2], "strides": [2, 2]}
+    parts = [net.AveragePool(h, **window), net.MaxPool(h, **window)]
+    total = parts[0] if joined == 1 else net.Add(*parts)
+    net.graph.set_outputs([net.Gemm(net.Flatten(total), net.parameter(4, 27, spread=0.1), transB=1)])
+
+    def keep_less(train: Graph, forward_count: int) -> tuple[dict, int]:
+        again, added = keeping.keep_less(train, forward_count)
+        return again, added + keeping.keep_residual_masks(train, forward_count + added)
+
+    monkeypatch.setattr(autodiff, "keep_less", keep_less)
+    (grad,) = [n for n in training_graph(net.graph).graph.nodes if n.op_type == "ResidualNormalizationMaskGrad"]
+    assert (grad.optional(6) is not None) == (joined == 2)
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(4, 3, 6, 6)), rng.integers(0, 4, 4)
+    got = reference.gradients(net.graph, x, y)[1]
+    plain()
+    for name, wanted in reference.gradients(net.graph, x, y)[1].items():
+        np.testing.assert_allclose(got[name], wanted, rtol=1e-7, atol=1e-9 * max(1.0, np.abs(wanted).max()))
+
+
 def test_pools_before_all_trained_arrays_keep_no_positions():
     net = Net((3, 6, 6))
     h = net.MaxPool(net.Conv("input", net.parameter(3, 3, 3, 3, trainable=False)), kernel_shape=[2, 2])

@@ -275,3 +275,35 @@ def _largest_vectors(images: np.ndarray, lanes: int, kept: int) -> np.ndarray:
     norms = np.square(blocks).sum(1)
     mask = largest(norms.astype(np.float32), kept)
     return np.where(mask[:, None], blocks, 0).reshape(images.shape)
+
+
+# ---- memory ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("graph", [lambda: et.models.resnet((1, 12, 12), depth=8), et.models.lenet5],
+                         ids=["resnet8", "lenet5"])  # fmt: skip
+@pytest.mark.parametrize("group", ["element", "lanes"])
+def test_bits_of_relus_change_no_bit_of_training(graph, group, monkeypatch):
+    def trained() -> tuple[et.Learner, dict[str, np.ndarray]]:
+        made = et.Learner(graph(), batch_size=8, threads=1, seed=1, sparsity=et.SWAT(0.8, activations=0.8, group=group))
+        rng = np.random.default_rng(0)
+        for _ in range(4):
+            made.partial_fit(rng.random((8, *made.graph.input_shape), np.float32), rng.integers(0, 10, 8))
+        return made, made.parameters()
+
+    made, parameters = trained()
+    used = {node.op_type for node in made.plans.training.graph.nodes}
+    assert used >= ({"ResidualNormalizationMaskGrad"} if len(parameters) > 20 else {"ReluMaskGrad"})
+    for name in ("keep_masks", "keep_residual_masks"):
+        monkeypatch.setattr(f"edgetrain.sparsity.swat.{name}", lambda train, forward_count: 0)
+    plain, expected = trained()
+    assert plain.memory_plan().peak_bytes > made.memory_plan().peak_bytes
+    assert_equal(parameters, expected)
+
+
+def test_lists_instead_of_maps_save_memory():
+    dense, sparse = (
+        et.Learner(et.models.resnet((3, 32, 32), depth=20), batch_size=32, threads=1, sparsity=policy).memory_plan()
+        for policy in (None, et.SWAT(0.9, activations=0.9))
+    )
+    assert sparse.peak_bytes < 0.85 * dense.peak_bytes

@@ -7,6 +7,7 @@ import math
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +18,7 @@ import pytest
 import edgetrain as et
 from edgetrain.data.streaming import _JsonLines, open_stream
 from edgetrain.errors import DataError, NumericalError
+from edgetrain.history import Totals
 from tests.cli_support import ROOT
 from tests.test_filters import instances, learner
 
@@ -45,9 +47,42 @@ def test_without_a_filter_every_full_micro_batch_is_trained_on():
 def test_flush_trains_on_the_rest():
     some, (x, y, _) = learner(), instances(20)
     some.observe(x, y)
-    rest = some.stream.flush()
+    rest = some.flush()
     assert (rest.instances_trained, rest.instances_seen, some.stream.waiting) == (4, 0, 0)
-    assert some.stream.flush() is None
+    assert some.flush() is None
+
+
+@pytest.mark.parametrize("mode", ["train", "predict"])
+def test_what_flush_does_is_counted_where_its_instances_were(mode, tmp_path):
+    some, (x, y, _) = learner(et.RandomFilter(rate=0.5)), instances(100)
+    some.observe(x, y, predict=mode == "predict")
+    some.save(tmp_path / "a.safetensors")
+    accuracy = some.stream.accuracy
+    for each in (et.Learner.load(tmp_path / "a.safetensors"), some):
+        before = each.stream.totals[mode].instances_trained
+        rest = each.flush()
+        total = each.stream.totals[mode]
+        assert total.instances_trained == total.instances_kept == before + rest.instances_trained
+        assert rest.instances_trained
+        assert total.macs_dense - total.macs_done == total.saved_filter
+        assert total.judged == (100 if mode == "predict" else total.instances_trained)
+    if mode == "predict":
+        assert some.stream.accuracy == accuracy
+    else:
+        assert some.stream.totals["predict"] == Totals()
+
+
+def test_flush_waits_for_steps_of_other_threads():
+    some, (x, y, _) = learner(), instances(4)
+    some.observe(x, y)
+    with some._lock:
+        thread = threading.Thread(target=some.flush)
+        thread.start()
+        thread.join(0.2)
+        assert thread.is_alive()
+        assert some.stream.waiting == 4
+    thread.join(60)
+    assert some.stream.waiting == 0
 
 
 def test_predictions_come_before_learning():
@@ -84,12 +119,59 @@ def test_predictions_of_sparse_networks_are_counted_as_executed():
     assert result.saved_weights == result.macs_dense - result.macs_done
 
 
-def test_instances_of_a_block_are_not_repeated_after_a_step_that_was_not_finite():
-    some, (x, y, _) = learner(optimizer=et.SGD(lr=1e30)), instances(64)
+def failing_at(some: et.Learner, step: int) -> et.Learner:
+    """Make the step of that number fail as one does whose gradients are not finite."""
+    partial_fit = some.partial_fit
+
+    def stub(x, y):
+        if some.step_count == step:
+            some.partial_fit = partial_fit
+            raise NumericalError("not finite")
+        return partial_fit(x, y)
+
+    some.partial_fit = stub
+    return some
+
+
+@pytest.mark.parametrize("predict", [False, True])
+def test_a_step_that_fails_leaves_consistent_books(predict):
+    some, (x, y, _) = failing_at(learner(), 2), instances(70)
+    with pytest.raises(NumericalError):
+        some.observe(x, y, predict)
+    total = some.stream.totals["predict" if predict else "train"]
+    assert (some.stream.position, total.instances_seen, total.instances_kept) == (70, 70, 70)
+    assert (total.instances_trained, some.stream.waiting) == (32, 22), "16 of the step that failed are dropped"
+    assert total.macs_done == 32 * some.plans.step_macs + (70 * some.graph.macs() if predict else 0)
+    assert total.judged == (70 if predict else 32)
+    some.observe(x[:1], y[:1], predict)  # goes on with those that wait
+    assert (some.step_count, some.stream.waiting, some.stream.position) == (3, 7, 71)
+
+
+def test_a_flush_that_fails_leaves_consistent_books():
+    some, (x, y, _) = failing_at(failing_at(learner(), 1), 0), instances(50)
     with pytest.raises(NumericalError):
         some.observe(x, y)
-    assert some.stream.position == 64
-    assert some.step_count + some.stream.waiting // 16 < 4
+    assert (some.stream.waiting, some.stream.totals["train"].instances_trained) == (34, 0)
+    with pytest.raises(NumericalError):  # the second of three micro-batches
+        some.flush()
+    assert (some.stream.waiting, some.stream.totals["train"].instances_trained) == (2, 16)
+    assert some.flush().instances_trained == 2
+    assert some.stream.totals["train"].instances_trained == 18
+
+
+@pytest.mark.parametrize("kind", [None, et.RandomFilter, et.SelectiveBackprop, et.EarlyInstanceFilter])
+def test_instances_that_could_not_be_predicted_have_not_been_observed(kind):
+    some, (x, y, _) = learner(None if kind is None else kind(rate=0.5, start=0)), instances(40)
+    some.observe(x[:20], y[:20], predict=True)
+    tensors, meta = some.state()
+    logits = some.logits
+    some.logits = lambda x: (_ for _ in ()).throw(NumericalError("not finite"))
+    with pytest.raises(NumericalError):
+        some.observe(x[20:], y[20:], predict=True)
+    some.logits = logits
+    again, after = some.state()
+    assert after == meta
+    assert all(again[name].tobytes() == tensors[name].tobytes() for name in tensors)
 
 
 def test_bad_instances_are_refused_at_the_door():
@@ -183,6 +265,21 @@ def test_npz_with_more_images_than_labels_is_refused(tmp_path):
         open_stream(str(tmp_path / "a.npz"), SHAPE, 10)
 
 
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        ({"y": np.array(["cat"] * 20)}, r"a\.npz: labels have dtype <U3, expected integers"),
+        ({"x": np.array([["z"] * 9] * 20)[:, None]}, r"a\.npz: images have dtype <U1"),
+        ({"class_names": np.arange(3)}, r"a\.npz: class_names have dtype int64"),
+    ],
+    ids=["labels", "images", "class-names"],
+)
+def test_an_npz_with_other_things_than_numbers_is_named(tmp_path, arrays, message):
+    np.savez(tmp_path / "a.npz", **({"x": np.zeros((20, 1, 9, 9), np.uint8), "y": np.arange(20) % 3} | arrays))
+    with pytest.raises(DataError, match=message):
+        open_stream(str(tmp_path / "a.npz"), SHAPE, 10)
+
+
 def test_an_npz_in_fortran_order_is_refused_with_a_remedy_that_works(tmp_path):
     x, y = np.arange(5 * 81).reshape(5, 1, 9, 9) % 256, np.arange(5) % 3
     np.savez(tmp_path / "a.npz", x=np.asfortranarray(x), y=y)
@@ -273,10 +370,49 @@ GOOD = '{"x": [1, 2, 3, 4], "y": 2}\n'
 
 
 def test_lines_before_a_bad_one_come_first():
-    with piped(3 * GOOD + "garbage\n" + GOOD) as reading:
+    with piped(3 * GOOD + "garbage\n") as reading:
         labels, error = taken(_JsonLines(reading, (1, 2, 2), 3, ()).blocks(2, 0, never))
     assert labels == [2, 2, 2]
     assert "line 4: not JSON" in str(error)
+    assert str(error).endswith("such as " + '{"pixels": [0, 17, 255], "y": 3}')
+
+
+def test_lines_read_along_with_a_bad_one_are_not_lost():
+    with piped(3 * GOOD + "garbage\n" + GOOD.replace("2}", "1}") + "more garbage\n" + GOOD) as reading:
+        labels, error = taken(_JsonLines(reading, (1, 2, 2), 3, ()).blocks(2, 0, never))
+    assert labels == [2, 2, 2, 1, 2]
+    assert "line 4: not JSON" in str(error)
+    assert "of the lines read along with it, 2 behind it were taken, 1 are bad too" in str(error)
+
+
+def test_a_stream_ends_behind_a_whole_line_wherever_the_reading_stopped():
+    """Lines of a live pipe come in pieces; whoever goes on with it finds the first line that was not taken."""
+    reading, writing = os.pipe()
+    os.write(writing, (GOOD + GOOD[:9]).encode())
+    asked: list[int] = []
+    source = _JsonLines(reading, (1, 2, 2), 3, ())
+    later = threading.Timer(0.3, lambda: os.write(writing, (GOOD[9:] + GOOD.replace("2}", "1}")).encode()))
+    later.start()
+    assert taken(source.blocks(64, 0, lambda: bool(asked.append(0) or len(asked) > 1))) == ([2, 2], None)
+    later.join()
+    os.close(writing)
+    assert taken(_JsonLines(reading, (1, 2, 2), 3, ()).blocks(64, 0, never)) == ([1], None)
+    os.close(reading)
+
+
+@pytest.mark.parametrize("ends", [True, False])
+def test_a_begun_line_is_left_out_when_its_end_does_not_come(ends, monkeypatch):
+    monkeypatch.setattr("edgetrain.data.streaming._PATIENCE", 0.01)
+    reading, writing = os.pipe()
+    os.write(writing, (GOOD + GOOD[:9]).encode())
+    if ends:
+        os.close(writing)
+    asked: list[int] = []
+    source = _JsonLines(reading, (1, 2, 2), 3, ())
+    assert taken(source.blocks(64, 0, lambda: bool(asked.append(0) or len(asked) > 1))) == ([2], None)
+    os.close(reading)
+    if not ends:
+        os.close(writing)
 
 
 def test_lines_that_came_before_a_stop_are_not_lost():

@@ -161,12 +161,17 @@ def plan(
     input_shape: InputShape = None,
     classes: Classes = None,
     threads: Threads = None,
+    filter_: Annotated[Text, typer.Option("--filter", help="Instance filter, as for fit.")] = None,
+    sparsity: Annotated[Text, typer.Option(help="Weight sparsity, as for fit.")] = None,
+    error_pruning: Annotated[Text, typer.Option(help="Error pruning, as for fit.")] = None,
     json: Json = False,
 ) -> None:
     """Print the memory that training will need."""
     from edgetrain.cli.planning import plan_command
 
-    plan_command(model, batch_size, profile, memory_budget, optimizer, input_shape, classes, threads, as_json=json)
+    methods = {"filter": filter_, "sparsity": sparsity, "error_pruning": error_pruning}
+    plan_command(model, batch_size, profile, memory_budget, optimizer, input_shape, classes, threads, methods,
+                 as_json=json)  # fmt: skip
 
 
 @app.command()

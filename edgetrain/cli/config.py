@@ -126,7 +126,7 @@ METHODS = tuple(ARGUMENTS)
 # fit --stream. Epochs from scratch stay dense: there no method clearly beat dense training for fewer steps at equal
 # time (docs/learning_accuracy.md, docs/sparse_accuracy.md).
 RECIPES = {
-    "edge": {"filter": "eif:rate=0.25,power=2", "sparsity": NONE, "error_pruning": "channels:keep=0.7"},
+    "edge": {"filter": "eif:rate=0.25", "sparsity": NONE, "error_pruning": "channels:keep=0.7"},
     "dense": dict.fromkeys(METHODS, NONE),
 }
 
@@ -187,6 +187,9 @@ def effective(
         merged["training"]["clip_norm"] = _SWAT_CLIP_NORM
     if merged["stream"].get("enabled"):
         _adapt_to_stream(merged["training"], {**_kept_by_stream(file), **given.get("training", {})})
+        # A recipe's augmentation is for epochs; one that was asked for of a stream is refused below.
+        asked = both if file.get("stream", {}).get("enabled") else given
+        merged["data"]["augment"] = asked.get("data", {}).get("augment", "")
     config = build(Config, merged, Path("settings"))
     # Errors now, not when the run folder exists.
     Augmentation.parse(config.data.augment)
@@ -221,6 +224,11 @@ def check_stream(config: Config) -> None:
         raise UsageError(
             f"training.schedule is '{training.schedule}', but the end of a stream is unknown: expected 'constant'; "
             "leave it out (--schedule), or leave stream.enabled out (--stream)"
+        )
+    if stream.enabled and config.data.augment:
+        raise UsageError(
+            f"data.augment is '{config.data.augment}', but instances of a stream are learned from as they come: "
+            "expected ''; leave it out (--augment), or leave stream.enabled out (--stream)"
         )
     if not stream.enabled and config.data.source == STANDARD_INPUT:
         raise UsageError("data.source is '-', standard input, which can be read only once; add --stream")

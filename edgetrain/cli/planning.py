@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
 from edgetrain.cli.output import emit, mebibytes, parse_sizes, table
 from edgetrain.errors import MemoryBudgetError, VerificationError
 from edgetrain.graph import Graph
+from edgetrain.policies import NONE
 from edgetrain.units import parse_bytes
 
 
 def plan_command(
     model: str, batch_size: int | None, profile_name: str | None, memory_budget: str | None, optimizer: str,
-    input_shape: str | None, classes: int | None, threads: int | None, *, as_json: bool,
+    input_shape: str | None, classes: int | None, threads: int | None, methods: Mapping[str, str | None], *,
+    as_json: bool,
 ) -> None:  # fmt: skip
-    """Print the bytes of every part; over the budget is an error after the table."""
+    """Print the bytes of every part; over the budget is an error after the table.
+
+    Args:
+        methods: policies as text by kind, ``None`` for what the profile's recipe says.
+        model, batch_size, profile_name, memory_budget, optimizer, input_shape, classes, threads, as_json: the flags.
+    """
     from edgetrain.cli.config import effective
     from edgetrain.cli.sources import make_learner
 
@@ -23,6 +32,7 @@ def plan_command(
         "model": {"name": model},
         "device": {key: value for key, value in device.items() if value is not None},
         "training": {"optimizer": optimizer},
+        "methods": {kind: text for kind, text in methods.items() if text is not None},
     }
     graph = _graph(model, input_shape, classes)
     budget = None if memory_budget is None else parse_bytes(memory_budget)
@@ -30,8 +40,9 @@ def plan_command(
     learner = make_learner(config, graph, profile)
     plan = learner.memory_plan()
     limit = budget or round(config.device.memory_budget_mib * (1 << 20))
-    result = {"model": model, "batch_size": learner.batch_size, "parts": plan.parts, "peak_bytes": plan.peak_bytes,
-              "budget_bytes": limit, "fits": plan.peak_bytes <= limit}  # fmt: skip
+    result = {"model": model, "batch_size": learner.batch_size, "methods": asdict(config.methods),
+              "parts": plan.parts, "notes": plan.notes, "peak_bytes": plan.peak_bytes, "budget_bytes": limit,
+              "fits": plan.peak_bytes <= limit}  # fmt: skip
     emit(result, _plan_text(result), as_json)
     if plan.peak_bytes > limit:
         raise MemoryBudgetError(
@@ -67,6 +78,9 @@ def _graph(model: str, input_shape: str | None, classes: int | None, seed: int =
 
 
 def _plan_text(result: dict[str, Any]) -> str:
-    rows = [(part, mebibytes(count)) for part, count in result["parts"].items()]
+    notes = result["notes"]
+    rows = [(f"{part} ({notes[part]})" if part in notes else part, mebibytes(count))
+            for part, count in result["parts"].items()]  # fmt: skip
     rows += [("peak", mebibytes(result["peak_bytes"])), ("budget", mebibytes(result["budget_bytes"]))]
-    return f"{result['model']}, batch size {result['batch_size']}\n{table(rows)}"
+    methods = "".join(f", {text}" for text in result["methods"].values() if text != NONE)
+    return f"{result['model']}, batch size {result['batch_size']}{methods}\n{table(rows)}"

@@ -30,17 +30,25 @@ def load_splits(config: Config) -> tuple[Dataset, Dataset, str]:
     Raises:
         DataError, UsageError: the source is bad.
     """
-    source, size = config.data.source, config.data.image_size
-    options: dict[str, Any] = {}
-    if size is not None:
-        height, width = parse_sizes(size, "--image-size", (2,))
-        options["image_size"] = (height, width)
-    training = load_dataset(source, split="train", **options)
+    source, size = config.data.source, image_size_of(config)
+    training = load_dataset(source, split="train", image_size=size)
     splits = available_splits(source)
     for name in ("test", "validation"):
         if name in splits:
-            return training, load_dataset(source, split=name, **options), name
+            return training, load_dataset(source, split=name, image_size=size), name
     return (*training.split(1 - HELD_OUT, config.training.seed), "held-out")
+
+
+def image_size_of(config: Config) -> tuple[int, int] | None:
+    """Return (H, W) that a folder of images is to be resized to, ``None`` where nothing is said.
+
+    Raises:
+        UsageError: the setting is no size.
+    """
+    if config.data.image_size is None:
+        return None
+    height, width = parse_sizes(config.data.image_size, "--image-size", (2,))
+    return height, width
 
 
 def describe_data(training: Dataset, validation: Dataset) -> dict[str, Any]:

@@ -30,7 +30,7 @@ from edgetrain.cli.output import count, emit
 from edgetrain.cli.progress import CompileNotice, Display, resident_mib
 from edgetrain.cli.savings import account_of, account_text, itself, layers_of, random_batches, savings_of, time_dense
 from edgetrain.cli.signals import StopOnSignal
-from edgetrain.cli.sources import make_learner
+from edgetrain.cli.sources import image_size_of, make_learner
 from edgetrain.data import Dataset, available_splits, load_dataset
 from edgetrain.data.batches import Batch
 from edgetrain.data.images import deviation_to_divide_by
@@ -144,7 +144,9 @@ def stream_source(config: Config, graph: Graph) -> InstanceSource:
     Raises:
         DataError: they do not, or the source is bad.
     """
-    source = open_stream(config.data.source, graph.input_shape, graph.output_shape[0], graph.class_names)
+    source = open_stream(
+        config.data.source, graph.input_shape, graph.output_shape[0], graph.class_names, image_size_of(config)
+    )
     expected = graph.input_shape if len(graph.input_shape) == 3 else (graph.input_shape[0], 1, *graph.input_shape[1:])
     if source.input_shape not in (None, expected):
         raise DataError(
@@ -171,7 +173,7 @@ def stream_graph(config: Config) -> Graph:
     if name.lower().endswith(".onnx") or config.data.source == STANDARD_INPUT:
         return build_model(name, seed=config.training.seed)
     shape = build_model(name).input_shape
-    source = open_stream(config.data.source, shape, 2)
+    source = open_stream(config.data.source, shape, 2, image_size=image_size_of(config))
     told = source.input_shape or shape
     fitted = (told[0], told[2]) if len(told) == 3 and told[1] == 1 and len(shape) == 2 else told
     return build_model(name, fitted, len(source.class_names), config.training.seed)
@@ -218,7 +220,7 @@ class StreamSession:
 
         Raises:
             InterruptedRunError: a signal asked to stop; the state is saved.
-            DataError, NumericalError, MemoryBudgetError: an instance is bad or a step failed; the state before it is
+            DataError, NumericalError, MemoryBudgetError: an instance is bad or a step failed; the state is
                 saved.
         """
         learner, settings = self.learner, self.config.stream
@@ -228,9 +230,10 @@ class StreamSession:
             try:
                 for x, y in self.source.blocks(size, learner.stream.position, stop.requested):
                     self._normalize(x)
-                    result = learner.observe(x, y, predict=settings.predict)
-                    judged = len(y) if settings.predict else result.instances_trained
-                    learner.history.running.add(result, result.seconds, judged)
+                    try:
+                        learner.observe(x, y, predict=settings.predict)
+                    finally:
+                        self._count()
                     self.display.instances(learner.stream.position, self.source.count, learner.history.running)
                     self._after(len(y))
                     # A live source ends by itself, after the instances that it has taken: nobody could give them again.
@@ -312,6 +315,13 @@ class StreamSession:
         std = deviation_to_divide_by(mean, deviation, _GREY_LEVEL if _are_pixels(x) else 0.0)
         learner.graph.normalization = Normalization(mean.astype(np.float32), std)
 
+    def _count(self) -> None:
+        """Count what the latest ``observe`` did, also where it failed."""
+        result = self.learner.stream.latest
+        if result is not None:
+            judged = result.instances_seen if self.config.stream.predict else result.instances_trained
+            self.learner.history.running.add(result, result.seconds, judged)
+
     def _after(self, count: int) -> None:
         position, window = self.learner.stream.position, self.config.stream.window
         if position // window > (position - count) // window:
@@ -362,6 +372,7 @@ class StreamSession:
         self.run.log(event, instances=self.learner.stream.position, whole_seconds=whole, **details)
 
     def _fail(self, error: EdgetrainError) -> NoReturn:
+        position = self.learner.stream.position
         # A step that was not finite drops its instances. Where it is the first one of this process, the checkpoint
         # stays as it was: else every vain attempt to go on would cost some more.
         if not isinstance(error, NumericalError) or self.learner.step_count > self._first_step:
@@ -370,7 +381,8 @@ class StreamSession:
         if isinstance(error, NumericalError):
             raise NumericalError(how_to_go_on(error, self.run, self.config)) from error
         raise type(error)(
-            f"{error}; the state before it is saved in {self.run.last}, go on with: {resuming(self.run)}"
+            f"{error}; the state after {position:,} instances is saved in {self.run.last}, go on with: "
+            f"{resuming(self.run)}"
         ) from error
 
     def _interrupt(self) -> None:

@@ -10,6 +10,11 @@ Standard input is JSON lines, one instance per line, with its label ``y`` (a num
 - ``"image"``: the path of an image file,
 
 flat or nested in the order channel, row, column: ``{"pixels": [0, 17, 255], "y": 3}``. Empty lines are passed over.
+
+Nobody can give the lines of a pipe again, so a stream that is stopped, or that meets a bad line, ends behind a whole
+line, after every line that has been read: who goes on with the same pipe loses none but the bad ones. Lost are up to
+64 KiB that were read ahead when a training step fails or the process is killed, and a begun line when its writer ends
+or waits for two seconds before its end: what comes then begins with a part of a line.
 """
 
 from __future__ import annotations
@@ -28,12 +33,13 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from edgetrain.data.checks import naming
 from edgetrain.data.convert import images_from, labels_from
 from edgetrain.data.dataset import Dataset
 from edgetrain.data.folder import class_folders, image_files, read_image
 from edgetrain.data.npz import DAMAGED, opened, read_npz, split_keys, stored_class_names
 from edgetrain.data.readers import available_splits, is_image_folder, load_dataset
-from edgetrain.errors import DataError, EdgetrainError
+from edgetrain.errors import DataError, EdgetrainError, UsageError
 
 STANDARD_INPUT = "-"
 Block = tuple[NDArray[np.float32], NDArray[np.int64]]
@@ -41,6 +47,8 @@ Shape = tuple[int, ...]
 
 # Waiting for standard input is interrupted so often to ask whether to stop, seconds.
 _PATIENCE = 0.2
+# The rest of a begun line may stay away so many times as long before a stream that was stopped ends without it.
+_TURNS = 10
 _CHUNK = 1 << 16
 
 
@@ -72,8 +80,9 @@ class InstanceSource(ABC):
 
 
 def open_stream(
-    source: str, graph_shape: Shape, graph_classes: int, class_names: tuple[str, ...] = ()
-) -> InstanceSource:
+    source: str, graph_shape: Shape, graph_classes: int, class_names: tuple[str, ...] = (),
+    image_size: tuple[int, int] | None = None,
+) -> InstanceSource:  # fmt: skip
     """Return the instances of a source.
 
     Args:
@@ -81,18 +90,22 @@ def open_stream(
         graph_shape: of the network's input; images in folders are resized to it.
         graph_classes: number of the network's outputs.
         class_names: of the network, for names as labels on standard input.
+        image_size: (H, W) in pixels to resize to instead; folders of images only.
 
     Raises:
         DataError: the source is missing or of no known format.
+        UsageError: an image size for another kind of source.
     """
     path = Path(source)
     if source == STANDARD_INPUT:
+        if image_size is not None:
+            raise UsageError("standard input: image_size is for folders of images, the network decides; leave it out")
         return _JsonLines(0, graph_shape, graph_classes, class_names)
-    if path.suffix == ".npz" and "train" in (split_keys(path) if path.is_file() else ()):
+    if image_size is None and path.suffix == ".npz" and "train" in (split_keys(path) if path.is_file() else ()):
         return _Npz(path)
     if path.is_dir() and available_splits(source) and is_image_folder(path):
-        return _Folder(path / "train" if _has_classes(path / "train") else path, graph_shape)
-    return _Whole(load_dataset(source))
+        return _Folder(path / "train" if _has_classes(path / "train") else path, graph_shape, image_size)
+    return _Whole(load_dataset(source, image_size=image_size))
 
 
 def _has_classes(folder: Path) -> bool:
@@ -124,12 +137,15 @@ class _Npz(InstanceSource):
                 raise DataError(f"{path}: {len(images)} images but labels of shape {labels.shape}, expected one each")
             if not len(images):
                 raise DataError(f"{path}: holds images of shape {images.shape}, expected at least one instance")
-            largest = max(int(labels_from(part).max(initial=0)) for part in labels.pieces(_CHUNK))
-            sample = images_from(np.zeros((1, *images.shape[1:]), images.dtype))
+            with naming(path):
+                sample = images_from(np.zeros((1, *images.shape[1:]), images.dtype))
+            largest = max(int(self._labels(part).max(initial=0)) for part in labels.pieces(_CHUNK))
             count = len(images)
         channels, *space = sample.shape[1:]
         shape = (channels, *space) if len(space) == 2 else (channels, 1, *space)
-        super().__init__(path.stem, shape, stored_class_names(names, np.array([largest])), count)
+        with naming(path):
+            class_names = stored_class_names(names, np.array([largest]))
+        super().__init__(path.stem, shape, class_names, count)
 
     def blocks(self, size: int, start: int, should_stop: Callable[[], bool]) -> Iterator[Block]:
         """Read images and labels side by side."""
@@ -138,6 +154,10 @@ class _Npz(InstanceSource):
             for first, (x, y) in zip(range(start, len(images), size), pieces, strict=True):
                 name = f"{self.name}, counted from instance {first} on"
                 yield _checked(images_from(x), labels_from(y), self.class_names, name)
+
+    def _labels(self, y: NDArray[Any]) -> NDArray[np.int64]:
+        with naming(self._path):
+            return labels_from(y)
 
 
 class _Member:
@@ -187,7 +207,7 @@ def _members(path: Path, keys: tuple[str, str]) -> Iterator[tuple[_Member, _Memb
 class _Folder(InstanceSource):
     """Class folders, their images in the order of the file names, as a camera numbers them."""
 
-    def __init__(self, folder: Path, graph_shape: Shape) -> None:
+    def __init__(self, folder: Path, graph_shape: Shape, image_size: tuple[int, int] | None) -> None:
         folders = class_folders(folder)
         self._files = sorted(
             ((file, label) for label, place in enumerate(folders.values()) for file in image_files(place)),
@@ -195,7 +215,7 @@ class _Folder(InstanceSource):
         )
         if not self._files:
             raise DataError(f"{folder}: no image in its sub-folders, expected one sub-folder of images per class")
-        self._size = (graph_shape[1], graph_shape[2]) if len(graph_shape) == 3 else None
+        self._size = image_size or ((graph_shape[1], graph_shape[2]) if len(graph_shape) == 3 else None)
         self._channels = graph_shape[0] if graph_shape[0] in (1, 3) else None
         shape = read_image(self._files[0][0], self._size, self._channels).shape
         super().__init__(folder.name, shape, tuple(folders), len(self._files))
@@ -218,15 +238,35 @@ class _JsonLines(InstanceSource):
 
     def blocks(self, size: int, start: int, should_stop: Callable[[], bool]) -> Iterator[Block]:
         """Parse lines until the input ends."""
-        numbered = enumerate(self._lines(should_stop), 1)
-        parsed = (self._parse(line, f"{self.name}, line {number}") for number, line in numbered if line.strip())
-        return _collected(parsed, size)
+        return _collected(self._parsed(should_stop), size)
+
+    def _parsed(self, should_stop: Callable[[], bool]) -> Iterator[tuple[NDArray[np.float32], int]]:
+        """Yield instances; of a bad line tell after those behind it that have been read along with it.
+
+        Raises:
+            DataError: the first bad line.
+        """
+        failures: list[DataError] = []
+        taken = 0
+        for number, line in enumerate(self._lines(lambda: bool(failures) or should_stop()), 1):
+            if not line.strip():
+                continue
+            try:
+                instance = self._parse(line, f"{self.name}, line {number}")
+            except DataError as error:
+                failures.append(error)
+                continue
+            taken += bool(failures)
+            yield instance
+        if failures:
+            others = f"; of the lines read along with it, {taken} behind it were taken, {len(failures) - 1} are bad too"
+            raise DataError(f"{failures[0]}{others if taken or failures[1:] else ''}")
 
     def _lines(self, should_stop: Callable[[], bool]) -> Iterator[bytes]:
         rest = b""
         while not should_stop():
             # A read that waits would not notice a signal: Python takes it up again.
-            if not select.select([self._descriptor], [], [], _PATIENCE)[0]:
+            if not self._is_ready():
                 continue
             content = os.read(self._descriptor, _CHUNK)
             if not content:
@@ -235,6 +275,21 @@ class _JsonLines(InstanceSource):
                 return
             *whole, rest = (rest + content).split(b"\n")
             yield from whole
+        if rest:
+            yield from self._ended(rest)
+
+    def _is_ready(self) -> bool:
+        return bool(select.select([self._descriptor], [], [], _PATIENCE)[0])
+
+    def _ended(self, line: bytes) -> Iterator[bytes]:
+        """Yield a begun line with its rest, reading nothing behind it; nothing if its end does not come."""
+        while any(self._is_ready() for _ in range(_TURNS)):
+            byte = os.read(self._descriptor, 1)
+            if byte == b"\n":
+                yield line
+            if byte in (b"", b"\n"):
+                return
+            line += byte
 
     def _parse(self, line: bytes, where: str) -> tuple[NDArray[np.float32], int]:
         try:

@@ -62,13 +62,19 @@ class Lesson:
     macs: int = 0
 
 
+def instance_bytes(learner: Any) -> int:
+    """Return the bytes that an instance and its label, or its targets, take while they wait."""
+    label = 4 * math.prod(learner.graph.output_shape) if learner.loss == "mse" else 8
+    return int(4 * math.prod(learner.graph.input_shape) + label)
+
+
 @dataclass(frozen=True)
 class InstanceFilter:
     """What a user writes.
 
     Attributes:
         rate: share of the instances to keep, above 0, at most 1.
-        start: so many first instances all pass.
+        start: so many first instances all pass, however many come at a time.
 
     Raises:
         UsageError: a number out of range.
@@ -110,7 +116,11 @@ class InstanceFilter:
         return first + round(self.rate * (count - first))
 
     def selector(self, learner: Any, judge: Judge) -> Selector:
-        """Return what decides for one learner."""
+        """Return what decides for one learner; called when the learner is made.
+
+        Raises:
+            UsageError: the filter does not suit the learner's network.
+        """
         raise NotImplementedError
 
 
@@ -137,11 +147,13 @@ class Selector(ABC):
             y: labels ``(N,)``.
             losses: float64 ``(N,)`` of the main network where a forward pass was made anyway, else ``None``.
         """
-        passing = self.seen < self.settings.start
-        self.seen += len(y)
-        if passing:
-            return Choice(np.ones(len(y), bool), 0)
-        return self.decide(x, y, losses)
+        passing = min(len(y), max(0, self.settings.start - self.seen))
+        keep, macs = np.ones(len(y), bool), 0
+        if passing < len(y):
+            rest = self.decide(x[passing:], y[passing:], None if losses is None else losses[passing:])
+            keep[passing:], macs = rest.keep, rest.macs
+        self.seen += len(y)  # last: samples that ``decide`` failed for have not been decided about
+        return Choice(keep, macs)
 
     @abstractmethod
     def decide(self, x: Images, y: Labels, losses: Floats | None) -> Choice:
@@ -154,6 +166,15 @@ class Selector(ABC):
     def kernels(self) -> list[tuple[str, tuple[int, ...]]]:
         """Return the kernels of the filter's own network, if it has one."""
         return []
+
+    def catch_up(self) -> Lesson:
+        """Learn from what was put aside if that has become too much to wait for a step of the main network."""
+        return Lesson()
+
+    @property
+    def memory(self) -> dict[str, int]:
+        """Bytes by purpose that the filter needs beside the main network, for ``MemoryPlan``."""
+        return {}
 
     @property
     def facts(self) -> dict[str, float]:

@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, ClassVar
 
 import numpy as np
@@ -24,7 +25,18 @@ from numpy.typing import NDArray
 
 from edgetrain.arrays import Checked
 from edgetrain.errors import UsageError
-from edgetrain.filters.base import Choice, Floats, Images, InstanceFilter, Judge, Labels, Lesson, Selector, State
+from edgetrain.filters.base import (
+    Choice,
+    Floats,
+    Images,
+    InstanceFilter,
+    Judge,
+    Labels,
+    Lesson,
+    Selector,
+    State,
+    instance_bytes,
+)
 from edgetrain.graph import Graph, Shape
 from edgetrain.optim import SGD
 
@@ -34,6 +46,9 @@ _LARGEST_SHARE = 0.05
 _SIZES = ((8, 16), (8, 8), (4, 16), (4, 8), (4, 4), (2, 4), (2, 2), (1, 2), (1, 1))
 # Samples that a training step of the filter waits for: most of the 94 us that a step on 72 takes is the same for fewer.
 _LESSON = 64
+# Samples put aside that are learned from at once, without a step of the main network to wait for: it would be long
+# in coming where next to nothing is kept. No step of the filter takes more.
+_FULL = 256
 _QUEUE = ("x", "y", "weight", "loss")
 _UNKNOWN = -1.0
 # How fast the threshold of the loss follows: a step of the main network moves it by 10 % at most.
@@ -124,13 +139,14 @@ class _Early(Selector):
 
     def __init__(self, settings: EarlyInstanceFilter, learner: Any, judge: Judge) -> None:
         super().__init__(settings, learner.seed)
-        self._main, self._judge = learner.graph, judge
+        self._main, self._judge = learner, judge
         graph = settings.network(learner.graph.input_shape, judge.macs, learner.seed)
         # A learner like the main one; the class comes with it, for this file cannot import it. Its threads pay even
-        # here: 128 predictions took 74 us with two and 106 with one, a training step 81 and 94.
+        # here: 128 predictions took 74 us with two and 106 with one, a training step 81 and 94. Its memory is a part
+        # of the main learner's plan (``memory``), so the budget is checked there.
         self._learner = learner.__class__(
             graph, learner.profile, batch_size=128, seed=learner.seed, threads=learner.threads, loss="mse",
-            memory_budget=learner.memory_budget, optimizer=SGD(lr=settings.lr, momentum=0.9, clip_norm=1.0),
+            memory_budget=0, optimizer=SGD(lr=settings.lr, momentum=0.9, clip_norm=1.0),
         )  # fmt: skip
         self._macs = graph.macs()
         self._threshold, self._entropy = math.nan, 0.5
@@ -148,12 +164,37 @@ class _Early(Selector):
         return Choice(keep, len(y) * self._macs)
 
     def learn(self, x: Images, y: Labels, losses: Floats) -> Lesson:
-        """Add samples that were trained on to those put aside, and take one training step when they are enough."""
-        self._queue.append((x, y, np.ones(len(x)), losses))
-        if sum(len(block[0]) for block in self._queue) < _LESSON:
-            return Lesson()
-        x, y, weights, losses = (np.concatenate(column) for column in zip(*self._queue, strict=True))
-        self._queue, unknown = [], losses == _UNKNOWN
+        """Add samples that were trained on to those put aside, and learn when they are enough."""
+        # A copy: a view would keep the whole block alive that the samples came in.
+        self._queue.append((x.copy(), y, np.ones(len(x)), losses))
+        return self._lessons() if self._waiting >= _LESSON else Lesson()
+
+    def catch_up(self) -> Lesson:
+        """Learn from those put aside when they are many."""
+        return self._lessons() if self._waiting >= _FULL else Lesson()
+
+    @property
+    def memory(self) -> dict[str, int]:
+        """Bytes of the tiny network's largest step, and of the queue: once as it waits, once put together."""
+        instance = instance_bytes(self._main) + 16  # its weight and its loss
+        longest = _FULL + self._main.batch_size
+        return {"filter network": self._learner.memory_plan(_FULL).peak_bytes, "filter queue": 2 * longest * instance}
+
+    @property
+    def _waiting(self) -> int:
+        return sum(len(block[0]) for block in self._queue)
+
+    def _lessons(self) -> Lesson:
+        """Learn from all that waits, in steps of about the same size."""
+        columns = [np.concatenate(column) for column in zip(*self._queue, strict=True)]
+        self._queue, count = [], len(columns[0])
+        bounds = np.linspace(0, count, -(-count // _FULL) + 1).astype(int)
+        done = [self._lesson(*(c[first:last] for c in columns)) for first, last in pairwise(bounds)]
+        return Lesson(sum(lesson.uncertain for lesson in done), sum(lesson.macs for lesson in done))
+
+    def _lesson(self, x: Images, y: Labels, weights: Floats, losses: Floats) -> Lesson:
+        """Take one training step; losses that are not known yet come from the main network."""
+        unknown = losses == _UNKNOWN
         uncertain = int(unknown.sum())
         if uncertain:
             losses[unknown] = self._judge.losses(x[unknown], y[unknown])
@@ -198,7 +239,10 @@ class _Early(Selector):
         self._queue = [queued] if queued else []
 
     def _inputs(self, x: Images, root_weights: NDArray[Any]) -> Checked:
-        self._learner.graph.normalization = self._main.normalization  # ``fit`` may have set it by now
+        own, main = self._learner, self._main
+        own.graph.normalization = main.graph.normalization  # ``fit`` may have set it by now
+        if own.threads != main.threads:
+            own.threads = main.threads
         return Checked(input=x, root_weight=root_weights.astype(np.float32)[:, None])
 
     def _scores(self, x: Images) -> Floats:

@@ -23,9 +23,12 @@ from edgetrain.kernels.simd import (
     maximum,
     minimum,
     select_gt,
+    select_same,
     store,
     store_f32,
     sum_lanes,
+    unpack,
+    whole,
 )
 
 _MAPS = ("blocks", "rows", "columns")
@@ -227,7 +230,7 @@ def batch_norm_gradient(lanes: int, again: int) -> Body:
             offset = broadcast(load_f32(bias + 4 * channel), lanes)
             total, product = 0.0, 0.0
             for block in range(blocks):
-                whole, wholly = zero, zero
+                summed, wholly = zero, zero
                 for row in range(rows):
                     source = x + block * x_block + channel * x_channel + row * x_row
                     grads = grad_out + block * grad_block + channel * grad_channel + row * grad_row
@@ -239,8 +242,8 @@ def batch_norm_gradient(lanes: int, again: int) -> Body:
                         grad = select_gt(value, low, select_gt(high, value, grad, zero), zero)
                         part = part + grad
                         along = fma(grad, away, along)
-                    whole, wholly = whole + part, wholly + along
-                total += sum_lanes(whole)
+                    summed, wholly = summed + part, wholly + along
+                total += sum_lanes(summed)
                 product += sum_lanes(wholly)
             store_f32(grad_bias + 4 * channel, total)
             store_f32(grad_scale + 4 * channel, product * inverse)
@@ -269,11 +272,11 @@ def batch_norm_gradient(lanes: int, again: int) -> Body:
     "grad_channel", "grad_row", "more_block", "more_channel", "more_row", "grad_sum_block", "grad_sum_channel",
     "grad_sum_row", "grad_x_block", "grad_x_channel", "grad_x_row", *_BORDER, "f_low", "f_high",
 )  # fmt: skip
-def residual_norm_gradient(lanes: int, sums: int) -> Body:
+def residual_norm_gradient(lanes: int, sums: int, bits: int) -> Body:
     """Write the gradients of ``y = clip(norm(x) + addend)``: of the addend (``grad_sum``), input, scale and bias.
 
     ``grad_sum`` is ``grad_out``, plus ``more`` if ``sums``, where y was not clipped; it may be the memory of either.
-    The rest is as in ``batch_norm_gradient``.
+    With ``bits``, ``y`` is what ``keep_mask`` wrote of it. The rest is as in ``batch_norm_gradient``.
     """
     step = 4 * lanes
 
@@ -284,13 +287,16 @@ def residual_norm_gradient(lanes: int, sums: int) -> Body:
          grad_x_channel, grad_x_row, top, left, bottom, right) = arguments(args, 38)  # fmt: skip
         low, high = broadcast(load_f32(args + 304), lanes), broadcast(load_f32(args + 312), lanes)
         zero, least, most = broadcast(0.0, lanes), broadcast(-math.inf, lanes), broadcast(math.inf, lanes)
+        none = whole(0, lanes)
         count = load_i64(state) * rows * columns
         for channel in range(first, last):
             middle = broadcast(load_f32(mean + 4 * channel), lanes)
             inverse = load_f32(inverse_std + 4 * channel)
             total, product = 0.0, 0.0
             for block in range(blocks):
-                whole, wholly = zero, zero
+                summed, wholly = zero, zero
+                packed, place = 0, y + block * y_block + channel * y_channel
+                word = load(place, lanes)
                 for row in range(rows):
                     source = x + block * x_block + channel * x_channel + row * x_row
                     result = y + block * y_block + channel * y_channel + row * y_row
@@ -299,16 +305,24 @@ def residual_norm_gradient(lanes: int, sums: int) -> Body:
                     target = grad_sum + block * grad_sum_block + channel * grad_sum_channel + row * grad_sum_row
                     part, along = zero, zero
                     for i in range(columns):
-                        away, value = load(source + i * step, lanes) - middle, load(result + i * step, lanes)
+                        away = load(source + i * step, lanes) - middle
                         grad = load(grads + i * step, lanes)
                         if sums:
                             grad = grad + load(others + i * step, lanes)
-                        grad = select_gt(value, low, select_gt(high, value, grad, zero), zero)
+                        if bits:
+                            if packed == 32:
+                                packed, place = 0, place + step
+                                word = load(place, lanes)
+                            grad = select_same(unpack(word, packed, 1), none, zero, grad)
+                            packed += 1
+                        else:
+                            value = load(result + i * step, lanes)
+                            grad = select_gt(value, low, select_gt(high, value, grad, zero), zero)
                         store(target + i * step, grad)
                         part = part + grad
                         along = fma(grad, away, along)
-                    whole, wholly = whole + part, wholly + along
-                total += sum_lanes(whole)
+                    summed, wholly = summed + part, wholly + along
+                total += sum_lanes(summed)
                 product += sum_lanes(wholly)
             store_f32(grad_bias + 4 * channel, total)
             store_f32(grad_scale + 4 * channel, product * inverse)

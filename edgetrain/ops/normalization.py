@@ -244,6 +244,23 @@ class ResidualNormalizationGrad(Op):
 
 
 @register
+class ResidualNormalizationMaskGrad(ResidualNormalizationGrad):
+    """The same for a Relu of whose output only the bits of ``ReluMask`` are kept: they take the place of y."""
+
+    name = "ResidualNormalizationMaskGrad"
+
+    def reference(self, node: Node, *inputs: Array) -> tuple[Array, ...]:
+        """Multiply with the mask."""
+        x, grad_out, scale, mask, mean, inverse, *more = inputs
+        grad_sum = (grad_out + sum(more)) * reference.unpack(mask, 1, x.shape)
+        return grad_sum, *reference.batch_norm_gradient(x, grad_sum, scale, mean, inverse)
+
+    def lower(self, node: Node, low: Lowering) -> None:
+        """Two passes per channel."""
+        low.residual_norm_mask_gradient(node, bounds_of(node))
+
+
+@register
 class Dropout(Op):
     """ONNX Dropout in inference: nothing. Autodiff replaces it by ``DropoutTraining``."""
 

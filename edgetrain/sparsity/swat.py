@@ -15,6 +15,7 @@ import numpy as np
 
 from edgetrain.densities import DISTRIBUTIONS
 from edgetrain.errors import UsageError
+from edgetrain.keeping import keep_masks, keep_residual_masks
 from edgetrain.optim import Optimizer
 from edgetrain.pruning import compress_activations, mask_activations
 from edgetrain.sparsity.layers import SparseLayer, entries, shapes_of
@@ -36,6 +37,13 @@ class SWAT(SparsityPolicy):
     All weights keep their master copy, receive the dense gradient and are updated; so which of them are the largest
     may change, and does so every ``refresh`` steps. The forward pass sees all activations; only the copy that is kept
     for the weight gradient is thinned. The network that predicts, and is exported, has the sparse weights.
+
+    What that saves in memory depends on the network, for a list takes 8 bytes per number kept and has room for a
+    quarter more. Where a map is kept for the weight gradient alone (sums with another branch) the list, and bits of
+    the Relu, take its place: ResNet-20 at batch 32 plans 35.6 MiB with 90 % zeros instead of 44.6 (ERK, whose first
+    layers are denser, 43.1). A normalised map is not kept in dense training either, but computed again, so its list
+    comes on top: MobileNetV1 of width 0.25 plans 7.3 MiB instead of 6.7. LeNet-5 plans 2.4 instead of 1.75: its
+    largest buffers are the error map before a max pool, which dense training never writes, and that map turned.
 
     Attributes:
         weights, activations: shares of zeros.
@@ -156,6 +164,9 @@ class SWAT(SparsityPolicy):
         records = compress_activations(train, densities, self.refresh, densest, self.group)
         if self.group == "element":
             records |= mask_activations(train, {n: d for n, d in densities.items() if n not in records}, self.refresh)
+        if records:  # of Relus' outputs that no weight gradient reads any more, bits are enough
+            for keep in (keep_masks, keep_residual_masks):
+                train.forward_count += keep(train.graph, train.forward_count)
         return records
 
     def prunes_activations(self, layers: Sequence[SparseLayer]) -> bool:
