@@ -12,7 +12,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -23,7 +23,8 @@ from edgetrain.arrays import Checked, batch_of, labels_of, targets_of
 from edgetrain.autodiff import TARGET
 from edgetrain.checkpoint import load_checkpoint, save_checkpoint
 from edgetrain.devices import DeviceProfile
-from edgetrain.errors import CheckpointError, DataError, NumericalError, UsageError
+from edgetrain.diagnosis import explain_outputs, explain_step
+from edgetrain.errors import CheckpointError, DataError, UsageError
 from edgetrain.executor import Executor
 from edgetrain.filters import InstanceFilter
 from edgetrain.fitting import Data, History, fit_loop
@@ -32,7 +33,6 @@ from edgetrain.graph import Graph, Normalization
 from edgetrain.kernels.registry import compile_kernels, working_clock
 from edgetrain.losses import log_softmax, sample_losses
 from edgetrain.lowering_products import whole_gradient
-from edgetrain.ops import get_op
 from edgetrain.optim import SGD, Optimizer
 from edgetrain.parameters import Parameters
 from edgetrain.plan import KernelKey, Plan
@@ -192,7 +192,7 @@ class Learner:
         with self._lock:
             executor, sources, count = self._begin_step(x, y)
             if not executor.run(sources):
-                self._explain_broken_step(executor)
+                raise explain_step(executor, int(self._parameters.buffers["state"][0]), self.step_count + 1)
             self._end_step(executor)
             loss, correct = (float(v) for v in self._parameters.buffers["result"][:2])
             done, saved = self.plans.macs(count, executor.plan)
@@ -252,7 +252,7 @@ class Learner:
             executor, sources, _ = self._begin_step(x, y)
             seconds = executor.time_rows(sources)
             if seconds is None:
-                self._explain_broken_step(executor)
+                raise explain_step(executor, int(self._parameters.buffers["state"][0]), self.step_count + 1)
             self._end_step(executor)
             return seconds
 
@@ -301,7 +301,7 @@ class Learner:
             parts = [self._forward({n: a[i : i + size] for n, a in arrays.items()}) for i in range(0, total, size)]
         outputs = np.concatenate(parts)
         if not np.isfinite(outputs).all():
-            self._explain_broken_outputs(outputs)
+            raise explain_outputs(self.graph.name, outputs, self.parameters())
         return outputs
 
     def predict(self, x: Inputs) -> NDArray[np.int64]:
@@ -561,39 +561,6 @@ class Learner:
 
     def _trained(self) -> Sequence[str]:
         return [name for name in self.graph.arrays if name in self.graph.trainable]
-
-    def _explain_broken_step(self, executor: Executor) -> NoReturn:
-        """Run the step again node by node and name the first that gives a number that is not finite.
-
-        Raises:
-            NumericalError: always.
-        """
-        graph, where, count = executor.plan.graph, "the gradient norm", int(self._parameters.buffers["state"][0])
-        for position in executor.step_through():
-            node = graph.nodes[position]
-            numbers = [v for i, v in enumerate(node.outputs) if i not in get_op(node.op_type).opaque]
-            values = [v for v in numbers if executor.plan.buffer(v.name) in executor.plan.offsets]
-            if any(not np.isfinite(executor.value(v, count)).all() for v in values):
-                where = f"node '{node.name}' ({node.op_type})"
-                break
-        raise NumericalError(
-            f"step {self.step_count + 1}: loss or gradients are not finite, first at {where}; the parameters are those "
-            "before this step. Lower the learning rate, clip gradients (clip_norm) or check the data"
-        )
-
-    def _explain_broken_outputs(self, outputs: NDArray[np.float32]) -> NoReturn:
-        """Tell whether weights or inputs are to blame for outputs (N, ...) that are not finite.
-
-        Raises:
-            NumericalError: always.
-        """
-        sample = int(np.flatnonzero(~np.isfinite(outputs.reshape(len(outputs), -1)).all(1))[0])
-        broken = next((name for name, array in self.parameters().items() if not np.isfinite(array).all()), None)
-        if broken is not None:
-            reason = f"'{broken}' holds NaN or infinite numbers; load an earlier checkpoint or other weights"
-        else:
-            reason = "numbers on the way are beyond float32; scale the inputs to about -1 to 1, or load smaller weights"
-        raise NumericalError(f"the outputs of '{self.graph.name}' are not finite (sample {sample}): {reason}")
 
 
 def _length(arrays: Arrays) -> int:

@@ -76,7 +76,8 @@ def test_a_run_tells_which_weights_it_begins_with(folder, capsys):
         code, out, _ = run(capsys, *FIT, "--sparsity", "rigl:weights=0.95", *source)
         assert code == 0
         assert "sparsity rigl:weights=0.95: begins with the largest of the given weights" in out
-    stream = [*FIT, "--epochs", "1", "--stream", "--sparsity", "swat", "--model", "runs/fit-1/model.onnx"]
+    once = ["--epochs", "1", "--augment", "", "--stream"]
+    stream = [*FIT, *once, "--sparsity", "swat", "--model", "runs/fit-1/model.onnx"]
     code, out, _ = run(capsys, *stream)
     assert code == 0
     assert "sparsity swat: begins with the largest of the given weights as they are" in out

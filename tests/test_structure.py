@@ -52,7 +52,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("lowering_listed",),
     ("lowering",),
     ("lowering_channels", "sparsity"),
-    ("plans",),
+    ("plans", "diagnosis"),
     ("learner",),
     ("layer_report", "verify", "bench", "bench_ops", "bench_tiles"),
     ("bench_contenders", "kernel_table"),
