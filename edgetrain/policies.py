@@ -71,25 +71,25 @@ def parse_policy(kind: str, text: str) -> Any:
         >>> parse_policy("filter", "none") is None
         True
     """
-    name, _, settings = text.strip().partition(":")
-    if name == NONE:
-        if settings:
-            raise UsageError(f"{_what(kind)} '{text}': 'none' takes no settings")
-        return None
-    policy = _find(kind, name, text)
-    hints = get_type_hints(policy)
-    known = {item.name: hints[item.name] for item in fields(policy)}
-    given: dict[str, Any] = {}
-    for part in filter(None, settings.split(",")):
-        key, equals, value = (piece.strip() for piece in part.partition("="))
-        if not equals or not value:
-            raise UsageError(f"{_what(kind)} '{text}': '{part}' is not KEY=VALUE; expected such as {example(kind)}")
-        if key not in known:
-            raise UsageError(f"{_what(kind)} '{text}': unknown key '{key}'; '{name}' knows {', '.join(known)}")
-        if key in given:
-            raise UsageError(f"{_what(kind)} '{text}': key '{key}' is given twice; leave one out")
-        given[key] = _value(known[key], value, f"{_what(kind)} '{text}': {key}")
-    return policy(**given)
+    policy, given = _read(kind, text)
+    return None if policy is None else policy(**given)
+
+
+def agrees(kind: str, text: str, policy: Any) -> bool:
+    """Tell whether a policy is one that a text describes, whatever the keys that the text leaves out.
+
+    Defaults may differ between versions; what a text names does not.
+
+    Raises:
+        UsageError: the text is bad.
+
+    Example:
+        >>> half = parse_policy("filter", "random:rate=0.5,start=7")
+        >>> agrees("filter", "random:rate=0.5", half), agrees("filter", "random:start=0", half)
+        (True, False)
+    """
+    wanted, named = parse_policy(kind, text), _read(kind, text)[1]
+    return type(policy) is type(wanted) and all(getattr(policy, key) == getattr(wanted, key) for key in named)
 
 
 def as_policy(kind: str, policy: Any) -> Any:
@@ -137,6 +137,29 @@ def example(kind: str) -> str:
     return {
         "filter": "eif:rate=0.3", "sparsity": "swat:weights=0.9,activations=0.9", "error_pruning": "channels:keep=0.7",
     }[kind]  # fmt: skip
+
+
+def _read(kind: str, text: str) -> tuple[Any, dict[str, Any]]:
+    """Return the class that a text names, ``None`` for "none", and the settings; raises as ``parse_policy``."""
+    name, _, settings = text.strip().partition(":")
+    if name == NONE:
+        if settings:
+            raise UsageError(f"{_what(kind)} '{text}': 'none' takes no settings")
+        return None, {}
+    policy = _find(kind, name, text)
+    hints = get_type_hints(policy)
+    known = {item.name: hints[item.name] for item in fields(policy)}
+    given: dict[str, Any] = {}
+    for part in filter(None, settings.split(",")):
+        key, equals, value = (piece.strip() for piece in part.partition("="))
+        if not equals or not value:
+            raise UsageError(f"{_what(kind)} '{text}': '{part}' is not KEY=VALUE; expected such as {example(kind)}")
+        if key not in known:
+            raise UsageError(f"{_what(kind)} '{text}': unknown key '{key}'; '{name}' knows {', '.join(known)}")
+        if key in given:
+            raise UsageError(f"{_what(kind)} '{text}': key '{key}' is given twice; leave one out")
+        given[key] = _value(known[key], value, f"{_what(kind)} '{text}': {key}")
+    return policy, given
 
 
 def _find(kind: str, name: str, text: str) -> Any:

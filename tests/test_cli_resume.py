@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from edgetrain import checkpoint
 from edgetrain.checkpoint import read_checkpoint
 from edgetrain.cli import training
 from edgetrain.errors import CheckpointError, UsageError
@@ -288,6 +289,34 @@ def test_epochs_may_be_edited(inside, capsys, tmp_path):
     edit(found / "config.toml", ("epochs = 3", "epochs = 4"))
     assert run(capsys, "resume", found, "--quiet")[0] == 0
     assert len(open_run(found).read_metrics()) == 4
+
+
+OLDER = {
+    "key_that_came_later": ("error_pruning", "channels:keep=0.7", ",distribution=uniform", ""),
+    "pattern_by_default": ("sparsity", "rigl:weights=0.9", "initial_pattern=none", "initial_pattern=random"),
+    "rescale_by_default": ("sparsity", "swat:weights=0.9,activations=0.9", "rescale=none", "rescale=true"),
+}
+
+
+@pytest.mark.parametrize("name", OLDER)
+def test_resume_takes_methods_of_a_version_with_other_defaults(inside, capsys, tmp_path, name):
+    kind, text, now, then = OLDER[name]
+    flags = [f"--{kind.replace('_', '-')}", text]
+    assert run(capsys, *FIT, "--epochs", "1", *flags, "--quiet", "--out", tmp_path)[0] == 0
+    last = tmp_path / "fit-1/last.safetensors"
+    tensors, table = read_checkpoint(last)
+    assert now in table["settings"][kind]
+    table["settings"][kind] = table["settings"][kind].replace(now, then)
+    if kind == "sparsity":
+        table["state"]["topology"]["policy"] = table["settings"][kind]
+    last.write_bytes(checkpoint._encode(tensors, table))
+    code, _, err = run(capsys, "resume", tmp_path / "fit-1", "--epochs", "2", "--quiet")
+    assert (code, err) == (0, "")
+    edit(tmp_path / "fit-1/config.toml", (text, text.replace("0.", "0.3")))
+    code, _, err = run(capsys, "resume", tmp_path / "fit-1", "--epochs", "3")
+    assert code == 2
+    assert f"config.toml: methods.{kind} was {text.partition(':')[0]}:" in err
+    assert f"is now {text.replace('0.', '0.3')}; a run goes on with what it began with" in err
 
 
 def test_resume_of_a_damaged_checkpoint(inside, capsys, tmp_path):

@@ -9,10 +9,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from edgetrain.checkpoint import read_checkpoint
-from edgetrain.cli.config import ARGUMENTS, METHODS, Config
+from edgetrain.cli.config import ARGUMENTS, Config
 from edgetrain.cli.sources import make_optimizer
 from edgetrain.errors import UsageError
-from edgetrain.policies import describe_policy, parse_policy
+from edgetrain.policies import NONE, agrees, parse_policy
 from edgetrain.runs import Run
 
 
@@ -28,6 +28,7 @@ def check_unchanged(run: Run, config: Config) -> None:
     old, new = _by_key(table["settings"], model), _by_key(_settings(config), _graph_name(config, model))
     # Settings of another optimizer are left out: its own name says it all.
     changes = [f"{key} was {old[key]}, is now {new[key]}" for key in old if key in new and old[key] != new[key]]
+    changes += _changed_methods(table["settings"], config)
     if changes:
         raise UsageError(
             f"{run.config_file}: {'; '.join(changes)}; a run goes on with what it began with: put that back, or start "
@@ -36,16 +37,27 @@ def check_unchanged(run: Run, config: Config) -> None:
 
 
 def _settings(config: Config) -> dict[str, Any]:
-    """Return what a checkpoint of a run with this configuration would say."""
-    policies = {kind: parse_policy(kind, getattr(config.methods, kind)) for kind in METHODS}
+    """Return what a checkpoint of a run with this configuration would say, methods aside."""
     return {
         "batch_size": config.device.batch_size,
         "memory_budget": round(config.device.memory_budget_mib * (1 << 20)),
         "seed": config.training.seed,
         "label_smoothing": config.training.label_smoothing,
         "optimizer": make_optimizer(config).to_dict(),
-        **{ARGUMENTS[kind]: describe_policy(kind, policy) for kind, policy in policies.items()},
     }
+
+
+def _changed_methods(settings: Mapping[str, Any], config: Config) -> list[str]:
+    """Return what the text of a method says otherwise than the checkpoint, one sentence per method.
+
+    Keys that the text does not name are the checkpoint's alone: an older version may have had another default.
+    """
+    changes = []
+    for kind, argument in ARGUMENTS.items():
+        stored, text = settings.get(argument, NONE), getattr(config.methods, kind)
+        if not agrees(kind, text, parse_policy(kind, stored)):
+            changes.append(f"methods.{kind} was {stored}, is now {text}")
+    return changes
 
 
 def _graph_name(config: Config, of_file: str) -> str:
@@ -56,7 +68,7 @@ def _graph_name(config: Config, of_file: str) -> str:
 
 
 def _by_key(settings: Mapping[str, Any], model: str) -> dict[str, Any]:
-    """Return settings of a checkpoint by key of config.toml."""
+    """Return settings of a checkpoint by key of config.toml, methods aside."""
     optimizer = dict(settings["optimizer"])
     schedule = optimizer.pop("schedule")
     return {
@@ -69,5 +81,4 @@ def _by_key(settings: Mapping[str, Any], model: str) -> dict[str, Any]:
         **{f"training.{name}": value for name, value in optimizer.items()},
         "training.schedule": schedule["kind"],
         "training.warmup_fraction": schedule["warmup"],
-        **{f"methods.{kind}": settings[argument] for kind, argument in ARGUMENTS.items()},
     }
