@@ -226,9 +226,26 @@ class Run:
 
     def account(self) -> dict[str, Any]:
         """Return what a finished run did: ``savings``, perhaps ``layers`` and ``topology``; else empty."""
-        found = [event for event in self.read_events() if event["event"] == "account"]
-        known = found[-1] if found and self.status() == "finished" else {}
+        found = [event for event in self._ending() if event["event"] == "account"]
+        known = found[-1] if found else {}
         return {key: known[key] for key in ("savings", "layers", "topology") if key in known}
+
+    def lacks_account(self) -> bool:
+        """Tell whether a finished run was cut off before its account, which is written last of all.
+
+        Runs of earlier versions may have none; their endings do not tell the time of the whole run either. Dense twins
+        have none: they are a part of another run's.
+        """
+        ending = self._ending()
+        if not ending or "whole_seconds" not in ending[0] or self.comparison() == "baseline":
+            return False
+        return not self.account()
+
+    def _ending(self) -> list[dict[str, Any]]:
+        """Return the events from the last "finished" on; none of a run that was gone on with since."""
+        events = self.read_events()
+        ends = [index for index, event in enumerate(events) if event["event"] == "finished"]
+        return events[ends[-1] :] if ends and self.status() == "finished" else []
 
     def status(self) -> str:
         """Return "finished", "interrupted", "failed", or "unfinished" for a run that was killed or is still going."""

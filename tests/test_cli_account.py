@@ -131,6 +131,64 @@ def test_a_baseline_is_remembered_when_a_run_is_resumed(inside, capsys, monkeypa
         assert rows_without_times(Path("runs/fit-1") / name) == rows_without_times(Path("runs/fit-2") / name)
 
 
+# ---- an account that was cut off
+
+CHANNELS = [*EPOCHS, "--error-pruning", "channels:keep=0.7"]
+
+
+def killed(monkeypatch, capsys, where: str, *command: str) -> None:
+    """Run a command whose process ends in a function of ``edgetrain.cli``."""
+
+    def die(*_, **__):
+        raise SystemExit(9)
+
+    with monkeypatch.context() as death:
+        death.setattr(f"edgetrain.cli.{where}", die)
+        assert run(capsys, *command, "--quiet")[0] == 9
+
+
+@pytest.mark.parametrize("where", ["training.layers_of", "plotting.plot_runs"], ids=["in_the_account", "in_the_plot"])
+@pytest.mark.parametrize("flags", [STREAM, CHANNELS], ids=["stream", "epochs"])
+def test_a_run_that_was_killed_before_its_account_ends_when_it_is_resumed(inside, capsys, monkeypatch, flags, where):
+    pytest.importorskip("matplotlib")
+    baseline = ["--baseline"] if where == "plotting.plot_runs" else []
+    if flags is STREAM:
+        where = where.replace("training", "streaming")
+    killed(monkeypatch, capsys, where, *flags, *baseline)
+    made = open_run("runs/fit-1")
+    assert (made.status(), made.account()) == ("finished", {})
+    rows = rows_without_times(made.path)
+    code, out, _ = run(capsys, "resume", "runs/fit-1", "--json")
+    assert code == 0
+    assert made.account()["savings"] == json.loads(out)["savings"]
+    assert (made.path / "accuracy.svg").exists() == bool(baseline)
+    assert rows_without_times(made.path) == rows
+    assert "nothing is left" in run(capsys, "resume", "runs/fit-1")[2]
+
+
+@pytest.mark.parametrize("flags", [STREAM, EPOCHS], ids=["stream", "epochs"])
+def test_a_finished_run_of_an_earlier_version_stays_finished(inside, capsys, flags):
+    assert run(capsys, *flags, "--quiet")[0] == 0
+    made = open_run("runs/fit-1")
+    events = [event for event in made.read_events() if event["event"] != "account"]
+    lines = [json.dumps({k: v for k, v in event.items() if k != "whole_seconds"}) + "\n" for event in events]
+    made.events_file.write_text("".join(lines))
+    code, _, err = run(capsys, "resume", "runs/fit-1")
+    assert code == 2
+    assert "nothing is left" in err
+
+
+def test_the_account_of_a_run_that_went_on_is_not_that_of_its_beginning(inside, capsys, monkeypatch):
+    assert run(capsys, *CHANNELS, "--quiet")[0] == 0
+    made = open_run("runs/fit-1")
+    assert made.account()
+    killed(monkeypatch, capsys, "training.layers_of", "resume", "runs/fit-1", "--epochs", "3")
+    assert made.status() == "finished"
+    assert json.loads(run(capsys, "report", "runs/fit-1", "--json")[1])["account"] == {}
+    assert run(capsys, "resume", "runs/fit-1", "--quiet")[0] == 0
+    assert made.account()["savings"]["instances_seen"] == 3 * 640
+
+
 # ---- the plot
 
 

@@ -44,14 +44,9 @@ def begin_baseline(run: Run) -> Run:
     return twin
 
 
-def lacks_baseline(run: Run) -> bool:
-    """Tell whether the dense twin was asked for and is not finished."""
-    return run.comparison() == "wanted" and run.baseline.status() != "finished"
-
-
 def is_done(run: Run) -> bool:
-    """Tell whether a run has nothing left to write: its own files, and its dense twin if one was asked for."""
-    return run.status() == "finished" and run.model.exists() and not lacks_baseline(run)
+    """Tell whether a run has nothing left to write: its own files, its dense twin if asked for, and its account."""
+    return run.status() == "finished" and run.model.exists() and not run.lacks_account()
 
 
 def baseline_facts(run: Run) -> dict[str, Any]:
