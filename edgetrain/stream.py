@@ -257,6 +257,7 @@ class InstanceStream:
                 # A copy of the rest: a view would keep every batch it was ever a part of alive.
                 self._x, self._y = x[last:].copy(), y[last:].copy()
 
+
 def _judge(learner: Learner) -> Judge:
     return Judge(
         lambda x, y: _losses_of(learner, learner.logits(_checked(learner, x)), y), learner.graph.macs(),

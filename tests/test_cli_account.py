@@ -16,13 +16,14 @@ import pytest
 
 import edgetrain as et
 from edgetrain.cli import streaming
-from edgetrain.errors import UsageError
+from edgetrain.errors import NumericalError, UsageError
 from edgetrain.runs import open_run
 from tests.cli_support import ROOT, rows_without_times, run, write_data
 
 STREAM = ["fit", "--stream", "--data", "digits.npz", "--batch-size", "8", "--threads", "1", "--window", "100",
           "--filter", "random:rate=0.5"]  # fmt: skip
 EPOCHS = ["fit", "--data", "digits.npz", "--batch-size", "8", "--threads", "1", "--epochs", "2"]
+CHANNELS = [*EPOCHS, "--error-pruning", "channels:keep=0.7"]
 
 
 @pytest.fixture
@@ -111,7 +112,7 @@ def test_a_stream_that_grew_goes_on_with_its_rows(inside, capsys, tmp_path):
 # ---- the dense twin
 
 
-@pytest.mark.parametrize("flags", [STREAM, [*EPOCHS, "--error-pruning", "channels:keep=0.7"]], ids=["stream", "epochs"])
+@pytest.mark.parametrize("flags", [STREAM, CHANNELS], ids=["stream", "epochs"])
 @pytest.mark.parametrize("folder", ["runs/fit-1", "runs/fit-1/baseline"])
 def test_a_baseline_is_remembered_when_a_run_is_resumed(inside, capsys, monkeypatch, flags, folder):
     with monkeypatch.context() as signals:
@@ -131,9 +132,30 @@ def test_a_baseline_is_remembered_when_a_run_is_resumed(inside, capsys, monkeypa
         assert rows_without_times(Path("runs/fit-1") / name) == rows_without_times(Path("runs/fit-2") / name)
 
 
-# ---- an account that was cut off
+@pytest.mark.parametrize("flags", [STREAM, CHANNELS], ids=["stream", "epochs"])
+def test_a_baseline_that_diverges_leaves_the_run_its_account(inside, capsys, monkeypatch, flags):
+    real = et.Learner.partial_fit
 
-CHANNELS = [*EPOCHS, "--error-pruning", "channels:keep=0.7"]
+    def step(self, x, y):
+        if self.instance_filter is self.error_pruning is None and self.step_count == 10:
+            raise NumericalError("step 11: loss or gradients are not finite")
+        return real(self, x, y)
+
+    monkeypatch.setattr(et.Learner, "partial_fit", step)
+    code, out, err = run(capsys, *flags, "--baseline", "--json")
+    assert code == 0, err
+    assert "runs/fit-1/baseline: the dense run was not finite at step 11\n" in err
+    savings = json.loads(out)["savings"]
+    assert savings["dense"] == {"seconds": None, "how": "the dense run was not finite at step 11"}
+    assert savings["time_saved"] is None
+    assert open_run("runs/fit-1").account()["savings"] == savings
+    assert "dense training takes is unknown (the dense run was not finite at step 11)" in run(
+        capsys, "report", "runs/fit-1")[1]  # fmt: skip
+    assert (open_run("runs/fit-1").status(), open_run("runs/fit-1/baseline").status()) == ("finished", "failed")
+    assert "nothing is left" in run(capsys, "resume", "runs/fit-1")[2]
+
+
+# ---- an account that was cut off
 
 
 def killed(monkeypatch, capsys, where: str, *command: str) -> None:

@@ -1,15 +1,37 @@
-"""How runs over epochs and streams end alike: their beginning noted, the dense twin told, the plot drawn, advice."""
+"""How runs over epochs and streams end alike: their beginning noted, the dense twin trained, the plot drawn, advice."""
 
 from __future__ import annotations
 
-from typing import Any
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Protocol
 
 from edgetrain._version import __version__
-from edgetrain.cli.config import Config
+from edgetrain.checkpoint import save_checkpoint
+from edgetrain.cli.config import Config, dense
 from edgetrain.cli.progress import Display
 from edgetrain.devices import DeviceProfile
-from edgetrain.errors import EdgetrainError, UsageError
+from edgetrain.errors import EdgetrainError, NumericalError, UsageError
 from edgetrain.runs import Run
+
+if TYPE_CHECKING:
+    from edgetrain.learner import Learner
+
+
+class Session(Protocol):
+    """One process' part of a run, over epochs or of a stream."""
+
+    run: Run
+    learner: Learner
+    config: Config
+    display: Display
+
+    @property
+    def is_over(self) -> bool:
+        """Whether no step is left."""
+
+    def finish(self) -> None:
+        """Train to the end and write the last files."""
 
 
 def begin(run: Run, config: Config, *, comparison: str = "") -> None:
@@ -36,21 +58,52 @@ def tell_profile(display: Display, profile: DeviceProfile) -> None:
         )
 
 
-def begin_baseline(run: Run) -> Run:
-    """Make the folder of the dense twin inside the run's folder, and lock it."""
-    twin = run.baseline
-    twin.path.mkdir(exist_ok=True)
-    twin.lock()
-    return twin
-
-
 def is_done(run: Run) -> bool:
     """Tell whether a run has nothing left to write: its own files, its dense twin if asked for, and its account."""
     return run.status() == "finished" and run.model.exists() and not run.lacks_account()
 
 
-def baseline_facts(run: Run) -> dict[str, Any]:
-    """Return times and accuracy of the finished dense twin in this folder, for ``savings.savings_of``."""
+def train_baseline(
+    main: Session, go_on: Callable[[Run, Config, float], Session], begin_anew: Callable[[Run, Config, float], Session]
+) -> dict[str, Any]:
+    """Train the dense twin of a finished run in a folder inside the run's, or go on with it, and draw both.
+
+    Args:
+        main: the finished run.
+        go_on: returns the twin at its last checkpoint, of folder, configuration, and when it began.
+        begin_anew: the same before its first step; its checkpoint and files are written here.
+
+    Returns:
+        What ``savings.savings_of`` takes; ``seconds`` are ``None`` where a dense step was not finite.
+
+    Raises:
+        InterruptedRunError: a signal asked to stop; the state is saved.
+    """
+    run, config, began = main.run.baseline, dense(main.config), time.monotonic()
+    run.path.mkdir(exist_ok=True)
+    run.lock()
+    main.display.say(f"{main.run.path} is done; {run.path}: the same run, dense")
+    if run.config_file.exists():
+        twin = go_on(run, config, began)
+    else:
+        twin = begin_anew(run, config, began)
+        save_checkpoint(twin.learner, run.last)
+        begin(run, config, comparison="baseline")
+    try:
+        if not (twin.is_over and is_done(run)):
+            twin.finish()
+    except NumericalError:
+        # The same step would fail again, and the run itself is none the worse for it.
+        facts = {"seconds": None, "how": f"the dense run was not finite at step {twin.learner.step_count + 1:,}"}
+        main.display.say(f"{run.path}: {facts['how']}")
+    else:
+        facts = _baseline_facts(run)
+    draw(main.run, main.display)
+    return facts
+
+
+def _baseline_facts(run: Run) -> dict[str, Any]:
+    """Return times and accuracy of the finished dense twin in this folder."""
     finished = [event for event in run.read_events() if event["event"] == "finished"]
     return {
         "seconds": sum(row["seconds"] or 0.0 for row in run.read_metrics()), "whole_seconds": run.whole_seconds(),
@@ -59,12 +112,18 @@ def baseline_facts(run: Run) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def twins_to_plot(run: Run) -> list[Run]:
+    """Return the dense twin of a run where there is one that has rows, finished or not."""
+    twin = run.baseline
+    return [twin] if twin.config_file.exists() and twin.read_metrics() else []
+
+
 def draw(run: Run, display: Display) -> None:
     """Draw a run beside its baseline into its folder; where that fails, say so: the run is done all the same."""
     from edgetrain.cli.plotting import plot_runs
 
     try:
-        display.say(f"plot: {plot_runs(run, [run.baseline])}")
+        display.say(f"plot: {plot_runs(run, twins_to_plot(run))}")
     except UsageError as error:
         display.say(f"no plot: {error}")
     except Exception as error:  # whatever a drawing library raises

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from edgetrain.cli.endings import twins_to_plot
 from edgetrain.cli.output import duration, emit, table
 from edgetrain.cli.savings import account_text
 from edgetrain.history import COUNTED
@@ -21,8 +22,7 @@ def report_command(path: Path, *, as_json: bool, plot: bool = False, against: Se
     if plot or against:
         from edgetrain.cli.plotting import plot_runs
 
-        baseline = [run.path / "baseline"] if (run.path / "baseline").is_dir() else []
-        plot_runs(run, [open_run(other) for other in (*baseline, *against)])
+        plot_runs(run, [*twins_to_plot(run), *map(open_run, against)])
     result = summarise(run)
     emit(result, _text(result), as_json)
 

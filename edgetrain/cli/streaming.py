@@ -15,17 +15,8 @@ from numpy.typing import NDArray
 
 from edgetrain._version import __version__
 from edgetrain.checkpoint import load_checkpoint, save_checkpoint
-from edgetrain.cli.config import Config, MethodSettings, dense
-from edgetrain.cli.endings import (
-    baseline_facts,
-    begin,
-    begin_baseline,
-    draw,
-    how_to_go_on,
-    is_done,
-    resuming,
-    tell_profile,
-)
+from edgetrain.cli.config import Config, MethodSettings
+from edgetrain.cli.endings import begin, how_to_go_on, is_done, resuming, tell_profile, train_baseline
 from edgetrain.cli.output import count, emit
 from edgetrain.cli.progress import CompileNotice, Display, resident_mib
 from edgetrain.cli.savings import account_of, account_text, itself, layers_of, random_batches, savings_of, time_dense
@@ -122,20 +113,13 @@ def _new_learner(
 
 def _baseline(session: StreamSession, profile: DeviceProfile) -> dict[str, Any]:
     """Learn from the same stream densely, or go on with that; return times and accuracy, and draw both runs."""
-    config, display, began = dense(session.config), session.display, time.monotonic()
-    run = begin_baseline(session.run)
-    display.say(f"{run.path}: the same stream, dense")
-    if run.config_file.exists():
-        twin = _taken_up(run, config, display, began)
-    else:
-        learner = _new_learner(config, stream_graph(config), session.source, profile, display)
-        save_checkpoint(learner, run.last)
-        begin(run, config, comparison="baseline")
-        twin = StreamSession(run, learner, config, display, session.source, began, judges=True)
-    if not (twin.is_over and is_done(run)):
-        twin.finish()
-    draw(session.run, display)
-    return baseline_facts(run)
+    display, source = session.display, session.source
+
+    def begin_anew(run: Run, config: Config, began: float) -> StreamSession:
+        learner = _new_learner(config, stream_graph(config), source, profile, display)
+        return StreamSession(run, learner, config, display, source, began, judges=True)
+
+    return train_baseline(session, lambda run, config, began: _taken_up(run, config, display, began), begin_anew)
 
 
 def stream_source(config: Config, graph: Graph) -> InstanceSource:

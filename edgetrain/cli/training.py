@@ -12,17 +12,8 @@ import numpy as np
 
 import edgetrain
 from edgetrain.checkpoint import load_checkpoint, read_checkpoint, save_checkpoint
-from edgetrain.cli.config import Config, MethodSettings, check_stream, dense, from_flags, from_run
-from edgetrain.cli.endings import (
-    baseline_facts,
-    begin,
-    begin_baseline,
-    draw,
-    how_to_go_on,
-    is_done,
-    resuming,
-    tell_profile,
-)
+from edgetrain.cli.config import Config, MethodSettings, check_stream, from_flags, from_run
+from edgetrain.cli.endings import begin, how_to_go_on, is_done, resuming, tell_profile, train_baseline
 from edgetrain.cli.output import count, emit
 from edgetrain.cli.progress import CompileNotice, Display, choose_display, resident_mib
 from edgetrain.cli.savings import account_of, account_text, itself, layers_of, savings_of, time_dense
@@ -74,26 +65,20 @@ def fit_command(flags: Mapping[str, Any]) -> None:
 
 def _baseline(session: _Session, profile: DeviceProfile) -> dict[str, Any]:
     """Train the same run densely, or go on with that; return times and accuracy, and draw both runs."""
-    config, display, began = dense(session.config), session.display, time.monotonic()
-    run = begin_baseline(session.run)
-    display.say(f"{session.run.path} is done; {run.path}: the same run, dense")
-    if run.config_file.exists():
-        learner = _taken_up(run, config, display)
-    else:
-        with CompileNotice(display.compiling):
+
+    def begin_anew(run: Run, config: Config, began: float) -> _Session:
+        with CompileNotice(session.display.compiling):
             learner = make_learner(config, make_graph(config, session.training), profile)
             learner.prepare()
         if config.model.initial_weights is not None:
             learner.load_parameters(config.model.initial_weights)
-        save_checkpoint(learner, run.last)
-        begin(run, config, comparison="baseline")
-    twin = _Session(
-        run, learner, config, display, session.training, session.validation, session.held_out, began
-    )  # fmt: skip
-    if learner.position.epoch < config.training.epochs or not is_done(run):
-        twin.finish()
-    draw(session.run, display)
-    return baseline_facts(run)
+        return replace(session, run=run, learner=learner, config=config, began=began)
+
+    def go_on(run: Run, config: Config, began: float) -> _Session:
+        learner = _taken_up(run, config, session.display)
+        return replace(session, run=run, learner=learner, config=config, began=began)
+
+    return train_baseline(session, go_on, begin_anew)
 
 
 def resume_command(path: Path, *, epochs: int | None, threads: int | None, quiet: bool, as_json: bool) -> None:
@@ -127,11 +112,11 @@ def _resumed(run: Run, before: Config, config: Config, display: Display, began: 
     learner = _taken_up(run, config, display)
     changes = _differences(before, config)
     run.log("resumed", epoch=learner.position.epoch, batch=learner.position.batch, changes=changes)
-    has_epochs_left = learner.position.epoch < config.training.epochs
-    display.say(f"resuming {run.path} {_where(learner, training) if has_epochs_left else 'to write its last files'}")
+    session = _Session(run, learner, config, display, training, validation, held_out, began)
+    display.say(f"resuming {run.path} {'to write its last files' if session.is_over else _where(learner, training)}")
     for change in changes:
         display.say(f"changed: {change}")
-    return _Session(run, learner, config, display, training, validation, held_out, began)
+    return session
 
 
 def _taken_up(run: Run, config: Config, display: Display) -> Learner:
@@ -160,7 +145,12 @@ class _Session:
     validation: Dataset
     held_out: str
     began: float
-    _saved_at: float = field(default_factory=time.monotonic)
+    _saved_at: float = field(default_factory=time.monotonic, init=False)
+
+    @property
+    def is_over(self) -> bool:
+        """Whether all epochs are done."""
+        return self.learner.position.epoch >= self.config.training.epochs
 
     def finish(self) -> None:
         """Train to the last epoch and write the last files; raises what ``train`` does."""
@@ -257,7 +247,6 @@ class _Session:
             "memory_mib": resident_mib(),
             "files": {"model": str(self.run.model), "last": str(self.run.last), "best": str(self.run.best)},
         }
-
 
     def _dense(self, seconds: float, instances: int) -> dict[str, Any]:
         """Estimate how long the same run takes densely; a run that skips nothing is that dense run."""
