@@ -40,6 +40,8 @@ _MAY_BE_EMPTY = ("validation_loss", "validation_accuracy")
 # Events that say how a run stands, and what ``report`` calls that.
 _STATUS = {"finished": "finished", "interrupted": "interrupted", "failed": "failed", "started": "unfinished",
            "resumed": "unfinished"}  # fmt: skip
+# Events that tell how long the process has worked on the run.
+_TIMED = ("saved", "epoch", "finished", "interrupted", "failed")
 # Open files, each with the lock of a run that this process writes.
 _locks: list[int] = []
 
@@ -207,17 +209,21 @@ class Run:
             return []
         return [event for event in map(_parse_event, lines) if event is not None]
 
-    def whole_seconds(self) -> float:
-        """Return the wall time of all processes that worked on the run, as far as their events tell it.
+    def whole_seconds(self) -> float | None:
+        """Return the wall time of all processes that worked on the run, ``None`` where earlier versions noted none.
 
         Of a process that was killed, that is up to its last checkpoint: what came after it is done again.
         """
-        parts = [0.0]
+        parts: list[list[float | None]] = [[]]
         for event in self.read_events():
             if event["event"] in ("started", "resumed"):
-                parts.append(0.0)
-            parts[-1] = max(parts[-1], event.get("whole_seconds", 0.0))
-        return sum(parts)
+                parts.append([])
+            elif event["event"] in _TIMED:
+                parts[-1].append(event.get("whole_seconds"))
+        known = [[seconds for seconds in part if seconds is not None] for part in parts]
+        if any(part and not times for part, times in zip(parts, known, strict=True)):
+            return None
+        return sum(max(times, default=0.0) for times in known)
 
     def comparison(self) -> str:
         """Return "wanted" if the dense twin was asked for, "baseline" if this run is such a twin, else ""."""

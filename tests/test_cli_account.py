@@ -98,6 +98,24 @@ def test_the_whole_run_is_the_sum_of_its_parts(tmp_path):
     assert made.whole_seconds() == 130.0
 
 
+@pytest.mark.parametrize("event", ["saved", "epoch", "finished", "interrupted"])
+def test_the_whole_time_is_unknown_where_an_earlier_version_noted_none(inside, capsys, event):
+    assert run(capsys, *EPOCHS, "--epochs", "1", "--quiet")[0] == 0
+    made = open_run("runs/fit-1")
+    made.events_file.write_text("")
+    for name, details in (("started", {}), (event, {}), ("resumed", {}), ("finished", {"whole_seconds": 3.0})):
+        made.log(name, **details)
+    assert made.whole_seconds() is None
+    assert json.loads(run(capsys, "report", "runs/fit-1", "--json")[1])["whole_seconds"] is None
+    out = run(capsys, "report", "runs/fit-1")[1]
+    assert "training time" in out
+    assert "whole run" not in out
+    code, out, _ = run(capsys, "resume", "runs/fit-1", "--epochs", "2")
+    assert code == 0
+    assert "training time" in out
+    assert "whole run" not in out
+
+
 def test_a_stream_that_grew_goes_on_with_its_rows(inside, capsys, tmp_path):
     images = np.load("digits.npz")
     for count in (250, 400):
@@ -246,6 +264,27 @@ def drawn(monkeypatch, capsys, *flags) -> tuple[str, list]:
     code, _, err = run(capsys, "report", *flags)
     assert (code, err) == (0, "")
     return axes[0].get_ylabel(), [line.get_data() for line in axes[0].lines]
+
+
+def test_a_run_whose_baseline_is_only_begun_is_drawn_alone_and_the_report_says_how_to_go_on(
+    inside, capsys, monkeypatch
+):
+    pytest.importorskip("matplotlib")
+    killed(monkeypatch, capsys, "endings.begin", *STREAM, "--baseline")
+    assert (inside / "runs/fit-1/baseline").is_dir()
+    assert len(drawn(monkeypatch, capsys, "runs/fit-1", "--plot")[1]) == 1
+    told = run(capsys, "report", "runs/fit-1")[1]
+    assert "\nthe baseline is unfinished; go on with: edgetrain resume runs/fit-1\n" in told
+    assert json.loads(run(capsys, "report", "runs/fit-1", "--json")[1])["lacks"] == "baseline"
+    assert run(capsys, "resume", "runs/fit-1", "--quiet")[0] == 0
+    assert json.loads(run(capsys, "report", "runs/fit-1", "--json")[1])["lacks"] is None
+
+
+def test_the_best_of_a_stream_that_is_compared_is_no_row_of_it(inside, capsys):
+    assert run(capsys, *STREAM, "--baseline", "--quiet")[0] == 0
+    found = json.loads(run(capsys, "report", "runs/fit-1", "--json")[1])
+    assert found["epochs"][-1]["validation_accuracy"] is not None
+    assert found["best"] is None
 
 
 def test_runs_with_test_data_are_compared_on_these(inside, capsys, monkeypatch):

@@ -150,10 +150,12 @@ def test_report(inside, capsys):
     result = json.loads(out)
     assert code == 0
     wanted = {"run", "status", "config", "environment", "epochs", "operations", "best", "seconds", "files",
-              "whole_seconds", "account"}
+              "whole_seconds", "account", "lacks"}
     assert set(result) == wanted
     assert result["status"] == "finished"
     assert len(result["epochs"]) == 3
+    assert result["best"] in result["epochs"]
+    assert result["lacks"] is None
     code, out, _ = run(capsys, "report", "runs/fit-1")
     assert out.startswith("runs/fit-1: finished, lenet5 on ")
 

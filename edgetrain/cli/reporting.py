@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from edgetrain.cli.endings import twins_to_plot
-from edgetrain.cli.output import duration, emit, table
-from edgetrain.cli.savings import account_text
+from edgetrain.cli.endings import is_done, twins_to_plot
+from edgetrain.cli.output import emit, table
+from edgetrain.cli.savings import account_text, times_text
 from edgetrain.history import COUNTED
 from edgetrain.runs import Run, open_run
 
@@ -30,7 +30,10 @@ def report_command(path: Path, *, as_json: bool, plot: bool = False, against: Se
 def summarise(run: Run) -> dict[str, Any]:
     """Return the content of a run folder as one table."""
     metrics = run.read_metrics()
-    known = [row for row in metrics if row.get("validation_accuracy") is not None]
+    config = run.read_config()
+    # The checkpoint called best is that of the best epoch; of a stream it is that of the end.
+    rated = [] if config.get("stream", {}).get("enabled") else metrics
+    known = [row for row in rated if row.get("validation_accuracy") is not None]
     files = (
         run.last,
         run.best,
@@ -44,16 +47,24 @@ def summarise(run: Run) -> dict[str, Any]:
     return {
         "run": str(run.path),
         "status": run.status(),
-        "config": run.read_config(),
+        "config": config,
         "environment": run.read_environment(),
         "epochs": metrics,
         "best": max(known, key=lambda row: row["validation_accuracy"] or 0.0, default=None),
         "seconds": sum(row["seconds"] or 0.0 for row in metrics),
         "whole_seconds": run.whole_seconds(),
         "account": run.account(),
+        "lacks": _lacking(run),
         "operations": {name: sum(row.get(name) or 0.0 for row in metrics) for name in COUNTED},
         "files": {file.name: file.stat().st_size for file in files if file.exists()},
     }
+
+
+def _lacking(run: Run) -> str | None:
+    """Return what a finished run lacks because its process ended too soon, ``None`` if nothing."""
+    if not run.lacks_account():
+        return None
+    return "account" if run.comparison() != "wanted" or is_done(run.baseline) else "baseline"
 
 
 def _text(result: dict[str, Any]) -> str:
@@ -67,6 +78,8 @@ def _text(result: dict[str, Any]) -> str:
         best = result["best"]
         lines.append(f"best: epoch {best['epoch']:g}, validation accuracy {best['validation_accuracy']:.4f}")
     lines += [account_text(result["account"])] if result["account"] else _so_far(result)
+    if result["lacks"] is not None:
+        lines.append(f"the {result['lacks']} is unfinished; go on with: edgetrain resume {result['run']}")
     lines += [f"  {name:<20} {size:>12,} bytes" for name, size in result["files"].items()]
     return "\n".join(lines)
 
@@ -78,8 +91,8 @@ def _so_far(result: dict[str, Any]) -> list[str]:
         share = operations["macs_done"] / operations["macs_dense"]
         kept = operations["instances_kept"] / max(operations["instances_seen"], 1)
         lines.append(f"computed {share:.1%} of the operations of dense training, instances kept: {kept:.1%}")
-    whole = duration(result["whole_seconds"])
-    return [*lines, f"training time {duration(result['seconds'])} (whole run {whole}) on the machine of the run"]
+    times = times_text(result["seconds"], result["whole_seconds"])
+    return [*lines, f"training time {times} on the machine of the run"]
 
 
 def _row(row: dict[str, float | None]) -> tuple[str, ...]:

@@ -27,14 +27,15 @@ _TIMED_STEPS = 10
 
 
 def savings_of(
-    counts: Mapping[str, int], seconds: float, whole_seconds: float, dense: Mapping[str, Any]
+    counts: Mapping[str, int], seconds: float, whole_seconds: float | None, dense: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Return the account of a run.
 
     Args:
         counts: sums of the run, as ``history.Totals.counts`` names them.
         seconds: training time of the run.
-        whole_seconds: wall time of the run: reading, validation, checkpoints and compiling are in it, too.
+        whole_seconds: wall time of the run: reading, validation, checkpoints and compiling are in it, too; ``None``
+            where it is unknown.
         dense: ``seconds`` that dense training takes, ``None`` if that is unknown, ``how`` it is known or why not, and
             perhaps its ``accuracy`` and ``whole_seconds``; ``itself`` of a run that is dense.
     """
@@ -100,9 +101,12 @@ def _dense_line(account: Mapping[str, Any]) -> str:
 
 
 def _times(account: Mapping[str, Any]) -> str:
+    return times_text(account["seconds"], account.get("whole_seconds"))
+
+
+def times_text(seconds: float, whole_seconds: float | None) -> str:
     """Return training time and, where it is known, that of the whole run."""
-    whole = account.get("whole_seconds")
-    return duration(account["seconds"]) + (f" (whole run {duration(whole)})" if whole else "")
+    return duration(seconds) + ("" if whole_seconds is None else f" (whole run {duration(whole_seconds)})")
 
 
 def layers_of(learner: Learner) -> dict[str, Any]:
