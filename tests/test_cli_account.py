@@ -150,6 +150,14 @@ def test_a_baseline_is_remembered_when_a_run_is_resumed(inside, capsys, monkeypa
         assert rows_without_times(Path("runs/fit-1") / name) == rows_without_times(Path("runs/fit-2") / name)
 
 
+@pytest.mark.parametrize("flags", [STREAM[:-2], EPOCHS], ids=["stream", "epochs"])
+def test_a_baseline_of_a_run_that_skips_nothing_is_refused(inside, capsys, flags):
+    code, _, err = run(capsys, *flags, "--recipe", "dense", "--baseline")
+    assert code == 2
+    assert "--baseline: nothing is skipped, so the baseline would be the same run; name a method" in err
+    assert not (inside / "runs").exists()
+
+
 @pytest.mark.parametrize("flags", [STREAM, CHANNELS], ids=["stream", "epochs"])
 def test_a_baseline_that_diverges_leaves_the_run_its_account(inside, capsys, monkeypatch, flags):
     real = et.Learner.partial_fit
@@ -347,6 +355,16 @@ def test_layers_of_a_sparse_run_are_told_at_its_end_and_in_the_report(inside, ca
         assert "saved by sparse weights" in text
     table = out[out.index("layer ") : out.index("training time")]
     assert table in report
+
+
+@pytest.mark.parametrize("flags", [STREAM, CHANNELS], ids=["stream", "epochs"])
+def test_a_very_short_run_is_not_compared(inside, capsys, flags):
+    images = np.load("digits.npz")
+    np.savez("few.npz", x=images["x_train"][:90], y=images["y_train"][:90])
+    code, out, _ = run(capsys, *flags, "--data", "few.npz", "--epochs", "1", "--quiet")
+    assert code == 0
+    assert re.search(r"what dense training takes is unknown \(too few steps to compare: \d+ steps, a comp", out)
+    assert "more time" not in out
 
 
 # ---- after a step that was not finite

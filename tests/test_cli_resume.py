@@ -192,7 +192,8 @@ def test_a_stop_in_the_baseline_leaves_a_finished_run(inside, capsys, tmp_path, 
 
     with monkeypatch.context() as signals:
         signals.setattr("edgetrain.cli.signals.StopOnSignal.requested", stop)
-        code, _, err = run(capsys, *FIT, "--epochs", "1", "--baseline", "--quiet", "--out", tmp_path)
+        flags = ["--epochs", "1", "--baseline", "--filter", "random:rate=1", "--quiet", "--out", tmp_path]
+        code, _, err = run(capsys, *FIT, *flags)
     assert code == 5
     assert err.endswith(f"go on with: edgetrain resume {found}\n")
     assert locked
@@ -207,7 +208,7 @@ def test_a_stop_in_the_baseline_leaves_a_finished_run(inside, capsys, tmp_path, 
 
 
 def test_a_baseline_is_a_finished_run_of_its_own(inside, capsys, tmp_path):
-    flags = ["--epochs", "1", "--baseline", "--json", "--out", tmp_path]
+    flags = ["--epochs", "1", "--baseline", "--filter", "random:rate=0.5", "--json", "--out", tmp_path]
     code, out, _ = run(capsys, *FIT, *flags)
     assert code == 0
     assert json.loads(out)["savings"]["dense"]["run"] == str(tmp_path / "fit-1/baseline")

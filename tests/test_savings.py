@@ -11,7 +11,14 @@ import edgetrain as et
 from edgetrain.cli.savings import itself, random_batches, savings_of, savings_text, time_dense
 from edgetrain.graph import Normalization
 from edgetrain.history import Totals
-from tests.test_filters import learner
+from tests import test_filters
+
+
+def learner(**options) -> et.Learner:
+    """Return a learner that has taken enough steps to be compared, as far as it knows."""
+    made = test_filters.learner(**options)
+    made.step_count = 20
+    return made
 
 
 @pytest.mark.parametrize("optimizer", [
@@ -35,6 +42,14 @@ def test_the_time_of_dense_steps_that_are_not_finite_is_unknown():
         "training time 2.0 s (whole run 3.0 s); what dense training takes is unknown (dense steps with random weights "
         "were not finite)"
     )
+
+
+def test_very_few_steps_are_not_compared():
+    made = learner()
+    made.step_count = 19
+    assert time_dense(made, 1000, batches_of(made)) == {
+        "seconds": None, "how": "too few steps to compare: 19 steps, a comparison takes 20"
+    }  # fmt: skip
 
 
 # ---- the estimate does what the run did, within its memory

@@ -10,6 +10,7 @@ from edgetrain._version import __version__
 from edgetrain.checkpoint import save_checkpoint
 from edgetrain.cli.config import Config, dense
 from edgetrain.cli.progress import Display
+from edgetrain.data.streaming import STANDARD_INPUT
 from edgetrain.devices import DeviceProfile
 from edgetrain.errors import EdgetrainError, NumericalError, UsageError
 from edgetrain.runs import Run
@@ -61,6 +62,21 @@ def tell_profile(display: Display, profile: DeviceProfile) -> None:
 def is_done(run: Run) -> bool:
     """Tell whether a run has nothing left to write: its own files, its dense twin if asked for, and its account."""
     return run.status() == "finished" and run.model.exists() and not run.lacks_account()
+
+
+def check_baseline(config: Config) -> None:
+    """Refuse a dense twin that cannot be, or that tells nothing.
+
+    Raises:
+        UsageError: the data come once, or the run is dense itself.
+    """
+    if config.data.source == STANDARD_INPUT:
+        raise UsageError("--baseline needs the data twice, standard input comes once; use a file or a folder")
+    if config == dense(config):
+        raise UsageError(
+            "--baseline: nothing is skipped, so the baseline would be the same run; name a method (such as "
+            "--error-pruning channels:keep=0.85) or leave --baseline out"
+        )
 
 
 def train_baseline(

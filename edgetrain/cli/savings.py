@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from edgetrain.accounting import METHODS
-from edgetrain.cli.output import duration, table
+from edgetrain.cli.output import count, duration, table
 from edgetrain.data.batches import Batch
 from edgetrain.errors import DataError, MemoryBudgetError, NumericalError
 from edgetrain.kernels.registry import working_clock
@@ -167,6 +167,10 @@ def time_dense(
     """
     if not instances:
         return {"seconds": None, "how": "no instance was trained on or skipped yet"}
+    if learner.step_count < 2 * _TIMED_STEPS:
+        # The first steps of a process are slow, those of the estimate are not.
+        found = f"{count(learner.step_count, 'step')}, a comparison takes {2 * _TIMED_STEPS}"
+        return {"seconds": None, "how": f"too few steps to compare: {found}"}
     try:
         seconds = _seconds_per_instance(_dense_twin(learner), batches, predict)
     except NumericalError:

@@ -49,8 +49,6 @@ def fit_stream(
     flags: Mapping[str, Any], config: Config, profile: DeviceProfile, display: Display, began: float
 ) -> None:
     """Learn from a stream in a new run folder; ``began``: when the command did, of ``time.monotonic``."""
-    if flags["baseline"] and config.data.source == STANDARD_INPUT:
-        raise UsageError("--baseline needs the data twice, standard input comes once; use a file or a folder")
     graph = stream_graph(config)
     source = stream_source(config, graph)
     learner = _new_learner(config, graph, source, profile, display)

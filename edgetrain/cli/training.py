@@ -13,7 +13,15 @@ import numpy as np
 import edgetrain
 from edgetrain.checkpoint import load_checkpoint, read_checkpoint, save_checkpoint
 from edgetrain.cli.config import Config, MethodSettings, check_stream, from_flags, from_run
-from edgetrain.cli.endings import begin, how_to_go_on, is_done, resuming, tell_profile, train_baseline
+from edgetrain.cli.endings import (
+    begin,
+    check_baseline,
+    how_to_go_on,
+    is_done,
+    resuming,
+    tell_profile,
+    train_baseline,
+)
 from edgetrain.cli.output import count, emit
 from edgetrain.cli.progress import CompileNotice, Display, choose_display, resident_mib
 from edgetrain.cli.savings import account_of, account_text, itself, layers_of, savings_of, time_dense
@@ -37,6 +45,8 @@ def fit_command(flags: Mapping[str, Any]) -> None:
     """Train in a new run folder; ``flags`` are the parameters of the command."""
     began = time.monotonic()
     config, profile = from_flags(flags)
+    if flags["baseline"]:
+        check_baseline(config)
     display = choose_display(flags["quiet"], flags["json"], config.device.memory_budget_mib)
     with runs_released(), _Closing(display):
         if config.stream.enabled:
