@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 import edgetrain as et
-from edgetrain.cli import streaming
+from edgetrain.cli import output, streaming
 from edgetrain.errors import NumericalError, UsageError
 from edgetrain.runs import open_run
 from tests.cli_support import ROOT, rows_without_times, run, write_data
@@ -263,6 +263,22 @@ def test_no_plot_fails_no_run(inside, capsys, monkeypatch, error, message):
     assert message in out
 
 
+def test_a_kill_while_the_plot_is_written_leaves_the_old_one(inside, capsys, monkeypatch):
+    figure = pytest.importorskip("matplotlib.figure")
+    assert run(capsys, *STREAM, "--quiet")[0] == 0
+    assert run(capsys, "report", "runs/fit-1", "--plot")[0] == 0
+    before = Path("runs/fit-1/accuracy.svg").read_bytes()
+
+    def dying(self, target, **_):
+        with open(target, "wb") if isinstance(target, Path) else target as file:
+            file.write(b"half")
+        raise SystemExit(9)
+
+    monkeypatch.setattr(figure.Figure, "savefig", dying)
+    assert run(capsys, "report", "runs/fit-1", "--plot")[0] == 9
+    assert Path("runs/fit-1/accuracy.svg").read_bytes() == before
+
+
 def drawn(monkeypatch, capsys, *flags) -> tuple[str, list]:
     """Return the label of the vertical axis and the curves (operations, accuracies) of ``report --plot``."""
     from edgetrain.cli import plotting
@@ -365,6 +381,22 @@ def test_a_very_short_run_is_not_compared(inside, capsys, flags):
     assert code == 0
     assert re.search(r"what dense training takes is unknown \(too few steps to compare: \d+ steps, a comp", out)
     assert "more time" not in out
+
+
+@pytest.mark.parametrize(("entry", "command"), [
+    ("fit, resume", [*EPOCHS, "--sparsity", "rigl:weights=0.9", "--baseline"]),
+    ("fit --stream", [*STREAM, "--sparsity", "rigl:weights=0.9", "--baseline"]),
+    ("savings", [*STREAM, "--baseline"]), ("savings", EPOCHS), ("report", ["report", "runs/fit-1"]),
+    ("plan", ["plan", "lenet5"]),
+], ids=["fit", "stream", "compared", "dense", "report", "plan"])  # fmt: skip
+def test_all_keys_of_the_json_documents_are_listed(inside, capsys, entry, command):
+    if command[0] == "report":
+        assert run(capsys, *STREAM, "--quiet")[0] == 0
+    found = json.loads(run(capsys, *command, "--json")[1])
+    texts = dict(re.findall(r"^- ([^:]+): (.*(?:\n  .*)*)", output.__doc__, re.M))
+    words = set(re.findall(r"\w+", texts[entry]))
+    wanted = found["savings"].keys() | found["savings"]["dense"].keys() if entry == "savings" else found.keys()
+    assert {key for key in wanted if not re.match("instances_|macs_|saved_", key)} <= words
 
 
 # ---- after a step that was not finite

@@ -3,20 +3,25 @@
 The keys of the JSON documents are part of the interface; later versions may add keys, and rename none.
 
 - fit, resume: run, model, data, profile, epochs, validated_on, loss, accuracy, best_epoch, best_accuracy, seconds,
-  images_per_second, memory_mib, files {model, last, best}; with methods or a baseline: savings {columns of
-  metrics.csv, share_done, shares, seconds, dense {seconds, how, accuracy}, time_saved}; dense.seconds and
-  time_saved are null where dense training cannot be timed, or nothing was trained on
+  whole_seconds, images_per_second, memory_mib, files {model, last, best}, savings; with sparsity: layers [of
+  layer_report.LayerUse.to_dict], topology {changes, seconds}
+- savings: of the columns of metrics.csv instances_* and macs_* and saved_*, share_done, shares {saved_*}, seconds,
+  whole_seconds, dense {seconds, how; of a baseline: accuracy, whole_seconds, run; of a run that is dense: itself},
+  time_saved; dense.seconds and time_saved are null where dense training cannot be timed, or nothing was trained on
 - fit --stream: run, model, data, profile, instances, instances_waiting, mode, running_accuracy, recent_accuracy, loss,
-  accuracy, seconds, images_per_second, memory_mib, savings, filter {threshold, filter_share}, files
+  accuracy, seconds, whole_seconds, steps, batch_size, images_per_second, memory_mib, savings, filter {threshold,
+  filter_share}, files; with sparsity: layers, topology
 - evaluate: model, data, images, loss, accuracy
 - predict: model, data, predictions [{index, label, class, probability, of an image file: file}]
 - export: from, model, bytes
-- plan: model, batch_size, parts {name: bytes}, peak_bytes, budget_bytes, fits
+- plan: model, batch_size, methods {filter, sparsity, error_pruning}, parts {name: bytes}, notes {name: text},
+  peak_bytes, budget_bytes, fits
 - verify: model, passed, steps, batch_size, seed, notes, rows [{quantity, error, tolerance, ok}]
 - bench: cases [of bench.result_of], start_up {model: {contender: {warm_seconds, cold_seconds}}}, geometric_mean_ratio,
   notes; with --per-op: per_op [of bench.time_ops], notes
-- report: run, status, config, environment, epochs [columns of metrics.csv], best, seconds, operations,
-  files {name: bytes}
+- report: run, status, config, environment, epochs [columns of metrics.csv], best, seconds, whole_seconds,
+  account {of a finished run: savings, perhaps layers and topology}, lacks, operations {instances_*, macs_*, saved_*},
+  files {name: bytes}; best is null of a stream, lacks is "account" or "baseline" where a finished run was cut off
 - doctor: edgetrain, host, cache {folder, writable, kernels}, calibration {file, state, products, replaced},
   disk_free_mib, healthy, advice; with --kernels: profile, batch_size, calibration, models {name: [of
   kernel_table.KernelUse.to_dict]}; with --calibrate: profile, batch_size, models, products, replaced [{product, rule,
@@ -24,7 +29,8 @@ The keys of the JSON documents are part of the interface; later versions may add
 - warmup: profile, kernels, compiled, seconds, cache {folder, writable, kernels}
 - profiles list: profiles [{name, description}]; profiles show: the profile; version: version
 
-A number that is not finite is null. With an exit code other than 0, 1 or 4 standard output is empty.
+A number that is not finite is null, and so is whole_seconds where an earlier version did not note it. With an exit code
+other than 0, 1 or 4 standard output is empty.
 """
 
 from __future__ import annotations
