@@ -140,7 +140,7 @@ def draw(run: Run, display: Display) -> None:
 
     try:
         display.say(f"plot: {plot_runs(run, twins_to_plot(run))}")
-    except UsageError as error:
+    except EdgetrainError as error:
         display.say(f"no plot: {error}")
     except Exception as error:  # whatever a drawing library raises
         display.say(f"no plot: {type(error).__name__}: {error}; try again with: edgetrain report {run.path} --plot")

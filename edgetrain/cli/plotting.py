@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Mapping
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+from edgetrain.checkpoint import write_file
 from edgetrain.cli.endings import resuming
 from edgetrain.errors import UsageError
 from edgetrain.runs import Run
@@ -25,6 +27,7 @@ def plot_runs(run: Run, others: list[Run]) -> Path:
 
     Raises:
         UsageError: matplotlib is not installed, a run has no rows yet, or the runs have no measure in common.
+        CheckpointError: the file cannot be written.
     """
     figure, axes = _axes()
     runs = {one: one.read_metrics() for one in (run, *others)}
@@ -41,8 +44,9 @@ def plot_runs(run: Run, others: list[Run]) -> Path:
     axes[1].set_xlabel("training time on the machine of the run, s")
     axes[0].set_ylabel(title)
     axes[0].legend()
-    path = run.path / PLOT
-    figure.savefig(path, metadata={"Date": None})
+    path, picture = run.path / PLOT, io.BytesIO()
+    figure.savefig(picture, format="svg", metadata={"Date": None})
+    write_file(path, picture.getvalue())
     return path
 
 
