@@ -385,6 +385,13 @@ def test_lines_read_along_with_a_bad_one_are_not_lost():
     assert "of the lines read along with it, 2 behind it were taken, 1 are bad too" in str(error)
 
 
+@pytest.mark.parametrize(("line", "told"), [(GOOD, "1 behind it were taken"), ("more garbage\n", "1 are bad too")])
+def test_of_lines_read_along_with_a_bad_one_nothing_is_told_that_there_is_not(line, told):
+    with piped("garbage\n" + line) as reading:
+        _, error = taken(_JsonLines(reading, (1, 2, 2), 3, ()).blocks(2, 0, never))
+    assert str(error).endswith(f"; of the lines read along with it, {told}")
+
+
 def test_a_stream_ends_behind_a_whole_line_wherever_the_reading_stopped():
     """Lines of a live pipe come in pieces; whoever goes on with it finds the first line that was not taken."""
     reading, writing = os.pipe()

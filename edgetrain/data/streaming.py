@@ -259,8 +259,9 @@ class _JsonLines(InstanceSource):
             taken += bool(failures)
             yield instance
         if failures:
-            others = f"; of the lines read along with it, {taken} behind it were taken, {len(failures) - 1} are bad too"
-            raise DataError(f"{failures[0]}{others if taken or failures[1:] else ''}")
+            told = ((taken, "{} behind it were taken"), (len(failures) - 1, "{} are bad too"))
+            others = ", ".join(text.format(number) for number, text in told if number)
+            raise DataError(f"{failures[0]}{f'; of the lines read along with it, {others}' if others else ''}")
 
     def _lines(self, should_stop: Callable[[], bool]) -> Iterator[bytes]:
         rest = b""
