@@ -349,7 +349,8 @@ def test_warmup_shows_its_progress_and_takes_a_profile(monkeypatch, tmp_path, ca
 
 @pytest.mark.parametrize("methods", [
     {"instance_filter": "eif:rate=0.25", "error_pruning": "channels:keep=0.7"}, {"sparsity": "swat:weights=0.9"},
-    {"sparsity": "set:weights=0.9"}, {"error_pruning": "gradients:rate=0.9"}, {"instance_filter": "selective"},
+    {"sparsity": "swat:weights=0.9,group=lanes"}, {"sparsity": "set:weights=0.9"},
+    {"error_pruning": "gradients:rate=0.9"}, {"instance_filter": "selective"},
 ], ids=lambda methods: ",".join(methods.values()))  # fmt: skip
 def test_warmup_covers_recipes_and_common_methods(built_in, methods):
     assert set(et.Learner(et.models.resnet(depth=20), **methods).kernels()) <= set(built_in)

@@ -21,6 +21,7 @@ from edgetrain.policies import NONE
 # Methods that are not in a recipe: one of each family of kernels.
 COMMON: tuple[dict[str, str], ...] = (
     {"sparsity": "rigl:weights=0.9"}, {"sparsity": "swat:weights=0.9,activations=0.9"},
+    {"sparsity": "swat:weights=0.9,activations=0.9,group=lanes"},
     {"error_pruning": "gradients:group=element"}, {"error_pruning": "gradients:group=lanes"},
 )  # fmt: skip
 # One of each family and width: depth adds layers of the same kind, which need no other kernels (a test compares).
