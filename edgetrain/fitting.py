@@ -96,7 +96,8 @@ def fit_loop(
     Raises:
         UsageError: a bad number of epochs, or fewer than a continued fit has done already.
         DataError: the data do not fit the network.
-        NumericalError: a loss or gradient was not finite; the learner keeps the state before that step.
+        NumericalError: a loss or gradient was not finite; the learner keeps the state before that step. With an
+            instance filter the instances of that step are dropped; another fit goes on behind their block.
     """
     graph = learner.graph
     training = as_samples(data, "training data", graph, learner.loss)
@@ -217,12 +218,8 @@ class _Loop:
         stop = self.callbacks.should_stop or (lambda: False)
         if stop():
             return False
-        # With an instance filter, a batch is a block of candidates, of which about a training batch is kept.
-        take = learner.partial_fit if learner.instance_filter is None else learner.stream.offer
-        for x, y in self._batches():
-            step = take(x, y)
-            learner.history.running.add(step, step.seconds)
-            learner.position = replace(learner.position, batch=learner.position.batch + 1)
+        for batch in self._batches():
+            step = self._take(batch)
             if self.callbacks.on_step is not None:
                 self.callbacks.on_step(self._event(step))
             if stop():
@@ -231,6 +228,27 @@ class _Loop:
         if rest is not None:
             learner.history.running.add(rest, rest.seconds)
         return True
+
+    def _take(self, batch: Batch) -> StepResult:
+        """Train on a batch; with an instance filter on what is kept of it: it is then a block of candidates.
+
+        A block whose step fails has been seen, as ``InstanceStream`` explains: who goes on does not repeat it.
+        """
+        learner = self.learner
+        if learner.instance_filter is None:
+            step = learner.partial_fit(*batch)
+            self._count(step)
+            return step
+        try:
+            return learner.stream.offer(*batch)
+        finally:
+            if learner.stream.latest is not None:
+                self._count(learner.stream.latest)
+
+    def _count(self, step: StepResult) -> None:
+        learner = self.learner
+        learner.history.running.add(step, step.seconds)
+        learner.position = replace(learner.position, batch=learner.position.batch + 1)
 
     def _batches(self) -> Iterator[Batch]:
         return training_batches(

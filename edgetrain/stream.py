@@ -61,7 +61,7 @@ class InstanceStream:
         position: instances observed so far; where a resumed stream goes on.
         totals: sums by mode: ``"train"`` (a skipped instance costs the filter alone) and ``"predict"`` (every instance
             is predicted first, and costs the forward pass too).
-        latest: what the latest ``observe`` did, also one that failed; ``None`` when that was nothing.
+        latest: what the latest ``observe`` or ``offer`` did, also one that failed; ``None`` when that was nothing.
 
     Raises:
         UsageError: the filter does not suit the learner's network.
@@ -117,7 +117,6 @@ class InstanceStream:
             y: labels ``(N,)``, or targets ``(N, *output_shape)``.
             predict: predict all of them first.
         """
-        self.latest = None
         return self._take_in(x, y, predict, observed=True)
 
     def offer(self, x: Images, y: NDArray[Any]) -> StepResult:
@@ -173,7 +172,7 @@ class InstanceStream:
 
     def _take_in(self, x: Images, y: NDArray[Any], predict: bool, observed: bool) -> StepResult:
         """Let the filter choose, collect what it keeps, and train on every micro-batch that is full."""
-        start = working_clock()
+        start, self.latest = working_clock(), None
         losses, hits = self._predicted(x, y) if predict else (None, None)
         choice = self._choose(x, y, losses)
         done = _Done(start, choice, losses, hits)
@@ -183,14 +182,14 @@ class InstanceStream:
             if self._selector is not None:
                 done.lessons.append(self._selector.catch_up())
         finally:
-            result = self._result(done)
+            self.latest = result = self._result(done)
             if observed:
                 self._count(result, done)
         return result
 
     def _count(self, result: StepResult, done: _Done) -> None:
         """Count observed instances."""
-        self.latest, count, hits = result, result.instances_seen, done.hits
+        count, hits = result.instances_seen, done.hits
         self.position += count
         self._mode = "train" if hits is None else "predict"
         if hits is not None:

@@ -415,8 +415,10 @@ def test_the_advice_after_a_failed_step_works(inside, capsys, flags):
     assert (inside / "runs/fit-1/start.onnx").exists()
 
 
-def test_vain_attempts_to_go_on_lose_no_instances(inside, capsys):
-    assert run(capsys, *STREAM, "--lr", "10", "--momentum", "0.99", "--quiet")[0] == 3
+@pytest.mark.parametrize("flags", [STREAM, [*EPOCHS, "--schedule", "constant", "--filter", "random:rate=0.5"]],
+                         ids=["stream", "epochs"])  # fmt: skip
+def test_vain_attempts_to_go_on_lose_no_instances(inside, capsys, flags):
+    assert run(capsys, *flags, "--lr", "10", "--momentum", "0.99", "--quiet")[0] == 3
     saved = Path("runs/fit-1/last.safetensors").read_bytes()
     for _ in range(2):
         code, _, err = run(capsys, "resume", "runs/fit-1", "--quiet")

@@ -159,6 +159,17 @@ def test_a_flush_that_fails_leaves_consistent_books():
     assert some.stream.totals["train"].instances_trained == 18
 
 
+def test_a_fit_goes_on_behind_the_block_whose_step_failed():
+    some, (x, y, _) = failing_at(learner(et.RandomFilter(rate=0.5, start=0)), 3), instances(320)
+    with pytest.raises(NumericalError):
+        some.fit((x, y), epochs=1)
+    assert some.position.batch > 0
+    record = some.fit((x, y), epochs=1).epochs[0]
+    assert record.instances_seen == 320
+    assert record.instances_kept - record.instances_trained == 16, "those of the step that failed are dropped"
+    assert some.stream.waiting == 0
+
+
 @pytest.mark.parametrize("kind", [None, et.RandomFilter, et.SelectiveBackprop, et.EarlyInstanceFilter])
 def test_instances_that_could_not_be_predicted_have_not_been_observed(kind):
     some, (x, y, _) = learner(None if kind is None else kind(rate=0.5, start=0)), instances(40)

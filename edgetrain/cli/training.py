@@ -157,6 +157,9 @@ class _Session:
     began: float
     _saved_at: float = field(default_factory=time.monotonic, init=False)
 
+    def __post_init__(self) -> None:
+        self._first_step = self.learner.step_count
+
     @property
     def is_over(self) -> bool:
         """Whether all epochs are done."""
@@ -182,7 +185,10 @@ class _Session:
                     on_step=self._on_step, on_epoch=self._on_epoch, should_stop=stop.requested,
                 )  # fmt: skip
             except NumericalError as error:
-                self._save()
+                # A filter's block is not repeated. Where no step was taken, the checkpoint stays as it was: else every
+                # vain attempt to go on would cost another block.
+                if self.learner.step_count > self._first_step:
+                    self._save()
                 self._log("failed", error=str(error))
                 raise NumericalError(how_to_go_on(error, self.run, self.config)) from error
             if not history.finished:
