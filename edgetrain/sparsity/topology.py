@@ -249,8 +249,10 @@ class Topology:
         for name, index in self.indices.items():
             tensors[f"{TOPOLOGY}{name}/starts"] = index.starts.copy()
             tensors[f"{TOPOLOGY}{name}/columns"] = index.columns[: index.count].copy()
+        # What there is room for: ``adopt`` may lower the densities, but how a learner computes depends on the room.
+        capacities = {name: index.capacity / index.size for name, index in self.indices.items()}
         plain = {"total_steps": self.total_steps, "densities": dict(self.densities), "policy": self._described()}
-        return tensors, plain | self.account()
+        return tensors, plain | {"capacities": capacities} | self.account()
 
     def restore(self, tensors: Mapping[str, NDArray[Any]], meta: Mapping[str, Any] | None) -> dict[str, NDArray[Any]]:
         """Take the state that ``state`` returned (``None`` for none); return the tensors that belong to others.
