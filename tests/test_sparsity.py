@@ -456,6 +456,14 @@ def test_a_layer_that_would_be_denser_than_dense_is_dense():
     assert densities["large"] == pytest.approx((0.5 * (18 + 36864) - 18) / 36864)
 
 
+def test_layers_without_zeros_have_density_one_exactly():
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        kinds = [tuple(map(int, rng.integers(1, 200, rng.integers(2, 4)))) for _ in range(rng.integers(1, 6))]
+        shapes = {str(number): (*kind[:2], *kind[2:] * 2) for number, kind in enumerate(kinds)}
+        assert set(erdos_renyi_kernel(shapes, 1.0).values()) == {1.0}, shapes
+
+
 def test_uniform_densities():
     layers = sparse_layers(et.models.lenet5())
     assert set(uniform(shapes_of(layers), 0.1).values()) == {0.1}
