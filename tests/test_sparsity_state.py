@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import edgetrain as et
+from edgetrain.errors import UsageError
 from tests.sparse_networks import PROFILE, assert_equal, batch, learner, train
 
 # ---- parameters that bring other densities, then a checkpoint --------------------------------------------------------
@@ -44,3 +45,28 @@ def test_what_depends_on_the_room_for_weights_stays_after_a_checkpoint(tmp_path)
     assert loaded.plans.training.records == pruned.plans.training.records
     assert loaded.partial_fit(x, y).loss == pruned.partial_fit(x, y).loss
     assert_equal(loaded.parameters(), pruned.parameters())
+
+
+# ---- the graph of a sparse learner -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("again", [None, et.RigL(0.8), et.SWAT(0.8)], ids=["dense", "rigl", "swat"])
+def test_a_graph_whose_weights_are_in_a_sparse_learner_is_refused(again, tmp_path):
+    made = learner(et.StaticSparse(0.8))
+    for source in (made, saved_and_loaded(made, tmp_path)):
+        with pytest.raises(UsageError, match=r"'a.weight'.*are in a sparse learner; its export_onnx or parameters\(\)"):
+            learner(again, graph=source.graph)
+        graph = source.graph.copy()
+        graph.arrays |= source.parameters()
+        x = batch()[0]
+        if again is None:
+            np.testing.assert_allclose(learner(again, graph=graph).logits(x), source.logits(x), rtol=1e-4, atol=1e-5)
+        else:
+            assert learner(again, graph=graph).logits(x).any()
+
+
+def test_the_graph_of_a_learner_with_a_dense_master_has_its_weights(tmp_path):
+    made = learner(et.SWAT(0.8))
+    for source in (made, saved_and_loaded(made, tmp_path)):
+        taken = learner(None, graph=source.graph).parameters()
+        assert_equal(taken, {name: source._parameters.view(name) for name in taken})

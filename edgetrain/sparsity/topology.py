@@ -53,7 +53,8 @@ class Topology:
             that these changes took.
 
     Raises:
-        UsageError: the policy cannot work with the optimizer, or finds no layer.
+        UsageError: the policy cannot work with the optimizer, or finds no layer; or weights of the graph are in a
+            sparse learner.
     """
 
     def __init__(self, graph: Graph, policy: SparsityPolicy | None, optimizer: Optimizer, seed: int) -> None:
@@ -65,9 +66,11 @@ class Topology:
         self.indices: dict[str, SparseIndex] = {}
         self.densities: dict[str, float] = {}
         self.version, self.changes, self.seconds, self.start = 0, 0, 0.0, ""
+        _check_values(graph)
         if policy is not None:
             policy.check(optimizer)
             self._choose(graph, policy)
+            graph.densities = {}  # from here on the placeholders stand for what this learner stores
             self.start = policy.start(graph.trained)
 
     def _choose(self, graph: Graph, policy: SparsityPolicy) -> None:
@@ -80,10 +83,9 @@ class Topology:
             )
         arrays = {layer.weight: graph.arrays[layer.weight] for layer in self.candidates}
         if any(is_placeholder(array) for array in arrays.values()):  # a checkpoint: its state brings pattern and values
-            densities = policy.densities(self.candidates) | graph.densities
             for layer in self.candidates:
                 if is_placeholder(arrays[layer.weight]):
-                    index = self._add(policy, layer, densities[layer.weight])
+                    index = self._add(policy, layer, graph.densities[layer.weight])
                     index.set_positions(np.arange(index.capacity if policy.compact else 0))
             return
         densities = policy.densities_for(self.candidates, arrays)
@@ -296,6 +298,20 @@ class Topology:
         if self.version != version:
             self.changes += 1
             self.seconds += time.perf_counter() - start
+
+
+def _check_values(graph: Graph) -> None:
+    """Refuse a graph without the values of its weights, unless a checkpoint's state will bring them.
+
+    Raises:
+        UsageError: a sparse learner has them.
+    """
+    names = [name for name, a in graph.arrays.items() if is_placeholder(a) and name not in graph.densities]
+    if names:
+        raise UsageError(
+            f"graph '{graph.name}': the weights of {', '.join(map(repr, names))} are in a sparse learner; its "
+            "export_onnx or parameters() gives them: take load_onnx of the file, or put the arrays into graph.arrays"
+        )
 
 
 def _moved(old: Positions, values: Floats, new: Positions) -> Floats:
