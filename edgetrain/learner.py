@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -346,7 +346,10 @@ class Learner:
         Arrays are matched by name and shape; those of the same network under other names by their order, if all of
         them pair up (``onnx_io.match_parameters``). Arrays with another name or shape, such as another last layer,
         keep their values; the report lists them. In sparse layers the largest of the given weights exist from now on,
-        unless the policy says otherwise (``initial_pattern``, ``rescale``).
+        unless the policy says otherwise (``initial_pattern``, ``rescale``). How many is fixed when the learner is made:
+        weights with other densities lose some (``MatchReport.thinned``), even if they are sparse enough in all. To go
+        on with their pattern, make the learner from a graph that has them: of ``load_onnx``, or with its ``arrays``
+        replaced and ``trained`` set.
 
         Raises:
             ModelError: nothing or next to nothing matches, or an array holds NaN or infinite numbers; nothing has
@@ -359,7 +362,7 @@ class Learner:
         with self._lock:
             self._parameters.load(self.topology.adopt(arrays))
             self.graph.trained = True
-        return report
+            return replace(report, thinned=self.topology.thinned(arrays))
 
     def state(self) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
         """Return (tensors, plain data): everything that training changes, for ``restore``."""

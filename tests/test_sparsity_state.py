@@ -47,6 +47,20 @@ def test_what_depends_on_the_room_for_weights_stays_after_a_checkpoint(tmp_path)
     assert_equal(loaded.parameters(), pruned.parameters())
 
 
+def test_loaded_parameters_tell_which_layers_have_no_room_for_all():
+    uniform, erk = (learner(et.StaticSparse(0.8, distribution=d, dense_first=False)) for d in ("uniform", "erk"))
+    room = {name: index.capacity for name, index in erk.topology.indices.items()}
+    given = uniform.parameters()
+    report = erk.load_parameters(given)
+    fewer = {name for name, most in room.items() if np.count_nonzero(given[name]) > most}
+    assert fewer
+    assert set(report.thinned) == fewer
+    assert "sparse, without some of the weights given" in str(report)
+    report = erk.load_parameters(erk.parameters())
+    assert not report.thinned
+    assert "sparse" not in str(report)
+
+
 # ---- the graph of a sparse learner -----------------------------------------------------------------------------------
 
 

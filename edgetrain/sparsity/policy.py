@@ -173,7 +173,9 @@ class CompactPolicy(SparsityPolicy):
         initial_pattern: ``"random"`` (weights are then scaled by ``1 / sqrt(density)``, as fewer add up), or
             ``"magnitude"``: the largest stay as they are; ``None``: magnitude for trained weights (of an .onnx file,
             of ``load_parameters``, of a graph that a learner trained: ``Graph.trained``), random for those of a
-            builder. A layer that already has as many zeros as asked for keeps its pattern in all cases.
+            builder. A layer that already has as many zeros as asked for keeps its pattern in all cases; weights that
+            are sparse enough in all, but not layer by layer, do when the learner is made, with their densities.
+            ``load_parameters`` cannot do that: a learner's layers have room for the densities that it was made with.
         dense_first: whether the first layer stays dense; ``None``: with uniform densities, as in RigL's experiments.
         dense_last: whether the last layer stays dense.
     """

@@ -222,6 +222,11 @@ class Topology:
         self.start = self.policy.start(trained=True)
         return taken
 
+    def thinned(self, arrays: Mapping[str, NDArray[np.float32]]) -> tuple[str, ...]:
+        """Return the names of sparse weights that have numbers other than 0, in arrays given, where none exist here."""
+        lost = {n: np.count_nonzero(arrays[n][~index.mask()]) for n, index in self.indices.items() if n in arrays}
+        return tuple(name for name, count in lost.items() if count)
+
     def describe(self, graph: Graph, arrays: Mapping[str, NDArray[np.float32]]) -> dict[str, str]:
         """Return what an exported file says about its zeros: policy, and density of every sparse layer as JSON.
 
