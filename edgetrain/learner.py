@@ -267,7 +267,7 @@ class Learner:
             x, y: as for ``partial_fit``.
         """
         with self._lock:
-            executor, sources, _ = self._prepare(x, y)
+            executor, sources, _ = self._take_batch(x, y)
             records = self._parameters.buffers["records"].copy()
             executor.run(sources, until="backward")
             self._parameters.buffers["records"][:] = records
@@ -499,11 +499,11 @@ class Learner:
     # --- inside a step ---
 
     def _begin_step(self, x: Inputs, y: ArrayLike) -> tuple[Executor, Arrays, int]:
-        """Prepare an optimizer step: the batch, the topology, the optimizer's numbers."""
-        prepared = self._prepare(x, y, self.topology.wants_gradients_at(self.step_count))
+        """Make an optimizer step ready: the batch, the topology, the optimizer's numbers."""
+        taken = self._take_batch(x, y, self.topology.wants_gradients_at(self.step_count))
         self.topology.begin_step(self.step_count)
         self._optimizer.fill(self._settings, self.step_count)
-        return prepared
+        return taken
 
     def _end_step(self, executor: Executor) -> None:
         """Count a step that was taken; the topology may change after it."""
@@ -512,7 +512,7 @@ class Learner:
         self.step_count += 1
         self.graph.trained = True
 
-    def _prepare(self, x: Inputs, y: ArrayLike, whole_gradients: bool = False) -> tuple[Executor, Arrays, int]:
+    def _take_batch(self, x: Inputs, y: ArrayLike, whole_gradients: bool = False) -> tuple[Executor, Arrays, int]:
         """Check a batch and put its labels, mask and counters where kernels read them."""
         arrays = self._inputs(x)
         count = _length(arrays)

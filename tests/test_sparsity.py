@@ -224,8 +224,8 @@ def test_trained_weights_keep_their_largest_and_their_size(policy, tmp_path):
             np.testing.assert_array_equal(made.parameters()[name], np.where(mask, wanted[name], 0), err_msg=name)
             if policy.name != "swat" or policy.variant != "structured":
                 np.testing.assert_array_equal(mask, largest(np.abs(wanted[name]), int(mask.sum())))
-        assert "given weights" in made.topology.start
-    assert "scaled" in learner(policy).topology.start
+        assert "given weights" in made.topology.beginning
+    assert "scaled" in learner(policy).topology.beginning
 
 
 @pytest.mark.parametrize("policy", [

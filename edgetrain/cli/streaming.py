@@ -117,7 +117,7 @@ def _new_learner(
         learner = make_learner(config, graph, profile)
         learner.prepare()  # compiles, and checks the memory budget, before there is a run folder
     if learner.sparsity is not None:
-        display.say(f"sparsity {config.methods.sparsity}: {learner.topology.start}")
+        display.say(f"sparsity {config.methods.sparsity}: {learner.topology.beginning}")
     return learner
 
 

@@ -308,7 +308,7 @@ def _introduce(display: Display, run: Run, learner: Learner, config: Config, pro
         f"{count(device.threads, 'thread')}, seed {recipe.seed}"
     )
     if learner.sparsity is not None:
-        display.say(f"sparsity {config.methods.sparsity}: {learner.topology.start}")
+        display.say(f"sparsity {config.methods.sparsity}: {learner.topology.beginning}")
     tell_profile(display, profile)
 
 

@@ -46,7 +46,7 @@ class Topology:
         records: of layers whose saved activations are pruned: number of their record, by weight.
         indices: their indices by weight.
         densities: the share of weights that every sparse layer keeps, by weight.
-        start: what weights exist before the first step, and why, as text; empty without a policy.
+        beginning: what weights exist before the first step, and why, as text; empty without a policy.
         total_steps: length of training, ``None`` when nobody told.
         version: number of changes of any layer.
         changes, seconds: before or after how many steps a weight came or went, in all processes of a run, and the time
@@ -65,13 +65,13 @@ class Topology:
         self.records: dict[str, int] = {}
         self.indices: dict[str, SparseIndex] = {}
         self.densities: dict[str, float] = {}
-        self.version, self.changes, self.seconds, self.start = 0, 0, 0.0, ""
+        self.version, self.changes, self.seconds, self.beginning = 0, 0, 0.0, ""
         _check_values(graph)
         if policy is not None:
             policy.check(optimizer)
             self._choose(graph, policy)
             graph.densities = {}  # from here on the placeholders stand for what this learner stores
-            self.start = policy.start(graph.trained)
+            self.beginning = policy.beginning(graph.trained)
 
     def _choose(self, graph: Graph, policy: SparsityPolicy) -> None:
         self.candidates = policy.layers(graph)
@@ -130,7 +130,7 @@ class Topology:
         """Return which weights exist, bool in ONNX shape."""
         return self.indices[layer.weight].mask()
 
-    def entries(self, layer: SparseLayer) -> tuple[Positions, Floats]:
+    def existing(self, layer: SparseLayer) -> tuple[Positions, Floats]:
         """Return the weights that exist in a compact layer: ascending positions in the flat ONNX array, and values."""
         positions, order = self.indices[layer.weight].ascending()
         return positions, self._parameters.view(layer.weight)[order]
@@ -219,7 +219,7 @@ class Topology:
                 mask, scale = self.policy.initial(layer, arrays[name], self.densities[name], rng, trained=True)
                 self.set(layer, np.flatnonzero(mask))
                 taken[name] = arrays[name] * np.float32(scale) if scale != 1 else arrays[name]
-        self.start = self.policy.start(trained=True)
+        self.beginning = self.policy.beginning(trained=True)
         return taken
 
     def thinned(self, arrays: Mapping[str, NDArray[np.float32]]) -> tuple[str, ...]:
