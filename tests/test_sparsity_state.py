@@ -7,7 +7,7 @@ import pytest
 
 import edgetrain as et
 from edgetrain.errors import UsageError
-from tests.sparse_networks import PROFILE, assert_equal, batch, learner, train
+from tests.sparse_networks import PROFILE, assert_equal, batch, learner, network, train
 
 # ---- parameters that bring other densities, then a checkpoint --------------------------------------------------------
 
@@ -84,3 +84,33 @@ def test_the_graph_of_a_learner_with_a_dense_master_has_its_weights(tmp_path):
     for source in (made, saved_and_loaded(made, tmp_path)):
         taken = learner(None, graph=source.graph).parameters()
         assert_equal(taken, {name: source._parameters.view(name) for name in taken})
+
+
+# ---- what is said about the beginning --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("policy", [et.RigL(0.8), et.SWAT(0.8, activations=0.0)], ids=["rigl", "swat"])
+@pytest.mark.parametrize("trained", [False, True])
+def test_a_checkpoint_keeps_what_the_weights_began_with(policy, trained, tmp_path):
+    graph = network()
+    graph.trained = trained
+    made = learner(policy, graph=graph)
+    for steps in (0, 2):
+        train(made, steps)
+        loaded = saved_and_loaded(made, tmp_path)
+        assert loaded.topology.beginning == made.topology.beginning == policy.beginning(trained)
+        assert loaded.graph.trained == made.graph.trained == (trained or steps > 0)
+    made.load_parameters(network(seed=5).arrays)
+    assert saved_and_loaded(made, tmp_path).topology.beginning == policy.beginning(trained=True)
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_weights_of_a_file_are_trained_ones_after_a_checkpoint_too(trained, tmp_path):
+    graph = network()
+    graph.trained = trained
+    made = learner(None, graph=graph)
+    loaded = saved_and_loaded(made, tmp_path)
+    assert loaded.graph.trained == trained
+    taken = [learner(et.RigL(0.8), graph=source.graph) for source in (made, loaded)]
+    assert taken[0].topology.beginning == taken[1].topology.beginning == et.RigL(0.8).beginning(trained)
+    assert_equal(taken[1].parameters(), taken[0].parameters())

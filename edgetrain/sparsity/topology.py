@@ -259,7 +259,7 @@ class Topology:
         # What there is room for: ``adopt`` may lower the densities, but how a learner computes depends on the room.
         capacities = {name: index.capacity / index.size for name, index in self.indices.items()}
         plain = {"total_steps": self.total_steps, "densities": dict(self.densities), "policy": self._described()}
-        return tensors, plain | {"capacities": capacities} | self.account()
+        return tensors, plain | {"capacities": capacities, "beginning": self.beginning} | self.account()
 
     def restore(self, tensors: Mapping[str, NDArray[Any]], meta: Mapping[str, Any] | None) -> dict[str, NDArray[Any]]:
         """Take the state that ``state`` returned (``None`` for none); return the tensors that belong to others.
@@ -286,6 +286,7 @@ class Topology:
             self.total_steps, self.densities = meta["total_steps"], dict(meta["densities"])
             # Not in files from before they were kept.
             self.changes, self.seconds = meta.get("changes", 0), meta.get("seconds", 0.0)
+            self.beginning = meta.get("beginning", self.beginning)
         return rest
 
     def _is_policy(self, text: str) -> bool:
