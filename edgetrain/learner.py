@@ -476,15 +476,19 @@ class Learner:
             return self.plans.executor(True, batch_size or self.batch_size).plan
 
     def kernels(self) -> list[KernelKey]:
-        """Return the kernels that training steps and predictions of up to ``batch_size`` samples need.
+        """Return the kernels that training steps and predictions of ``batch_size`` samples need, and of very few.
 
-        Those of the instance filter's own network are among them. Nothing is compiled; ``prepare`` does that.
+        With dense weights they serve any number up to ``batch_size``. Lists of weights may take others for numbers in
+        between, such as a smaller last batch. Those of the instance filter's own network are among them. Nothing is
+        compiled; ``prepare`` does that.
         """
         with self._lock:
             return list(dict.fromkeys([*self.plans.kernels(), *self.stream.kernels()]))
 
     def prepare(self) -> None:
-        """Compile all of ``kernels``, so that no step and no prediction waits for a compiler; ``fit`` begins with it.
+        """Compile all of ``kernels``, so that the steps and predictions they are for wait for no compiler.
+
+        ``fit`` begins with it. What another number of samples needs is compiled when it first comes.
 
         Raises:
             MemoryBudgetError: a training step does not fit into the budget.
