@@ -203,7 +203,8 @@ class Learner:
     def observe(self, x: Inputs, y: ArrayLike, predict: bool = False) -> StepResult:
         """Take instances of a stream: the filter decides, a training step happens whenever a micro-batch is full.
 
-        Any number of instances at a time; every call costs a look of the filter, so dozens are cheaper than one.
+        Any number of instances at a time; every call costs a look of the filter, so dozens are cheaper than one,
+        but thousands take memory that the plan does not know (``memory_plan``).
 
         Args:
             x: as for ``partial_fit``, but for networks with one input only.
@@ -466,7 +467,11 @@ class Learner:
     # --- plans ---
 
     def memory_plan(self, batch_size: int | None = None) -> MemoryPlan:
-        """Return the bytes that training steps of ``batch_size`` samples need, the instance filter's included."""
+        """Return the bytes that training steps of ``batch_size`` samples need, the instance filter's included.
+
+        Of what waits for a step, and for the filter to learn from, they are the bytes between calls. While one call
+        works through many instances, copies of those that are kept and of those that the filter puts aside come on top.
+        """
         with self._lock:
             return self.plans.memory(self.plans.largest(batch_size or self.batch_size))
 
