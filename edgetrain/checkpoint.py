@@ -80,7 +80,9 @@ def load_checkpoint(path: str | os.PathLike[str]) -> Learner:
         state = {name[6:]: array for name, array in tensors.items() if name.startswith("state/")}
         arrays |= _placeholders(table["graph"], arrays)
         graph = graph_from_dict(table["graph"], arrays)
-        graph.densities = (table["state"].get("topology") or {}).get("densities", {})
+        topology = table["state"].get("topology") or {}
+        # Files from before capacities were kept: they may have shrunk where ``load_parameters`` was called.
+        graph.densities = topology.get("capacities", topology.get("densities", {}))
         learner = Learner(graph, **_arguments(table["settings"]))
         learner.restore(state, table["state"])
         learner.position = replace(learner.position, **table["position"])

@@ -42,7 +42,7 @@ def erdos_renyi_kernel(shapes: Shapes, density: float) -> dict[str, float]:
     while open_layers:
         factor = wanted / sum(raw[name] * sizes[name] for name in shapes if name in open_layers)
         largest = max(raw[name] for name in open_layers)
-        if factor * largest <= 1:
+        if factor * largest < 1 - 1e-9:  # one that is rounded to almost 1 is dense, too
             break
         full = {name for name in open_layers if raw[name] == largest}
         wanted -= sum(sizes[name] for name in full)

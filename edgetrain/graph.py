@@ -130,7 +130,8 @@ class Graph:
         arrays: float32 arrays of parameters and constants by value name, in ONNX layout.
         trainable: names of the arrays that training may change.
         trained: whether the arrays come from a file or from training, not from a builder's random numbers.
-        densities: shares of weights that exist, by weight, of arrays that are placeholders.
+        densities: shares of weights that there is room for, by weight, of arrays that are placeholders because a
+            checkpoint's state brings them; a graph in a learner has none.
         normalization: input normalisation that belongs to the model, or ``None``.
         class_names: labels of the outputs, empty when unknown.
         softmax_output: whether users of the model get probabilities: the exported file ends in Softmax.

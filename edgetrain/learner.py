@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -83,7 +83,8 @@ class Learner:
     These three may be given as text, too: ``"rigl:weights=0.9"``, as on the command line (``policies.parse_policy``).
 
     Raises:
-        UsageError: an argument of a wrong kind or out of range, or a network too small for the instance filter.
+        UsageError: an argument of a wrong kind or out of range, a network too small for the instance filter, or the
+            graph of a sparse learner, which has weights without values: ``export_onnx`` or ``parameters`` gives them.
         ProfileError: the profile is not there or bad.
         MemoryBudgetError: a training step does not fit into the budget.
 
@@ -202,7 +203,8 @@ class Learner:
     def observe(self, x: Inputs, y: ArrayLike, predict: bool = False) -> StepResult:
         """Take instances of a stream: the filter decides, a training step happens whenever a micro-batch is full.
 
-        Any number of instances at a time; every call costs a look of the filter, so dozens are cheaper than one.
+        Any number of instances at a time; every call costs a look of the filter, so dozens are cheaper than one,
+        but thousands take memory that the plan does not know (``memory_plan``).
 
         Args:
             x: as for ``partial_fit``, but for networks with one input only.
@@ -266,7 +268,7 @@ class Learner:
             x, y: as for ``partial_fit``.
         """
         with self._lock:
-            executor, sources, _ = self._prepare(x, y)
+            executor, sources, _ = self._take_batch(x, y)
             records = self._parameters.buffers["records"].copy()
             executor.run(sources, until="backward")
             self._parameters.buffers["records"][:] = records
@@ -345,7 +347,10 @@ class Learner:
         Arrays are matched by name and shape; those of the same network under other names by their order, if all of
         them pair up (``onnx_io.match_parameters``). Arrays with another name or shape, such as another last layer,
         keep their values; the report lists them. In sparse layers the largest of the given weights exist from now on,
-        unless the policy says otherwise (``initial_pattern``, ``rescale``).
+        unless the policy says otherwise (``initial_pattern``, ``rescale``). How many is fixed when the learner is made:
+        weights with other densities lose some (``MatchReport.thinned``), even if they are sparse enough in all. To go
+        on with their pattern, make the learner from a graph that has them: of ``load_onnx``, or with its ``arrays``
+        replaced and ``trained`` set.
 
         Raises:
             ModelError: nothing or next to nothing matches, or an array holds NaN or infinite numbers; nothing has
@@ -358,7 +363,7 @@ class Learner:
         with self._lock:
             self._parameters.load(self.topology.adopt(arrays))
             self.graph.trained = True
-        return report
+            return replace(report, thinned=self.topology.thinned(arrays))
 
     def state(self) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
         """Return (tensors, plain data): everything that training changes, for ``restore``."""
@@ -462,7 +467,11 @@ class Learner:
     # --- plans ---
 
     def memory_plan(self, batch_size: int | None = None) -> MemoryPlan:
-        """Return the bytes that training steps of ``batch_size`` samples need, the instance filter's included."""
+        """Return the bytes that training steps of ``batch_size`` samples need, the instance filter's included.
+
+        Of what waits for a step, and for the filter to learn from, they are the bytes between calls. While one call
+        works through many instances, copies of those that are kept and of those that the filter puts aside come on top.
+        """
         with self._lock:
             return self.plans.memory(self.plans.largest(batch_size or self.batch_size))
 
@@ -472,15 +481,19 @@ class Learner:
             return self.plans.executor(True, batch_size or self.batch_size).plan
 
     def kernels(self) -> list[KernelKey]:
-        """Return the kernels that training steps and predictions of up to ``batch_size`` samples need.
+        """Return the kernels that training steps and predictions of ``batch_size`` samples need, and of very few.
 
-        Those of the instance filter's own network are among them. Nothing is compiled; ``prepare`` does that.
+        With dense weights they serve any number up to ``batch_size``. Lists of weights may take others for numbers in
+        between, such as a smaller last batch. Those of the instance filter's own network are among them. Nothing is
+        compiled; ``prepare`` does that.
         """
         with self._lock:
             return list(dict.fromkeys([*self.plans.kernels(), *self.stream.kernels()]))
 
     def prepare(self) -> None:
-        """Compile all of ``kernels``, so that no step and no prediction waits for a compiler; ``fit`` begins with it.
+        """Compile all of ``kernels``, so that the steps and predictions they are for wait for no compiler.
+
+        ``fit`` begins with it. What another number of samples needs is compiled when it first comes.
 
         Raises:
             MemoryBudgetError: a training step does not fit into the budget.
@@ -495,11 +508,11 @@ class Learner:
     # --- inside a step ---
 
     def _begin_step(self, x: Inputs, y: ArrayLike) -> tuple[Executor, Arrays, int]:
-        """Prepare an optimizer step: the batch, the topology, the optimizer's numbers."""
-        prepared = self._prepare(x, y, self.topology.wants_gradients_at(self.step_count))
+        """Make an optimizer step ready: the batch, the topology, the optimizer's numbers."""
+        taken = self._take_batch(x, y, self.topology.wants_gradients_at(self.step_count))
         self.topology.begin_step(self.step_count)
         self._optimizer.fill(self._settings, self.step_count)
-        return prepared
+        return taken
 
     def _end_step(self, executor: Executor) -> None:
         """Count a step that was taken; the topology may change after it."""
@@ -508,7 +521,7 @@ class Learner:
         self.step_count += 1
         self.graph.trained = True
 
-    def _prepare(self, x: Inputs, y: ArrayLike, whole_gradients: bool = False) -> tuple[Executor, Arrays, int]:
+    def _take_batch(self, x: Inputs, y: ArrayLike, whole_gradients: bool = False) -> tuple[Executor, Arrays, int]:
         """Check a batch and put its labels, mask and counters where kernels read them."""
         arrays = self._inputs(x)
         count = _length(arrays)

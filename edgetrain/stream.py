@@ -1,7 +1,8 @@
 """Instances one at a time or a few: the filter looks, kept ones collect, full micro-batches are trained on.
 
-``Learner.observe`` and, when there is an instance filter, ``Learner.fit`` both work through ``InstanceStream``. It
-holds at most one micro-batch, and what the filter keeps, however long the stream runs.
+``Learner.observe`` and, when there is an instance filter, ``Learner.fit`` both work through ``InstanceStream``. Between
+calls it holds less than one micro-batch, and what the filter has put aside to learn from, however long the stream
+runs; within a call, and after one in which a step failed, also what is kept, or put aside, of the call's instances.
 """
 
 from __future__ import annotations
@@ -104,7 +105,7 @@ class InstanceStream:
 
     @property
     def memory(self) -> dict[str, int]:
-        """Bytes by purpose that filtering needs beside the network's plan, for ``MemoryPlan``."""
+        """Bytes by purpose that filtering needs between calls beside the network's plan, for ``MemoryPlan``."""
         if self._selector is None:
             return {}
         return {"waiting instances": self._learner.batch_size * instance_bytes(self._learner), **self._selector.memory}

@@ -167,7 +167,7 @@ def test_lanes_without_a_sample_do_not_matter(case, monkeypatch):
 
     monkeypatch.setattr(Lowering, "emit", emit_crowded)
     crowded, full = make(case), {"source:input": x, f"source:{TARGET}": y}
-    executor, sources, _ = crowded._prepare(x[:5], y[:5])
+    executor, sources, _ = crowded._take_batch(x[:5], y[:5])
     executor.run({name: full[name] for name in sources}, until="backward")
     assert_same({name: crowded._parameters.view(name, "gradients").copy() for name in wanted}, wanted)
 

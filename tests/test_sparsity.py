@@ -224,8 +224,8 @@ def test_trained_weights_keep_their_largest_and_their_size(policy, tmp_path):
             np.testing.assert_array_equal(made.parameters()[name], np.where(mask, wanted[name], 0), err_msg=name)
             if policy.name != "swat" or policy.variant != "structured":
                 np.testing.assert_array_equal(mask, largest(np.abs(wanted[name]), int(mask.sum())))
-        assert "given weights" in made.topology.start
-    assert "scaled" in learner(policy).topology.start
+        assert "given weights" in made.topology.beginning
+    assert "scaled" in learner(policy).topology.beginning
 
 
 @pytest.mark.parametrize("policy", [
@@ -454,6 +454,14 @@ def test_a_layer_that_would_be_denser_than_dense_is_dense():
     densities = erdos_renyi_kernel(shapes_of(layers), 0.5)
     assert densities["small"] == 1
     assert densities["large"] == pytest.approx((0.5 * (18 + 36864) - 18) / 36864)
+
+
+def test_layers_without_zeros_have_density_one_exactly():
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        kinds = [tuple(map(int, rng.integers(1, 200, rng.integers(2, 4)))) for _ in range(rng.integers(1, 6))]
+        shapes = {str(number): (*kind[:2], *kind[2:] * 2) for number, kind in enumerate(kinds)}
+        assert set(erdos_renyi_kernel(shapes, 1.0).values()) == {1.0}, shapes
 
 
 def test_uniform_densities():

@@ -83,6 +83,18 @@ def test_a_run_tells_which_weights_it_begins_with(folder, capsys):
     assert "sparsity swat: begins with the largest of the given weights as they are" in out
 
 
+@pytest.mark.parametrize("more", [[], ["--augment", "", "--stream"]], ids=["epochs", "stream"])
+def test_initial_weights_keep_a_pattern_of_other_densities_as_a_model_does(folder, capsys, more):
+    short = [*FIT, "--epochs", "1", *more, "--quiet"]
+    assert run(capsys, *short, "--sparsity", "static:weights=0.9,distribution=uniform,dense_first=false")[0] == 0
+    given = et.Learner.load("runs/fit-1/last.safetensors").parameters()
+    for number, how in ((2, "--model"), (3, "--initial-weights")):
+        assert run(capsys, *short, "--sparsity", "static:weights=0.9", how, "runs/fit-1/model.onnx")[0] == 0
+        made = et.Learner.load(f"runs/fit-{number}/last.safetensors")
+        for name, index in made.topology.indices.items():
+            np.testing.assert_array_equal(index.mask(), given[name] != 0, err_msg=name)
+
+
 def test_a_wrong_policy_is_one_message(folder, capsys):
     code, _, err = run(capsys, *FIT, "--sparsity", "rigl:weight=0.9")
     assert code == 2

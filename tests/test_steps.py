@@ -205,7 +205,7 @@ def dropped(ratio: float, times: int = 1, **settings) -> Learner:
 def training_output(made: Learner, count: int) -> np.ndarray:
     """Return what the network computes from ones in a training step."""
     ones = np.ones((count, *PLANE), np.float32)
-    executor, sources, _ = made._prepare(ones, ones)
+    executor, sources, _ = made._take_batch(ones, ones)
     executor.run(sources, until="forward")
     return executor.value(made.graph.values[made.graph.outputs[0]], count)
 

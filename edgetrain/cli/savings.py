@@ -194,16 +194,17 @@ def _dense_twin(learner: Learner) -> Learner:
     left = learner.memory_budget - learner.memory_plan().peak_bytes
     if learner.memory_budget and left <= 0:
         raise MemoryBudgetError("nothing of the memory budget is left")
+    # Trained weights would do, unless the training went astray: numbers of a usual size take as long. Those of a
+    # sparse learner are not in its graph anyway.
+    graph, rng = learner.graph.copy(), np.random.default_rng(0)
+    trained = {n: a for n, a in graph.arrays.items() if n in graph.trainable}
+    graph.arrays |= {n: rng.normal(0, a[0].size ** -0.5, a.shape).astype(np.float32) for n, a in trained.items()}
     twin = Learner(
-        learner.graph, learner.profile, batch_size=learner.batch_size, threads=learner.threads,
+        graph, learner.profile, batch_size=learner.batch_size, threads=learner.threads,
         optimizer=replace(learner.optimizer, lr=0.0, schedule=None), loss=learner.loss,
         label_smoothing=learner.label_smoothing, memory_budget=left if learner.memory_budget else 0,
     )  # fmt: skip
     twin.prepare()
-    rng = np.random.default_rng(0)
-    # Trained weights would do, unless the training went astray: numbers of a usual size take as long.
-    weights = {n: a for n, a in twin.parameters().items() if n in learner.graph.trainable}
-    twin.load_parameters({n: rng.normal(0, a[0].size ** -0.5, a.shape) for n, a in weights.items()})
     return twin
 
 

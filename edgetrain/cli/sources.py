@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from edgetrain.devices import DeviceProfile
     from edgetrain.graph import Graph, Shape
     from edgetrain.learner import Learner
+    from edgetrain.onnx_io import MatchReport
 
 # Share of the training images kept for validation when the data have no part of their own for it.
 HELD_OUT = 0.1
@@ -81,6 +82,24 @@ def make_graph(config: Config, data: Dataset) -> Graph:
     channels, height, width = data.input_shape
     shape = (channels, width) if height == 1 else data.input_shape  # builders take signals without a height
     return build_model(name, shape, data.num_classes, config.training.seed)
+
+
+def take_initial_weights(config: Config, graph: Graph) -> MatchReport | None:
+    """Put the weights that a run begins with into its network; return what matched, ``None`` when there are none.
+
+    Before the learner is made, so a sparse one can make room for every layer as those weights want it.
+
+    Raises:
+        ModelError: the file is bad, or its weights are those of another network.
+    """
+    from edgetrain.onnx_io import match_parameters
+
+    if config.model.initial_weights is None:
+        return None
+    arrays, report = match_parameters(graph, config.model.initial_weights)
+    graph.arrays |= arrays
+    graph.trained = True
+    return report
 
 
 def make_optimizer(config: Config) -> Any:

@@ -21,7 +21,7 @@ from edgetrain.cli.output import count, emit
 from edgetrain.cli.progress import CompileNotice, Display, resident_mib
 from edgetrain.cli.savings import account_of, account_text, itself, layers_of, random_batches, savings_of, time_dense
 from edgetrain.cli.signals import StopOnSignal
-from edgetrain.cli.sources import image_size_of, make_learner
+from edgetrain.cli.sources import image_size_of, make_learner, take_initial_weights
 from edgetrain.data import Dataset, available_splits, load_dataset
 from edgetrain.data.batches import Batch
 from edgetrain.data.images import deviation_to_divide_by
@@ -99,13 +99,14 @@ def _new_learner(
 ) -> Learner:
     if source.class_names and not graph.class_names and len(source.class_names) == graph.output_shape[0]:
         graph.class_names = source.class_names
+    matched = take_initial_weights(config, graph)
+    if matched is not None:
+        display.say(str(matched))
     with CompileNotice(display.compiling):
         learner = make_learner(config, graph, profile)
         learner.prepare()  # compiles, and checks the memory budget, before there is a run folder
-    if config.model.initial_weights is not None:
-        display.say(str(learner.load_parameters(config.model.initial_weights)))
     if learner.sparsity is not None:
-        display.say(f"sparsity {config.methods.sparsity}: {learner.topology.start}")
+        display.say(f"sparsity {config.methods.sparsity}: {learner.topology.beginning}")
     return learner
 
 

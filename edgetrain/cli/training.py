@@ -26,7 +26,14 @@ from edgetrain.cli.output import count, emit
 from edgetrain.cli.progress import CompileNotice, Display, choose_display, resident_mib
 from edgetrain.cli.savings import account_of, account_text, itself, layers_of, savings_of, time_dense
 from edgetrain.cli.signals import StopOnSignal
-from edgetrain.cli.sources import check_classes, describe_data, load_splits, make_graph, make_learner
+from edgetrain.cli.sources import (
+    check_classes,
+    describe_data,
+    load_splits,
+    make_graph,
+    make_learner,
+    take_initial_weights,
+)
 from edgetrain.cli.streaming import fit_stream, resume_stream
 from edgetrain.cli.unchanged import check_unchanged
 from edgetrain.data import Augmentation, Dataset, batch_count
@@ -58,11 +65,12 @@ def fit_command(flags: Mapping[str, Any]) -> None:
         for dataset in (training, validation):
             check_fits(graph, dataset)
         _check_augmentation(config, training)
+        matched = take_initial_weights(config, graph)
+        if matched is not None:
+            display.say(str(matched))
         with CompileNotice(display.compiling):
             learner = make_learner(config, graph, profile)
             learner.prepare()  # compiles, and checks the memory budget, before there is a run folder
-        if config.model.initial_weights is not None:
-            display.say(str(learner.load_parameters(config.model.initial_weights)))
         run = create_run(flags["out"], "fit")
         save_checkpoint(learner, run.last)
         run.write_environment(_environment(training, validation))
@@ -77,11 +85,11 @@ def _baseline(session: _Session, profile: DeviceProfile) -> dict[str, Any]:
     """Train the same run densely, or go on with that; return times and accuracy, and draw both runs."""
 
     def begin_anew(run: Run, config: Config, began: float) -> _Session:
+        graph = make_graph(config, session.training)
+        take_initial_weights(config, graph)
         with CompileNotice(session.display.compiling):
-            learner = make_learner(config, make_graph(config, session.training), profile)
+            learner = make_learner(config, graph, profile)
             learner.prepare()
-        if config.model.initial_weights is not None:
-            learner.load_parameters(config.model.initial_weights)
         return replace(session, run=run, learner=learner, config=config, began=began)
 
     def go_on(run: Run, config: Config, began: float) -> _Session:
@@ -305,7 +313,7 @@ def _introduce(display: Display, run: Run, learner: Learner, config: Config, pro
         f"{count(device.threads, 'thread')}, seed {recipe.seed}"
     )
     if learner.sparsity is not None:
-        display.say(f"sparsity {config.methods.sparsity}: {learner.topology.start}")
+        display.say(f"sparsity {config.methods.sparsity}: {learner.topology.beginning}")
     tell_profile(display, profile)
 
 

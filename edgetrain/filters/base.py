@@ -173,7 +173,7 @@ class Selector(ABC):
 
     @property
     def memory(self) -> dict[str, int]:
-        """Bytes by purpose that the filter needs beside the main network, for ``MemoryPlan``."""
+        """Bytes by purpose that the filter needs between calls beside the main network, for ``MemoryPlan``."""
         return {}
 
     @property

@@ -175,7 +175,11 @@ class _Early(Selector):
 
     @property
     def memory(self) -> dict[str, int]:
-        """Bytes of the tiny network's largest step, and of the queue: once as it waits, once put together."""
+        """Bytes of the tiny network's largest step, and of the queue: once as it waits, once put together.
+
+        The queue is that between calls. ``decide`` puts aside as many as it rejects at most, before ``catch_up`` learns
+        from them: in one call with thousands of instances it is longer.
+        """
         instance = instance_bytes(self._main) + 16  # its weight and its loss
         longest = _FULL + self._main.batch_size
         return {"filter network": self._learner.memory_plan(_FULL).peak_bytes, "filter queue": 2 * longest * instance}

@@ -36,6 +36,7 @@ class MatchReport:
         other_shape: names found on both sides with different shapes (they may also appear below).
         missing: names in the network that kept their values.
         unused: names in the file that were not used.
+        thinned: names of sparse weights that have no room for all that is not zero in what matched.
     """
 
     by_name: tuple[str, ...]
@@ -43,6 +44,7 @@ class MatchReport:
     other_shape: tuple[str, ...]
     missing: tuple[str, ...]
     unused: tuple[str, ...]
+    thinned: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         """Return one line per kind of match that occurs."""
@@ -53,6 +55,7 @@ class MatchReport:
             _line("same name, different shape", self.other_shape),
             _line("left as they were", self.missing),
             _line("not used", self.unused),
+            _line("sparse, without some of the weights given", self.thinned),
         ]
         return "\n".join(line for line in lines if line)
 

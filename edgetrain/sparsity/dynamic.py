@@ -72,7 +72,7 @@ class DynamicPolicy(CompactPolicy):
         if share == 0:
             return
         for number, layer in enumerate(topology.layers):
-            present, weights = topology.entries(layer)
+            present, weights = topology.existing(layer)
             kept = present[largest(np.abs(weights), len(present) - int(share * len(present)))]
             scores = self.grow_scores(layer.weight, gradients, np.random.default_rng([topology.seed, step, number]))
             grown = largest_missing(scores, layer.size, len(present) - len(kept), kept)

@@ -104,7 +104,7 @@ class SparsityPolicy:
         """
         raise NotImplementedError
 
-    def start(self, trained: bool) -> str:
+    def beginning(self, trained: bool) -> str:
         """Return what ``initial`` does, as text."""
         raise NotImplementedError
 
@@ -173,7 +173,9 @@ class CompactPolicy(SparsityPolicy):
         initial_pattern: ``"random"`` (weights are then scaled by ``1 / sqrt(density)``, as fewer add up), or
             ``"magnitude"``: the largest stay as they are; ``None``: magnitude for trained weights (of an .onnx file,
             of ``load_parameters``, of a graph that a learner trained: ``Graph.trained``), random for those of a
-            builder. A layer that already has as many zeros as asked for keeps its pattern in all cases.
+            builder. A layer that already has as many zeros as asked for keeps its pattern in all cases; weights that
+            are sparse enough in all, but not layer by layer, do when the learner is made, with their densities.
+            ``load_parameters`` cannot do that: a learner's layers have room for the densities that it was made with.
         dense_first: whether the first layer stays dense; ``None``: with uniform densities, as in RigL's experiments.
         dense_last: whether the last layer stays dense.
     """
@@ -198,7 +200,7 @@ class CompactPolicy(SparsityPolicy):
 
     def densities(self, layers: Sequence[SparseLayer]) -> dict[str, float]:
         """Return the densities of the distribution."""
-        return DISTRIBUTIONS[self.distribution](shapes_of(layers), 1 - self.weights) if layers else {}
+        return DISTRIBUTIONS[self.distribution](shapes_of(layers), 1 - self.weights)
 
     def initial(
         self, layer: SparseLayer, array: Floats, density: float, rng: np.random.Generator, trained: bool
@@ -212,7 +214,7 @@ class CompactPolicy(SparsityPolicy):
         mask[rng.choice(layer.size, count, replace=False, shuffle=False)] = True
         return mask.reshape(layer.shape), 1 / math.sqrt(density)
 
-    def start(self, trained: bool) -> str:
+    def beginning(self, trained: bool) -> str:
         """Return which pattern ``initial`` chooses, as text."""
         if self._pattern(trained) == "magnitude":
             return "begins with the largest of the given weights (initial_pattern=random draws a pattern)"
@@ -257,7 +259,7 @@ def largest_missing(scores: Scores, size: int, count: int, taken: Positions) -> 
         >>> largest_missing(lambda first, last: scores[first:last], 4, 2, np.array([1])).tolist()
         [0, 3]
     """
-    places, best = np.zeros(0, np.int64), np.zeros(0, np.float32)
+    found, best = np.zeros(0, np.int64), np.zeros(0, np.float32)
     block = max(_BLOCK, count)
     for first in range(0, size if count else 0, block):
         last = min(size, first + block)
@@ -267,8 +269,8 @@ def largest_missing(scores: Scores, size: int, count: int, taken: Positions) -> 
         part = scores(first, last)
         if len(best) == count:
             free &= part > best.min()  # an equal one would come later than those there are
-        found = np.flatnonzero(free)
-        places, best = np.concatenate([places, first + found]), np.concatenate([best, part[found]])
+        new = np.flatnonzero(free)
+        found, best = np.concatenate([found, first + new]), np.concatenate([best, part[new]])
         chosen = largest(best, min(count, len(best)))
-        places, best = places[chosen], best[chosen]
-    return places
+        found, best = found[chosen], best[chosen]
+    return found

@@ -148,7 +148,7 @@ class SWAT(SparsityPolicy):
         whole, kept = (float(np.square(a, dtype=np.float64).sum()) for a in (array, np.where(mask, array, 0)))
         return mask, math.sqrt(whole / kept) if self._rescales(trained) and kept else 1.0
 
-    def start(self, trained: bool) -> str:
+    def beginning(self, trained: bool) -> str:
         """Return whether ``initial`` scales, as text."""
         if self._rescales(trained):
             return "begins with the largest weights, scaled to the norm of all (rescale=false leaves them as they are)"

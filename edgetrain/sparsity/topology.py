@@ -46,14 +46,15 @@ class Topology:
         records: of layers whose saved activations are pruned: number of their record, by weight.
         indices: their indices by weight.
         densities: the share of weights that every sparse layer keeps, by weight.
-        start: what weights exist before the first step, and why, as text; empty without a policy.
+        beginning: what weights exist before the first step, and why, as text; empty without a policy.
         total_steps: length of training, ``None`` when nobody told.
         version: number of changes of any layer.
         changes, seconds: before or after how many steps a weight came or went, in all processes of a run, and the time
             that these changes took.
 
     Raises:
-        UsageError: the policy cannot work with the optimizer, or finds no layer.
+        UsageError: the policy cannot work with the optimizer, or finds no layer; or weights of the graph are in a
+            sparse learner.
     """
 
     def __init__(self, graph: Graph, policy: SparsityPolicy | None, optimizer: Optimizer, seed: int) -> None:
@@ -64,11 +65,13 @@ class Topology:
         self.records: dict[str, int] = {}
         self.indices: dict[str, SparseIndex] = {}
         self.densities: dict[str, float] = {}
-        self.version, self.changes, self.seconds, self.start = 0, 0, 0.0, ""
+        self.version, self.changes, self.seconds, self.beginning = 0, 0, 0.0, ""
+        _check_values(graph)
         if policy is not None:
             policy.check(optimizer)
             self._choose(graph, policy)
-            self.start = policy.start(graph.trained)
+            graph.densities = {}  # from here on the placeholders stand for what this learner stores
+            self.beginning = policy.beginning(graph.trained)
 
     def _choose(self, graph: Graph, policy: SparsityPolicy) -> None:
         self.candidates = policy.layers(graph)
@@ -80,10 +83,9 @@ class Topology:
             )
         arrays = {layer.weight: graph.arrays[layer.weight] for layer in self.candidates}
         if any(is_placeholder(array) for array in arrays.values()):  # a checkpoint: its state brings pattern and values
-            densities = policy.densities(self.candidates) | graph.densities
             for layer in self.candidates:
                 if is_placeholder(arrays[layer.weight]):
-                    index = self._add(policy, layer, densities[layer.weight])
+                    index = self._add(policy, layer, graph.densities[layer.weight])
                     index.set_positions(np.arange(index.capacity if policy.compact else 0))
             return
         densities = policy.densities_for(self.candidates, arrays)
@@ -128,7 +130,7 @@ class Topology:
         """Return which weights exist, bool in ONNX shape."""
         return self.indices[layer.weight].mask()
 
-    def entries(self, layer: SparseLayer) -> tuple[Positions, Floats]:
+    def existing(self, layer: SparseLayer) -> tuple[Positions, Floats]:
         """Return the weights that exist in a compact layer: ascending positions in the flat ONNX array, and values."""
         positions, order = self.indices[layer.weight].ascending()
         return positions, self._parameters.view(layer.weight)[order]
@@ -217,8 +219,13 @@ class Topology:
                 mask, scale = self.policy.initial(layer, arrays[name], self.densities[name], rng, trained=True)
                 self.set(layer, np.flatnonzero(mask))
                 taken[name] = arrays[name] * np.float32(scale) if scale != 1 else arrays[name]
-        self.start = self.policy.start(trained=True)
+        self.beginning = self.policy.beginning(trained=True)
         return taken
+
+    def thinned(self, arrays: Mapping[str, NDArray[np.float32]]) -> tuple[str, ...]:
+        """Return the names of sparse weights that have numbers other than 0, in arrays given, where none exist here."""
+        lost = {n: np.count_nonzero(arrays[n][~index.mask()]) for n, index in self.indices.items() if n in arrays}
+        return tuple(name for name, count in lost.items() if count)
 
     def describe(self, graph: Graph, arrays: Mapping[str, NDArray[np.float32]]) -> dict[str, str]:
         """Return what an exported file says about its zeros: policy, and density of every sparse layer as JSON.
@@ -249,8 +256,10 @@ class Topology:
         for name, index in self.indices.items():
             tensors[f"{TOPOLOGY}{name}/starts"] = index.starts.copy()
             tensors[f"{TOPOLOGY}{name}/columns"] = index.columns[: index.count].copy()
+        # What there is room for: ``adopt`` may lower the densities, but how a learner computes depends on the room.
+        capacities = {name: index.capacity / index.size for name, index in self.indices.items()}
         plain = {"total_steps": self.total_steps, "densities": dict(self.densities), "policy": self._described()}
-        return tensors, plain | self.account()
+        return tensors, plain | {"capacities": capacities, "beginning": self.beginning} | self.account()
 
     def restore(self, tensors: Mapping[str, NDArray[Any]], meta: Mapping[str, Any] | None) -> dict[str, NDArray[Any]]:
         """Take the state that ``state`` returned (``None`` for none); return the tensors that belong to others.
@@ -277,6 +286,7 @@ class Topology:
             self.total_steps, self.densities = meta["total_steps"], dict(meta["densities"])
             # Not in files from before they were kept.
             self.changes, self.seconds = meta.get("changes", 0), meta.get("seconds", 0.0)
+            self.beginning = meta.get("beginning", self.beginning)
         return rest
 
     def _is_policy(self, text: str) -> bool:
@@ -294,6 +304,20 @@ class Topology:
         if self.version != version:
             self.changes += 1
             self.seconds += time.perf_counter() - start
+
+
+def _check_values(graph: Graph) -> None:
+    """Refuse a graph without the values of its weights, unless a checkpoint's state will bring them.
+
+    Raises:
+        UsageError: a sparse learner has them.
+    """
+    names = [name for name, a in graph.arrays.items() if is_placeholder(a) and name not in graph.densities]
+    if names:
+        raise UsageError(
+            f"graph '{graph.name}': the weights of {', '.join(map(repr, names))} are in a sparse learner; its "
+            "export_onnx or parameters() gives them: take load_onnx of the file, or put the arrays into graph.arrays"
+        )
 
 
 def _moved(old: Positions, values: Floats, new: Positions) -> Floats:
