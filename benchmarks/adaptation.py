@@ -4,8 +4,8 @@ LeNet-5 and ResNet-8 are pretrained for 3 epochs on 30,000 upright images of Fas
 stream has 60,000 instances: the other 30,000 images twice, in random order; a tenth of them in the new condition,
 "rotated" by 90 degrees or "dark" (a tenth of the brightness, noise of standard deviation 0.1, as strong as the image);
 "dim" is what the networks half know already (a fifth of the brightness, noise of 0.05). Everything else is one call of
-``observe`` per 128 instances, batches of 32, SGD with momentum 0.9, weight decay 5e-4 and a constant rate: 0.0075 for
-LeNet-5, 0.005 for ResNet-8.
+``observe`` per 256 instances (LeNet-5) or 128 (ResNet-8), batches of 32, SGD with momentum 0.9, weight decay 5e-4 and
+a constant rate: 0.0075 for LeNet-5, 0.005 for ResNet-8.
 
 Usage:
     python benchmarks/adaptation.py --model lenet5 --seeds 3            accuracy and operations; stored after each run
@@ -33,7 +33,10 @@ from edgetrain.policies import parse_policy
 RESULTS = Path(__file__).parent / "results"
 DOCUMENT = Path(__file__).parent.parent / "docs" / "streams.md"
 FULL = Path("/usr/share/datasets/fashion-mnist")
-INSTANCES, BLOCK, BATCH, NEW_SHARE = 60_000, 128, 32, 0.1
+INSTANCES, BATCH, NEW_SHARE = 60_000, 32, 0.1
+# Instances of a call of observe. The filter of a small network costs less per instance when it looks at more at once:
+# LeNet-5 took 0.53 of the time of training on everything with 128, 0.46 with 256 (and error maps at 0.85).
+BLOCKS = {"lenet5": 256, "resnet8": 128}
 VARIANTS = ("rotated", "dark", "dim")
 SHADES = {"dark": (0.1, 0.1), "dim": (0.2, 0.05)}  # brightness, noise
 # Rates and filters were chosen on other seeds (10 to 19 for LeNet-5, 10 to 13 for ResNet-8), rotated and dark: LeNet-5
@@ -41,7 +44,7 @@ SHADES = {"dark": (0.1, 0.1), "dim": (0.2, 0.05)}  # brightness, noise
 # More power finds more of the new condition and forgets more of the old.
 LEARNING_RATES = {"lenet5": 0.0075, "resnet8": 0.005}
 FILTERS = {"lenet5": "eif:rate=0.25,power=1.25", "resnet8": "eif:rate=0.4,power=1.5"}
-ERROR_MAPS = {"lenet5": "channels:keep=0.85", "resnet8": "channels:keep=0.5"}
+ERROR_MAPS = {"lenet5": "channels:keep=0.7", "resnet8": "channels:keep=0.5"}
 # Of the pretrained weights the largest, in every layer. SWAT, which chooses anew every 100 steps, left ResNet-8 16
 # points behind this (two other streams); with Erdos-Renyi-kernel it learns more, but saves 84.9 % of the operations.
 SPARSITY = "static:weights=0.8,distribution=uniform"
@@ -109,7 +112,7 @@ class Setting:
 
     def block(self, start: int) -> tuple[np.ndarray, np.ndarray]:
         """Return the instances of the stream from ``start`` on."""
-        places = slice(start, start + BLOCK)
+        places = slice(start, start + BLOCKS[self.model])
         x, y = self.training.take(self.order[places])
         new = self.is_new[places]
         if new.any():
@@ -127,8 +130,9 @@ def run(setting: Setting, policies: dict[str, str]) -> dict:
     total, everything = learner.stream.totals["train"], count * learner.plans.dense_macs
     points = [{"instances": 0, "operations": 0.0, **setting.accuracies(learner)}]
     shares = (*np.linspace(0.1, 0.9, 9), 0.92, 0.94, 0.96, 0.98)
-    marks = {BLOCK * round(count * share / BLOCK) for share in shares} | {count}
-    for start in range(0, count, BLOCK):
+    size = BLOCKS[setting.model]
+    marks = {size * round(count * share / size) for share in shares} | {count}
+    for start in range(0, count, size):
         x, y = setting.block(start)
         learner.observe(x, y)
         if start + len(y) in marks:
@@ -155,7 +159,7 @@ def time_side_by_side(setting: Setting, selections: dict[str, dict[str, str]], i
     Every learner has seen ``instances`` of the stream before: compiled, warm, and past the start of the filter.
     """
     learners = {name: setting.learner(policies, threads=2) for name, policies in selections.items()}
-    blocks = [setting.block(start) for start in range(0, instances, BLOCK)]
+    blocks = [setting.block(start) for start in range(0, instances, BLOCKS[setting.model])]
     seconds: dict[str, list[float]] = {name: [] for name in learners}
     for turn in range(turns + 1):
         for name, learner in learners.items():

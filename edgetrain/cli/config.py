@@ -126,7 +126,7 @@ METHODS = tuple(ARGUMENTS)
 # fit --stream. Epochs from scratch stay dense: there no method clearly beat dense training for fewer steps at equal
 # time (docs/learning_accuracy.md, docs/sparse_accuracy.md).
 RECIPES = {
-    "edge": {"filter": "eif:rate=0.25,power=1.25", "sparsity": NONE, "error_pruning": "channels:keep=0.85"},
+    "edge": {"filter": "eif:rate=0.25,power=1.25", "sparsity": NONE, "error_pruning": "channels:keep=0.7"},
     "dense": dict.fromkeys(METHODS, NONE),
 }
 

@@ -211,11 +211,12 @@ class KeptShare:
             scores: float64 ``(N,)``, at least 0; larger is kept rather.
             power: infinity keeps exactly those above a threshold.
         """
-        self.remember(scores)
         if math.isinf(power):
-            cut = np.quantile(self.recent, 1 - self.level())
-            return (scores >= cut).astype(np.float64)
-        return np.minimum(1.0, _scale_for(self.recent**power, self.level()) * scores**power)
+            self.remember(scores)
+            return (scores >= np.quantile(self.recent, 1 - self.level())).astype(np.float64)
+        weights = scores**power
+        self.remember(weights)
+        return np.minimum(1.0, _scale_for(self.recent, self.level()) * weights)
 
     def remember(self, scores: Floats) -> None:
         """Add scores to the recent ones."""
