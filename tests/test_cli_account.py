@@ -431,7 +431,7 @@ def test_vain_attempts_to_go_on_lose_no_instances(inside, capsys, flags):
 
 
 def test_the_lines_of_the_readme_are_learned_from(inside, capsys, monkeypatch):
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    text = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
     lines = re.search(r"```json\n(.*?)```", text, re.S).group(1)
     graph = et.Graph("tiny", input_shape=(1, 2, 2))
     weight = graph.parameter("w", np.ones((2, 4), np.float32))
