@@ -42,6 +42,7 @@ _SMALL_BATCH = 4
 # of the operations, by batch size (a step at batch 1, lists and written out against dense: ResNet-8 with 0.10 left 1.60
 # and 1.07, with 0.02 0.91 and 1.06; at batch 2 0.87 and 1.04; at batch 4 with 0.18 0.70 and 1.02), or where a weight
 # has few operations, so that writing it out costs as much as they do (LeNet-5 with a tenth of its weights 0.84, 1.31).
+# Layers with a larger share of their weights count as dense: about there lists stop being faster (``lowering_sparse``).
 _LISTED_SHARE = 0.3
 _LEFT, _FEW_OPERATIONS = {1: 0.02, 2: 0.1, 3: 0.75, 4: 0.75}, 10
 

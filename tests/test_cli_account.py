@@ -424,6 +424,7 @@ def test_vain_attempts_to_go_on_lose_no_instances(inside, capsys, flags):
         code, _, err = run(capsys, "resume", "runs/fit-1", "--quiet")
         assert code == 3
         assert "Start a new run with a lower learning rate" in err
+        assert re.search(r"edgetrain evaluate runs/fit-1 --data \S+\.npz\)", err)
         assert Path("runs/fit-1/last.safetensors").read_bytes() == saved
 
 

@@ -153,10 +153,11 @@ def resuming(run: Run) -> str:
 
 def how_to_go_on(error: EdgetrainError, run: Run, config: Config) -> str:
     """Return what to do after a step that was not finite: the same step again would fail again."""
-    weights = run.path / "start.onnx"
+    weights, source = run.path / "start.onnx", config.data.source
+    judge = f"edgetrain evaluate {run.path}" + ("" if source == STANDARD_INPUT else f" --data {source}")
     return (
         f"{error}; the state before it is saved in {run.last}, but the same step would fail again. Start a new run "
         f"with a lower learning rate: edgetrain fit --config {run.config_file} --lr {config.training.lr / 10:g} (or "
-        f"with --clip-norm 1); where the saved weights are good (edgetrain evaluate {run.path}), go on from them: "
+        f"with --clip-norm 1); where the saved weights are good ({judge}), go on from them: "
         f"edgetrain export {run.path} -o {weights}, and fit with --initial-weights {weights}"
     )
