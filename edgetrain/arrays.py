@@ -240,8 +240,10 @@ def _dense(array: NDArray[Any], what: str) -> NDArray[np.float32]:
     Raises:
         DataError: a number that is not finite.
     """
-    with np.errstate(over="ignore", invalid="ignore"):  # what overflows or is NaN is refused below, without a warning
-        dense = np.ascontiguousarray(array, np.float32)
+    dense: NDArray[np.float32] = array
+    if array.dtype != np.float32 or not array.flags.c_contiguous:
+        with np.errstate(over="ignore", invalid="ignore"):  # what overflows or is NaN is refused below, without warning
+            dense = np.ascontiguousarray(array, np.float32)
     if not np.isfinite(dense).all():  # half the time of looking at the sum
         raise DataError(f"{what}: contains NaN or infinite numbers; clean the data first")
     return dense

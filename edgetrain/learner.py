@@ -25,7 +25,7 @@ from edgetrain.checkpoint import load_checkpoint, save_checkpoint
 from edgetrain.devices import DeviceProfile
 from edgetrain.diagnosis import explain_outputs, explain_step
 from edgetrain.errors import CheckpointError, DataError, UsageError
-from edgetrain.executor import Executor
+from edgetrain.executor import Executor, Team
 from edgetrain.filters import InstanceFilter
 from edgetrain.fitting import Data, History, fit_loop
 from edgetrain.forking import ForkLock
@@ -141,7 +141,7 @@ class Learner:
     @threads.setter
     def threads(self, threads: int | None) -> None:
         with self._lock:
-            self.plans.use_threads(self._allowed(threads))
+            self.plans.use_team(Team(self._allowed(threads)))
 
     @property
     def sparsity(self) -> SparsityPolicy | None:
@@ -301,7 +301,7 @@ class Learner:
         total, size = _length(arrays), self.batch_size
         with self._lock:
             parts = [self._forward({n: a[i : i + size] for n, a in arrays.items()}) for i in range(0, total, size)]
-        outputs = np.concatenate(parts)
+        outputs = parts[0] if len(parts) == 1 else np.concatenate(parts)
         if not np.isfinite(outputs).all():
             raise explain_outputs(self.graph.name, outputs, self.parameters())
         return outputs

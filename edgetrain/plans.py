@@ -114,9 +114,9 @@ class Plans:
         self._forward_plans: dict[tuple[bool, ...], Plan] = {}  # the latest, by which weights run on lists
         self._macs: dict[str, int] = {}  # of one sample's step: before and after every policy has rewritten the graph
 
-    def use_threads(self, threads: int) -> None:
-        """Run the plans with another number of threads from now on."""
-        self.team = Team(threads)
+    def use_team(self, team: Team) -> None:
+        """Run the plans with another team from now on; it may be one that runs other plans too, in turns."""
+        self.team = team
         self._executors.clear()
 
     @property

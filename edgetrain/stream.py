@@ -178,7 +178,7 @@ class InstanceStream:
         choice = self._choose(x, y, losses)
         done = _Done(start, choice, losses, hits)
         try:
-            self._collect(x[choice.keep], y[choice.keep])
+            self._collect(x, y, choice.keep)
             self._train_waiting(done, least=self._learner.batch_size)
             if self._selector is not None:
                 done.lessons.append(self._selector.catch_up())
@@ -236,8 +236,10 @@ class InstanceStream:
             return Choice(np.ones(len(y), bool), 0)
         return self._selector.choose(x, y, losses)
 
-    def _collect(self, x: Images, y: NDArray[Any]) -> None:
-        """Put instances behind those that wait."""
+    def _collect(self, x: Images, y: NDArray[Any], keep: NDArray[np.bool_]) -> None:
+        """Put the instances to keep behind those that wait."""
+        if not keep.all():
+            x, y = x[keep], y[keep]
         self._x = np.concatenate([self._x, x]) if self.waiting else x
         self._y = np.concatenate([self._y, y]) if self.waiting else y
 

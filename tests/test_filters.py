@@ -303,6 +303,16 @@ def test_a_learner_whose_network_is_too_small_for_its_filter_is_not_made():
     assert et.Learner(graph, PROFILE, instance_filter=chosen).observe(x, y).instances_seen == 16
 
 
+def test_a_filter_runs_on_the_threads_of_the_main_learner():
+    some, (x, y, _) = learner(et.EarlyInstanceFilter(rate=0.3, start=0)), instances(64)
+    for threads in (2, 1):
+        some.threads = threads
+        some.observe(x, y)
+        team = some.stream._selector._learner.plans.team
+        assert team is some.plans.team
+        assert team.threads == threads
+
+
 def test_the_queue_of_lessons_is_bounded_where_next_to_nothing_is_kept():
     some = learner(et.EarlyInstanceFilter(rate=0.01, start=0, uncertain=1.0))
     x, y, _ = instances(1000)
@@ -310,7 +320,7 @@ def test_the_queue_of_lessons_is_bounded_where_next_to_nothing_is_kept():
     for _ in range(3):
         for i in range(0, 1000, 20):
             uncertain += some.observe(x[i : i + 20], y[i : i + 20]).instances_uncertain
-            longest = max(longest, sum(len(block[0]) for block in some.stream._selector._queue))
+            longest = max(longest, some.stream._selector._queue.count)
     assert longest < 256
     assert some.stream.totals["train"].instances_uncertain == uncertain > 2500
     assert some.step_count < 3

@@ -141,17 +141,17 @@ class _Early(Selector):
         super().__init__(settings, learner.seed)
         self._main, self._judge = learner, judge
         graph = settings.network(learner.graph.input_shape, judge.macs, learner.seed)
-        # A learner like the main one; the class comes with it, for this file cannot import it. Its threads pay even
-        # here: 128 predictions took 74 us with two and 106 with one, a training step 81 and 94. Its memory is a part
-        # of the main learner's plan (``memory``), so the budget is checked there.
+        # A learner like the main one; the class comes with it, for this file cannot import it. It runs on the threads
+        # of the main one (``_inputs``), which are awake then: with threads of its own 256 predictions took 31 to 59 us
+        # and a training step 21 to 94, so 23 and 13. Its memory is a part of the main learner's plan (``memory``), so
+        # the budget is checked there.
         self._learner = learner.__class__(
-            graph, learner.profile, batch_size=128, seed=learner.seed, threads=learner.threads, loss="mse",
+            graph, learner.profile, batch_size=_FULL, seed=learner.seed, threads=learner.threads, loss="mse",
             memory_budget=0, optimizer=SGD(lr=settings.lr, momentum=0.9, clip_norm=1.0),
         )  # fmt: skip
         self._macs = graph.macs()
         self._threshold, self._entropy = math.nan, 0.5
-        # What waits to be learned from: samples, labels, weights, losses (``_UNKNOWN``: rejected and not judged yet).
-        self._queue: list[tuple[NDArray[Any], ...]] = []
+        self._queue = _Queue(_FULL + learner.batch_size)
 
     def decide(self, x: Images, y: Labels, losses: Floats | None) -> Choice:
         """Predict, keep by chance, and put some of the rejected aside for labels."""
@@ -165,34 +165,28 @@ class _Early(Selector):
 
     def learn(self, x: Images, y: Labels, losses: Floats) -> Lesson:
         """Add samples that were trained on to those put aside, and learn when they are enough."""
-        # A copy: a view would keep the whole block alive that the samples came in.
-        self._queue.append((x.copy(), y, np.ones(len(x)), losses))
-        return self._lessons() if self._waiting >= _LESSON else Lesson()
+        self._queue.add(x, y, np.ones(len(x)), losses)
+        return self._lessons() if self._queue.count >= _LESSON else Lesson()
 
     def catch_up(self) -> Lesson:
         """Learn from those put aside when they are many."""
-        return self._lessons() if self._waiting >= _FULL else Lesson()
+        return self._lessons() if self._queue.count >= _FULL else Lesson()
 
     @property
     def memory(self) -> dict[str, int]:
-        """Bytes of the tiny network's largest step, and of the queue: once as it waits, once put together.
+        """Bytes of the tiny network's largest step, and of the queue between calls.
 
-        The queue is that between calls. ``decide`` puts aside as many as it rejects at most, before ``catch_up`` learns
-        from them: in one call with thousands of instances it is longer.
+        ``decide`` puts aside as many as it rejects at most, before ``catch_up`` learns from them: in one call with
+        thousands of instances the queue is longer.
         """
-        instance = instance_bytes(self._main) + 16  # its weight and its loss
-        longest = _FULL + self._main.batch_size
-        return {"filter network": self._learner.memory_plan(_FULL).peak_bytes, "filter queue": 2 * longest * instance}
-
-    @property
-    def _waiting(self) -> int:
-        return sum(len(block[0]) for block in self._queue)
+        queue = self._queue.usual * (instance_bytes(self._main) + 16)  # with weight and loss
+        return {"filter network": self._learner.memory_plan(_FULL).peak_bytes, "filter queue": queue}
 
     def _lessons(self) -> Lesson:
         """Learn from all that waits, in steps of about the same size."""
-        columns = [np.concatenate(column) for column in zip(*self._queue, strict=True)]
-        self._queue, count = [], len(columns[0])
-        bounds = np.linspace(0, count, -(-count // _FULL) + 1).astype(int)
+        columns = self._queue.take()
+        count, steps = len(columns[0]), -(-len(columns[0]) // _FULL)
+        bounds = [step * count // steps for step in range(steps + 1)]
         done = [self._lesson(*(c[first:last] for c in columns)) for first, last in pairwise(bounds)]
         return Lesson(sum(lesson.uncertain for lesson in done), sum(lesson.macs for lesson in done))
 
@@ -226,9 +220,9 @@ class _Early(Selector):
         tensors, meta = super().state()
         own, own_meta = self._learner.state()
         tensors |= {f"network/{name}": array for name, array in own.items()}
-        if self._queue:
-            columns = zip(_QUEUE, zip(*self._queue, strict=True), strict=True)
-            tensors |= {f"queue/{name}": np.concatenate(column) for name, column in columns}
+        if self._queue.count:
+            columns = zip(_QUEUE, self._queue.columns(), strict=True)
+            tensors |= {f"queue/{name}": column.copy() for name, column in columns}
         threshold = None if math.isnan(self._threshold) else self._threshold
         return tensors, meta | {"network": own_meta, "threshold": threshold, "entropy": self._entropy}
 
@@ -239,14 +233,15 @@ class _Early(Selector):
         self._learner.restore(network, meta["network"])
         self._threshold = math.nan if meta["threshold"] is None else float(meta["threshold"])
         self._entropy = float(meta["entropy"])
-        queued = tuple(np.array(tensors[f"queue/{name}"]) for name in _QUEUE if f"queue/{name}" in tensors)
-        self._queue = [queued] if queued else []
+        self._queue.count = 0
+        if "queue/x" in tensors:
+            self._queue.add(*(tensors[f"queue/{name}"] for name in _QUEUE))
 
     def _inputs(self, x: Images, root_weights: NDArray[Any]) -> Checked:
         own, main = self._learner, self._main
         own.graph.normalization = main.graph.normalization  # ``fit`` may have set it by now
-        if own.threads != main.threads:
-            own.threads = main.threads
+        if own.plans.team is not main.plans.team:  # at first, and when the main learner has got another
+            own.plans.use_team(main.plans.team)
         return Checked(input=x, root_weight=root_weights.astype(np.float32)[:, None])
 
     def _scores(self, x: Images) -> Floats:
@@ -259,17 +254,18 @@ class _Early(Selector):
         return self._learner.partial_fit(self._inputs(x, roots), (roots * target).astype(np.float32)[:, None])
 
     def _put_aside(self, samples: tuple[Images, Labels, Floats], scores: Floats, rejected: NDArray[np.bool_]) -> None:
-        chosen = np.clip(scores[rejected], _LEAST, 1 - _LEAST)
-        if not len(chosen):
+        places = np.flatnonzero(rejected)
+        if not len(places):
             return
+        chosen = np.minimum(scores[places], 1 - _LEAST)  # and at least ``_LEAST``
         entropy = _LEAST - chosen * np.log(chosen) - (1 - chosen) * np.log(1 - chosen)
-        self._entropy += 0.01 * (float(entropy.mean()) - self._entropy)
-        probabilities = np.minimum(1.0, self.settings.uncertain * entropy / self._entropy)
-        drawn = self.rng.random(len(chosen)) < probabilities
-        places = np.flatnonzero(rejected)[drawn]
-        if len(places):
+        self._entropy += 0.01 * (float(entropy.sum()) / len(places) - self._entropy)
+        entropy *= self.settings.uncertain / self._entropy
+        drawn = np.flatnonzero(self.rng.random(len(places)) < entropy)
+        if len(drawn):
             x, y, losses = samples
-            self._queue.append((x[places], y[places], 1 / probabilities[drawn], losses[places]))
+            places = places[drawn]
+            self._queue.add(x[places], y[places], 1 / np.minimum(1.0, entropy[drawn]), losses[places])
 
     def _follow(self, losses: Floats, weights: Floats) -> None:
         """Move the threshold so that the wanted share of all instances, kept or not, has a higher loss."""
@@ -277,6 +273,44 @@ class _Early(Selector):
             self._threshold = max(float(np.quantile(losses, 1 - self.settings.rate)), 1e-6)
         high = float((weights * (losses > self._threshold)).sum() / weights.sum())
         self._threshold = max(self._threshold * math.exp(_THRESHOLD_GAIN * (high - self.settings.rate)), 1e-6)
+
+
+class _Queue:
+    """What waits to be learned from: samples, labels, weights, losses (``_UNKNOWN``: rejected and not judged yet).
+
+    One copy into memory that stays: a list of arrays that are put together later copied everything twice, and each of
+    them kept the block alive that it was a part of.
+
+    Args:
+        usual: samples there is always room for; more take memory until they are taken.
+    """
+
+    def __init__(self, usual: int) -> None:
+        self.usual, self.count = usual, 0
+        self._rows: list[NDArray[Any]] = []
+
+    def add(self, *columns: NDArray[Any]) -> None:
+        """Put samples behind those that wait."""
+        first, last = self.count, self.count + len(columns[0])
+        if not self._rows or last > len(self._rows[0]):
+            older = self.columns() if first else columns
+            self._rows = [np.empty((max(last, self.usual), *column.shape[1:]), column.dtype) for column in columns]
+            for row, column in zip(self._rows, older, strict=True):
+                row[:first] = column[:first]
+        for row, column in zip(self._rows, columns, strict=True):
+            row[first:last] = column
+        self.count = last
+
+    def columns(self) -> tuple[NDArray[Any], ...]:
+        """Return views of all that waits."""
+        return tuple(row[: self.count] for row in self._rows)
+
+    def take(self) -> tuple[NDArray[Any], ...]:
+        """Return all that waits and forget it; good until more is added."""
+        taken, self.count = self.columns(), 0
+        if len(taken[0]) > self.usual:
+            self._rows = []
+        return taken
 
 
 def _tiny_network(input_shape: Shape, cells: int, hidden: int, seed: int) -> Graph:
