@@ -60,6 +60,7 @@ class Recipe:
     label_smoothing: Annotated[float, Within(0, 0.9)]
     augmentation: str
     clip_norm: Annotated[float, Within(1e-6, 1e6)] | None = None
+    averaging: Annotated[float, Within(0, 0.999999)] = 0.0
     filter: str = "none"
     sparsity: str = "none"
     error_pruning: str = "none"

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -161,13 +161,12 @@ class Learner:
 
     @property
     def optimizer(self) -> Optimizer:
-        """The optimizer; another one with the same moments may be set between steps."""
+        """The optimizer; another one that keeps the same state may be set between steps."""
         return self._optimizer
 
     @optimizer.setter
     def optimizer(self, optimizer: Optimizer) -> None:
-        same = (optimizer_of(optimizer).kernel, optimizer.moments, optimizer.decay_bias_and_norm)
-        if same != (self._optimizer.kernel, self._optimizer.moments, self._optimizer.decay_bias_and_norm):
+        if optimizer_of(optimizer).kept != self._optimizer.kept:
             raise UsageError(
                 f"cannot go from {self._optimizer.name} to {optimizer.name}: their state differs; make a new Learner"
             )
@@ -272,7 +271,8 @@ class Learner:
             records = self._parameters.buffers["records"].copy()
             executor.run(sources, until="backward")
             self._parameters.buffers["records"][:] = records
-            return {name: self._parameters.dense(name, "gradients") for name in self._trained()}
+            trained = [name for name in self.graph.arrays if name in self.graph.trainable]
+            return {name: self._parameters.dense(name, "gradients") for name in trained}
 
     def fit(self, data: Data, epochs: int = 5, **options: Any) -> History:
         """Train for a number of epochs; see ``edgetrain.fitting.fit_loop`` for all options.
@@ -287,11 +287,13 @@ class Learner:
 
     # --- predictions ---
 
-    def logits(self, x: Inputs) -> NDArray[np.float32]:
+    def logits(self, x: Inputs, averaged: bool = True) -> NDArray[np.float32]:
         """Return the network's raw outputs float32 ``(N, *output_shape)`` in inference mode.
 
         Args:
             x: as for ``partial_fit``, any N.
+            averaged: with the averaged parameters if the optimizer averages them (``averaging``), as all methods that
+                predict; ``False``: with those that the next step begins with.
 
         Raises:
             DataError: arrays that do not fit the network.
@@ -300,7 +302,9 @@ class Learner:
         arrays = self._inputs(x)
         total, size = _length(arrays), self.batch_size
         with self._lock:
-            parts = [self._forward({n: a[i : i + size] for n, a in arrays.items()}) for i in range(0, total, size)]
+            buffer = self._parameters.predicting if averaged else "weights"
+            starts = range(0, total, size)
+            parts = [self._forward({n: a[i : i + size] for n, a in arrays.items()}, buffer) for i in starts]
         outputs = parts[0] if len(parts) == 1 else np.concatenate(parts)
         if not np.isfinite(outputs).all():
             raise explain_outputs(self.graph.name, outputs, self.parameters())
@@ -336,10 +340,12 @@ class Learner:
     def parameters(self) -> Arrays:
         """Return copies of all arrays (running averages included) by ONNX initializer name, in ONNX layout.
 
-        They are those of the network that predicts: weights that do not exist are 0.
+        They are those of the network that predicts: weights that do not exist are 0, and all are averaged if the
+        optimizer does that (``averaging``).
         """
         with self._lock:  # never the middle of a step of another thread
-            return {name: self._parameters.dense(name) for name in self._parameters.names()}
+            parameters = self._parameters
+            return {name: parameters.dense(name, parameters.predicting) for name in parameters.names()}
 
     def load_parameters(self, source: str | os.PathLike[str] | Mapping[str, ArrayLike]) -> MatchReport:
         """Take initial values from arrays by name, or from an ONNX file; return what matched.
@@ -371,8 +377,7 @@ class Learner:
             stored = self._parameters.stored
             tensors: dict[str, NDArray[Any]] = {f"weights/{n}": stored(n).copy() for n in self._parameters.names()}
             if self.step_count:
-                for moment in self._optimizer.moments:
-                    tensors |= {f"{moment}/{n}": stored(n, moment).copy() for n in self._trained()}
+                tensors |= {f"{buffer}/{name}": stored(name, buffer).copy() for buffer, name in self._left_by_steps()}
                 tensors["records"] = self._parameters.buffers["records"].copy()
             patterns, topology = self.topology.state()
             tensors |= patterns
@@ -399,6 +404,8 @@ class Learner:
             for key, array in tensors.items():
                 buffer, name = key.split("/", 1)
                 parameters.stored(name, buffer)[...] = array
+            if not meta["step_count"]:
+                parameters.start_average()
             self.step_count = int(meta["step_count"])
             self.graph.trained |= self.step_count > 0
             self._start_stream()
@@ -420,8 +427,7 @@ class Learner:
             _ = self.plans.training  # makes the buffers of moments and records
         wanted = {f"weights/{name}": parameters.stored(name).shape for name in parameters.names()}
         if step_count:
-            moments = [(m, n) for m in self._optimizer.moments for n in self._trained()]
-            wanted |= {f"{moment}/{name}": parameters.stored(name).shape for moment, name in moments}
+            wanted |= {f"{buffer}/{name}": parameters.stored(name).shape for buffer, name in self._left_by_steps()}
         given = {key: np.shape(array) for key, array in tensors.items() if not key.startswith(TOPOLOGY)}
         if given != wanted:
             odd = sorted(key for key in wanted.keys() | given.keys() if wanted.get(key) != given.get(key))
@@ -550,9 +556,9 @@ class Learner:
             self._parameters.scale_input(self.graph.normalization)
             self._scaled_for = self.graph.normalization
 
-    def _forward(self, arrays: Arrays) -> NDArray[np.float32]:
+    def _forward(self, arrays: Arrays, parameters: str) -> NDArray[np.float32]:
         count = _length(arrays)
-        executor = self.plans.executor(False, count)
+        executor = self.plans.executor(False, count, parameters=parameters)
         self._set_counters(executor, count)
         executor.run({f"source:{name}": array for name, array in arrays.items()})
         return executor.value(self.graph.values[self.graph.outputs[0]], count)
@@ -572,8 +578,11 @@ class Learner:
     def _settings(self) -> NDArray[np.float32]:
         return self._parameters.buffers["settings"]  # type: ignore[return-value]
 
-    def _trained(self) -> Sequence[str]:
-        return [name for name in self.graph.arrays if name in self.graph.trainable]
+    def _left_by_steps(self) -> list[tuple[str, str]]:
+        """Return what the optimizer keeps of the steps so far: buffers and names."""
+        arrays, optimizer = self.graph.arrays, self._optimizer
+        moments = [(m, name) for m in optimizer.moments for name in arrays if name in self.graph.trainable]
+        return moments + [("average", name) for name in arrays if optimizer.averaging]
 
 
 def _length(arrays: Arrays) -> int:

@@ -16,7 +16,7 @@ from edgetrain.schema import take_numbers
 KINDS = ("constant", "step", "cosine", "one_cycle")
 # Places in the settings array; the same order as in kernels/update.py (a test compares them).
 (LR, WEIGHT_DECAY, MOMENTUM, NESTEROV, BETA1, BETA2, EPSILON, ADAM_LR, ADAM_CORRECTION, DECOUPLED, CLIP_NORM,
- GRADIENT_SCALE, REST1, REST2, SETTINGS) = range(15)  # fmt: skip
+ GRADIENT_SCALE, REST1, REST2, AVERAGING, SETTINGS) = range(16)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -108,6 +108,11 @@ class Optimizer:
         decay_bias_and_norm: whether biases and BatchNormalization's scale and bias decay too.
         clip_norm: gradients are scaled down to this L2 norm over all parameters; ``None`` for no clipping.
         schedule: learning rate over time.
+        averaging: weight of the past in an exponential average of the parameters, running statistics included, which
+            predictions, evaluations and exports then use; training goes on from the present ones. 0.99 is the mean of
+            about the latest hundred steps, at first of all; 0: no average. It takes the place of a decaying
+            rate where the end is unknown, as in streams (docs/streams.md); one more number per parameter. Source:
+            Polyak and Juditsky, "Acceleration of stochastic approximation by averaging", SIAM J. Control Optim. 1992.
 
     Raises:
         UsageError: a number out of range.
@@ -118,13 +123,15 @@ class Optimizer:
     decay_bias_and_norm: bool = True
     clip_norm: float | None = None
     schedule: Schedule | None = None
+    averaging: float = 0.0
 
     kernel: ClassVar[str]
     name: ClassVar[str]
 
     def __post_init__(self) -> None:
         take_numbers(self, self.name)
-        for key, low, high in (("lr", 0.0, math.inf), ("weight_decay", 0.0, math.inf), *self._ranges()):
+        shared = (("lr", 0.0, math.inf), ("weight_decay", 0.0, math.inf), ("averaging", 0.0, 1.0))
+        for key, low, high in (*shared, *self._ranges()):
             value = getattr(self, key)
             if not (isinstance(value, int | float) and low <= value < high):
                 raise UsageError(f"{self.name}: {key}={value!r}, expected a number from {low} to below {high}")
@@ -141,6 +148,11 @@ class Optimizer:
         """Names of the arrays kept per parameter."""
         raise NotImplementedError
 
+    @property
+    def kept(self) -> tuple[str, tuple[str, ...], bool, bool]:
+        """What decides how its state lies in memory: optimizers with the same may take each other's place."""
+        return self.kernel, self.moments, self.decay_bias_and_norm, self.averaging > 0
+
     def fill(self, settings: NDArray[np.float32], step: int) -> None:
         """Write the numbers of step ``step`` (from 0) for the update kernel."""
         raise NotImplementedError
@@ -153,6 +165,8 @@ class Optimizer:
         settings[:] = 0
         settings[LR], settings[WEIGHT_DECAY] = self.lr_at(step), self.weight_decay
         settings[CLIP_NORM], settings[GRADIENT_SCALE] = self.clip_norm or 0.0, 1.0
+        # The mean of all steps until those are as many as the average reaches back.
+        settings[AVERAGING] = max(1.0 - self.averaging, 1.0 / (step + 1))
 
     def with_total_steps(self, steps: int) -> Self:
         """Return the optimizer with the length of training filled in where the schedule lacks it."""
@@ -273,7 +287,8 @@ def from_recipe(recipe: Any) -> Optimizer:
     Raises:
         UsageError: unknown optimizer or schedule.
     """
-    shared = {name: getattr(recipe, name) for name in ("lr", "weight_decay", "decay_bias_and_norm", "clip_norm")}
+    names = ("lr", "weight_decay", "decay_bias_and_norm", "clip_norm", "averaging")
+    shared = {name: getattr(recipe, name) for name in names}
     own = {name: getattr(recipe, name) for name in ("momentum", "nesterov")} if recipe.optimizer == "sgd" else {}
     schedule = asdict(Schedule(recipe.schedule, recipe.warmup_fraction))
     return Optimizer.from_dict({"name": recipe.optimizer, "schedule": schedule, **shared, **own})

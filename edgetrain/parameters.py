@@ -25,8 +25,9 @@ class Parameters:
     """The arrays of a graph in flat float32 buffers.
 
     Attributes:
-        buffers: ``weights``, ``gradients``, the optimizer's moments, and the small fixed
-            arrays that kernels read (``state``, ``result``, ``settings``, ``scale``, ``shift``).
+        buffers: ``weights``, ``gradients``, the optimizer's moments, ``average`` (of the weights, where the optimizer
+            averages them), and the small fixed arrays that kernels read (``state``, ``result``, ``settings``,
+            ``scale``, ``shift``).
         decayed, trained: floats before the first array that does not decay, and before the first not trained.
         sparse: the indices of weights that are sparse, by name.
         moments: names of the optimizer's buffers, empty before training.
@@ -68,6 +69,24 @@ class Parameters:
         for buffer in ("gradients", *self.moments):
             if buffer not in self.buffers:
                 self.buffers[buffer] = aligned(self.trained + _LINE)
+        if optimizer.averaging and "average" not in self.buffers:
+            self.buffers["average"] = aligned(self.total + _LINE)
+            self.start_average()
+
+    def start_average(self) -> None:
+        """Begin the average of the weights with the present ones."""
+        if "average" in self.buffers:
+            self.buffers["average"][:] = self.buffers["weights"]
+
+    @property
+    def predicting(self) -> str:
+        """The buffer of the parameters that predict."""
+        return "average" if "average" in self.buffers else "weights"
+
+    @property
+    def carried(self) -> tuple[str, ...]:
+        """The buffers whose numbers belong to a weight, and move with it when the topology changes."""
+        return ("weights", *self.moments, *(("average",) if "average" in self.buffers else ()))
 
     def start_records(self, nodes: Sequence[Node], count: int) -> None:
         """Make the records of layers that prune, with the initial density of their nodes, and what they count."""
@@ -116,7 +135,7 @@ class Parameters:
         Gradients and moments of weights that are stored but not used (``SparseIndex.compact`` is false) are kept.
         """
         index, view = self.sparse.get(name), self.view(name, buffer)
-        if index is None or (not index.compact and buffer != "weights"):
+        if index is None or (not index.compact and buffer not in ("weights", "average")):
             return view.copy()
         return index.dense(view if index.compact else index.values_of(view))
 
@@ -145,9 +164,10 @@ class Parameters:
         return self._shapes[name]
 
     def load(self, arrays: Mapping[str, NDArray[np.float32]]) -> None:
-        """Copy arrays in."""
+        """Copy arrays in; the average of the weights begins with them."""
         for name, array in arrays.items():
-            self.put(name, array)
+            for buffer in {"weights", self.predicting}:
+                self.put(name, array, buffer)
 
     def scale_input(self, normalization: Normalization | None) -> None:
         """Set the factor and the offset per channel that the first input is read with."""

@@ -110,7 +110,7 @@ class Plans:
         self.arena, self.team, self._whole_gradients = Arena(), Team(threads), whole_gradients
         self._rewrite = rewrite
         self.beside: HasMemory | None = None
-        self._executors: dict[tuple[bool, int, bool, tuple[bool, ...]], Executor] = {}
+        self._executors: dict[tuple[bool, int, bool, str, tuple[bool, ...]], Executor] = {}
         self._forward_plans: dict[tuple[bool, ...], Plan] = {}  # the latest, by which weights run on lists
         self._macs: dict[str, int] = {}  # of one sample's step: before and after every policy has rewritten the graph
 
@@ -217,16 +217,18 @@ class Plans:
                  if node.op_type in ("CompressedWeightGrad", *_LISTED) and node.get("record") is not None]  # fmt: skip
         return [(node.op_type, get_op(node.op_type).macs(node), int(node.get("record"))) for node in nodes]
 
-    def executor(self, training: bool, count: int, whole_gradients: bool = False) -> Executor:
-        """Return the executor of a training step or a prediction of ``count`` samples.
+    def executor(
+        self, training: bool, count: int, whole_gradients: bool = False, parameters: str = "weights"
+    ) -> Executor:
+        """Return the executor of a training step or a prediction of ``count`` samples; arguments as for ``plan``.
 
         Raises:
             MemoryBudgetError: the plan does not fit into the budget.
         """
-        key = (training, self._blocks(count), whole_gradients, self._listed())
+        key = (training, self._blocks(count), whole_gradients, parameters, self._listed())
         executor = self._executors.pop(key, None)
         if executor is None:
-            plan = self.plan(training, count, whole_gradients)
+            plan = self.plan(training, count, whole_gradients, parameters)
             more = training and self._whole_gradients and not whole_gradients
             self._check_budget(self.largest(count) if more else plan)
             executor = Executor(plan, self.arena, self.team)
@@ -244,13 +246,14 @@ class Plans:
         """Return the plan of the training step of ``count`` samples that needs most memory."""
         return self.plan(True, count, self._whole_gradients)
 
-    def plan(self, training: bool, count: int, whole_gradients: bool = False) -> Plan:
+    def plan(self, training: bool, count: int, whole_gradients: bool = False, parameters: str = "weights") -> Plan:
         """Lower the training graph, or the network for inference, for ``count`` samples.
 
         Args:
             training: whether it is a training step.
             count: samples.
             whole_gradients: keep the gradients of weights that do not exist to the end of the step.
+            parameters: buffer of those to predict with: ``weights`` or ``average``.
         """
         train = self.training if training else None
         graph = train.graph if train else self.graph
@@ -259,6 +262,7 @@ class Plans:
         low = lowering(graph, graph.nodes, self.lanes, self._blocks(count), self.parameters, keep,
                        sparse=self.parameters.sparse, whole_gradients=whole_gradients)  # fmt: skip
         low.plan.fixed["sync"], low.threads = self.team.sync, self.team.threads
+        low.plan.fixed["weights"] = self.parameters.buffers[parameters]
         for name in graph.inputs:
             scale, shift = self._input_scaling(name, low)
             low.input(graph.values[name], f"source:{name}", scale, shift)
@@ -296,7 +300,7 @@ class Plans:
         lasting = [n for n in plan.offsets if not n.startswith("workspace:")]
         ends = {n: plan.lifetimes[n] for n in lasting}
         _, activations = place([Lifetime(n, plan.sizes[n], *ends[n]) for n in lasting])
-        moments = sum(buffers[m].nbytes for m in self._optimizer.moments if m in buffers)
+        moments = sum(buffers[m].nbytes for m in (*self._optimizer.moments, "average") if m in buffers)
         parts = {
             "weights": buffers["weights"].nbytes,
             "gradients": buffers["gradients"].nbytes if "gradients" in buffers else 0,
@@ -338,6 +342,9 @@ class Plans:
                         grad=Ref("gradients", 4 * first), count=last - first, settings=Ref("settings"), decay=decay,
                         **_moments(optimizer, 4 * first),
                     )  # fmt: skip
+            if optimizer.averaging:
+                low.emit("average", (), -(-parameters.total // UPDATE_JOB), weight=Ref("weights"),
+                         average=Ref("average"), count=parameters.total, settings=Ref("settings"))  # fmt: skip
 
     def _check_budget(self, plan: Plan) -> None:
         need = self.memory(plan)

@@ -262,7 +262,7 @@ class InstanceStream:
 
 def _judge(learner: Learner) -> Judge:
     return Judge(
-        lambda x, y: _losses_of(learner, learner.logits(_checked(learner, x)), y), learner.graph.macs(),
+        lambda x, y: _losses_of(learner, learner.logits(_checked(learner, x), averaged=False), y), learner.graph.macs(),
         lambda: learner.plans.forward_macs,
     )  # fmt: skip
 

@@ -67,6 +67,7 @@ class TrainingSettings:
     weight_decay: Annotated[float, Within(0, 1)]
     decay_bias_and_norm: bool
     clip_norm: Annotated[float, Within(1e-6, 1e6)] | None = None
+    averaging: Annotated[float, Within(0, 0.999999)] = 0.0
     schedule: Annotated[str, OneOf(("constant", "step", "cosine", "one_cycle"))]
     warmup_fraction: Annotated[float, Within(0, 0.99)]
     label_smoothing: Annotated[float, Within(0, 0.9)]
@@ -115,6 +116,8 @@ class Config:
 
 # Norm that gradients are clipped to with SWAT, unless another one is given: 1.0 is what short trials needed.
 _SWAT_CLIP_NORM = 1.0
+# Of a stream: predictions with the mean of about the latest hundred steps (docs/streams.md).
+_STREAM_AVERAGING = 0.99
 # A recipe's learning rate is for its own optimizer; these are for a run that asks for another one.
 _USUAL_LR = {"sgd": 0.05, "adam": 0.001, "adamw": 0.001}
 
@@ -137,8 +140,9 @@ FLAG_KEYS = {
     "profile": "device.profile", "threads": "device.threads", "batch_size": "device.batch_size",
     "epochs": "training.epochs", "seed": "training.seed", "optimizer": "training.optimizer", "lr": "training.lr",
     "momentum": "training.momentum", "nesterov": "training.nesterov", "weight_decay": "training.weight_decay",
-    "clip_norm": "training.clip_norm", "schedule": "training.schedule", "warmup": "training.warmup_fraction",
-    "label_smoothing": "training.label_smoothing", "save_every": "training.save_every_minutes",
+    "clip_norm": "training.clip_norm", "averaging": "training.averaging", "schedule": "training.schedule",
+    "warmup": "training.warmup_fraction", "label_smoothing": "training.label_smoothing",
+    "save_every": "training.save_every_minutes",
     "filter": "methods.filter", "sparsity": "methods.sparsity", "error_pruning": "methods.error_pruning",
     "stream": "stream.enabled", "predict_first": "stream.predict", "window": "stream.window",
 }  # fmt: skip
@@ -285,9 +289,11 @@ def _check_methods(config: Config, profile: DeviceProfile, given: Mapping[str, A
 def _adapt_to_stream(training: Table, given: Mapping[str, Any]) -> None:
     """A stream has no known end, so no decay that would end it: a constant rate, a fifth of the recipe's peak.
 
-    The recipe's rate is the peak of a schedule that comes down; held constant it is too large.
+    The recipe's rate is the peak of a schedule that comes down; held constant it is too large. What a decay would do,
+    to take the noise out of the parameters, their average does.
     """
-    changes = {"epochs": 1, "schedule": "constant", "warmup_fraction": 0.0, "lr": training["lr"] / 5}
+    changes = {"epochs": 1, "schedule": "constant", "warmup_fraction": 0.0, "lr": training["lr"] / 5,
+               "averaging": training.get("averaging") or _STREAM_AVERAGING}  # fmt: skip
     training |= {key: value for key, value in changes.items() if key not in given}
 
 

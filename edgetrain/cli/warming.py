@@ -53,7 +53,8 @@ def needed_kernels(profile: DeviceProfile) -> list[KernelKey]:
     kernels: dict[KernelKey, None] = {}
     for name, methods in itertools.product(MODELS, (*RECIPES.values(), *COMMON)):
         arguments: dict[str, Any] = {ARGUMENTS[kind]: text for kind, text in methods.items() if text != NONE}
-        kernels |= dict.fromkeys(Learner(build_model(name), profile, optimizer=SGD(lr=0.1), **arguments).kernels())
+        optimizer = SGD(lr=0.1, averaging=0.99)
+        kernels |= dict.fromkeys(Learner(build_model(name), profile, optimizer=optimizer, **arguments).kernels())
     return [*(kernels | dict.fromkeys(Learner(build_model(MODELS[0]), profile, optimizer=Adam()).kernels()))]
 
 

@@ -2,8 +2,8 @@
 
 ``settings`` is an array of float32 that the learner fills before every step:
 ``[lr, weight_decay, momentum, nesterov, beta1, beta2, epsilon, lr / (1 - beta1^t),
-1 / sqrt(1 - beta2^t), decoupled, clip_norm, gradient scale, 1 - beta1, 1 - beta2]``. The last two are
-rounded once: 1 minus a float32 of 0.999 has an error of 1.3e-5.
+1 / sqrt(1 - beta2^t), decoupled, clip_norm, gradient scale, 1 - beta1, 1 - beta2, 1 - averaging]``. The last
+three are rounded once: 1 minus a float32 of 0.999 has an error of 1.3e-5.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from edgetrain.kernels.simd import (
 )
 
 (LR, WEIGHT_DECAY, MOMENTUM, NESTEROV, BETA1, BETA2, EPSILON, ADAM_LR, ADAM_CORRECTION, DECOUPLED, CLIP_NORM,
- GRADIENT_SCALE, REST1, REST2, SETTINGS) = range(15)  # fmt: skip
+ GRADIENT_SCALE, REST1, REST2, AVERAGING, SETTINGS) = range(16)  # fmt: skip
 # Lanes of a vector here; parameters are padded to a multiple of it. LeNet-5's update takes 6.8 us with 16, took 10
 # us with 8 (2 threads, AVX-512, ``edgetrain bench --per-op``); narrower processors get several vectors.
 WIDTH = 16
@@ -100,6 +100,21 @@ def sgd() -> Body:
                     store(velocity + 4 * i, v)
                     g = fma(momentum, v, g) if nesterov else v
                 store(weight + 4 * i, fma(lr, g, w))
+
+    return body
+
+
+@kernel("weight", "average", "count", "settings")
+def average() -> Body:
+    """Move the exponential average of the parameters towards the present ones. Job: ``JOB`` floats."""
+
+    def body(args: int, first: int, last: int) -> None:
+        weight, average, count, settings = arguments(args, 4)
+        share = broadcast(load_f32(settings + 4 * AVERAGING), WIDTH)
+        for job in range(first, last):
+            for i in range(job * JOB, min(count, (job + 1) * JOB), WIDTH):
+                before = load(average + 4 * i, WIDTH)
+                store(average + 4 * i, fma(share, load(weight + 4 * i, WIDTH) - before, before))
 
     return body
 

@@ -168,7 +168,7 @@ class Topology:
         old, order = index.ascending()
         if np.array_equal(old, positions):
             return
-        buffers = ("weights", *self._parameters.moments) if index.compact else ()
+        buffers = self._parameters.carried if index.compact else ()
         moved = {n: _moved(old, self._parameters.view(layer.weight, n)[order], positions) for n in buffers}
         index.set_positions(positions)
         self.version += 1
