@@ -137,7 +137,8 @@ def verify(
         batch_size: samples per step, at least 1.
         seed: of the data.
         loss: ``"cross_entropy"`` or ``"mse"``.
-        optimizer: of ``edgetrain.optim``; by default SGD with lr 0.05, momentum 0.9, weight decay 5e-4.
+        optimizer: of ``edgetrain.optim``; by default SGD with lr 0.05, momentum 0.9, weight decay 5e-4. Its average of
+            the parameters is left out: no step depends on it.
         threads: of edgetrain; the profile's when ``None``.
 
     Raises:
@@ -149,9 +150,8 @@ def verify(
 
     if steps < 1 or batch_size < 1:
         raise UsageError(f"verify: steps is {steps} and batch_size is {batch_size}, expected at least 1")
-    settings = _Settings(
-        steps, batch_size, seed, loss, optimizer or SGD(lr=0.05, momentum=0.9, weight_decay=5e-4), threads
-    )
+    optimizer = replace(optimizer or SGD(lr=0.05, momentum=0.9, weight_decay=5e-4), averaging=0.0)
+    settings = _Settings(steps, batch_size, seed, loss, optimizer, threads)
     _check_supported(graph, settings)
     plain, notes = _prepared(graph, settings)
     trial = _Trial(plain, settings)

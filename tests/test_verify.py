@@ -60,7 +60,7 @@ def test_every_gradient_and_every_array_is_compared():
 OPTIMIZERS = [
     SGD(lr=0.05, momentum=0.9, nesterov=True, weight_decay=1e-3),
     SGD(lr=0.05, weight_decay=0.1, decay_bias_and_norm=False),
-    SGD(lr=0.05, momentum=0.9, clip_norm=0.5),
+    SGD(lr=0.05, momentum=0.9, clip_norm=0.5, averaging=0.9),
     SGD(lr=0.05, schedule=Schedule("cosine", total_steps=20)),
     Adam(lr=1e-3, weight_decay=1e-2),
     AdamW(lr=1e-3, weight_decay=0.1),
