@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 # Steps that are timed; their median counts.
 _TIMED_STEPS = 7
+_MOST_STEPS = 70  # where plans change too often for so many of one
 # What a product of a kind of operator skips by lists, unless it runs on lists of its weights.
 _LISTS = {
     "CompressedWeightGrad": "lists of activations",
@@ -63,13 +64,16 @@ def layer_report(learner: Learner) -> list[LayerUse]:
     y: NDArray[Any] = rng.integers(0, learner.graph.output_shape[0], learner.batch_size)
     if learner.loss == "mse":
         y = rng.random((learner.batch_size, *learner.graph.output_shape), np.float32)
+    # Plans change with the topology, and for steps that keep gradients of weights that do not exist: the usual one
+    # counts.
+    timed: dict[int, tuple[Plan, list[NDArray[np.float64]]]] = {}
     plan, times = learner.training_plan(), list[NDArray[np.float64]]()
-    while len(times) < _TIMED_STEPS:
+    while len(times) < _TIMED_STEPS and sum(len(of_plan) for _, of_plan in timed.values()) < _MOST_STEPS:
         seconds = learner.time_rows(x, y)[:-1]
-        if len(seconds) == len(plan.rows):  # else a step that keeps gradients of weights that do not exist
-            times.append(seconds)
-        elif not times:  # perhaps all steps do
-            plan = learner.plans.largest(learner.batch_size)
+        assert learner.plans.latest is not None
+        used = learner.plans.latest.plan
+        timed.setdefault(id(used), (used, []))[1].append(seconds)
+        plan, times = max(timed.values(), key=lambda entry: len(entry[1]))
     learner.restore(*state)
     median = np.median(times, axis=0)
     layers: dict[str, list[int]] = {}

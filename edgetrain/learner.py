@@ -144,6 +144,11 @@ class Learner:
             self.plans.use_team(Team(self._allowed(threads)))
 
     @property
+    def averages(self) -> bool:
+        """Whether averaged parameters predict: the optimizer averages them, and steps have been taken."""
+        return bool(self._optimizer.averaging and self.step_count)
+
+    @property
     def sparsity(self) -> SparsityPolicy | None:
         """The policy that decides which weights exist."""
         return self.topology.policy
@@ -167,9 +172,9 @@ class Learner:
     @optimizer.setter
     def optimizer(self, optimizer: Optimizer) -> None:
         if optimizer_of(optimizer).kept != self._optimizer.kept:
-            raise UsageError(
-                f"cannot go from {self._optimizer.name} to {optimizer.name}: their state differs; make a new Learner"
-            )
+            names = f"{self._optimizer.name} to {optimizer.name}"
+            differ = "their state differs (moments, averaging or decay_bias_and_norm)"
+            raise UsageError(f"cannot go from {names}: {differ}; make a new Learner")
         self._optimizer = optimizer
 
     # --- training ---
@@ -260,6 +265,7 @@ class Learner:
     def gradients(self, x: Inputs, y: ArrayLike) -> Arrays:
         """Return the gradients of the mean loss by parameter name, in training mode; nothing changes.
 
+        They are those of the parameters that the next step begins with, not of averaged ones.
         Weights that do not exist have the gradient 0 where nothing is stored for them (``RigL``, ``SET``,
         ``StaticSparse``).
 
@@ -302,12 +308,12 @@ class Learner:
         arrays = self._inputs(x)
         total, size = _length(arrays), self.batch_size
         with self._lock:
-            buffer = self._parameters.predicting if averaged else "weights"
+            buffer = "average" if averaged and self.averages else "weights"
             starts = range(0, total, size)
             parts = [self._forward({n: a[i : i + size] for n, a in arrays.items()}, buffer) for i in starts]
         outputs = parts[0] if len(parts) == 1 else np.concatenate(parts)
         if not np.isfinite(outputs).all():
-            raise explain_outputs(self.graph.name, outputs, self.parameters())
+            raise explain_outputs(self.graph.name, outputs, self._arrays(buffer))
         return outputs
 
     def predict(self, x: Inputs) -> NDArray[np.int64]:
@@ -344,8 +350,7 @@ class Learner:
         optimizer does that (``averaging``).
         """
         with self._lock:  # never the middle of a step of another thread
-            parameters = self._parameters
-            return {name: parameters.dense(name, parameters.predicting) for name in parameters.names()}
+            return self._arrays("average" if self.averages else "weights")
 
     def load_parameters(self, source: str | os.PathLike[str] | Mapping[str, ArrayLike]) -> MatchReport:
         """Take initial values from arrays by name, or from an ONNX file; return what matched.
@@ -356,7 +361,7 @@ class Learner:
         unless the policy says otherwise (``initial_pattern``, ``rescale``). How many is fixed when the learner is made:
         weights with other densities lose some (``MatchReport.thinned``), even if they are sparse enough in all. To go
         on with their pattern, make the learner from a graph that has them: of ``load_onnx``, or with its ``arrays``
-        replaced and ``trained`` set.
+        replaced and ``trained`` set. An average of the parameters goes on from the given values.
 
         Raises:
             ModelError: nothing or next to nothing matches, or an array holds NaN or infinite numbers; nothing has
@@ -404,8 +409,6 @@ class Learner:
             for key, array in tensors.items():
                 buffer, name = key.split("/", 1)
                 parameters.stored(name, buffer)[...] = array
-            if not meta["step_count"]:
-                parameters.start_average()
             self.step_count = int(meta["step_count"])
             self.graph.trained |= self.step_count > 0
             self._start_stream()
@@ -457,7 +460,7 @@ class Learner:
         return load_checkpoint(path)
 
     def export_onnx(self, path: str | os.PathLike[str]) -> None:
-        """Write the network with its present parameters, input normalisation included.
+        """Write the network that predicts (``parameters``), input normalisation included.
 
         Weights that do not exist are zeros; the file's metadata tell the policy and the density of every sparse layer,
         without a policy that of layers that have zeros.
@@ -556,9 +559,9 @@ class Learner:
             self._parameters.scale_input(self.graph.normalization)
             self._scaled_for = self.graph.normalization
 
-    def _forward(self, arrays: Arrays, parameters: str) -> NDArray[np.float32]:
+    def _forward(self, arrays: Arrays, buffer: str) -> NDArray[np.float32]:
         count = _length(arrays)
-        executor = self.plans.executor(False, count, parameters=parameters)
+        executor = self.plans.executor(False, count, buffer=buffer)
         self._set_counters(executor, count)
         executor.run({f"source:{name}": array for name, array in arrays.items()})
         return executor.value(self.graph.values[self.graph.outputs[0]], count)
@@ -577,6 +580,9 @@ class Learner:
     @property
     def _settings(self) -> NDArray[np.float32]:
         return self._parameters.buffers["settings"]  # type: ignore[return-value]
+
+    def _arrays(self, buffer: str) -> Arrays:
+        return {name: self._parameters.dense(name, buffer) for name in self._parameters.names()}
 
     def _left_by_steps(self) -> list[tuple[str, str]]:
         """Return what the optimizer keeps of the steps so far: buffers and names."""

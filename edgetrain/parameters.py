@@ -70,18 +70,7 @@ class Parameters:
             if buffer not in self.buffers:
                 self.buffers[buffer] = aligned(self.trained + _LINE)
         if optimizer.averaging and "average" not in self.buffers:
-            self.buffers["average"] = aligned(self.total + _LINE)
-            self.start_average()
-
-    def start_average(self) -> None:
-        """Begin the average of the weights with the present ones."""
-        if "average" in self.buffers:
-            self.buffers["average"][:] = self.buffers["weights"]
-
-    @property
-    def predicting(self) -> str:
-        """The buffer of the parameters that predict."""
-        return "average" if "average" in self.buffers else "weights"
+            self.buffers["average"] = aligned(self.total + _LINE)  # the first step begins it
 
     @property
     def carried(self) -> tuple[str, ...]:
@@ -164,10 +153,11 @@ class Parameters:
         return self._shapes[name]
 
     def load(self, arrays: Mapping[str, NDArray[np.float32]]) -> None:
-        """Copy arrays in; the average of the weights begins with them."""
+        """Copy arrays in; the average of the weights goes on from them."""
         for name, array in arrays.items():
-            for buffer in {"weights", self.predicting}:
-                self.put(name, array, buffer)
+            for buffer in ("weights", "average"):
+                if buffer in self.buffers:
+                    self.put(name, array, buffer)
 
     def scale_input(self, normalization: Normalization | None) -> None:
         """Set the factor and the offset per channel that the first input is read with."""

@@ -98,6 +98,7 @@ class Plans:
 
     Attributes:
         beside: what works beside the network within the same budget, the filtering of instances.
+        latest: the executor of the latest training step, or of one that is about to begin.
     """
 
     def __init__(
@@ -110,6 +111,7 @@ class Plans:
         self.arena, self.team, self._whole_gradients = Arena(), Team(threads), whole_gradients
         self._rewrite = rewrite
         self.beside: HasMemory | None = None
+        self.latest: Executor | None = None
         self._executors: dict[tuple[bool, int, bool, str, tuple[bool, ...]], Executor] = {}
         self._forward_plans: dict[tuple[bool, ...], Plan] = {}  # the latest, by which weights run on lists
         self._macs: dict[str, int] = {}  # of one sample's step: before and after every policy has rewritten the graph
@@ -218,23 +220,25 @@ class Plans:
         return [(node.op_type, get_op(node.op_type).macs(node), int(node.get("record"))) for node in nodes]
 
     def executor(
-        self, training: bool, count: int, whole_gradients: bool = False, parameters: str = "weights"
+        self, training: bool, count: int, whole_gradients: bool = False, buffer: str = "weights"
     ) -> Executor:
         """Return the executor of a training step or a prediction of ``count`` samples; arguments as for ``plan``.
 
         Raises:
             MemoryBudgetError: the plan does not fit into the budget.
         """
-        key = (training, self._blocks(count), whole_gradients, parameters, self._listed())
+        key = (training, self._blocks(count), whole_gradients, buffer, self._listed())
         executor = self._executors.pop(key, None)
         if executor is None:
-            plan = self.plan(training, count, whole_gradients, parameters)
+            plan = self.plan(training, count, whole_gradients, buffer)
             more = training and self._whole_gradients and not whole_gradients
             self._check_budget(self.largest(count) if more else plan)
             executor = Executor(plan, self.arena, self.team)
             while len(self._executors) >= _KEPT_PLANS:
                 del self._executors[next(iter(self._executors))]
         self._executors[key] = executor  # the one used last stands last
+        if training:
+            self.latest = executor
         return executor
 
     def _listed(self) -> tuple[bool, ...]:
@@ -246,14 +250,14 @@ class Plans:
         """Return the plan of the training step of ``count`` samples that needs most memory."""
         return self.plan(True, count, self._whole_gradients)
 
-    def plan(self, training: bool, count: int, whole_gradients: bool = False, parameters: str = "weights") -> Plan:
+    def plan(self, training: bool, count: int, whole_gradients: bool = False, buffer: str = "weights") -> Plan:
         """Lower the training graph, or the network for inference, for ``count`` samples.
 
         Args:
             training: whether it is a training step.
             count: samples.
             whole_gradients: keep the gradients of weights that do not exist to the end of the step.
-            parameters: buffer of those to predict with: ``weights`` or ``average``.
+            buffer: of the parameters to predict with: ``weights`` or ``average``.
         """
         train = self.training if training else None
         graph = train.graph if train else self.graph
@@ -262,7 +266,7 @@ class Plans:
         low = lowering(graph, graph.nodes, self.lanes, self._blocks(count), self.parameters, keep,
                        sparse=self.parameters.sparse, whole_gradients=whole_gradients)  # fmt: skip
         low.plan.fixed["sync"], low.threads = self.team.sync, self.team.threads
-        low.plan.fixed["weights"] = self.parameters.buffers[parameters]
+        low.plan.fixed["weights"] = self.parameters.buffers[buffer]
         for name in graph.inputs:
             scale, shift = self._input_scaling(name, low)
             low.input(graph.values[name], f"source:{name}", scale, shift)

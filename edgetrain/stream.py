@@ -175,7 +175,8 @@ class InstanceStream:
         """Let the filter choose, collect what it keeps, and train on every micro-batch that is full."""
         start, self.latest = working_clock(), None
         losses, hits = self._predicted(x, y) if predict else (None, None)
-        choice = self._choose(x, y, losses)
+        # The averaged parameters predict; the filter chooses for those that are trained.
+        choice = self._choose(x, y, None if self._learner.averages else losses)
         done = _Done(start, choice, losses, hits)
         try:
             self._collect(x, y, choice.keep)
@@ -240,6 +241,8 @@ class InstanceStream:
         """Put the instances to keep behind those that wait."""
         if not keep.all():
             x, y = x[keep], y[keep]
+        elif len(y) + self.waiting < self._learner.batch_size:
+            x, y = x.copy(), y.copy()  # no step reads them in this call: the caller may use its arrays again
         self._x = np.concatenate([self._x, x]) if self.waiting else x
         self._y = np.concatenate([self._y, y]) if self.waiting else y
 
@@ -277,7 +280,8 @@ def _losses_of(learner: Learner, logits: NDArray[np.float32], y: NDArray[Any]) -
 
 def _step_losses(learner: Learner, count: int) -> Floats:
     """Return the losses of the samples of the last training step, as it computed them before the update."""
-    executor = learner.plans.executor(True, count)
+    executor = learner.plans.latest
+    assert executor is not None
     losses = executor.value(executor.plan.graph.values[learner.plans.training.losses], count)
     return losses.reshape(-1).astype(np.float64)
 

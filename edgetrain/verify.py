@@ -37,6 +37,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from edgetrain.arguments import optimizer_of
 from edgetrain.errors import UnsupportedError, UsageError
 from edgetrain.graph import Graph, Node
 from edgetrain.torch_network import TorchLearner, TorchNetwork, torch, torch_optimizer
@@ -150,8 +151,8 @@ def verify(
 
     if steps < 1 or batch_size < 1:
         raise UsageError(f"verify: steps is {steps} and batch_size is {batch_size}, expected at least 1")
-    optimizer = replace(optimizer or SGD(lr=0.05, momentum=0.9, weight_decay=5e-4), averaging=0.0)
-    settings = _Settings(steps, batch_size, seed, loss, optimizer, threads)
+    given = optimizer_of(optimizer or SGD(lr=0.05, momentum=0.9, weight_decay=5e-4))
+    settings = _Settings(steps, batch_size, seed, loss, replace(given, averaging=0.0), threads)
     _check_supported(graph, settings)
     plain, notes = _prepared(graph, settings)
     trial = _Trial(plain, settings)

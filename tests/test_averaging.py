@@ -53,18 +53,36 @@ def same(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> bool:
     return all(np.array_equal(a[name], b[name]) for name in a)
 
 
-@pytest.mark.parametrize("averaging", [0.5, 0.9])
-@pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
-def test_the_average_is_the_mean_of_all_steps_at_first_and_an_exponential_one_later(make, averaging):
-    some, wanted = learner(make(averaging)), None
+def follow(some: et.Learner, averaging: float, masked: bool = False) -> None:
+    """Take steps and compare the parameters that predict with an average in float64.
+
+    ``masked``: weights that cease to exist lose their average, and begin at 0 if they come back.
+    """
+    wanted: dict[str, np.ndarray] = {}
     for number in range(15):
         some.partial_fit(*batch(number))
         now = {name: array.astype(np.float64) for name, array in present(some).items()}
         share = max(1 - averaging, 1 / (number + 1))
-        wanted = now if wanted is None else {n: wanted[n] + share * (now[n] - wanted[n]) for n in now}
+        wanted = {n: wanted.get(n, now[n]) + share * (now[n] - wanted.get(n, now[n])) for n in now}
+        if masked:
+            wanted |= {n: wanted[n] * index.mask() for n, index in some.topology.indices.items()}
         for name, array in some.parameters().items():
             np.testing.assert_allclose(array, wanted[name], rtol=1e-5, atol=1e-7, err_msg=f"{name}, step {number}")
     assert not same(some.parameters(), present(some))
+
+
+@pytest.mark.parametrize("averaging", [0.5, 0.9])
+@pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
+def test_the_average_is_the_mean_of_all_steps_at_first_and_an_exponential_one_later(make, averaging):
+    follow(learner(make(averaging)), averaging)
+
+
+@pytest.mark.parametrize("policy", ["static:weights=0.6", "rigl:weights=0.6,refresh=2,total_steps=20",
+                                    "set:weights=0.6,refresh=3,total_steps=20"])  # fmt: skip
+def test_the_average_of_a_weight_moves_with_it_when_the_topology_changes(policy):
+    some = learner(OPTIMIZERS["sgd"](0.9), sparsity=policy)
+    follow(some, 0.9, masked=True)
+    assert some.topology.changes > (0 if "static" not in policy else -1)
 
 
 @pytest.mark.parametrize("sparsity", SPARSITY.values(), ids=SPARSITY)
@@ -145,7 +163,6 @@ def test_a_step_that_is_not_finite_does_not_reach_the_average():
     some.partial_fit(*batch(0))
     some.partial_fit(*batch(1))
     before = some.parameters()
-    before = some.parameters()
     x, y = batch(2)
     with pytest.raises(NumericalError):
         some.partial_fit(1e30 * x, y)
@@ -179,3 +196,28 @@ def test_a_filter_judges_by_the_parameters_that_are_trained():
     logits = some.logits(x, averaged=False)
     wanted = np.log(np.exp(logits).sum(1)) - logits[np.arange(8), y]
     np.testing.assert_allclose(some.stream._selector._judge.losses(x, y), wanted, rtol=1e-4)
+
+
+@pytest.mark.parametrize("predict", [False, True])
+@pytest.mark.parametrize("chosen", ["eif:rate=0.5,start=0,cells=1,hidden=1", "selective:rate=0.5", "random:rate=0.5"])
+def test_a_stream_trains_the_same_with_an_average(chosen, predict):
+    plain, averaged = (learner(OPTIMIZERS["sgd"](averaging), instance_filter=chosen) for averaging in (0.0, 0.9))
+    for number in range(20):
+        a, b = (some.observe(*batch(number, 16), predict=predict) for some in (plain, averaged))
+        assert a.instances_kept == b.instances_kept
+    assert same(plain.parameters(), present(averaged))
+
+
+def test_parameters_changed_before_the_first_step_predict():
+    some = learner(OPTIMIZERS["sgd"](0.9))
+    some.prepare()
+    some.graph.arrays["head.bias"][2] = 1000
+    assert some.predict(batch(0)[0]).tolist() == [2] * 8
+
+
+def test_outputs_that_are_not_finite_are_explained_by_the_parameters_that_gave_them():
+    some = learner(OPTIMIZERS["sgd"](0.9))
+    some.partial_fit(*batch(0))
+    some.graph.arrays["head.bias"][2] = np.inf
+    with pytest.raises(NumericalError, match=r"'head.bias' holds NaN"):
+        some.logits(batch(1)[0], averaged=False)

@@ -165,14 +165,17 @@ def plan(
     filter_: Annotated[Text, typer.Option("--filter", help="Instance filter, as for fit.")] = None,
     sparsity: Annotated[Text, typer.Option(help="Weight sparsity, as for fit.")] = None,
     error_pruning: Annotated[Text, typer.Option(help="Error pruning, as for fit.")] = None,
+    averaging: Annotated[Number, typer.Option(help="Averaged parameters, as for fit.")] = None,
+    stream: Annotated[bool, typer.Option("--stream", help="With what fit --stream does by default.")] = False,
     json: Json = False,
 ) -> None:
     """Print the memory that training will need."""
     from edgetrain.cli.planning import plan_command
 
     methods = {"filter": filter_, "sparsity": sparsity, "error_pruning": error_pruning}
-    plan_command(model, batch_size, profile, memory_budget, optimizer, input_shape, classes, threads, methods,
-                 as_json=json)  # fmt: skip
+    training = {"optimizer": optimizer} | ({} if averaging is None else {"averaging": averaging})
+    plan_command(model, batch_size, profile, memory_budget, training, input_shape, classes, threads, methods,
+                 stream=stream, as_json=json)  # fmt: skip
 
 
 @app.command()

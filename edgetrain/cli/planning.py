@@ -14,15 +14,17 @@ from edgetrain.units import parse_bytes
 
 
 def plan_command(
-    model: str, batch_size: int | None, profile_name: str | None, memory_budget: str | None, optimizer: str,
+    model: str, batch_size: int | None, profile_name: str | None, memory_budget: str | None,
+    training: Mapping[str, Any],
     input_shape: str | None, classes: int | None, threads: int | None, methods: Mapping[str, str | None], *,
-    as_json: bool,
+    stream: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Print the bytes of every part; over the budget is an error after the table.
 
     Args:
+        training: settings of the section of that name.
         methods: policies as text by kind, ``None`` for what the profile's recipe says.
-        model, batch_size, profile_name, memory_budget, optimizer, input_shape, classes, threads, as_json: the flags.
+        model, batch_size, profile_name, memory_budget, input_shape, classes, threads, stream, as_json: the flags.
     """
     from edgetrain.cli.config import effective
     from edgetrain.cli.sources import make_learner
@@ -31,7 +33,8 @@ def plan_command(
     given: dict[str, Any] = {
         "model": {"name": model},
         "device": {key: value for key, value in device.items() if value is not None},
-        "training": {"optimizer": optimizer},
+        "training": dict(training),
+        "stream": {"enabled": stream},
         "methods": {kind: text for kind, text in methods.items() if text is not None},
     }
     graph = _graph(model, input_shape, classes)

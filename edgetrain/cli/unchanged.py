@@ -12,6 +12,7 @@ from edgetrain.checkpoint import read_checkpoint
 from edgetrain.cli.config import ARGUMENTS, Config
 from edgetrain.cli.sources import make_optimizer
 from edgetrain.errors import UsageError
+from edgetrain.optim import Optimizer
 from edgetrain.policies import NONE, agrees, parse_policy
 from edgetrain.runs import Run
 
@@ -69,7 +70,7 @@ def _graph_name(config: Config, of_file: str) -> str:
 
 def _by_key(settings: Mapping[str, Any], model: str) -> dict[str, Any]:
     """Return settings of a checkpoint by key of config.toml, methods aside."""
-    optimizer = dict(settings["optimizer"])
+    optimizer = Optimizer.from_dict(settings["optimizer"]).to_dict()  # with what an older version did not know
     schedule = optimizer.pop("schedule")
     return {
         "model.name": model,

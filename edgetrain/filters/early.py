@@ -151,6 +151,8 @@ class _Early(Selector):
             graph, learner.profile, batch_size=_FULL, seed=learner.seed, threads=learner.threads, loss="mse",
             memory_budget=0, optimizer=SGD(lr=settings.lr, momentum=0.9, clip_norm=1.0),
         )  # fmt: skip
+        # Whoever uses it holds the main learner's lock; a lock of its own would be taken out of order by a fork.
+        self._learner._lock = learner._lock
         self._macs = graph.macs()
         self._threshold, self._entropy = math.nan, 0.5
         self._queue = _Queue(_FULL + learner.batch_size)
@@ -235,7 +237,6 @@ class _Early(Selector):
         self._learner.restore(network, meta["network"])
         self._threshold = math.nan if meta["threshold"] is None else float(meta["threshold"])
         self._entropy = float(meta["entropy"])
-        self._queue.count = 0
         if "queue/x" in tensors:
             self._queue.add(*(tensors[f"queue/{name}"] for name in _QUEUE))
 
