@@ -258,6 +258,7 @@ EDITS = {
     "batch_size": ("batch_size = 8", "batch_size = 16", "device.batch_size was 8, is now 16"),
     "optimizer": ('optimizer = "sgd"', 'optimizer = "adam"', "training.optimizer was sgd, is now adam;"),
     "momentum": ("momentum = 0.9", "momentum = 0.5", "training.momentum was 0.9, is now 0.5"),
+    "averaging": ("averaging = 0.0", "averaging = 0.9", "training.averaging was 0.0, is now 0.9"),
     "seed": ("seed = 1", "seed = 2", "training.seed was 1, is now 2"),
     "model": ('name = "lenet5"', 'name = "resnet8"', "model.name was lenet5, is now resnet8"),
     "method": ('filter = "none"', 'filter = "random:rate=0.5"', "methods.filter was none, is now random:rate=0.5"),

@@ -175,6 +175,29 @@ def test_a_fork_in_the_middle_of_another_threads_steps(alone):
 
 
 @FORKS
+def test_a_fork_in_the_middle_of_another_threads_stream():
+    """The filter's own learner works inside the main one, and is made after it."""
+    busy = et.Learner(et.models.lenet5(), batch_size=8, threads=2, instance_filter="eif:rate=0.5,start=0")
+    rng, ended = np.random.default_rng(0), threading.Event()
+    x, y = rng.random((32, 1, 28, 28), np.float32), rng.integers(0, 10, 32)
+
+    def observe() -> None:
+        while not ended.is_set():
+            busy.observe(x, y)
+
+    worker = threading.Thread(target=observe, daemon=True)
+    worker.start()
+    try:
+        before = time.monotonic()
+        assert [answer(in_child(lambda: busy.observe(x, y).instances_seen)) for _ in range(5)] == [32] * 5
+        assert time.monotonic() - before < forking._SECONDS
+    finally:
+        ended.set()
+        worker.join(SECONDS)
+    assert not worker.is_alive()
+
+
+@FORKS
 def test_a_fork_waits_for_a_kernel_that_is_being_compiled(monkeypatch):
     started = threading.Event()
     release = threading.Event()

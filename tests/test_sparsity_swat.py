@@ -210,6 +210,15 @@ def test_the_report_tells_what_every_layer_did_and_changes_nothing(policy):
     assert twin.partial_fit(*batch(8, 2)).loss == step.loss
 
 
+def test_the_report_ends_where_plans_change_with_the_topology():
+    made = learner(et.SWAT(weights=0.6, activations=0.6, variant="momentum", refresh=3))
+    train(made, 2)
+    before = made.parameters()
+    report = layer_report(made)
+    assert [layer.name for layer in report] == [n for n in network().arrays if n.endswith("weight")]
+    assert all(np.array_equal(before[name], array) for name, array in made.parameters().items())
+
+
 @pytest.mark.parametrize(
     ("group", "pruning", "word"),
     [

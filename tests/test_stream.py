@@ -44,6 +44,54 @@ def test_without_a_filter_every_full_micro_batch_is_trained_on():
         assert array.tobytes() == some.parameters()[key].tobytes()
 
 
+@pytest.mark.parametrize("chosen", [None, "random:rate=1.0", "eif:start=1000"])
+def test_the_callers_arrays_may_be_used_again(chosen):
+    own, shared = learner(chosen), learner(chosen)
+    x, y, _ = instances(60)
+    buffer, labels = np.empty((4, *x.shape[1:]), np.float32), np.empty(4, np.int64)
+    for start in range(0, 60, 4):
+        buffer[:], labels[:] = x[start : start + 4], y[start : start + 4]
+        shared.observe(buffer, labels)
+        buffer[:] = np.nan
+        own.observe(x[start : start + 4], y[start : start + 4])
+    for name, array in own.parameters().items():
+        np.testing.assert_array_equal(array, shared.parameters()[name])
+
+
+def overheard(some: et.Learner) -> tuple[list[float], list[float]]:
+    """Return the mean losses of steps, and those that the filter is told, of what a learner does from now on."""
+    steps, told, learn, partial_fit = [], [], some.stream._selector.learn, some.partial_fit
+
+    def step(x, y):
+        result = partial_fit(x, y)
+        steps.append(result.loss)
+        return result
+
+    def hear(x, y, losses):
+        told.append(losses.mean())
+        return learn(x, y, losses)
+
+    some.partial_fit, some.stream._selector.learn = step, hear
+    return steps, told
+
+
+@pytest.mark.parametrize("policy", ["rigl:weights=0.5,refresh=3,total_steps=40",
+                                    "swat:weights=0.5,variant=momentum,refresh=3"])  # fmt: skip
+def test_a_filter_hears_the_losses_of_the_step_that_was_taken(policy, tmp_path):
+    """Steps that keep the gradients of missing weights, or change what runs on lists, have plans of their own."""
+    some = learner("eif:rate=0.9,start=0", sparsity=policy)
+    x, y, _ = instances(240)
+    for seed in range(4):  # what comes first after loading is another kind of step each time
+        steps, told = overheard(some)
+        for start in range(0, 200, 40):
+            some.observe(x[start : start + 40], y[start : start + 40])
+        some.observe(x[200 : 217 + seed], y[200 : 217 + seed])
+        np.testing.assert_allclose(told, steps, rtol=1e-5)
+        some.save(tmp_path / "a.safetensors")
+        some = et.Learner.load(tmp_path / "a.safetensors")
+    assert len(told) > 8
+
+
 def test_flush_trains_on_the_rest():
     some, (x, y, _) = learner(), instances(20)
     some.observe(x, y)

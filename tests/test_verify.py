@@ -73,6 +73,11 @@ def test_optimizers_pass(optimizer):
     assert report.passed, report.table()
 
 
+def test_an_optimizer_by_name_is_refused():
+    with pytest.raises(UsageError, match="optimizer='sgd'"):
+        verify(tiny(), optimizer="sgd", steps=1, threads=1)
+
+
 def test_mean_squared_error_and_normalization_pass():
     graph = tiny()
     graph.normalization = Normalization(np.array([3.0, -1.0], np.float32), np.array([2.0, 0.5], np.float32))
