@@ -71,8 +71,7 @@ class EarlyInstanceFilter(InstanceFilter):
         rate, start: as ``InstanceFilter``; while everything passes the filter learns already.
         uncertain: share of the rejected instances that get a forward pass of the main network for a label.
         power: instances are kept with a probability proportional to this power of the score; infinity keeps exactly
-            those above a threshold. More finds more of a new condition and forgets more of what was known: on the dark
-            stream of docs/streams.md LeNet-5 lost 0.8 points of the old condition with 1, 1.2 with 1.5.
+            those above a threshold. More finds more of a new condition and forgets more of what was known.
         labels: "soft" or "hard", see the head of this file.
         lr: learning rate of the tiny network (SGD, momentum 0.9).
         cells, hidden: cells per side of the pooled image, width of the hidden layer; ``None`` derives them.
