@@ -111,7 +111,7 @@ class Optimizer:
         averaging: weight of the past in an exponential average of the parameters, running statistics included, which
             predictions, evaluations and exports then use; training goes on from the present ones. 0.99 is the mean of
             about the latest hundred steps, at first of all; 0: no average. It takes the place of a decaying
-            rate where the end is unknown, as in streams (docs/streams.md); one more number per parameter. Source:
+            rate where the end is unknown, as in streams of many hundred steps (docs/streams.md). Source:
             Polyak and Juditsky, "Acceleration of stochastic approximation by averaging", SIAM J. Control Optim. 1992.
 
     Raises:
