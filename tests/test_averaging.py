@@ -149,6 +149,17 @@ def test_a_state_without_an_average_is_refused_and_changes_nothing():
     assert same(averaged.parameters(), before)
 
 
+def test_the_first_step_begins_the_average_exactly():
+    some, other = learner(OPTIMIZERS["sgd"](0.9)), et.Learner(network(3), batch_size=8, threads=1)
+    some.prepare()
+    some.load_parameters({name: 1000 * array for name, array in other.parameters().items()})
+    some.load_parameters(other.parameters())
+    for step in range(2):
+        some.restore(*learner(OPTIMIZERS["sgd"](0.9)).state())
+        some.partial_fit(*batch(step))
+        assert same(some.parameters(), present(some))
+
+
 def test_loaded_parameters_predict_at_once():
     some, other = learner(OPTIMIZERS["sgd"](0.9)), et.Learner(network(3), batch_size=8, threads=1)
     some.partial_fit(*batch(0))

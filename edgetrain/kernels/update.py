@@ -111,9 +111,11 @@ def average() -> Body:
     def body(args: int, first: int, last: int) -> None:
         weight, average, count, settings = arguments(args, 4)
         share = broadcast(load_f32(settings + 4 * AVERAGING), WIDTH)
+        # The first step begins the average exactly, whatever was there: a resumed run must not differ by a rounding.
+        known = broadcast(0.0 if load_f32(settings + 4 * AVERAGING) >= 1.0 else 1.0, WIDTH)
         for job in range(first, last):
             for i in range(job * JOB, min(count, (job + 1) * JOB), WIDTH):
-                before = load(average + 4 * i, WIDTH)
+                before = load(average + 4 * i, WIDTH) * known
                 store(average + 4 * i, fma(share, load(weight + 4 * i, WIDTH) - before, before))
 
     return body
