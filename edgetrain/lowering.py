@@ -250,19 +250,31 @@ class Lowering(ListedLowering):
             **border_of(y), **strides(x=x, y=y),
         )  # fmt: skip
 
-    def batch_norm_gradient(self, node: Node, bounds: tuple[float, float]) -> None:
-        """Emit the gradients of input, scale and bias, and the output once more if the node has it."""
-        out, again = self.layout(node.y), node.outputs[3:]
-        self.emit(
-            "batch_norm_gradient", (self.lanes, len(again)), out.channels, mask=Ref("mask"), state=Ref("state"),
-            **border_of(out), **border_of(self.layout(again[0]) if again else out, "y_"),
-            **self.gradient_arguments(node, bounds),
-        )  # fmt: skip
+    def batch_norm_gradient(
+        self, node: Node, bounds: tuple[float, float], again: Value | None = None, kept: Value | None = None
+    ) -> None:
+        """Emit the gradients of input, scale and bias.
 
-    def gradient_arguments(self, node: Node, bounds: tuple[float, float]) -> dict[str, float | Ref]:
+        Args:
+            node: (x, grad_out, scale, bias, mean, 1 / std) -> (grad_x, grad_scale, grad_bias, ...).
+            bounds: what the output was clipped to.
+            again: the output, if it is to be computed once more.
+            kept: where the numbers of the channels belong that are chosen; the input gradient is theirs alone.
+        """
+        out, arguments = self.layout(node.y), self.gradient_arguments(node, bounds, again)
+        borders = border_of(out) | border_of(self.layout(again) if again is not None else out, "y_")
+
+        def emit(stage: int, **choice: Ref | int) -> None:
+            self.emit("batch_norm_gradient", (self.lanes, int(again is not None), stage), out.channels,
+                      mask=Ref("mask"), state=Ref("state"), **borders, **arguments, **choice)  # fmt: skip
+
+        self.in_stages(node, out.channels, kept, emit)
+
+    def gradient_arguments(
+        self, node: Node, bounds: tuple[float, float], again: Value | None
+    ) -> dict[str, float | Ref]:
         """Return what the kernels of both kinds of lanes share."""
-        again = node.outputs[3] if len(node.outputs) > 3 else node.x
-        maps = {"x": node.x, "y": again, "grad_x": node.y}
+        maps = {"x": node.x, "y": again or node.x, "grad_x": node.y}
         values = {**maps, "grad_out": node.input(1), "scale": node.input(2), "bias": node.input(3),
                   "mean": node.input(4), "inverse_std": node.input(5), "grad_scale": node.outputs[1],
                   "grad_bias": node.outputs[2]}  # fmt: skip
@@ -270,24 +282,25 @@ class Lowering(ListedLowering):
         addresses = {name: self.address(value) for name, value in values.items()}
         return {**addresses, **maps_of(self.layout(node.x)), **sizes, "f_low": bounds[0], "f_high": bounds[1]}
 
-    def residual_norm_gradient(self, node: Node, bounds: tuple[float, float]) -> None:
-        """Emit the gradients of a normalisation with an addend."""
-        self._residual_norm_gradient(node, bounds, bits=0)
+    def residual_norm_gradient(
+        self, node: Node, bounds: tuple[float, float], bits: int = 0, kept: Value | None = None
+    ) -> None:
+        """Emit the gradients of a normalisation with an addend; ``kept`` as for ``batch_norm_gradient``.
 
-    def residual_norm_mask_gradient(self, node: Node, bounds: tuple[float, float]) -> None:
-        """Emit the same where bits take the place of the output."""
-        self._residual_norm_gradient(node, bounds, bits=1)
-
-    def _residual_norm_gradient(self, node: Node, bounds: tuple[float, float], bits: int) -> None:
+        ``bits``: 1 where those of ``ReluMask`` take the place of the output.
+        """
         x, out, sums = self.layout(node.x), self.layout(node.outputs[1]), int(node.optional(6) is not None)
-        self.emit(
-            "residual_norm_gradient", (self.lanes, sums, bits), x.channels, mask=Ref("mask"), state=Ref("state"),
-            **border_of(out), **self.residual_arguments(node, bounds),
-        )  # fmt: skip
+        arguments = self.residual_arguments(node, bounds)
+
+        def emit(stage: int, **choice: Ref | int) -> None:
+            self.emit("residual_norm_gradient", (self.lanes, sums, bits, stage), x.channels, mask=Ref("mask"),
+                      state=Ref("state"), **border_of(out), **arguments, **choice)  # fmt: skip
+
+        self.in_stages(node, x.channels, kept, emit)
 
     def residual_arguments(self, node: Node, bounds: tuple[float, float]) -> dict[str, float | Ref]:
         """Return what the kernels of both kinds of lanes share."""
-        grad, more, (grad_sum, grad_x, grad_scale, grad_bias) = node.input(1), node.optional(6), node.outputs
+        grad, more, (grad_sum, grad_x, grad_scale, grad_bias) = node.input(1), node.optional(6), node.outputs[:4]
         values = {"x": node.x, "y": node.input(3), "grad_out": grad, "more": more or grad, "grad_sum": grad_sum,
                   "grad_x": grad_x, "scale": node.input(2), "mean": node.input(4), "inverse_std": node.input(5),
                   "grad_scale": grad_scale, "grad_bias": grad_bias}  # fmt: skip

@@ -217,13 +217,18 @@ class ChannelLowering(Lowering):
             **strides(x=x, y=y),
         )  # fmt: skip
 
-    def batch_norm_gradient(self, node: Node, bounds: tuple[float, float]) -> None:
-        """See ``Lowering.batch_norm_gradient``."""
-        x, again = self.layout(node.x), int(len(node.outputs) > 3)
-        self.emit("batch_norm_gradient_channels", (x.lanes, again), x.maps, **self.gradient_arguments(node, bounds))
+    def batch_norm_gradient(
+        self, node: Node, bounds: tuple[float, float], again: Value | None = None, kept: Value | None = None
+    ) -> None:
+        """See ``Lowering.batch_norm_gradient``; channels are never chosen here."""
+        x = self.layout(node.x)
+        self.emit("batch_norm_gradient_channels", (x.lanes, int(again is not None)), x.maps,
+                  **self.gradient_arguments(node, bounds, again))  # fmt: skip
 
-    def residual_norm_gradient(self, node: Node, bounds: tuple[float, float]) -> None:
-        """See ``Lowering.residual_norm_gradient``."""
+    def residual_norm_gradient(
+        self, node: Node, bounds: tuple[float, float], bits: int = 0, kept: Value | None = None
+    ) -> None:
+        """See ``Lowering.residual_norm_gradient``; outputs are never bits here, nor channels chosen."""
         x, more = self.layout(node.x), node.optional(6)
         self.emit("residual_norm_gradient_channels", (x.lanes, int(more is not None)), x.maps,
                   **self.residual_arguments(node, bounds))  # fmt: skip

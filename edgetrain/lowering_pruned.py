@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from edgetrain import lowering_winograd as winograd
 from edgetrain.arrays import ALIGNMENT, Layout
 from edgetrain.choice import Sizes
-from edgetrain.graph import Node
-from edgetrain.kernels.codes import RECORD, SAMPLES, TALLY_BYTES, THRESHOLD
+from edgetrain.graph import Node, Value
+from edgetrain.kernels.codes import BY_CHANCE, ERRORS, RECORD, SAMPLES, SUMS, TALLY_BYTES, THRESHOLD, WHOLE
 from edgetrain.lowering_products import ProductLowering
 from edgetrain.ops.pruning import IMPORTANCE
 from edgetrain.plan import Ref
@@ -28,19 +29,41 @@ class PrunedLowering(ProductLowering):
 
     def kept_channels(self, node: Node, g: Product) -> None:
         """Emit the scores of an error map's channels, and the choice of the best."""
-        grad, how = self.layout(node.x), IMPORTANCE[node.get("importance", "error")]
-        scores, sources = self.workspace(8 * g.channels_out), g.forward_sources()
+        scores = self.workspace(8 * g.channels_out)
+        self._score(node, node.x, scores, weight=self.address(node.input(1)), weight_channel=g.weight_out,
+                    sources=g.forward_sources())  # fmt: skip
+        self._choose(node, scores, node.y, g.channels_out)
+
+    def in_stages(self, node: Node, channels: int, kept: Value | None, emit: Callable[..., None]) -> None:
+        """Call ``emit`` with the stage of a normalisation's gradient and its arguments for a choice: once, or twice.
+
+        With ``kept`` the channels are chosen between the sums and the input gradient.
+        """
+        if kept is None:
+            emit(WHOLE, scores=0, kept=0, kept_count=0)
+            return
+        scores = self.workspace(8 * channels)
+        choice = {"scores": scores, "kept": self.address(kept), "kept_count": kept.size}
+        emit(SUMS, **choice)
+        if IMPORTANCE[node.get("importance")] == BY_CHANCE:
+            self._score(node, node.x, scores)
+        self._choose(node, scores, kept, channels)
+        emit(ERRORS, **choice)
+
+    def _score(self, node: Node, grad_out: Value, scores: Ref, weight: Ref | int = 0, weight_channel: int = 0,
+               sources: Sequence[int] = ()) -> None:  # fmt: skip
+        grad, how = self.layout(grad_out), IMPORTANCE[node.get("importance")]
         self.emit(
-            "channel_scores", (self.lanes, how), g.channels_out, grad_out=self.address(node.x),
-            weight=self.address(node.input(1)), scores=scores, state=Ref("state"), stream=int(node.get("stream", 0)),
-            channels=g.channels_out, blocks=self.blocks, rows=grad.rows, columns=grad.columns, grad_block=grad.block,
-            grad_channel=grad.channel, grad_row=grad.row, weight_channel=g.weight_out, sources=self.table(sources),
-            source_count=len(sources),
+            "channel_scores", (self.lanes, how), grad.channels, grad_out=self.address(grad_out), weight=weight,
+            scores=scores, state=Ref("state"), stream=int(node.get("stream")), channels=grad.channels,
+            blocks=self.blocks, rows=grad.rows, columns=grad.columns, grad_block=grad.block,
+            grad_channel=grad.channel, grad_row=grad.row, weight_channel=weight_channel,
+            sources=self.table(sources), source_count=len(sources),
         )  # fmt: skip
-        self.emit(
-            "keep_channels", (), 1, scores=scores, kept=self.address(node.y), channels=g.channels_out,
-            kept_count=node.y.size,
-        )  # fmt: skip
+
+    def _choose(self, node: Node, scores: Ref, kept: Value, channels: int) -> None:
+        self.emit("keep_channels", (), 1, scores=scores, kept=self.address(kept), channels=channels,
+                  kept_count=kept.size)  # fmt: skip
 
     def pruned_input_grad(self, node: Node, g: Product) -> None:
         """As the dense gradient: Winograd, or one gather-multiply per phase over terms that are listed at run time."""

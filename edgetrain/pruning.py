@@ -18,9 +18,13 @@ from edgetrain.densities import DISTRIBUTIONS
 from edgetrain.errors import UsageError
 from edgetrain.graph import Graph, Node, Value
 from edgetrain.keeping import forget_again
-from edgetrain.ops.pruning import IMPORTANCE
+from edgetrain.ops.pruning import CHOICE, IMPORTANCE
 from edgetrain.schema import percent_hint, take_numbers
 
+_NORMALISED = (
+    "BatchNormalizationGrad", "BatchNormalizationGradAgain", "ResidualNormalizationGrad",
+    "ResidualNormalizationMaskGrad",
+)  # fmt: skip
 _PRUNED = {"ProductInputGrad": "PrunedInputGrad", "ProductWeightGrad": "PrunedWeightGrad", "SumTo": "PrunedBiasGrad"}
 
 
@@ -99,15 +103,32 @@ class ErrorMapPruning(ErrorPruning):
         for stream, error_map in enumerate(listed):
             if count := self._count(error_map.conv, keep):
                 kept = self._choice(graph, error_map.conv, error_map.value, count, stream)
-                readers = [i for i, node in enumerate(graph.nodes) if error_map.read_by(node)]
-                for i in readers:
-                    graph.nodes[i] = _pruned(graph.nodes[i], kept.y)
-                graph.nodes.insert(readers[0], kept)
+                self._prune(train, error_map, kept)
         for stream, node in enumerate(pooled, 500):
             if count := self._count(node.get("conv"), keep):
                 # What comes to the pool has the norms of the error map.
                 kept = self._choice(graph, node.get("conv"), node.input(1), count, stream)
                 self._prune_lists(graph, node, kept)
+
+    def _prune(self, train: TrainingGraph, error_map: ErrorMap, kept: Node) -> None:
+        """Let the gradients of a convolution read the kept channels, and choose these as soon as that is possible.
+
+        Where a normalisation's gradient makes the error map for nobody else, its sums tell the norms, and the other
+        channels' errors are never written: a step of ResNet-20 takes XXX ms, after a choice from the map XXX (keep 0.5).
+        """
+        graph, made = train.graph, _producer(train, error_map.value)
+        readers = [i for i, node in enumerate(graph.nodes) if error_map.read_by(node)]
+        alone = len(graph.consumers(error_map.value.name)) == len(readers)
+        for i in readers:
+            graph.nodes[i] = _pruned(graph.nodes[i], kept.y)
+        if alone and made.op_type in _NORMALISED and self.importance != "error_and_weights":
+            choice = {name: kept.get(name) for name in CHOICE}
+            graph.nodes[graph.nodes.index(made)] = replace(
+                made, op_type=f"Pruned{made.op_type}", outputs=(*made.outputs, kept.y),
+                attributes={**made.attributes, **choice},
+            )  # fmt: skip
+        else:
+            graph.nodes.insert(readers[0], kept)
 
     def _count(self, conv: Node, keep: Mapping[str, float]) -> int:
         """Return how many channels to keep, 0 if all are; ``keep``: shares by weight."""

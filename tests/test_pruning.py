@@ -72,16 +72,17 @@ def masked_gradients(
     biases = {n.input(2).name for n in convs if n.optional(2)}
     values = reference._start(graph, x, np.float64) | {LABELS: y}
     by_error = {e.value.name: values[e.conv.input(1).name] for e in error_maps(train)}
+    normalised = {v.name for n in train.graph.nodes if "NormalizationGrad" in n.op_type for v in n.outputs}
     for node in train.graph.nodes:
         inputs = [values[v.name] for v in node.inputs if v is not None]
         like = node.get("like")
         if mask_error is not None:
             if node.op_type == "ProductInputGrad" and node.input(1).name in ours:
-                inputs[0] = mask_error(inputs[0], values[node.input(1).name])
+                inputs[0] = mask_error(inputs[0], values[node.input(1).name], node.x.name in normalised)
             elif node.op_type == "ProductWeightGrad" and like.name in ours:
-                inputs[1] = mask_error(inputs[1], values[like.name])
+                inputs[1] = mask_error(inputs[1], values[like.name], node.input(1).name in normalised)
             elif node.op_type == "SumTo" and like.name in biases:
-                inputs[0] = mask_error(inputs[0], by_error[node.x.name])
+                inputs[0] = mask_error(inputs[0], by_error[node.x.name], node.x.name in normalised)
         if mask_input is not None and node.op_type == "ProductWeightGrad" and like.name in ours:
             inputs[0] = mask_input(inputs[0])
         values.update(zip((v.name for v in node.outputs), get_op(node.op_type).reference(node, *inputs), strict=True))
@@ -92,8 +93,9 @@ def masked_gradients(
 
 
 def keep_largest(keep: float, weigh: bool) -> Any:
-    def mask(grad: Array, weights: Array) -> Array:
-        scores = 2 * np.abs(grad).sum((0, 2, 3)) / np.abs(grad).sum()
+    def mask(grad: Array, weights: Array, normalised: bool) -> Array:
+        norms = np.linalg.norm(np.moveaxis(grad, 1, 0).reshape(grad.shape[1], -1), 2 if normalised else 1, axis=1)
+        scores = 2 * norms / norms.sum()
         if weigh:
             scores = scores + np.abs(weights).sum((1, 2, 3)) / np.abs(weights).sum()
         kept = np.argsort(-scores)[: max(1, round(keep * len(scores)))]

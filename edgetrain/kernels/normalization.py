@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 from numba import njit
 
+from edgetrain.kernels.codes import ERRORS, SUMS
+from edgetrain.kernels.pruned import is_kept
 from edgetrain.kernels.registry import Body, kernel
 from edgetrain.kernels.simd import (
     arguments,
@@ -35,6 +37,8 @@ _MAPS = ("blocks", "rows", "columns")
 # Zeros around the result's maps, written along with them: clearing them before, line by line of memory that is not in
 # any cache, took 6 % of a step of MobileNetV1 at batch 128.
 _BORDER = ("top", "left", "bottom", "right")
+# Of a choice between channels: where their scores belong, and the numbers of those that were chosen.
+_CHOICE = ("scores", "kept", "kept_count")
 
 
 # Inlined, as calls with so many vectors made the gradients of MobileNetV1 8 % slower.
@@ -79,6 +83,25 @@ def _write_gradient(
             store(target + i * step, (own - shift - away * slope) * alive)
         for i in range(inside, columns + right):
             store(target + i * step, zero)
+
+
+@njit
+def _store_sums(
+    grad_scale: Any, grad_bias: Any, scores: Any, channel: Any, scale: Any, inverse: Any, total: Any, product: Any,
+    squares: Any, count: Any, scored: Any,
+) -> None:  # fmt: skip
+    """Write a channel's gradients of scale and bias, and if ``scored`` the L2 norm of its ``grad_x``.
+
+    This is ``(grad - mean(grad) - xhat * mean(grad * xhat)) * scale * inverse``, of which the two means are
+    orthogonal parts: the norm follows from the sum of the squares of ``grad``. Scores as in ``channel_scores``.
+    """
+    store_f32(grad_bias + 4 * channel, total)
+    store_f32(grad_scale + 4 * channel, product * inverse)
+    if scored:
+        energy = squares - (total * total + product * product * inverse * inverse) / count
+        norm = 0.0 if energy < 0.0 else math.sqrt(energy)  # what is not finite stays so
+        store_f32(scores + 8 * channel, norm * abs(load_f32(scale + 4 * channel) * inverse))
+        store_f32(scores + 8 * channel + 4, 0.0)
 
 
 # Squares around a pivot that cancel more than this share when they are moved to the mean are summed up anew.
@@ -205,13 +228,15 @@ def batch_norm_inference(lanes: int, inverted: int) -> Body:
 @kernel(
     "x", "y", "grad_out", "grad_x", "scale", "bias", "mean", "inverse_std", "grad_scale", "grad_bias", "mask", "state",
     *_MAPS, "x_block", "x_channel", "x_row", "y_block", "y_channel", "y_row", "grad_block", "grad_channel", "grad_row",
-    "grad_x_block", "grad_x_channel", "grad_x_row", *_BORDER, *(f"y_{side}" for side in _BORDER), "f_low", "f_high",
+    "grad_x_block", "grad_x_channel", "grad_x_row", *_BORDER, *(f"y_{side}" for side in _BORDER), *_CHOICE, "f_low",
+    "f_high",
 )  # fmt: skip
-def batch_norm_gradient(lanes: int, again: int) -> Body:
+def batch_norm_gradient(lanes: int, again: int, stage: int) -> Body:
     """Write the gradients of input, scale and bias (Ioffe and Szegedy 2015, section 3), and y if ``again``.
 
     Where the output was clipped the gradient stops; that is found out again from ``x``, so
     nothing but ``x`` is kept. ``grad_x`` is 0 in lanes without a sample, as every gradient must be.
+    ``stage``, see ``codes``: with ``ERRORS`` ``grad_x`` is written for the channels that are ``kept`` alone.
     """
     step = 4 * lanes
 
@@ -219,8 +244,8 @@ def batch_norm_gradient(lanes: int, again: int) -> Body:
         (x, y, grad_out, grad_x, scale, bias, mean, inverse_std, grad_scale, grad_bias, mask, state, blocks, rows,
          columns, x_block, x_channel, x_row, y_block, y_channel, y_row, grad_block, grad_channel, grad_row,
          grad_x_block, grad_x_channel, grad_x_row, top, left, bottom, right, y_top, y_left, y_bottom,
-         y_right) = arguments(args, 35)  # fmt: skip
-        low, high = broadcast(load_f32(args + 280), lanes), broadcast(load_f32(args + 288), lanes)
+         y_right, scores, kept, kept_count) = arguments(args, 38)  # fmt: skip
+        low, high = broadcast(load_f32(args + 304), lanes), broadcast(load_f32(args + 312), lanes)
         zero = broadcast(0.0, lanes)
         count = load_i64(state) * rows * columns
         for channel in range(first, last):
@@ -228,9 +253,9 @@ def batch_norm_gradient(lanes: int, again: int) -> Body:
             inverse = load_f32(inverse_std + 4 * channel)
             factor = broadcast(load_f32(scale + 4 * channel) * inverse, lanes)
             offset = broadcast(load_f32(bias + 4 * channel), lanes)
-            total, product = 0.0, 0.0
-            for block in range(blocks):
-                summed, wholly = zero, zero
+            total, product, squares = 0.0, 0.0, 0.0
+            for block in range(0 if stage == ERRORS else blocks):
+                summed, wholly, square = zero, zero, zero
                 for row in range(rows):
                     source = x + block * x_block + channel * x_channel + row * x_row
                     grads = grad_out + block * grad_block + channel * grad_channel + row * grad_row
@@ -242,21 +267,31 @@ def batch_norm_gradient(lanes: int, again: int) -> Body:
                         grad = select_gt(value, low, select_gt(high, value, grad, zero), zero)
                         part = part + grad
                         along = fma(grad, away, along)
+                        if stage == SUMS:
+                            square = fma(grad, grad, square)
                     summed, wholly = summed + part, wholly + along
                 total += sum_lanes(summed)
                 product += sum_lanes(wholly)
-            store_f32(grad_bias + 4 * channel, total)
-            store_f32(grad_scale + 4 * channel, product * inverse)
+                squares += sum_lanes(square)
+            if stage == ERRORS:
+                total, product = load_f32(grad_bias + 4 * channel), load_f32(grad_scale + 4 * channel) / inverse
+            else:
+                _store_sums(grad_scale, grad_bias, scores, channel, scale, inverse, total, product, squares, count,
+                            stage == SUMS)  # fmt: skip
+            if stage == SUMS:
+                continue
+            wanted = stage != ERRORS or is_kept(kept, kept_count, channel)
             shift = broadcast(total / count, lanes)
             slope = broadcast(product * inverse * inverse / count, lanes)
             for block in range(blocks):
                 source = x + block * x_block + channel * x_channel
-                _write_gradient(
-                    source, grad_out + block * grad_block + channel * grad_channel,
-                    grad_x + block * grad_x_block + channel * grad_x_channel, middle, factor, offset, low, high, shift,
-                    slope, load(mask + block * step, lanes) * factor, rows, columns, x_row, grad_row, grad_x_row, top,
-                    left, bottom, right, lanes,
-                )  # fmt: skip
+                if wanted:
+                    _write_gradient(
+                        source, grad_out + block * grad_block + channel * grad_channel,
+                        grad_x + block * grad_x_block + channel * grad_x_channel, middle, factor, offset, low, high,
+                        shift, slope, load(mask + block * step, lanes) * factor, rows, columns, x_row, grad_row,
+                        grad_x_row, top, left, bottom, right, lanes,
+                    )  # fmt: skip
                 if again:
                     _write_normalised(
                         source, y + block * y_block + channel * y_channel, source, 0, middle, factor, offset, low, high,
@@ -270,9 +305,9 @@ def batch_norm_gradient(lanes: int, again: int) -> Body:
     "x", "y", "grad_out", "more", "grad_sum", "grad_x", "scale", "mean", "inverse_std", "grad_scale", "grad_bias",
     "mask", "state", *_MAPS, "x_block", "x_channel", "x_row", "y_block", "y_channel", "y_row", "grad_block",
     "grad_channel", "grad_row", "more_block", "more_channel", "more_row", "grad_sum_block", "grad_sum_channel",
-    "grad_sum_row", "grad_x_block", "grad_x_channel", "grad_x_row", *_BORDER, "f_low", "f_high",
+    "grad_sum_row", "grad_x_block", "grad_x_channel", "grad_x_row", *_BORDER, *_CHOICE, "f_low", "f_high",
 )  # fmt: skip
-def residual_norm_gradient(lanes: int, sums: int, bits: int) -> Body:
+def residual_norm_gradient(lanes: int, sums: int, bits: int, stage: int) -> Body:
     """Write the gradients of ``y = clip(norm(x) + addend)``: of the addend (``grad_sum``), input, scale and bias.
 
     ``grad_sum`` is ``grad_out``, plus ``more`` if ``sums``, where y was not clipped; it may be the memory of either.
@@ -284,17 +319,17 @@ def residual_norm_gradient(lanes: int, sums: int, bits: int) -> Body:
         (x, y, grad_out, more, grad_sum, grad_x, scale, mean, inverse_std, grad_scale, grad_bias, mask, state, blocks,
          rows, columns, x_block, x_channel, x_row, y_block, y_channel, y_row, grad_block, grad_channel, grad_row,
          more_block, more_channel, more_row, grad_sum_block, grad_sum_channel, grad_sum_row, grad_x_block,
-         grad_x_channel, grad_x_row, top, left, bottom, right) = arguments(args, 38)  # fmt: skip
-        low, high = broadcast(load_f32(args + 304), lanes), broadcast(load_f32(args + 312), lanes)
+         grad_x_channel, grad_x_row, top, left, bottom, right, scores, kept, kept_count) = arguments(args, 41)  # fmt: skip
+        low, high = broadcast(load_f32(args + 328), lanes), broadcast(load_f32(args + 336), lanes)
         zero, least, most = broadcast(0.0, lanes), broadcast(-math.inf, lanes), broadcast(math.inf, lanes)
         none = whole(0, lanes)
         count = load_i64(state) * rows * columns
         for channel in range(first, last):
             middle = broadcast(load_f32(mean + 4 * channel), lanes)
             inverse = load_f32(inverse_std + 4 * channel)
-            total, product = 0.0, 0.0
-            for block in range(blocks):
-                summed, wholly = zero, zero
+            total, product, squares = 0.0, 0.0, 0.0
+            for block in range(0 if stage == ERRORS else blocks):
+                summed, wholly, square = zero, zero, zero
                 packed, place = 0, y + block * y_block + channel * y_channel
                 word = load(place, lanes)
                 for row in range(rows):
@@ -321,11 +356,19 @@ def residual_norm_gradient(lanes: int, sums: int, bits: int) -> Body:
                         store(target + i * step, grad)
                         part = part + grad
                         along = fma(grad, away, along)
+                        if stage == SUMS:
+                            square = fma(grad, grad, square)
                     summed, wholly = summed + part, wholly + along
                 total += sum_lanes(summed)
                 product += sum_lanes(wholly)
-            store_f32(grad_bias + 4 * channel, total)
-            store_f32(grad_scale + 4 * channel, product * inverse)
+                squares += sum_lanes(square)
+            if stage == ERRORS:
+                total, product = load_f32(grad_bias + 4 * channel), load_f32(grad_scale + 4 * channel) / inverse
+            else:
+                _store_sums(grad_scale, grad_bias, scores, channel, scale, inverse, total, product, squares, count,
+                            stage == SUMS)  # fmt: skip
+            if stage == SUMS or (stage == ERRORS and not is_kept(kept, kept_count, channel)):
+                continue
             factor = broadcast(load_f32(scale + 4 * channel) * inverse, lanes)
             shift = broadcast(total / count, lanes)
             slope = broadcast(product * inverse * inverse / count, lanes)

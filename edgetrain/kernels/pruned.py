@@ -74,6 +74,15 @@ def _combined(scores: Any, channel: Any, error_unit: Any, size_unit: Any) -> Any
     return score if score < math.inf else math.inf
 
 
+@njit
+def is_kept(kept: Any, kept_count: Any, channel: Any) -> bool:
+    """Whether a list of numbers (float32) holds a channel's."""
+    for i in range(kept_count):
+        if int(load_f32(kept + 4 * i)) == channel:
+            return True
+    return False
+
+
 @kernel("scores", "kept", "channels", "kept_count")
 def keep_channels() -> Body:
     """Write the numbers (float32) of the ``kept_count`` channels with the highest scores, ascending. One job.
@@ -133,10 +142,7 @@ def zero_unlisted() -> Body:
     def body(args: int, first: int, last: int) -> None:
         target, kept, kept_count, weight_channel, sources, source_count = arguments(args, 6)
         for channel in range(first, last):
-            listed = False
-            for i in range(kept_count):
-                listed = listed or int(load_f32(kept + 4 * i)) == channel
-            if not listed:
+            if not is_kept(kept, kept_count, channel):
                 for k in range(source_count):
                     store_f32(target + channel * weight_channel + load_i64(sources + 8 * k), 0.0)
 

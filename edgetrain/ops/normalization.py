@@ -206,6 +206,10 @@ class BatchNormalizationGradAgain(BatchNormalizationGrad):
         again = BatchNormalizationAgain().reference(node, x, scale, bias, mean, inverse)
         return *super().reference(node, *inputs), *again
 
+    def lower(self, node: Node, low: Lowering) -> None:
+        """Two passes per channel."""
+        low.batch_norm_gradient(node, bounds_of(node), again=node.outputs[3])
+
 
 @register
 class ResidualNormalizationGrad(Op):
@@ -257,7 +261,7 @@ class ResidualNormalizationMaskGrad(ResidualNormalizationGrad):
 
     def lower(self, node: Node, low: Lowering) -> None:
         """Two passes per channel."""
-        low.residual_norm_mask_gradient(node, bounds_of(node))
+        low.residual_norm_gradient(node, bounds_of(node), bits=1)
 
 
 @register

@@ -3,6 +3,8 @@
 Error maps, by channels (``edgetrain.pruning.ErrorMapPruning``):
 
 - ``KeptChannels``: (grad_out, weights) -> numbers of the channels to keep;
+- ``PrunedBatchNormalizationGrad`` and its like: where a normalisation's gradient makes the error map, which channels
+  to keep follows from its sums; the error map is computed for these alone;
 - ``PrunedInputGrad``, ``PrunedWeightGrad``, ``PrunedBiasGrad``: the gradients of a product from the kept channels
   alone. Each is its dense operator with one more input, the list.
 
@@ -31,12 +33,20 @@ from edgetrain.graph import Node, Shape, Value
 from edgetrain.kernels.codes import BY_CHANCE, BY_ERROR, BY_ERROR_AND_WEIGHTS
 from edgetrain.ops.conv import Product, ProductGrad, ProductInputGrad, ProductWeightGrad
 from edgetrain.ops.geometry import channels_of
+from edgetrain.ops.normalization import (
+    BatchNormalizationGrad,
+    BatchNormalizationGradAgain,
+    ResidualNormalizationGrad,
+    ResidualNormalizationMaskGrad,
+    bounds_of,
+)
 from edgetrain.ops.registry import NO_BORDER, Array, Border, Op, describe, register
 
 if TYPE_CHECKING:
     from edgetrain.lowering import Lowering
 
 IMPORTANCE = {"error": BY_ERROR, "error_and_weights": BY_ERROR_AND_WEIGHTS, "random": BY_CHANCE}
+CHOICE = ("count", "importance", "stream")
 
 
 @register
@@ -50,7 +60,7 @@ class KeptChannels(Op):
     name = "KeptChannels"
     arity = (2, 2)
     training_only = True
-    attributes = (*ProductGrad.attributes, "count", "importance", "stream")
+    attributes = (*ProductGrad.attributes, *CHOICE)
 
     def infer(self, node: Node) -> Sequence[tuple[Shape, bool]]:
         """One number per kept channel."""
@@ -169,6 +179,84 @@ class PrunedBiasGrad(Op):
     def lower(self, node: Node, low: Lowering) -> None:
         """See ``lowering_pruned``."""
         low.pruned_bias_grad(node)
+
+
+class _PrunedNormalization(Op):
+    """A normalisation's gradient whose input gradient is computed for ``count`` channels alone; ``kept`` comes last.
+
+    Chosen by the L2 norm of the input gradient, or by chance, see ``KeptChannels``; the others' is not written.
+    """
+
+    errors = 0  # which output is the error map
+
+    def output_count(self, node: Node) -> int:
+        """One more."""
+        return super().output_count(node) + 1
+
+    def infer(self, node: Node) -> Sequence[tuple[Shape, bool]]:
+        """One number per kept channel."""
+        return [*super().infer(node), ((int(node.get("count")),), False)]
+
+    def reference(self, node: Node, *inputs: Array) -> tuple[Array, ...]:
+        """Zeros in the other channels; without randomness the first ones are kept."""
+        outputs, count = list(super().reference(node, *inputs)), int(node.get("count"))
+        errors = outputs[self.errors]
+        norms = (errors**2).sum(axis=(0, *range(2, errors.ndim)))
+        if IMPORTANCE[node.get("importance")] == BY_CHANCE:
+            norms = -np.arange(len(norms))
+        kept = np.sort(np.argsort(-norms, kind="stable")[:count]).astype(outputs[0].dtype)
+        outputs[self.errors] = masked(errors, kept)
+        return *outputs, kept
+
+
+@register
+class PrunedBatchNormalizationGrad(_PrunedNormalization, BatchNormalizationGrad):
+    """See ``BatchNormalizationGrad``, and ``kept``."""
+
+    name = "PrunedBatchNormalizationGrad"
+    attributes = (*BatchNormalizationGrad.attributes, *CHOICE)
+
+    def lower(self, node: Node, low: Lowering) -> None:
+        """See ``PrunedLowering.in_stages``."""
+        low.batch_norm_gradient(node, bounds_of(node), kept=node.outputs[-1])
+
+
+@register
+class PrunedBatchNormalizationGradAgain(_PrunedNormalization, BatchNormalizationGradAgain):
+    """See ``BatchNormalizationGradAgain``, and ``kept``."""
+
+    name = "PrunedBatchNormalizationGradAgain"
+    attributes = (*BatchNormalizationGrad.attributes, *CHOICE)
+
+    def lower(self, node: Node, low: Lowering) -> None:
+        """See ``PrunedLowering.in_stages``."""
+        low.batch_norm_gradient(node, bounds_of(node), again=node.outputs[3], kept=node.outputs[-1])
+
+
+@register
+class PrunedResidualNormalizationGrad(_PrunedNormalization, ResidualNormalizationGrad):
+    """See ``ResidualNormalizationGrad``, and ``kept``."""
+
+    name = "PrunedResidualNormalizationGrad"
+    attributes = (*ResidualNormalizationGrad.attributes, *CHOICE)
+    errors = 1
+
+    def lower(self, node: Node, low: Lowering) -> None:
+        """See ``PrunedLowering.in_stages``."""
+        low.residual_norm_gradient(node, bounds_of(node), kept=node.outputs[-1])
+
+
+@register
+class PrunedResidualNormalizationMaskGrad(_PrunedNormalization, ResidualNormalizationMaskGrad):
+    """See ``ResidualNormalizationMaskGrad``, and ``kept``."""
+
+    name = "PrunedResidualNormalizationMaskGrad"
+    attributes = (*ResidualNormalizationGrad.attributes, *CHOICE)
+    errors = 1
+
+    def lower(self, node: Node, low: Lowering) -> None:
+        """See ``PrunedLowering.in_stages``."""
+        low.residual_norm_gradient(node, bounds_of(node), bits=1, kept=node.outputs[-1])
 
 
 @register
