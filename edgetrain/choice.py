@@ -172,13 +172,13 @@ class Tiles:
             return self.one_pixel
         if sizes.pixels <= self.two_pixels[1]:
             return self.two_pixels
-        return _fuller(sizes.channels, self.many_pixels, self.odd)
+        return fuller(sizes.channels, self.many_pixels, self.odd)
 
     def correlate(self, sizes: Sizes) -> Tile:
         """Return (channels, terms) of a gather-correlate's tile."""
         if sizes.channels == 1:
             return 1, _even(sizes.terms, self.gradient_terms)
-        return _fuller(sizes.channels, self.gradient, self.gradient_odd)
+        return fuller(sizes.channels, self.gradient, self.gradient_odd)
 
 
 @dataclass(frozen=True)
@@ -247,7 +247,7 @@ def winograd_tile(tiles: int, blocks: int, threads: int, lanes: int) -> tuple[in
     return chunk * together, together * lanes, shapes[chunk]
 
 
-def _fuller(channels: int, usual: Tile, odd: Tile | None) -> Tile:
+def fuller(channels: int, usual: Tile, odd: Tile | None) -> Tile:
     """Return the tile that computes fewer channels that do not exist, the usual one unless it wastes a tenth more."""
     if odd is None:
         return usual

@@ -28,7 +28,7 @@ from edgetrain.pruning import (
     error_maps,
     mask_activations,
 )
-from tests.engine import PRUNING_KERNELS, assert_all_close, assert_close, assert_same, learner, wide_host
+from tests.engine import PRUNING_KERNELS, assert_all_close, assert_close, assert_same, learner, poison, wide_host
 from tests.op_cases import Net
 
 Array = NDArray[Any]
@@ -115,6 +115,58 @@ def test_both_products_equal_the_masked_dense_ones(norm, count, keep):
     (x, y), graph = batch(count), network(norm)
     made = learner(graph, error_pruning=ErrorMapPruning(keep=keep))
     assert_all_close(made.gradients(x, y), masked_gradients(graph, x, y, keep_largest(keep, False)), TOLERANCE)
+
+
+def residual_network() -> Graph:
+    """Normalised branches added to what they start from, with Relus in between and behind, and a Clip."""
+    net = Net((3, 8, 8))
+    x = net.Relu(net.norm(net.conv("input", 8, 3, 3, 3, pads=SAME, bias=False)))
+    for last in ({}, {"min": 0.0, "max": 0.8}):
+        y = net.Relu(net.norm(net.conv(x, 8, 8, 3, 3, pads=SAME, bias=False)))
+        y = net.Add(net.norm(net.conv(y, 8, 8, 3, 3, pads=SAME, bias=False)), x)
+        x = net.Clip(y, **last) if last else net.Relu(y)
+    x = net.Flatten(net.GlobalAveragePool(net.conv(x, 12, 8, 3, 3, strides=[2, 2])))
+    net.graph.set_outputs([net.Gemm(x, net.parameter(5, 12), transB=1)])
+    return net.graph
+
+
+CHOOSING = {
+    "PrunedBatchNormalizationGrad", "PrunedBatchNormalizationGradAgain", "PrunedResidualNormalizationGrad",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("count", [2, 6, 20])
+def test_gradients_of_normalisations_choose_channels_by_their_sums(count, threads):
+    """Nobody looks at the error maps for that, but at that of the convolution without a normalisation."""
+    (x, y), graph = batch(count), residual_network()
+    made = learner(graph, error_pruning=ErrorMapPruning(keep=0.5), threads=threads)
+    plan = made.training_plan()
+    assert {node.op_type for node in plan.graph.nodes} >= CHOOSING
+    assert [row.kernel[0] for row in plan.rows].count("channel_scores") == 1
+    made.gradients(x, y)
+    poison(made)  # nobody reads the errors of the channels that were left out
+    assert_all_close(made.gradients(x, y), masked_gradients(graph, x, y, keep_largest(0.5, False)), 3 * TOLERANCE)
+
+
+@pytest.mark.parametrize("importance", ["random", "error_and_weights"])
+def test_normalised_error_maps_may_be_chosen_otherwise(importance):
+    """With a share of all channels but one: who is left out has no gradient, all others that of the masked network."""
+    (x, y), graph = batch(6), residual_network()
+    made = learner(graph, error_pruning=ErrorMapPruning(keep=0.88, importance=importance))
+    found = made.gradients(x, y)
+    kept = {name: np.flatnonzero(np.abs(found[name]).sum((1, 2, 3))) for name in conv_weights(graph)}
+    assert {len(channels) for channels in kept.values()} == {7, 11}
+    names = {id(array): name for name, array in graph.arrays.items()}
+
+    def mask(grad: Array, weights: Array, normalised: bool) -> Array:
+        (name,) = [n for n in names.values() if graph.arrays[n].shape == weights.shape
+                   and np.array_equal(graph.arrays[n], weights.astype(np.float32))]  # fmt: skip
+        out = np.zeros_like(grad)
+        out[:, kept[name]] = grad[:, kept[name]]
+        return out
+
+    assert_all_close(found, masked_gradients(graph, x, y, mask), 3 * TOLERANCE)
 
 
 def test_weights_may_count_in_the_importance():

@@ -272,7 +272,8 @@ def batch_norm_gradient(lanes: int, again: int, stage: int) -> Body:
                     summed, wholly = summed + part, wholly + along
                 total += sum_lanes(summed)
                 product += sum_lanes(wholly)
-                squares += sum_lanes(square)
+                if stage == SUMS:
+                    squares += sum_lanes(square)
             if stage == ERRORS:
                 total, product = load_f32(grad_bias + 4 * channel), load_f32(grad_scale + 4 * channel) / inverse
             else:
@@ -319,7 +320,8 @@ def residual_norm_gradient(lanes: int, sums: int, bits: int, stage: int) -> Body
         (x, y, grad_out, more, grad_sum, grad_x, scale, mean, inverse_std, grad_scale, grad_bias, mask, state, blocks,
          rows, columns, x_block, x_channel, x_row, y_block, y_channel, y_row, grad_block, grad_channel, grad_row,
          more_block, more_channel, more_row, grad_sum_block, grad_sum_channel, grad_sum_row, grad_x_block,
-         grad_x_channel, grad_x_row, top, left, bottom, right, scores, kept, kept_count) = arguments(args, 41)  # fmt: skip
+         grad_x_channel, grad_x_row, top, left, bottom, right, scores, kept,
+         kept_count) = arguments(args, 41)  # fmt: skip
         low, high = broadcast(load_f32(args + 328), lanes), broadcast(load_f32(args + 336), lanes)
         zero, least, most = broadcast(0.0, lanes), broadcast(-math.inf, lanes), broadcast(math.inf, lanes)
         none = whole(0, lanes)
@@ -361,7 +363,8 @@ def residual_norm_gradient(lanes: int, sums: int, bits: int, stage: int) -> Body
                     summed, wholly = summed + part, wholly + along
                 total += sum_lanes(summed)
                 product += sum_lanes(wholly)
-                squares += sum_lanes(square)
+                if stage == SUMS:
+                    squares += sum_lanes(square)
             if stage == ERRORS:
                 total, product = load_f32(grad_bias + 4 * channel), load_f32(grad_scale + 4 * channel) / inverse
             else:

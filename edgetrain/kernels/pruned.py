@@ -77,10 +77,10 @@ def _combined(scores: Any, channel: Any, error_unit: Any, size_unit: Any) -> Any
 @njit
 def is_kept(kept: Any, kept_count: Any, channel: Any) -> bool:
     """Whether a list of numbers (float32) holds a channel's."""
+    found = False
     for i in range(kept_count):
-        if int(load_f32(kept + 4 * i)) == channel:
-            return True
-    return False
+        found = found or int(load_f32(kept + 4 * i)) == channel
+    return found
 
 
 @kernel("scores", "kept", "channels", "kept_count")

@@ -159,7 +159,7 @@ class BatchNormalizationGrad(Op):
     arity = (6, 6)
     in_place = 1
     training_only = True
-    attributes = ("like", "low", "high")
+    attributes: ClassVar[tuple[str, ...]] = ("like", "low", "high")
 
     def output_count(self, node: Node) -> int:
         """Three."""
@@ -224,7 +224,7 @@ class ResidualNormalizationGrad(Op):
     arity = (6, 7)
     in_place = 1
     training_only = True
-    attributes = ("like", "low", "high")
+    attributes: ClassVar[tuple[str, ...]] = ("like", "low", "high")
 
     def output_count(self, node: Node) -> int:
         """Four."""

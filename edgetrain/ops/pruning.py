@@ -37,7 +37,6 @@ from edgetrain.ops.normalization import (
     BatchNormalizationGrad,
     BatchNormalizationGradAgain,
     ResidualNormalizationGrad,
-    ResidualNormalizationMaskGrad,
     bounds_of,
 )
 from edgetrain.ops.registry import NO_BORDER, Array, Border, Op, describe, register
@@ -244,19 +243,6 @@ class PrunedResidualNormalizationGrad(_PrunedNormalization, ResidualNormalizatio
     def lower(self, node: Node, low: Lowering) -> None:
         """See ``PrunedLowering.in_stages``."""
         low.residual_norm_gradient(node, bounds_of(node), kept=node.outputs[-1])
-
-
-@register
-class PrunedResidualNormalizationMaskGrad(_PrunedNormalization, ResidualNormalizationMaskGrad):
-    """See ``ResidualNormalizationMaskGrad``, and ``kept``."""
-
-    name = "PrunedResidualNormalizationMaskGrad"
-    attributes = (*ResidualNormalizationGrad.attributes, *CHOICE)
-    errors = 1
-
-    def lower(self, node: Node, low: Lowering) -> None:
-        """See ``PrunedLowering.in_stages``."""
-        low.residual_norm_gradient(node, bounds_of(node), bits=1, kept=node.outputs[-1])
 
 
 @register
