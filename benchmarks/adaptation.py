@@ -6,7 +6,7 @@ stream has 60,000 instances: the other 30,000 images twice, in random order; a t
 "dim" is what the networks half know already (a fifth of the brightness, noise of 0.05). Everything else is one call of
 ``observe`` per 256 instances (LeNet-5) or 128 (ResNet-8), batches of 32, SGD with momentum 0.9, weight decay 5e-4 and
 a constant rate: 0.005 for LeNet-5, 0.0025 for ResNet-8. "Averaged" predicts with an exponential average of the
-parameters (``averaging=0.99``); it trains the same.
+parameters (``averaging=0.99``), as ``edgetrain fit --stream`` does by default; it trains the same.
 
 Usage:
     python benchmarks/adaptation.py --model lenet5 --seeds 3            accuracy and operations; stored after each run

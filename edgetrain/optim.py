@@ -98,6 +98,11 @@ def _cosine(start: float, end: float, share: float) -> float:
     return end + (start - end) * (1 + math.cos(math.pi * share)) / 2
 
 
+# Of averaging: the latest 1 / (_ETA + 1) of all steps count most. With 0, the mean of all steps, 51 steps from scratch
+# gave 25 % where the last parameters gave 43 %; 4, 9 and 19 differ by less than a point in streams.
+_ETA = 9.0
+
+
 @dataclass(frozen=True)
 class Optimizer:
     """What all optimizers share.
@@ -110,9 +115,10 @@ class Optimizer:
         schedule: learning rate over time.
         averaging: weight of the past in an exponential average of the parameters, running statistics included, which
             predictions, evaluations and exports then use; training goes on from the present ones. 0.99 is the mean of
-            about the latest hundred steps, at first of all; 0: no average. It takes the place of a decaying
-            rate where the end is unknown, as in streams of many hundred steps (docs/streams.md). Source:
-            Polyak and Juditsky, "Acceleration of stochastic approximation by averaging", SIAM J. Control Optim. 1992.
+            about the latest hundred steps, or of the latest tenth of all steps as long as that is less; 0: no average.
+            It takes the place of a decaying rate where the end is unknown, as in streams (docs/streams.md); one more
+            number per parameter. Source: Shamir and Zhang, "Stochastic Gradient Descent for Non-smooth Optimization",
+            ICML 2013, section 4 (polynomial-decay averaging, eta = 9).
 
     Raises:
         UsageError: a number out of range.
@@ -165,8 +171,7 @@ class Optimizer:
         settings[:] = 0
         settings[LR], settings[WEIGHT_DECAY] = self.lr_at(step), self.weight_decay
         settings[CLIP_NORM], settings[GRADIENT_SCALE] = self.clip_norm or 0.0, 1.0
-        # The mean of all steps until those are as many as the average reaches back.
-        settings[AVERAGING] = max(1.0 - self.averaging, 1.0 / (step + 1))
+        settings[AVERAGING] = max(1.0 - self.averaging, (_ETA + 1) / (step + _ETA + 1))
 
     def with_total_steps(self, steps: int) -> Self:
         """Return the optimizer with the length of training filled in where the schedule lacks it."""

@@ -62,7 +62,7 @@ def follow(some: et.Learner, averaging: float, masked: bool = False) -> None:
     for number in range(15):
         some.partial_fit(*batch(number))
         now = {name: array.astype(np.float64) for name, array in present(some).items()}
-        share = max(1 - averaging, 1 / (number + 1))
+        share = max(1 - averaging, 10 / (number + 10))
         wanted = {n: wanted.get(n, now[n]) + share * (now[n] - wanted.get(n, now[n])) for n in now}
         if masked:
             wanted |= {n: wanted[n] * index.mask() for n, index in some.topology.indices.items()}
@@ -73,7 +73,7 @@ def follow(some: et.Learner, averaging: float, masked: bool = False) -> None:
 
 @pytest.mark.parametrize("averaging", [0.5, 0.9])
 @pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
-def test_the_average_is_the_mean_of_all_steps_at_first_and_an_exponential_one_later(make, averaging):
+def test_the_average_is_of_the_latest_tenth_of_all_steps_at_first_and_an_exponential_one_later(make, averaging):
     follow(learner(make(averaging)), averaging)
 
 

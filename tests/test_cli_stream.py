@@ -488,12 +488,12 @@ def test_a_stream_has_a_constant_and_smaller_learning_rate():
     assert given.lr == 0.3
 
 
-def test_parameters_are_averaged_if_asked_for():
+def test_a_stream_predicts_with_averaged_parameters_unless_told_otherwise():
     from edgetrain.cli.config import effective, from_flags
     from edgetrain.cli.sources import make_optimizer
 
     plain, stream = (effective({"stream": {"enabled": enabled}})[0] for enabled in (False, True))
-    assert (make_optimizer(plain).averaging, make_optimizer(stream).averaging) == (0, 0)
+    assert (make_optimizer(plain).averaging, make_optimizer(stream).averaging) == (0, 0.99)
     for averaging in (0.0, 0.9):
         config, _ = from_flags({"stream": True, "averaging": averaging})
         assert make_optimizer(config).averaging == averaging

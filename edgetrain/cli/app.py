@@ -65,7 +65,7 @@ def fit(
     nesterov: Annotated[Flag, typer.Option(help="Nesterov's form of momentum.")] = None,
     weight_decay: Annotated[Number, typer.Option(help="Weight decay.")] = None,
     clip_norm: Annotated[Number, typer.Option(help="Largest norm of the gradient.")] = None,
-    averaging: Annotated[Number, typer.Option(help="Predict with averaged parameters: weight of the past.")] = None,
+    averaging: Annotated[Number, typer.Option(help="Average parameters: weight of the past. [streams: 0.99]")] = None,
     schedule: Annotated[Text, typer.Option(help="constant, step, cosine or one_cycle.")] = None,
     warmup: Annotated[Number, typer.Option(help="Share of the steps in which the learning rate rises.")] = None,
     label_smoothing: Annotated[Number, typer.Option(help="Share of a label spread over all classes.")] = None,
@@ -166,7 +166,7 @@ def plan(
     sparsity: Annotated[Text, typer.Option(help="Weight sparsity, as for fit.")] = None,
     error_pruning: Annotated[Text, typer.Option(help="Error pruning, as for fit.")] = None,
     averaging: Annotated[Number, typer.Option(help="Averaged parameters, as for fit.")] = None,
-    stream: Annotated[bool, typer.Option("--stream", help="With the recipe that fit --stream has by default.")] = False,
+    stream: Annotated[bool, typer.Option("--stream", help="With what fit --stream does by default.")] = False,
     json: Json = False,
 ) -> None:
     """Print the memory that training will need."""
