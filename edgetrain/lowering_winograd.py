@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from edgetrain.arrays import Layout
-from edgetrain.choice import fuller, simd_lanes, winograd_tile
+from edgetrain.choice import fuller, simd_lanes, target, winograd_tile
 from edgetrain.graph import Node, Value
 from edgetrain.kernels.codes import SAMPLES
 from edgetrain.lowering_core import widened
@@ -164,7 +164,7 @@ def _correlate(
 ) -> None:  # fmt: skip
     """Emit ``sums[position][o][c] = sum over tiles and lanes of z[position][o] * v[position][c]``."""
     (channel, v_position, z_position), size = strides, 4 * low.lanes
-    rows, width = fuller(g.outputs, (4, 4), _ODD)
+    rows, width = fuller(g.outputs, (4, 4), _ODD if target().registers > 16 else None)
     vectors, lanes = widened([(t * size, t * size) for t in range(tiles)], low.lanes, simd_lanes())
     low.emit(
         "correlate", (lanes, rows, width, SAMPLES), _POSITIONS * -(-g.outputs // rows), x=v, grad_out=z,

@@ -175,17 +175,18 @@ def test_weights_may_count_in_the_importance():
     assert_all_close(made.gradients(x, y), masked_gradients(graph, x, y, keep_largest(0.5, True)), TOLERANCE)
 
 
-def test_winograd_products_take_listed_channels():
+@pytest.mark.parametrize("keep", [0.7, 0.3])
+def test_winograd_products_take_listed_channels(keep):
     graph, (x, y) = Graph("wide", (16, 8, 8)), batch(5, (16, 8, 8))
     net = Net((16, 8, 8))
     h = net.Relu(net.conv("input", 16, 16, 3, 3, pads=SAME))
     h = net.GlobalAveragePool(net.conv(h, 24, 16, 3, 3, pads=SAME))
     net.graph.set_outputs([net.Gemm(net.Flatten(h), net.parameter(5, 24), transB=1)])
     graph = net.graph
-    made = learner(graph, error_pruning=ErrorMapPruning(keep=0.7))
+    made = learner(graph, error_pruning=ErrorMapPruning(keep=keep))
     used = {row.kernel[0] for row in made.training_plan().rows}
     assert {"winograd", "winograd_weight_gradient", "zero_unlisted"} <= used
-    assert_all_close(made.gradients(x, y), masked_gradients(graph, x, y, keep_largest(0.7, False)), 3e-5)
+    assert_all_close(made.gradients(x, y), masked_gradients(graph, x, y, keep_largest(keep, False)), 3e-5)
 
 
 @pytest.mark.parametrize("count", [1, 5, 20])
