@@ -310,6 +310,24 @@ def test_bits_of_relus_change_no_bit_of_training(graph, group, monkeypatch):
     assert_equal(parameters, expected)
 
 
+def test_choices_are_close_together_at_first():
+    """A weight that waits a hundred steps outside the pattern is far from what the others have learned meanwhile."""
+    made = et.Learner(et.models.lenet5(), batch_size=8, threads=1, sparsity=et.SWAT(0.9, activations=0.0))
+    rng, changed = np.random.default_rng(0), []
+    for step in range(421):
+        before = made.topology.changes
+        made.partial_fit(rng.random((8, 1, 28, 28), np.float32), rng.integers(0, 10, 8))
+        if made.topology.changes > before:
+            changed.append(step)
+    assert set(changed) <= {*range(0, 400, 10), 400, 420}
+    assert len(changed) > 15  # not all, as random labels leave little to learn
+    policy = et.SWAT(refresh=100)
+    chosen = [step for step in range(4000) if step % policy._period(step) == 0]
+    gaps = np.diff(chosen)
+    assert (gaps[:40] == 10).all() and (np.diff(gaps) >= 0).all() and gaps[-1] == 100
+    assert {step % 3 for step in range(500) if step % et.SWAT(refresh=3)._period(step) == 0} == {0}
+
+
 def test_lists_instead_of_maps_save_memory():
     dense, sparse = (
         et.Learner(et.models.resnet((3, 32, 32), depth=20), batch_size=32, threads=1, sparsity=policy).memory_plan()
