@@ -19,13 +19,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from edgetrain.autodiff import training_graph
 from edgetrain.devices import DeviceProfile
-from edgetrain.errors import CheckpointError
-from edgetrain.graph import placeholder
+from edgetrain.errors import CheckpointError, UsageError
+from edgetrain.graph import Graph, placeholder
 from edgetrain.graph_json import graph_from_dict, graph_to_dict
 from edgetrain.history import History
 from edgetrain.optim import Optimizer
 from edgetrain.policies import NONE, describe_policy, parse_policy
+from edgetrain.pruning import ErrorPruning, check_error_maps
 from edgetrain.schema import build
 
 if TYPE_CHECKING:
@@ -83,13 +85,27 @@ def load_checkpoint(path: str | os.PathLike[str]) -> Learner:
         topology = table["state"].get("topology") or {}
         # Files from before capacities were kept: they may have shrunk where ``load_parameters`` was called.
         graph.densities = topology.get("capacities", topology.get("densities", {}))
-        learner = Learner(graph, **_arguments(table["settings"]))
+        arguments = _arguments(table["settings"])
+        pruning = arguments["error_pruning"]
+        if pruning is not None and not _prunes(pruning, graph, arguments["loss"]):
+            arguments["error_pruning"] = None
+        learner = Learner(graph, **arguments)
+        learner.error_pruning = pruning
         learner.restore(state, table["state"])
         learner.position = replace(learner.position, **table["position"])
         learner.history = History.from_dict(table["history"])
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: the content does not fit together ({error!r}); {_REMEDY}") from error
     return learner
+
+
+def _prunes(policy: ErrorPruning, graph: Graph, loss: str) -> bool:
+    """Whether a policy has anything to prune; one of a file may not: earlier versions trained densely then."""
+    try:
+        check_error_maps(policy, training_graph(graph, loss))
+    except UsageError:
+        return False
+    return True
 
 
 def _placeholders(graph: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> Tensors:

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgetrain.errors import UsageError
+from edgetrain.graph import Graph
 from edgetrain.schema import percent_hint, take_numbers
 
 Floats = NDArray[np.float64]
@@ -114,6 +115,13 @@ class InstanceFilter:
         """Return how many of the first ``count`` instances pass, as far as can be said beforehand."""
         first = min(count, self.start)
         return first + round(self.rate * (count - first))
+
+    def check_network(self, graph: Graph) -> None:
+        """Refuse a network that the filter does not suit.
+
+        Raises:
+            UsageError: as ``selector`` does for a learner of this network.
+        """
 
     def selector(self, learner: Any, judge: Judge) -> Selector:
         """Return what decides for one learner; called when the learner is made.

@@ -74,13 +74,8 @@ class Topology:
             self.beginning = policy.beginning(graph.trained)
 
     def _choose(self, graph: Graph, policy: SparsityPolicy) -> None:
+        check_layers(policy, graph)
         self.candidates = policy.layers(graph)
-        if not self.candidates and not policy.skips_nothing:
-            listed = "; ".join(f"{name}: {reason}" for name, reason in dense_layers(graph, *policy.dense_ends).items())
-            raise UsageError(
-                f"{policy.name}: no layer of '{graph.name}' can be sparse ({listed or 'it has no weights'}); "
-                "expected one at least: change the settings named, take another network, or leave sparsity out"
-            )
         arrays = {layer.weight: graph.arrays[layer.weight] for layer in self.candidates}
         if any(is_placeholder(array) for array in arrays.values()):  # a checkpoint: its state brings pattern and values
             for layer in self.candidates:
@@ -304,6 +299,21 @@ class Topology:
         if self.version != version:
             self.changes += 1
             self.seconds += time.perf_counter() - start
+
+
+def check_layers(policy: SparsityPolicy, graph: Graph) -> None:
+    """Refuse a policy that finds no layer in a network.
+
+    Raises:
+        UsageError: all layers stay dense.
+    """
+    if policy.skips_nothing or policy.layers(graph):
+        return
+    listed = "; ".join(f"{name}: {reason}" for name, reason in dense_layers(graph, *policy.dense_ends).items())
+    raise UsageError(
+        f"{policy.name}: no layer of '{graph.name}' can be sparse ({listed or 'it has no weights'}); "
+        "expected one at least: change the settings named, take another network, or leave sparsity out"
+    )
 
 
 def _check_values(graph: Graph) -> None:
