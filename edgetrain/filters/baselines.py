@@ -63,8 +63,7 @@ class _ByLoss(Selector):
             probabilities = self.share.probabilities(losses + 1e-9 * self.rng.random(len(y)), math.inf)
         else:
             self.share.remember(losses)
-            quantiles = np.searchsorted(np.sort(self.share.recent), losses, "right") / len(self.share.recent)
-            probabilities = quantiles ** (1 / self.share.level() - 1)
+            probabilities = self.share.quantiles(losses) ** (1 / self.share.level() - 1)
         keep = self.rng.random(len(y)) < probabilities
         self.share.count(keep)
         return Choice(keep, macs)
