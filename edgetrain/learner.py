@@ -462,8 +462,8 @@ class Learner:
     def export_onnx(self, path: str | os.PathLike[str]) -> None:
         """Write the network that predicts (``parameters``), input normalisation included.
 
-        Weights that do not exist are zeros; the file's metadata tell the policy and the density of every sparse layer,
-        without a policy that of layers that have zeros.
+        Weights that do not exist are zeros; the file's metadata tell the policy and the share of non-zeros of every
+        sparse layer, without a policy that of layers that have zeros. Weights that have just grown are zeros, too.
 
         Raises:
             UsageError: the file cannot be written there.

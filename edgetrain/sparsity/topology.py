@@ -223,7 +223,10 @@ class Topology:
         return tuple(name for name, count in lost.items() if count)
 
     def describe(self, graph: Graph, arrays: Mapping[str, NDArray[np.float32]]) -> dict[str, str]:
-        """Return what an exported file says about its zeros: policy, and density of every sparse layer as JSON.
+        """Return what an exported file says about its zeros: policy, and every sparse layer's share of non-zeros as JSON.
+
+        A weight that has just grown exists and is still 0. It counts as a zero here, so that a reader of the file finds
+        what this says; who goes on from the file draws such places anew.
 
         Args:
             graph: the network.
@@ -233,7 +236,7 @@ class Topology:
             shares = {layer.weight: _density(arrays[layer.weight]) for layer in sparse_layers(graph)}
             densities = {name: share for name, share in shares.items() if share < 1}
             return {DENSITIES: json.dumps(densities)} if densities else {}
-        densities = {name: index.density for name, index in self.indices.items()}
+        densities = {name: _density(arrays[name]) for name in self.indices}
         return {SPARSITY: self._described(), DENSITIES: json.dumps(densities)}
 
     def account(self) -> dict[str, Any]:
