@@ -15,7 +15,8 @@ class SelectiveBackprop(InstanceFilter):
 
     Jiang et al., "Accelerating Deep Learning by Focusing on the Biggest Losers", 2019, section 3: an instance whose
     loss is at quantile ``u`` of the recent losses is kept with probability ``u ** beta``, and ``beta`` is
-    ``1 / rate - 1``, whose mean is the rate; equal losses share the middle of their quantiles. ``rule="top"`` keeps exactly those above the quantile instead.
+    ``1 / rate - 1``, whose mean is the rate; equal losses share the middle of their quantiles. ``rule="top"`` keeps
+    exactly those above the quantile instead.
 
     The forward pass of everything is counted; it limits what can be saved to about two thirds.
 

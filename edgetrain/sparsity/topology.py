@@ -223,7 +223,7 @@ class Topology:
         return tuple(name for name, count in lost.items() if count)
 
     def describe(self, graph: Graph, arrays: Mapping[str, NDArray[np.float32]]) -> dict[str, str]:
-        """Return what an exported file says about its zeros: policy, and every sparse layer's share of non-zeros as JSON.
+        """Return what an exported file says about its zeros: policy, and share of non-zeros by sparse layer as JSON.
 
         A weight that has just grown exists and is still 0. It counts as a zero here, so that a reader of the file finds
         what this says; who goes on from the file draws such places anew.
