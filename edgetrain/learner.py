@@ -83,8 +83,8 @@ class Learner:
     These three may be given as text, too: ``"rigl:weights=0.9"``, as on the command line (``policies.parse_policy``).
 
     Raises:
-        UsageError: an argument of a wrong kind or out of range, a network too small for the instance filter, or the
-            graph of a sparse learner, which has weights without values: ``export_onnx`` or ``parameters`` gives them.
+        UsageError: an argument of a wrong kind or out of range, a network that the instance filter is too large for or
+            the others find no layer in, or the graph of a sparse learner (no values: ``export_onnx`` gives them).
         ProfileError: the profile is not there or bad.
         MemoryBudgetError: a training step does not fit into the budget.
 
@@ -462,8 +462,8 @@ class Learner:
     def export_onnx(self, path: str | os.PathLike[str]) -> None:
         """Write the network that predicts (``parameters``), input normalisation included.
 
-        Weights that do not exist are zeros; the file's metadata tell the policy and the density of every sparse layer,
-        without a policy that of layers that have zeros.
+        Weights that do not exist are zeros; the file's metadata tell the policy and the share of non-zeros of every
+        sparse layer, without a policy that of layers that have zeros. Weights that have just grown are zeros, too.
 
         Raises:
             UsageError: the file cannot be written there.

@@ -29,7 +29,7 @@ from edgetrain.optim import Optimizer
 from edgetrain.parameters import Parameters
 from edgetrain.plan import KernelKey, Plan, Ref
 from edgetrain.pooled_errors import list_pooled_errors
-from edgetrain.pruning import ErrorPruning
+from edgetrain.pruning import ErrorPruning, check_error_maps
 from edgetrain.sparse_index import SparseIndex
 
 # Plans kept for other batch sizes: full and last batch, training and prediction, and some for a stream.
@@ -99,6 +99,9 @@ class Plans:
     Attributes:
         beside: what works beside the network within the same budget, the filtering of instances.
         latest: the executor of the latest training step, or of one that is about to begin.
+
+    Raises:
+        UsageError: the error pruning has nothing to prune.
     """
 
     def __init__(
@@ -108,6 +111,8 @@ class Plans:
     ) -> None:  # fmt: skip
         self.graph, self.parameters, self._optimizer, self._objective = graph, parameters, optimizer, objective
         self._batch_size, self._budget, self._error_pruning = batch_size, budget, error_pruning
+        if error_pruning is not None:
+            check_error_maps(error_pruning, training_graph(graph, objective.loss))
         self.arena, self.team, self._whole_gradients = Arena(), Team(threads), whole_gradients
         self._rewrite = rewrite
         self.beside: HasMemory | None = None

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import NormalDist
 from typing import Any
@@ -18,6 +18,8 @@ from edgetrain.densities import DISTRIBUTIONS
 from edgetrain.errors import UsageError
 from edgetrain.graph import Graph, Node, Value
 from edgetrain.keeping import forget_again
+from edgetrain.ops import get_op
+from edgetrain.ops.conv import ProductOp
 from edgetrain.ops.pruning import CHOICE, IMPORTANCE
 from edgetrain.schema import percent_hint, take_numbers
 
@@ -35,6 +37,10 @@ class ErrorPruning:
     def idle(self) -> bool:
         """Whether nothing is ever dropped."""
         return False
+
+    def left_whole(self, train: TrainingGraph) -> dict[str, str]:
+        """Return why the settings drop nothing of error maps that could be pruned, by the convolution's weights."""
+        return {}
 
     def rewrite(self, train: TrainingGraph) -> None:
         """Insert operators that change error maps into a training graph."""
@@ -93,12 +99,19 @@ class ErrorMapPruning(ErrorPruning):
         """Whether all channels are kept."""
         return self.keep == 1
 
+    def left_whole(self, train: TrainingGraph) -> dict[str, str]:
+        """Return which convolutions have so few channels that all of them are kept."""
+        convs = [error_map.conv for error_map in error_maps(train)]
+        keep = self._shares(convs)
+        whole = [conv.input(1) for conv in convs if not self._count(conv, keep)]
+        return {weight.name: f"keep={self.keep:g} keeps all of its {weight.shape[0]} channels" for weight in whole}
+
     def skip(self, train: TrainingGraph) -> None:
         """Choose channels before the first gradient that reads an error map."""
         graph, listed = train.graph, error_maps(train)
         pooled = [node for node in graph.nodes if node.op_type == "PooledErrors"]
         convs = [*(error_map.conv for error_map in listed), *(node.get("conv") for node in pooled)]
-        keep = DISTRIBUTIONS[self.distribution]({conv.input(1).name: conv.input(1).shape for conv in convs}, self.keep)
+        keep = self._shares(convs)
         for stream, error_map in enumerate(listed):
             if count := self._count(error_map.conv, keep):
                 kept = self._choice(graph, error_map.conv, error_map.value, count, stream)
@@ -129,6 +142,10 @@ class ErrorMapPruning(ErrorPruning):
             )  # fmt: skip
         else:
             graph.nodes.insert(readers[0], kept)
+
+    def _shares(self, convs: Sequence[Node]) -> dict[str, float]:
+        """Return the share of the channels to keep, by weight."""
+        return DISTRIBUTIONS[self.distribution]({conv.input(1).name: conv.input(1).shape for conv in convs}, self.keep)
 
     def _count(self, conv: Node, keep: Mapping[str, float]) -> int:
         """Return how many channels to keep, 0 if all are; ``keep``: shares by weight."""
@@ -174,6 +191,9 @@ class GradientPruning(ErrorPruning):
     ones. The gradient of the loss itself is never pruned. With ``lanes``, convolutions whose weights are about as
     sparse as their error maps would be are left to their lists of weights, which save as much without noise.
 
+    The gradients of convolutions with groups (depthwise ones) or shared weights and of fully connected layers are
+    pruned only where a convolution of one group gets its error map from them.
+
     Attributes:
         rate: ``group="element"``: the paper's p, the share of normally distributed gradients below the threshold, of
             which some are promoted to it: with 0.9 a share of 0.46 stays. ``group="lanes"``: the threshold is the mean
@@ -207,6 +227,11 @@ class GradientPruning(ErrorPruning):
         if self.group == "lanes":
             return 1 / (1 - self.rate)
         return NormalDist().inv_cdf((1 + self.rate) / 2) * math.sqrt(math.pi / 2)
+
+    def left_whole(self, train: TrainingGraph) -> dict[str, str]:
+        """Return which convolutions get the gradient of the loss itself."""
+        whole = [e.conv.input(1).name for e in error_maps(train) if _source(train, e.value) is None]
+        return dict.fromkeys(whole, "its error map is the gradient of the loss itself")
 
     def rewrite(self, train: TrainingGraph) -> None:
         """Prune where the error maps of convolutions come from."""
@@ -328,6 +353,45 @@ def error_maps(train: TrainingGraph) -> list[ErrorMap]:
             if weight in convs:
                 found.setdefault((value.name, weight.name), ErrorMap(convs[weight], value))
     return list(found.values())
+
+
+def check_error_maps(policy: ErrorPruning, train: TrainingGraph) -> None:
+    """Refuse a policy that has nothing to prune in a network.
+
+    Args:
+        policy: what a user gave; one that is idle is taken.
+        train: as autodiff made it. Whether weights are sparse plays no part: leaving error maps to their lists is a
+            choice that pays.
+
+    Raises:
+        UsageError: it leaves the error maps of all layers whole.
+    """
+    reasons = _reasons(policy, train)
+    if policy.idle or not all(reasons.values()):
+        return
+    listed = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+    raise UsageError(
+        f"{type(policy).__name__}: no error map of '{train.graph.name}' can be pruned ({listed or 'it has no weights'})"
+        "; expected those of one convolution without groups at least: change the settings named, take another network, "
+        "or leave error pruning out"
+    )
+
+
+def _reasons(policy: ErrorPruning, train: TrainingGraph) -> dict[str, str]:
+    """Return why the error map of every product is left whole, empty if it is not, by the name of its weights."""
+    forward = train.graph.nodes[: train.forward_count]
+    products = [node for node in forward if isinstance(get_op(node.op_type), ProductOp)]
+    uses = Counter(node.input(1).name for node in products)
+    pruned = dict.fromkeys((e.conv.input(1).name for e in error_maps(train)), "") | policy.left_whole(train)
+    return {name: pruned.get(name, _reason(node, uses[name])) for node in products for name in (node.input(1).name,)}
+
+
+def _reason(node: Node, uses: int) -> str:
+    if node.op_type != "Conv":
+        return "fully connected"
+    if int(node.get("group", 1)) > 1:
+        return "a convolution with groups"
+    return "several layers share its weights" if uses > 1 else "neither it nor a layer before it is trained"
 
 
 def _pruned(node: Node, kept: Value) -> Node:

@@ -201,6 +201,19 @@ def test_dense_training_is_not_charged_for_instances_that_wait(inside, capsys, t
     assert (code, timed) == (0, [64])
 
 
+def test_the_account_says_which_instances_its_operations_are_of(inside, capsys, tmp_path):
+    images = np.load("digits.npz")
+    np.savez(tmp_path / "a.npz", x=images["x_train"][:256], y=images["y_train"][:256])
+    flags = ["fit", "--stream", "--data", tmp_path / "a.npz", "--out", tmp_path, "--quiet", "--error-pruning",
+             "channels:keep=0.7", "--batch-size"]  # fmt: skip
+    code, out, _ = run(capsys, *flags, "48")
+    assert code == 0
+    assert "\noperations of training are those of 240 instances: 16 were kept, but wait for a full batch" in out
+    assert "operations of training" not in run(capsys, *flags, "32")[1]
+    some, whole = (json.loads(run(capsys, *flags, size, "--json")[1])["savings"] for size in ("48", "32"))
+    assert some["macs_dense"] * 256 == whole["macs_dense"] * 240
+
+
 def test_a_step_that_fails_is_resumed_behind_its_block_with_every_instance_counted_once(inside, capsys, tmp_path):
     images = np.load("digits.npz")
     x = images["x_train"][:600, None] / np.float32(255)
@@ -495,7 +508,7 @@ def test_a_stream_predicts_with_averaged_parameters_unless_told_otherwise():
     plain, stream = (effective({"stream": {"enabled": enabled}})[0] for enabled in (False, True))
     assert (make_optimizer(plain).averaging, make_optimizer(stream).averaging) == (0, 0.99)
     for averaging in (0.0, 0.9):
-        config, _ = from_flags({"stream": True, "averaging": averaging})
+        config, *_ = from_flags({"stream": True, "averaging": averaging})
         assert make_optimizer(config).averaging == averaging
 
 

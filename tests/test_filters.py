@@ -70,6 +70,17 @@ def stream_through(some: et.Learner, count: int, size: int = 40, **options) -> l
 
 @EVERY_FILTER
 @pytest.mark.parametrize("size", [1, 40])
+def test_of_a_picture_that_stands_still_the_wanted_share_is_kept(name, size):
+    some, (x, y, _) = learner(FILTERS[name]), instances(1)
+    x, y = np.repeat(x, size, 0), np.repeat(y, size)
+    for _ in range(2000 // size):
+        some.observe(x, y)
+    kept, first = some.stream.totals["train"].instances_kept, some.instance_filter.start
+    assert (kept - first) / (2000 - first) == pytest.approx(0.3, abs=0.05)
+
+
+@EVERY_FILTER
+@pytest.mark.parametrize("size", [1, 40])
 def test_the_kept_share_converges_to_the_target(name, size):
     some = learner(FILTERS[name])
     count = 4000 if size > 1 else 1500
@@ -214,6 +225,23 @@ def test_probabilities_average_to_the_rate_and_rise_with_the_score(power, rate):
     assert probabilities.mean() == pytest.approx(rate, abs=2e-3)
     assert all(a <= b for a, b in pairwise(probabilities))
     assert 0 <= probabilities.min() <= probabilities.max() <= 1
+
+
+@pytest.mark.parametrize("count", [1, 40, 600])
+def test_without_ties_ranks_and_thresholds_are_the_plain_ones(count):
+    share, rng = KeptShare(0.3), np.random.default_rng(count)
+    for _ in range(5):
+        scores = rng.random(count)
+        found = share.probabilities(scores, math.inf)
+        plain = np.searchsorted(np.sort(share.recent), scores, "right") / len(share.recent)
+        assert share.quantiles(scores).tobytes() == plain.tobytes()
+        assert found.tobytes() == (scores >= np.quantile(share.recent, 1 - share.level())).astype(float).tobytes()
+
+
+def test_equal_scores_share_the_middle_of_their_ranks_and_what_the_larger_leave():
+    share, scores = KeptShare(0.5), np.array([5.0, 1.0, 3.0, 3.0, 3.0, 3.0, 3.0, 9.0])
+    assert share.probabilities(scores, math.inf).tolist() == [1, 0, *[0.4] * 5, 1]  # 2 of the wanted 4 are larger
+    assert share.quantiles(scores).tolist() == [7 / 8, 1 / 8, *[4 / 8] * 5, 1]
 
 
 def test_what_was_kept_too_much_is_made_up_for():

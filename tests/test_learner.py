@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import FrozenInstanceError, fields, replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -716,3 +717,25 @@ def test_profiles_fill_in_what_is_not_given():
     assert some.batch_size == PROFILE.batch_size
     assert some.memory_budget == PROFILE.memory_budget_mib * 2**20
     assert some.threads <= PROFILE.threads
+
+
+def test_the_new_head_of_the_readme_is_all_that_is_trained(tmp_path, monkeypatch):
+    text = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    (block,) = [code for code in re.findall(r"```python\n(.*?)```", text, re.S) if "trainable.clear" in code]
+    monkeypatch.chdir(tmp_path)
+    et.Learner(et.models.lenet5(), PROFILE).export_onnx("model.onnx")
+    loaded, rng = et.load_onnx("model.onnx"), np.random.default_rng(0)
+    known = {"et": et, "x": rng.random((40, 1, 28, 28), np.float32), "y": rng.integers(0, 2, 40)}
+    exec(block, known)  # what the README has
+    learner, after = known["learner"], known["learner"].parameters()
+    assert {name for name, array in after.items() if not np.array_equal(array, known["graph"].arrays[name])} == {
+        "head.weight", "head.bias"}  # fmt: skip
+    assert all(np.array_equal(after[name], array) for name, array in loaded.arrays.items() if name in after)
+    learner.save("head.safetensors")
+    assert et.Learner.load("head.safetensors").graph.trainable == {"head.weight", "head.bias"}
+    learner.export_onnx("head.onnx")
+    exported = et.load_onnx("head.onnx")
+    assert (exported.class_names, exported.output_shape) == (("cat", "dog"), (2,))
+    assert (len(exported.nodes), exported.trainable) == (len(loaded.nodes), set(exported.arrays))
+    np.testing.assert_array_equal(et.Learner(exported, PROFILE).predict(known["x"]), learner.predict(known["x"]))
+    assert exported.arrays.keys() == loaded.arrays.keys() - {"fc3.weight", "fc3.bias"} | {"head.weight", "head.bias"}

@@ -391,13 +391,62 @@ def test_skipped_vectors_are_counted():
 @pytest.mark.parametrize("policy", [None, ErrorMapPruning(keep=0.5)], ids=str)
 def test_convolutions_that_share_weights_stay_dense(policy):
     net = Net((4, 12, 12))
-    weight, x = net.parameter(4, 4, 3, 3, spread=0.2), net.graph.inputs[0]
+    weight, x = net.parameter(4, 4, 3, 3, spread=0.2), net.conv("input", 4, 4, 3, 3, pads=SAME)
     for stride in (1, 2):  # as many weights for maps of another size
         x = net.MaxPool(net.Relu(net.Conv(x, weight, pads=SAME, strides=[stride, stride])), kernel_shape=[2, 2])
     net.graph.set_outputs([net.Flatten(x)])
     x, y = np.random.default_rng(0).normal(size=(5, 4, 12, 12)).astype(np.float32), np.arange(5)
     made = learner(net.graph, error_pruning=policy)
-    assert_all_close(made.gradients(x, y), reference.gradients(net.graph, x, y)[1], TOLERANCE)
+    found, wanted = made.gradients(x, y), reference.gradients(net.graph, x, y)[1]
+    assert_close(found[weight], wanted[weight], TOLERANCE)
+    (own,) = found.keys() - {weight} - {name for name in found if found[name].ndim < 4}
+    assert np.allclose(found[own], wanted[own], atol=1e-6) == (policy is None)
+
+
+def unprunable() -> Graph:
+    """A depthwise convolution and one of few channels, fully connected layers, and a frozen convolution before all."""
+    net = Net((4, 8, 8))
+    x = net.conv("input", 4, 4, 3, 3, pads=SAME, bias=False)
+    net.graph.trainable.clear()
+    x = net.Relu(net.conv(x, 4, 1, 3, 3, pads=SAME, group=4, bias=False))
+    net.graph.set_outputs([net.Gemm(net.Flatten(x), net.parameter(5, 256, spread=0.1), transB=1)])
+    return net.graph
+
+
+@pytest.mark.parametrize("policy", ["channels:keep=0.5", "channels:keep=0.5,distribution=erk", "gradients:rate=0.9",
+                                    "gradients:rate=0.9,group=lanes"])  # fmt: skip
+def test_a_policy_without_a_layer_is_refused_with_a_reason_for_each(policy):
+    graph = unprunable()
+    frozen, grouped, full = graph.arrays
+    with pytest.raises(UsageError) as refused:
+        learner(graph, error_pruning=policy)
+    reasons = (f"({frozen}: neither it nor a layer before it is trained; {grouped}: a convolution with groups; "
+               f"{full}: fully connected)")  # fmt: skip
+    for part in (f"no error map of '{graph.name}' can be pruned", reasons, "or leave error pruning out"):
+        assert part in str(refused.value)
+    graph.trainable.add(frozen)
+    x, y = batch(6, (4, 8, 8))
+    pruned = learner(graph, error_pruning=policy)
+    steps = [pruned.partial_fit(x, y) for _ in range(8)]
+    assert steps[-1].saved_error_maps > 0 or "element" in str(pruned.error_pruning)
+
+
+@pytest.mark.parametrize(("policy", "reason"), [
+    ("channels:keep=0.9", "keep=0.9 keeps all of its 4 channels"),
+    ("gradients", "its error map is the gradient of the loss itself"),
+])  # fmt: skip
+def test_a_policy_that_leaves_every_layer_whole_is_refused(policy, reason):
+    net = Net((4, 8, 8))
+    net.graph.set_outputs([net.Flatten(net.conv("input", 4, 4, 8, 8, bias=False))])
+    with pytest.raises(UsageError, match=reason):
+        learner(net.graph, error_pruning=policy)
+
+
+def test_a_policy_that_asks_for_nothing_or_leaves_all_to_sparse_weights_is_taken():
+    learner(unprunable(), error_pruning=ErrorMapPruning(keep=1))
+    lanes = GradientPruning(rate=0.5, group="lanes")
+    learner(network(), error_pruning=lanes, sparsity=et.RigL(weights=0.9, distribution="uniform", dense_first=False))
+
 
 
 POLICIES = [

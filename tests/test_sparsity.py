@@ -163,8 +163,10 @@ def test_an_exported_file_has_zeros_and_tells_densities(policy, tmp_path):
     told = {prop.key: prop.value for prop in onnx.load(tmp_path / "m.onnx").metadata_props}
     assert parse_policy("sparsity", told["edgetrain.sparsity"]) == policy
     graph = et.load_onnx(tmp_path / "m.onnx")
-    for name, density in json.loads(told["edgetrain.densities"]).items():
-        assert np.count_nonzero(graph.arrays[name]) <= round(density * graph.arrays[name].size)
+    densities = json.loads(told["edgetrain.densities"])
+    assert densities.keys() == made.topology.indices.keys()
+    for name, density in densities.items():
+        assert np.count_nonzero(graph.arrays[name]) / graph.arrays[name].size == density
         assert not graph.arrays[name][~made.topology.indices[name].mask()].any()
     np.testing.assert_array_equal(learner(None, graph=graph).logits(x).argmax(1), made.predict(x))
 
@@ -193,6 +195,35 @@ def test_a_file_that_is_sparse_enough_keeps_its_densities_whatever_the_policy(po
     loaded = et.Learner.load(tmp_path / "c.safetensors")
     assert train(loaded, 4, 2) == train(again, 4, 2)
     assert_equal(loaded.parameters(), again.parameters())
+
+
+@pytest.mark.parametrize("averaging", [0.0, 0.9])
+def test_weights_that_have_just_grown_count_as_the_zeros_they_are_and_are_drawn_anew(averaging, tmp_path):
+    policy = et.RigL(weights=0.8, distribution="uniform", dense_first=False, refresh=5)
+    made = learner(policy, optimizer=et.SGD(lr=0.05, momentum=0.9, averaging=averaging))
+    train(made, 5)  # the topology changes behind the fifth step
+    made.export_onnx(tmp_path / "m.onnx")
+    told = {prop.key: prop.value for prop in onnx.load(tmp_path / "m.onnx").metadata_props}
+    graph = et.load_onnx(tmp_path / "m.onnx")
+    again = learner(policy, graph=graph)
+    assert_equal(again.parameters(), made.parameters())
+    for name, density in json.loads(told["edgetrain.densities"]).items():
+        exist = made.topology.indices[name]
+        assert np.count_nonzero(graph.arrays[name]) / graph.arrays[name].size == density < exist.density
+        assert again.topology.indices[name].count == exist.count
+
+
+def test_a_file_that_told_the_weights_that_exist_goes_on(tmp_path):
+    made = learner(POLICIES["rigl"])
+    train(made, 4)
+    made.export_onnx(tmp_path / "m.onnx")
+    model = onnx.load(tmp_path / "m.onnx")
+    entry = next(prop for prop in model.metadata_props if prop.key == "edgetrain.densities")
+    entry.value = json.dumps({name: index.density for name, index in made.topology.indices.items()})
+    onnx.save(model, tmp_path / "old.onnx")
+    again = learner(POLICIES["rigl"], graph=et.load_onnx(tmp_path / "old.onnx"))
+    assert_equal(again.parameters(), made.parameters())
+    train(again, 3)
 
 
 def test_a_file_that_goes_on_without_a_policy_tells_true_densities(tmp_path):

@@ -148,11 +148,14 @@ FLAG_KEYS = {
 }  # fmt: skip
 
 
-def from_flags(flags: Mapping[str, Any]) -> tuple[Config, DeviceProfile]:
+def from_flags(flags: Mapping[str, Any]) -> tuple[Config, DeviceProfile, frozenset[str]]:
     """Return the effective settings of ``edgetrain fit``.
 
     Args:
         flags: parameters of the command; ``None`` means not given.
+
+    Returns:
+        As ``effective``.
 
     Raises:
         UsageError, ProfileError: a flag, a key or a value is wrong.
@@ -163,13 +166,16 @@ def from_flags(flags: Mapping[str, Any]) -> tuple[Config, DeviceProfile]:
 
 def effective(
     given: Mapping[str, Any], recipe: str | None = None, file: Mapping[str, Any] | None = None
-) -> tuple[Config, DeviceProfile]:
+) -> tuple[Config, DeviceProfile, frozenset[str]]:
     """Fill what is not given from a file and the device profile, and check all of it.
 
     Args:
         given: settings by section.
         recipe: "edge" or "dense": what to skip where ``given`` does not say, whatever ``file`` and profile say.
         file: settings that give way to ``given``, by section.
+
+    Returns:
+        The settings, the profile, and the kinds of methods that a recipe chose, since nobody named one.
 
     Raises:
         UsageError, ProfileError: a key or a value is wrong.
@@ -199,7 +205,7 @@ def effective(
     Augmentation.parse(config.data.augment)
     _check_methods(config, profile, both.get("methods", {}))
     check_stream(config)
-    return config, profile
+    return config, profile, frozenset(METHODS) - named.keys()
 
 
 def from_run(table: Mapping[str, Any], path: Path) -> Config:

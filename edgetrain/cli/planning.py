@@ -27,7 +27,7 @@ def plan_command(
         model, batch_size, profile_name, memory_budget, input_shape, classes, threads, stream, as_json: the flags.
     """
     from edgetrain.cli.config import effective
-    from edgetrain.cli.sources import make_learner
+    from edgetrain.cli.sources import make_learner, with_usable_methods
 
     device = {"profile": profile_name or "host", "batch_size": batch_size, "threads": threads}
     given: dict[str, Any] = {
@@ -39,14 +39,15 @@ def plan_command(
     }
     graph = _graph(model, input_shape, classes)
     budget = None if memory_budget is None else parse_bytes(memory_budget)
-    config, profile = effective(given)
+    config, profile, by_recipe = effective(given)
+    config, left_out = with_usable_methods(config, by_recipe)
     learner = make_learner(config, graph, profile)
     plan = learner.memory_plan()
     limit = budget or round(config.device.memory_budget_mib * (1 << 20))
     result = {"model": model, "batch_size": learner.batch_size, "methods": asdict(config.methods),
               "parts": plan.parts, "notes": plan.notes, "peak_bytes": plan.peak_bytes, "budget_bytes": limit,
               "fits": plan.peak_bytes <= limit}  # fmt: skip
-    emit(result, _plan_text(result), as_json)
+    emit(result, "\n".join([*left_out, _plan_text(result)]), as_json)
     if plan.peak_bytes > limit:
         raise MemoryBudgetError(
             f"{model} with batch size {learner.batch_size} needs {mebibytes(plan.peak_bytes)}, the budget is "

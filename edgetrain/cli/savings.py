@@ -79,7 +79,16 @@ def savings_text(account: Mapping[str, Any]) -> str:
         number = account[f"saved_{name}"]
         if number:
             rows.append((f"  saved by {_NAMES[name]}", _macs(number), _percent(account["shares"][f"saved_{name}"])))
-    return f"{table(rows)}\n{_time_line(account)}"
+    return "\n".join([table(rows), *_not_trained_on(account), _time_line(account)])
+
+
+def _not_trained_on(account: Mapping[str, Any]) -> list[str]:
+    """Say of which instances the operations are, where some were kept and not trained on."""
+    seen, missing = account["instances_seen"], account["instances_kept"] - account["instances_trained"]
+    if not missing:
+        return []
+    return [f"operations of training are those of {seen - missing:,} instances: {missing:,} were kept, but wait for a "
+            "full batch, or their step failed"]  # fmt: skip
 
 
 def _time_line(account: Mapping[str, Any]) -> str:

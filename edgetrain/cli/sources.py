@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import zlib
+from collections.abc import Collection
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgetrain.checkpoint import load_checkpoint
+from edgetrain.cli.config import ARGUMENTS, Config
 from edgetrain.cli.output import parse_sizes
 from edgetrain.data import Dataset, available_splits, load_dataset
 from edgetrain.data.folder import class_folders
 from edgetrain.errors import DataError, UsageError
-from edgetrain.policies import parse_policy
+from edgetrain.policies import NONE, parse_policy
 from edgetrain.runs import Run, open_run
 
 if TYPE_CHECKING:
-    from edgetrain.cli.config import Config
     from edgetrain.devices import DeviceProfile
     from edgetrain.graph import Graph, Shape
     from edgetrain.learner import Learner
@@ -125,6 +127,53 @@ def make_learner(config: Config, graph: Graph, profile: DeviceProfile) -> Learne
         sparsity=parse_policy("sparsity", config.methods.sparsity),
         error_pruning=parse_policy("error_pruning", config.methods.error_pruning),
     )  # fmt: skip
+
+
+def with_usable_methods(config: Config, by_recipe: Collection[str]) -> tuple[Config, list[str]]:
+    """Leave out the methods of a recipe that have nothing to do in the network of a run.
+
+    A recipe is for most networks; a method that somebody named is refused when the learner is made.
+
+    Args:
+        config: the settings.
+        by_recipe: the kinds of methods that a recipe chose.
+
+    Returns:
+        The settings, and what was left out and why, a sentence each.
+    """
+    from edgetrain.catalog import build_model
+
+    texts = {kind: text for kind, text in asdict(config.methods).items() if kind in by_recipe and text != NONE}
+    left_out: list[str] = []
+    if not texts:
+        return config, left_out
+    graph = build_model(config.model.name)  # the shape of the data does not change the kinds of layers
+    for kind, text in texts.items():
+        try:
+            _check_suits(kind, text, graph)
+        except UsageError as error:
+            left_out.append(f"{ARGUMENTS[kind].replace('_', ' ')} {text} of the recipe is left out: {error}")
+            config = replace(config, methods=replace(config.methods, **{kind: NONE}))
+    return config, left_out
+
+
+def _check_suits(kind: str, text: str, graph: Graph) -> None:
+    """Refuse a method that has nothing to do in a network.
+
+    Raises:
+        UsageError: it has not.
+    """
+    from edgetrain.autodiff import training_graph
+    from edgetrain.pruning import check_error_maps
+    from edgetrain.sparsity.topology import check_layers
+
+    policy = parse_policy(kind, text)
+    if kind == "filter":
+        policy.check_network(graph)
+    elif kind == "sparsity":
+        check_layers(policy, graph)
+    else:
+        check_error_maps(policy, training_graph(graph))
 
 
 def load_trained(source: str, threads: int | None = None, best: bool = False) -> tuple[Learner, str]:

@@ -33,6 +33,7 @@ from edgetrain.cli.sources import (
     make_graph,
     make_learner,
     take_initial_weights,
+    with_usable_methods,
 )
 from edgetrain.cli.streaming import fit_stream, resume_stream
 from edgetrain.cli.unchanged import check_unchanged
@@ -51,10 +52,13 @@ if TYPE_CHECKING:
 def fit_command(flags: Mapping[str, Any]) -> None:
     """Train in a new run folder; ``flags`` are the parameters of the command."""
     began = time.monotonic()
-    config, profile = from_flags(flags)
+    config, profile, by_recipe = from_flags(flags)
+    config, left_out = with_usable_methods(config, by_recipe)
     if flags["baseline"]:
         check_baseline(config)
     display = choose_display(flags["quiet"], flags["json"], config.device.memory_budget_mib)
+    for sentence in left_out:
+        display.say(sentence)
     with runs_released(), _Closing(display):
         if config.stream.enabled:
             fit_stream(flags, config, profile, display, began)

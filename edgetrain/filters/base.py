@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgetrain.errors import UsageError
+from edgetrain.graph import Graph
 from edgetrain.schema import percent_hint, take_numbers
 
 Floats = NDArray[np.float64]
@@ -115,6 +116,13 @@ class InstanceFilter:
         first = min(count, self.start)
         return first + round(self.rate * (count - first))
 
+    def check_network(self, graph: Graph) -> None:
+        """Refuse a network that the filter does not suit.
+
+        Raises:
+            UsageError: as ``selector`` does for a learner of this network.
+        """
+
     def selector(self, learner: Any, judge: Judge) -> Selector:
         """Return what decides for one learner; called when the learner is made.
 
@@ -209,14 +217,35 @@ class KeptShare:
 
         Args:
             scores: float64 ``(N,)``, at least 0; larger is kept rather.
-            power: infinity keeps exactly those above a threshold.
+            power: infinity keeps exactly those above a threshold; equal ones that are the threshold share what is left.
         """
         if math.isinf(power):
             self.remember(scores)
-            return (scores >= np.quantile(self.recent, 1 - self.level())).astype(np.float64)
+            return self._from_threshold(scores)
         weights = scores**power
         self.remember(weights)
         return np.minimum(1.0, _scale_for(self.recent, self.level()) * weights)
+
+    def quantiles(self, scores: Floats) -> Floats:
+        """Return the share of the recent scores that are at most as large; of equal ones the middle of their ranks.
+
+        Without ties every score's own rank counts. With them it must not: if all are equal, as in a picture that
+        stands still, all would be the largest.
+        """
+        ordered = np.sort(self.recent)
+        lower, upper = np.searchsorted(ordered, scores, "left"), np.searchsorted(ordered, scores, "right")
+        ranks = np.where(upper - lower > 1, (lower + 1 + upper) / 2, upper)
+        return ranks / len(ordered)
+
+    def _from_threshold(self, scores: Floats) -> Floats:
+        level, count = self.level(), len(self.recent)
+        threshold = np.quantile(self.recent, 1 - level)
+        kept = (scores >= threshold).astype(np.float64)
+        equal = np.count_nonzero(self.recent == threshold)
+        if equal > 1:
+            left = level * count - np.count_nonzero(self.recent > threshold)
+            kept[scores == threshold] = min(1.0, max(0.0, left / equal))
+        return kept
 
     def remember(self, scores: Floats) -> None:
         """Add scores to the recent ones."""

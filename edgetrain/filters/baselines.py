@@ -6,8 +6,6 @@ import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import numpy as np
-
 from edgetrain.filters.base import Choice, Floats, Images, InstanceFilter, Judge, Labels, Selector
 
 
@@ -17,7 +15,8 @@ class SelectiveBackprop(InstanceFilter):
 
     Jiang et al., "Accelerating Deep Learning by Focusing on the Biggest Losers", 2019, section 3: an instance whose
     loss is at quantile ``u`` of the recent losses is kept with probability ``u ** beta``, and ``beta`` is
-    ``1 / rate - 1``, whose mean is the rate. ``rule="top"`` keeps exactly those above the quantile instead.
+    ``1 / rate - 1``, whose mean is the rate; equal losses share the middle of their quantiles. ``rule="top"`` keeps
+    exactly those above the quantile instead.
 
     The forward pass of everything is counted; it limits what can be saved to about two thirds.
 
@@ -63,8 +62,7 @@ class _ByLoss(Selector):
             probabilities = self.share.probabilities(losses + 1e-9 * self.rng.random(len(y)), math.inf)
         else:
             self.share.remember(losses)
-            quantiles = np.searchsorted(np.sort(self.share.recent), losses, "right") / len(self.share.recent)
-            probabilities = quantiles ** (1 / self.share.level() - 1)
+            probabilities = self.share.quantiles(losses) ** (1 / self.share.level() - 1)
         keep = self.rng.random(len(y)) < probabilities
         self.share.count(keep)
         return Choice(keep, macs)

@@ -105,6 +105,14 @@ class EarlyInstanceFilter(InstanceFilter):
             whole = isinstance(value, int) and 1 <= value <= 1024
             self.require(key, value is None or whole, "a whole number from 1 to 1024, or None")
 
+    def check_network(self, graph: Graph) -> None:
+        """Refuse a network that is too small for a filter of 5 % of its operations.
+
+        Raises:
+            UsageError: it is.
+        """
+        self.network(graph.input_shape, graph.macs())
+
     def selector(self, learner: Any, judge: Judge) -> Selector:
         """Return what decides for one learner, with a network of its own.
 

@@ -74,13 +74,8 @@ class Topology:
             self.beginning = policy.beginning(graph.trained)
 
     def _choose(self, graph: Graph, policy: SparsityPolicy) -> None:
+        check_layers(policy, graph)
         self.candidates = policy.layers(graph)
-        if not self.candidates and not policy.skips_nothing:
-            listed = "; ".join(f"{name}: {reason}" for name, reason in dense_layers(graph, *policy.dense_ends).items())
-            raise UsageError(
-                f"{policy.name}: no layer of '{graph.name}' can be sparse ({listed or 'it has no weights'}); "
-                "expected one at least: change the settings named, take another network, or leave sparsity out"
-            )
         arrays = {layer.weight: graph.arrays[layer.weight] for layer in self.candidates}
         if any(is_placeholder(array) for array in arrays.values()):  # a checkpoint: its state brings pattern and values
             for layer in self.candidates:
@@ -228,7 +223,10 @@ class Topology:
         return tuple(name for name, count in lost.items() if count)
 
     def describe(self, graph: Graph, arrays: Mapping[str, NDArray[np.float32]]) -> dict[str, str]:
-        """Return what an exported file says about its zeros: policy, and density of every sparse layer as JSON.
+        """Return what an exported file says about its zeros: policy, and share of non-zeros by sparse layer as JSON.
+
+        A weight that has just grown exists and is still 0. It counts as a zero here, so that a reader of the file finds
+        what this says; who goes on from the file draws such places anew.
 
         Args:
             graph: the network.
@@ -238,7 +236,7 @@ class Topology:
             shares = {layer.weight: _density(arrays[layer.weight]) for layer in sparse_layers(graph)}
             densities = {name: share for name, share in shares.items() if share < 1}
             return {DENSITIES: json.dumps(densities)} if densities else {}
-        densities = {name: index.density for name, index in self.indices.items()}
+        densities = {name: _density(arrays[name]) for name in self.indices}
         return {SPARSITY: self._described(), DENSITIES: json.dumps(densities)}
 
     def account(self) -> dict[str, Any]:
@@ -304,6 +302,21 @@ class Topology:
         if self.version != version:
             self.changes += 1
             self.seconds += time.perf_counter() - start
+
+
+def check_layers(policy: SparsityPolicy, graph: Graph) -> None:
+    """Refuse a policy that finds no layer in a network.
+
+    Raises:
+        UsageError: all layers stay dense.
+    """
+    if policy.skips_nothing or policy.layers(graph):
+        return
+    listed = "; ".join(f"{name}: {reason}" for name, reason in dense_layers(graph, *policy.dense_ends).items())
+    raise UsageError(
+        f"{policy.name}: no layer of '{graph.name}' can be sparse ({listed or 'it has no weights'}); "
+        "expected one at least: change the settings named, take another network, or leave sparsity out"
+    )
 
 
 def _check_values(graph: Graph) -> None:
