@@ -448,7 +448,6 @@ def test_a_policy_that_asks_for_nothing_or_leaves_all_to_sparse_weights_is_taken
     learner(network(), error_pruning=lanes, sparsity=et.RigL(weights=0.9, distribution="uniform", dense_first=False))
 
 
-
 POLICIES = [
     ErrorMapPruning(keep=0.5),
     ErrorMapPruning(keep=0.5, importance="random"),
