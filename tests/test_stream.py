@@ -354,12 +354,24 @@ def test_an_empty_npz_is_refused(tmp_path):
         open_stream(str(tmp_path / "a.npz"), SHAPE, 10)
 
 
-def test_a_bad_image_of_an_npz_is_found(tmp_path):
-    x = np.zeros((20, 1, 9, 9), np.float32)
-    x[17] = np.nan
-    np.savez(tmp_path / "a.npz", x=x, y=np.arange(20) % 3)
-    with pytest.raises(DataError, match="counted from instance 14 on': image 3 holds NaN"):
-        whole(open_stream(str(tmp_path / "a.npz"), SHAPE, 10), 7)
+@pytest.mark.parametrize("bad", [0, 14, 17, 19, 20])
+@pytest.mark.parametrize("start", [0, 13])
+def test_good_instances_before_a_bad_one_of_an_npz_come_first(tmp_path, bad, start):
+    x, y = np.zeros((21, 1, 9, 9), np.float32), np.arange(21) % 3
+    x[bad:] = np.nan  # also where a whole block is bad
+    np.savez(tmp_path / "a.npz", x=x, y=y)
+    labels, error = taken(open_stream(str(tmp_path / "a.npz"), SHAPE, 10).blocks(7, start, never))
+    assert labels == y[start:bad].tolist()
+    assert f"counted from instance {max(bad, start)} on': image 0 holds NaN" in str(error)
+
+
+def test_a_negative_label_of_an_npz_is_named(tmp_path):
+    y = np.arange(20) % 3
+    y[9] = -1
+    np.savez(tmp_path / "a.npz", x=np.zeros((20, 1, 9, 9), np.uint8), y=y)
+    labels, error = taken(open_stream(str(tmp_path / "a.npz"), SHAPE, 10).blocks(7, 0, never))
+    assert labels == y[:9].tolist()
+    assert "counted from instance 9 on'" in str(error)
 
 
 @pytest.mark.parametrize("inside", ["", "train"])

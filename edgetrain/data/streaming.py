@@ -152,8 +152,31 @@ class _Npz(InstanceSource):
         with _members(self._path, self._keys) as (images, labels):
             pieces = zip(images.pieces(size, start), labels.pieces(size, start), strict=True)
             for first, (x, y) in zip(range(start, len(images), size), pieces, strict=True):
-                name = f"{self.name}, counted from instance {first} on"
-                yield _checked(images_from(x), labels_from(y), self.class_names, name)
+                try:
+                    block = self._block(x, y, first)
+                except DataError:
+                    good = self._good(x, y)
+                    if good:
+                        yield self._block(x[:good], y[:good], first)
+                    self._block(x[good:], y[good:], first + good)  # tells where the bad one is
+                    raise
+                yield block
+
+    def _good(self, x: NDArray[Any], y: NDArray[Any]) -> int:
+        """Return how many instances of a bad block there are before its first bad one."""
+        good, bad = 0, len(y)  # so many are good, so many are not
+        while bad - good > 1:
+            tried = (good + bad) // 2
+            try:
+                self._block(x[good:tried], y[good:tried], 0)
+                good = tried
+            except DataError:
+                bad = tried
+        return good
+
+    def _block(self, x: NDArray[Any], y: NDArray[Any], first: int) -> Block:
+        name = f"{self.name}, counted from instance {first} on"
+        return _checked(images_from(x), labels_from(y), self.class_names, name)
 
     def _labels(self, y: NDArray[Any]) -> NDArray[np.int64]:
         with naming(self._path):
