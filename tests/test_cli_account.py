@@ -74,7 +74,7 @@ def test_training_time_is_one_figure_and_leaves_out_what_is_not_training(inside,
     kept = et.data.Dataset.take
     monkeypatch.setattr("edgetrain.data.Dataset.take", lambda self, which: time.sleep(0.01) or kept(self, which))
     real = streaming.StreamSession._normalize
-    monkeypatch.setattr(streaming.StreamSession, "_normalize", lambda self, x: time.sleep(0.01) or real(self, x))
+    monkeypatch.setattr(streaming.StreamSession, "_normalize", lambda self, *block: time.sleep(0.01) or real(self, *block))
     code, out, _ = run(capsys, *flags, "--json")
     result = json.loads(out)
     assert code == 0

@@ -24,6 +24,7 @@ import edgetrain as et
 from edgetrain.checkpoint import load_checkpoint
 from edgetrain.cli import main
 from edgetrain.cli.progress import BarDisplay, PlainDisplay
+from edgetrain.data.streaming import InstanceSource
 from edgetrain.errors import UsageError
 from edgetrain.history import Totals
 from edgetrain.runs import Run, open_run
@@ -318,6 +319,59 @@ def test_a_signal_saves_a_part_of_a_block_from_standard_input(inside, tmp_path):
     assert process.returncode == 5
     assert "stopped after 50 instances" in err
     assert load_checkpoint(tmp_path / "fit-1/last.safetensors").stream.position == 50
+
+
+def test_a_slow_pipe_is_learned_from_and_saved_before_a_block_is_full(inside, tmp_path):
+    command = [*LIVE, "--profile", "raspberrypi4", "--batch-size", "8", "--save-every", "0.0003", "--quiet",
+               "--set", "stream.block=256", "--out", str(tmp_path)]  # fmt: skip
+    process = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": str(ROOT)}, text=True, stdin=subprocess.PIPE,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
+    process.stdin.write(json_lines(0, 20))
+    process.stdin.flush()
+    deadline, saved = time.monotonic() + 120, []
+    while not saved:
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+        if (tmp_path / "fit-1/events.jsonl").exists():
+            saved = [event for event in open_run(tmp_path / "fit-1").read_events() if event["event"] == "saved"]
+    process.kill()
+    process.communicate()
+    learner = load_checkpoint(tmp_path / "fit-1/last.safetensors")
+    assert learner.stream.position == saved[0]["instances"] == 20
+    assert (learner.step_count, learner.stream.waiting) == (2, 4)
+
+
+class InBlocks(InstanceSource):
+    """The digits as a live source that gives blocks of these sizes, empty ones too."""
+
+    def __init__(self, sizes: list[int]) -> None:
+        super().__init__("digits", None, tuple(map(str, range(10))), None)
+        self._sizes = sizes
+
+    def blocks(self, size, start, should_stop, is_due=lambda: False):
+        images = np.load("digits.npz")
+        first = 0
+        for count in self._sizes:
+            part = slice(first, first + count)
+            yield images["x_train"][part, None] / np.float32(255), images["y_train"][part].astype(np.int64)
+            first += count
+
+
+def test_small_blocks_of_a_slow_pipe_change_no_step(inside, capsys, tmp_path, monkeypatch):
+    for sizes in ([8] * 5, [1, 0, 3, 0, 0, 2, 2, 10, 22]):
+        monkeypatch.setattr("edgetrain.cli.streaming.open_stream", lambda *_, sizes=sizes: InBlocks(sizes))
+        assert run(capsys, *LIVE[3:], "--batch-size", "8", "--quiet", "--out", tmp_path)[0] == 0
+    assert_same_result(tmp_path / "fit-1", tmp_path / "fit-2")
+    normalization = load_checkpoint(tmp_path / "fit-2/last.safetensors").graph.normalization
+    assert normalization.mean == pytest.approx(np.load("digits.npz")["x_train"][:8].mean() / 255)
+
+
+def test_a_pipe_that_gives_nothing_is_not_saved_again_and_again(inside, capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr("edgetrain.cli.streaming.open_stream", lambda *_: InBlocks([8, 0, 0, 0, 8, 0]))
+    assert run(capsys, *LIVE[3:], "--batch-size", "8", "--save-every", "0", "--quiet", "--out", tmp_path)[0] == 0
+    events = open_run(tmp_path / "fit-1").read_events()
+    assert [event["instances"] for event in events if event["event"] == "saved"] == [8, 16]
 
 
 def test_standard_input_has_no_baseline(inside, capsys):

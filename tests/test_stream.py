@@ -500,6 +500,29 @@ def test_lines_that_came_before_a_stop_are_not_lost():
         assert taken(source.blocks(64, 0, lambda: bool(asked.append(0) or len(asked) > 1))) == ([2, 2, 2], None)
 
 
+@pytest.mark.parametrize("due", [False, True])
+def test_a_pipe_that_pauses_hands_on_what_has_come(due, monkeypatch):
+    monkeypatch.setattr("edgetrain.data.streaming._PATIENCE", 0.01)
+    monkeypatch.setattr("edgetrain.data.streaming._IDLE_TURNS", 10**6 if due else 3)
+    reading, writing = os.pipe()
+    os.write(writing, (3 * GOOD + GOOD[:9]).encode())
+    blocks = _JsonLines(reading, (1, 2, 2), 3, ()).blocks(64, 0, never, lambda: due)
+    assert next(blocks)[1].tolist() == [2, 2, 2]
+    x, y = next(blocks)  # nothing came since: whoever saves by the clock must wake up
+    assert (x.shape, y.shape) == ((0, 1, 2, 2), (0,))
+    os.write(writing, (GOOD[9:] + 70 * GOOD).encode())
+    assert [len(next(blocks)[1]) for _ in range(2)] == [64, 7]
+    os.close(writing)
+    assert [len(y) for _, y in blocks] == []
+    os.close(reading)
+
+
+def test_a_fast_pipe_gives_full_blocks_even_while_a_checkpoint_is_due():
+    with piped(150 * GOOD) as reading:
+        blocks = _JsonLines(reading, (1, 2, 2), 3, ()).blocks(64, 0, never, lambda: True)
+        assert [len(y) for _, y in blocks] == [64, 64, 22]
+
+
 def test_json_lines_flat_nested_pixels_and_numbers():
     blocks = lines_of(
         '{"pixels": [0, 51, 102, 255], "y": 0}\n\n{"x": [[[0.5, -1], [2, 3]]], "y": 2}\n'

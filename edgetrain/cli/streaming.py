@@ -185,7 +185,7 @@ class StreamSession:
     _judged: tuple[int, dict[str, float]] = field(default_factory=lambda: (-1, {}))  # steps done, and what was found
 
     def __post_init__(self) -> None:
-        self._first_step = self.learner.step_count
+        self._first_step, self._saved_position = self.learner.step_count, self.learner.stream.position
 
     @property
     def is_over(self) -> bool:
@@ -211,13 +211,9 @@ class StreamSession:
         self.display.begin(self.config.training.epochs, "test")
         with StopOnSignal(self.display) as stop, CompileNotice(self.display.compiling):
             try:
-                for x, y in self.source.blocks(size, learner.stream.position, stop.requested):
-                    self._normalize(x)
-                    try:
-                        learner.observe(x, y, predict=settings.predict)
-                    finally:
-                        self._count()
-                    self.display.instances(learner.stream.position, self.source.count, learner.history.running)
+                for x, y in self.source.blocks(size, learner.stream.position, stop.requested, self._is_due):
+                    if len(y):
+                        self._learn(x, y, size)
                     self._after(len(y))
                     # A live source ends by itself, after the instances that it has taken: nobody could give them again.
                     if self.source.count is not None and stop.requested():
@@ -288,10 +284,26 @@ class StreamSession:
             return random_batches(self.learner)
         return self.source.blocks(self.learner.batch_size, 0, lambda: False)
 
-    def _normalize(self, x: NDArray[np.float32]) -> None:
-        """Give a network without input normalisation that of the first block; a stream cannot be looked at twice."""
+    def _learn(self, x: NDArray[np.float32], y: NDArray[np.int64], size: int) -> None:
+        """Learn from a block; ``size``: instances of a full one."""
         learner = self.learner
-        if not self.config.data.normalize or learner.graph.normalization is not None or learner.stream.position:
+        self._normalize(x, size)
+        try:
+            learner.observe(x, y, predict=self.config.stream.predict)
+        finally:
+            self._count()
+        self.display.instances(learner.stream.position, self.source.count, learner.history.running)
+
+    def _normalize(self, x: NDArray[np.float32], size: int) -> None:
+        """Give a network without input normalisation that of the first block; a stream cannot be looked at twice.
+
+        Where that has but a few instances, as of a slow pipe, it is that of all that have come before the first step.
+        """
+        learner = self.learner
+        if not self.config.data.normalize or learner.graph.normalization is not None or learner.step_count:
+            return
+        x = learner.stream.behind_waiting(x.reshape(len(x), *learner.graph.input_shape))
+        if len(x) < min(size, learner.batch_size):
             return
         axes = (0, *range(2, x.ndim))
         mean, deviation = x.mean(axes, dtype=np.float64), x.std(axes, dtype=np.float64)
@@ -309,9 +321,15 @@ class StreamSession:
         position, window = self.learner.stream.position, self.config.stream.window
         if position // window > (position - count) // window:
             self._row()
-        if time.monotonic() - self._saved_at > 60 * self.config.training.save_every_minutes:
+        if not self._is_due():
+            return
+        self._saved_at = time.monotonic()
+        if position != self._saved_position:  # a pipe may give nothing for hours
             self._save()
             self._log("saved")
+
+    def _is_due(self) -> bool:
+        return time.monotonic() - self._saved_at > 60 * self.config.training.save_every_minutes
 
     def _row(self) -> None:
         """Make a row about the instances since the last one; it is written with the next checkpoint."""
@@ -348,7 +366,7 @@ class StreamSession:
         # The rows come first: those that the checkpoint does not know are taken back on resuming.
         self._write_rows()
         save_checkpoint(self.learner, self.run.last)
-        self._saved_at = time.monotonic()
+        self._saved_at, self._saved_position = time.monotonic(), self.learner.stream.position
 
     def _log(self, event: str, **details: Any) -> None:
         whole = time.monotonic() - self.began
