@@ -6,10 +6,12 @@ import json
 import math
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from pkgutil import resolve_name
 
 import numpy as np
 import pytest
@@ -74,7 +76,7 @@ def test_training_time_is_one_figure_and_leaves_out_what_is_not_training(inside,
     kept = et.data.Dataset.take
     monkeypatch.setattr("edgetrain.data.Dataset.take", lambda self, which: time.sleep(0.01) or kept(self, which))
     real = streaming.StreamSession._normalize
-    monkeypatch.setattr(streaming.StreamSession, "_normalize", lambda self, *block: time.sleep(0.01) or real(self, *block))
+    monkeypatch.setattr(streaming.StreamSession, "_normalize", lambda *given: time.sleep(0.01) or real(*given))
     code, out, _ = run(capsys, *flags, "--json")
     result = json.loads(out)
     assert code == 0
@@ -179,6 +181,56 @@ def test_a_baseline_that_diverges_leaves_the_run_its_account(inside, capsys, mon
         capsys, "report", "runs/fit-1")[1]  # fmt: skip
     assert (open_run("runs/fit-1").status(), open_run("runs/fit-1/baseline").status()) == ("finished", "failed")
     assert "nothing is left" in run(capsys, "resume", "runs/fit-1")[2]
+
+
+# ---- a signal after the last step
+
+
+def signalled(monkeypatch, where: str, *numbers: int) -> None:
+    """Let signals come when a function of edgetrain is called."""
+    real = resolve_name(f"edgetrain.{where}")
+
+    def call(*given, **named):
+        for number in numbers:
+            signal.raise_signal(number)
+        return real(*given, **named)
+
+    monkeypatch.setattr(f"edgetrain.{where}", call)
+
+
+@pytest.mark.parametrize("numbers", [[signal.SIGTERM], [signal.SIGINT], 2 * [signal.SIGINT]],
+                         ids=["SIGTERM", "SIGINT", "SIGINT-twice"])  # fmt: skip
+@pytest.mark.parametrize("flags", [STREAM, CHANNELS], ids=["stream", "epochs"])
+def test_a_signal_while_the_last_files_are_written_leaves_them_whole(inside, capsys, monkeypatch, flags, numbers):
+    with monkeypatch.context() as signals:
+        signalled(signals, "learner.Learner.export_onnx", *numbers)
+        code, out, err = run(capsys, *flags, "--quiet")
+    assert (code, out) == (5, "")
+    assert err == (
+        "interrupted: stopped after the last step; runs/fit-1/model.onnx is written, what the run tells at its end is "
+        "not; go on with: edgetrain resume runs/fit-1\n"
+    )
+    model = Path("runs/fit-1/model.onnx").read_bytes()
+    code, out, _ = run(capsys, "resume", "runs/fit-1", "--json")
+    assert code == 0
+    assert open_run("runs/fit-1").account()["savings"] == json.loads(out)["savings"]
+    assert Path("runs/fit-1/model.onnx").read_bytes() == model
+    assert "nothing is left" in run(capsys, "resume", "runs/fit-1")[2]
+
+
+@pytest.mark.parametrize("flags", [STREAM, CHANNELS], ids=["stream", "epochs"])
+def test_a_signal_during_the_estimate_of_dense_time_ends_it(inside, capsys, monkeypatch, flags):
+    with monkeypatch.context() as signals:
+        signalled(signals, "cli.savings._dense_twin", signal.SIGTERM)
+        code, _, err = run(capsys, *flags, "--quiet")
+    assert code == 5
+    assert err.endswith("go on with: edgetrain resume runs/fit-1\n")
+    assert open_run("runs/fit-1").status() == "finished"
+    with monkeypatch.context() as signals:
+        signalled(signals, "cli.savings._dense_twin", signal.SIGINT)
+        assert run(capsys, "resume", "runs/fit-1", "--quiet")[0] == 5
+    assert run(capsys, "resume", "runs/fit-1", "--quiet")[0] == 0
+    assert open_run("runs/fit-1").account()
 
 
 # ---- an account that was cut off

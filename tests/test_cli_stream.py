@@ -333,8 +333,7 @@ def test_a_slow_pipe_is_learned_from_and_saved_before_a_block_is_full(inside, tm
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.05)
-        if (tmp_path / "fit-1/events.jsonl").exists():
-            saved = [event for event in open_run(tmp_path / "fit-1").read_events() if event["event"] == "saved"]
+        saved = [event for event in Run(tmp_path / "fit-1").read_events() if event["event"] == "saved"]
     process.kill()
     process.communicate()
     learner = load_checkpoint(tmp_path / "fit-1/last.safetensors")

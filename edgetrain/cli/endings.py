@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, Protocol
 
 from edgetrain._version import __version__
 from edgetrain.checkpoint import save_checkpoint
 from edgetrain.cli.config import Config, dense
 from edgetrain.cli.progress import Display
+from edgetrain.cli.signals import StopOnSignal
+from edgetrain.data.batches import Batch
 from edgetrain.data.streaming import STANDARD_INPUT
 from edgetrain.devices import DeviceProfile
-from edgetrain.errors import EdgetrainError, NumericalError, UsageError
+from edgetrain.errors import EdgetrainError, InterruptedRunError, NumericalError, UsageError
 from edgetrain.runs import Run
 
 if TYPE_CHECKING:
@@ -26,6 +28,7 @@ class Session(Protocol):
     learner: Learner
     config: Config
     display: Display
+    stop: StopOnSignal
 
     @property
     def is_over(self) -> bool:
@@ -149,6 +152,26 @@ def draw(run: Run, display: Display) -> None:
 def resuming(run: Run) -> str:
     """Return the command that goes on with a run; of a dense twin, that of the run that wants it."""
     return f"edgetrain resume {run.path.parent if run.comparison() == 'baseline' else run.path}"
+
+
+def heed_stop(session: Session) -> None:
+    """End the command where a signal came after the last step: the run's files are there, its account is not.
+
+    Raises:
+        InterruptedRunError: a signal came.
+    """
+    if session.stop.requested():
+        raise InterruptedRunError(
+            f"stopped after the last step; {session.run.model} is written, what the run tells at its end is not; go on "
+            f"with: {resuming(session.run)}"
+        )
+
+
+def until_stopped(session: Session, batches: Iterable[Batch]) -> Iterator[Batch]:
+    """Yield batches of an estimate, which may take a while; raises what ``heed_stop`` does."""
+    for batch in batches:
+        heed_stop(session)
+        yield batch
 
 
 def how_to_go_on(error: EdgetrainError, run: Run, config: Config) -> str:

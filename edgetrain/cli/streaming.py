@@ -16,7 +16,16 @@ from numpy.typing import NDArray
 from edgetrain._version import __version__
 from edgetrain.checkpoint import load_checkpoint, save_checkpoint
 from edgetrain.cli.config import Config, MethodSettings
-from edgetrain.cli.endings import begin, how_to_go_on, is_done, resuming, tell_profile, train_baseline
+from edgetrain.cli.endings import (
+    begin,
+    heed_stop,
+    how_to_go_on,
+    is_done,
+    resuming,
+    tell_profile,
+    train_baseline,
+    until_stopped,
+)
 from edgetrain.cli.output import count, emit
 from edgetrain.cli.progress import CompileNotice, Display, resident_mib
 from edgetrain.cli.savings import account_of, account_text, itself, layers_of, random_batches, savings_of, time_dense
@@ -52,44 +61,50 @@ def fit_stream(
     graph = stream_graph(config)
     source = stream_source(config, graph)
     learner = _new_learner(config, graph, source, profile, display)
-    run = create_run(flags["out"], "fit")
-    save_checkpoint(learner, run.last)
-    environment = {"edgetrain": __version__, "host": host_facts(), "data": {"name": source.name, "count": source.count}}
-    run.write_environment(environment)
-    begin(run, config, comparison="wanted" if flags["baseline"] else "")
+    with StopOnSignal(display) as stop:
+        run = create_run(flags["out"], "fit")
+        save_checkpoint(learner, run.last)
+        data = {"name": source.name, "count": source.count}
+        run.write_environment({"edgetrain": __version__, "host": host_facts(), "data": data})
+        begin(run, config, comparison="wanted" if flags["baseline"] else "")
+        _introduce(display, run, learner, config, source)
+        tell_profile(display, profile)
+        session = StreamSession(run, learner, config, display, stop, source, began, judges=flags["baseline"])
+        session.finish()
+        session.tell(flags["json"], _baseline(session, profile) if flags["baseline"] else None)
+
+
+def _introduce(display: Display, run: Run, learner: Learner, config: Config, source: InstanceSource) -> None:
     skips = ", ".join(text for text in asdict(config.methods).values() if text != NONE)
     display.say(
-        f"{run.path}: {config.model.name} ({graph.parameter_count:,} parameters) learns from the stream {source.name}, "
-        f"micro-batches of {learner.batch_size}, {skips or 'nothing is skipped'}"
+        f"{run.path}: {config.model.name} ({learner.graph.parameter_count:,} parameters) learns from the stream "
+        f"{source.name}, micro-batches of {learner.batch_size}, {skips or 'nothing is skipped'}"
     )
-    tell_profile(display, profile)
-    session = StreamSession(run, learner, config, display, source, began, judges=flags["baseline"])
-    session.finish()
-    session.tell(flags["json"], _baseline(session, profile) if flags["baseline"] else None)
 
 
 def resume_stream(
     run: Run, config: Config, profile: DeviceProfile, display: Display, as_json: bool, began: float
 ) -> None:
     """Go on in a run folder: a file or a folder where the stream was left, standard input with what comes now."""
-    session = _taken_up(run, config, display, began)
+    session = _taken_up(run, config, display, StopOnSignal(display), began)
     learner, source = session.learner, session.source
     if session.is_over and is_done(run):
         raise UsageError(f"{run.path}: all {source.count:,} instances of the stream are done, nothing is left")
     run.log("resumed", instances=learner.stream.position)
     display.say(f"resuming {run.path} after {learner.stream.position:,} instances")
-    session.finish()
-    session.tell(as_json, _baseline(session, profile) if run.comparison() == "wanted" else None)
+    with session.stop:
+        session.finish()
+        session.tell(as_json, _baseline(session, profile) if run.comparison() == "wanted" else None)
 
 
-def _taken_up(run: Run, config: Config, display: Display, began: float) -> StreamSession:
+def _taken_up(run: Run, config: Config, display: Display, stop: StopOnSignal, began: float) -> StreamSession:
     """Return a session that goes on where the last checkpoint of a run stands."""
     with CompileNotice(display.compiling):
         learner = load_checkpoint(run.last)
         learner.threads = config.device.threads
         learner.prepare()
     source = stream_source(config, learner.graph)
-    session = StreamSession(run, learner, config, display, source, began, judges=run.comparison() != "")
+    session = StreamSession(run, learner, config, display, stop, source, began, judges=run.comparison() != "")
     session.rows = run.keep_metrics(learner.stream.position - learner.history.running.instances_seen)
     return session
 
@@ -112,13 +127,13 @@ def _new_learner(
 
 def _baseline(session: StreamSession, profile: DeviceProfile) -> dict[str, Any]:
     """Learn from the same stream densely, or go on with that; return times and accuracy, and draw both runs."""
-    display, source = session.display, session.source
+    display, stop, source = session.display, session.stop, session.source
 
     def begin_anew(run: Run, config: Config, began: float) -> StreamSession:
         learner = _new_learner(config, stream_graph(config), source, profile, display)
-        return StreamSession(run, learner, config, display, source, began, judges=True)
+        return StreamSession(run, learner, config, display, stop, source, began, judges=True)
 
-    return train_baseline(session, lambda run, config, began: _taken_up(run, config, display, began), begin_anew)
+    return train_baseline(session, lambda run, config, began: _taken_up(run, config, display, stop, began), begin_anew)
 
 
 def stream_source(config: Config, graph: Graph) -> InstanceSource:
@@ -176,6 +191,7 @@ class StreamSession:
     learner: Learner
     config: Config
     display: Display
+    stop: StopOnSignal
     source: InstanceSource
     began: float
     judges: bool = False
@@ -193,10 +209,15 @@ class StreamSession:
         return self.source.count is not None and self.learner.stream.position >= self.source.count
 
     def finish(self) -> None:
-        """Learn from what is left, if anything is, and write the last files; raises what ``train`` does."""
+        """Learn from what is left, if anything is, and write the last files.
+
+        Raises:
+            InterruptedRunError: a signal asked to stop; what ``train`` raises, too.
+        """
         if not self.is_over:
             self.train()
         self.conclude()
+        heed_stop(self)
 
     def train(self) -> None:
         """Learn until the stream ends.
@@ -206,10 +227,10 @@ class StreamSession:
             DataError, NumericalError, MemoryBudgetError: an instance is bad or a step failed; the state is
                 saved.
         """
-        learner, settings = self.learner, self.config.stream
-        size = settings.block or block_size(learner)
+        learner, stop = self.learner, self.stop
+        size = self.config.stream.block or block_size(learner)
         self.display.begin(self.config.training.epochs, "test")
-        with StopOnSignal(self.display) as stop, CompileNotice(self.display.compiling):
+        with CompileNotice(self.display.compiling):
             try:
                 for x, y in self.source.blocks(size, learner.stream.position, stop.requested, self._is_due):
                     if len(y):
@@ -258,9 +279,13 @@ class StreamSession:
 
     def conclude(self) -> None:
         """Write the last checkpoint and the ONNX file: the run is then finished, whatever becomes of its account."""
-        self._save()
-        save_checkpoint(self.learner, self.run.best)
-        self.learner.export_onnx(self.run.model)
+        with self.stop.unbroken():
+            self._save()
+            save_checkpoint(self.learner, self.run.best)
+            self.learner.export_onnx(self.run.model)
+        if self.stop.requested():  # what follows looks at all test data
+            self._log("interrupted")
+            heed_stop(self)
         self._log("finished", accuracy=self.test_metrics().get("accuracy"))
 
     def tell(self, as_json: bool, baseline: Mapping[str, Any] | None = None) -> None:
@@ -281,8 +306,8 @@ class StreamSession:
     def _batches_again(self) -> Iterable[Batch]:
         """Return batches of the stream from its beginning, random ones where it cannot be read twice."""
         if self.source.count is None:
-            return random_batches(self.learner)
-        return self.source.blocks(self.learner.batch_size, 0, lambda: False)
+            return until_stopped(self, random_batches(self.learner))
+        return until_stopped(self, self.source.blocks(self.learner.batch_size, 0, self.stop.requested))
 
     def _learn(self, x: NDArray[np.float32], y: NDArray[np.int64], size: int) -> None:
         """Learn from a block; ``size``: instances of a full one."""
