@@ -146,6 +146,18 @@ class InstanceStream:
                 self.totals[self._mode].add(result, result.seconds, judged)
         return result
 
+    def leave_out(self, count: int, predict: bool) -> StepResult:
+        """Pass over the next instances of a stream, which cannot be predicted: they count as seen, and as nothing else.
+
+        Args:
+            count: of these instances.
+            predict: whether the stream predicts first.
+        """
+        result = StepResult(float("nan"), 0, count, 0, macs_dense=0, macs_done=0, seconds=0.0, instances_kept=0)
+        self.position += count
+        self.totals[MODES[predict]].add(result, 0.0, judged=0)
+        return result
+
     def kernels(self) -> list[tuple[str, tuple[int, ...]]]:
         """Return the kernels of the filter's own network."""
         return self._selector.kernels() if self._selector else []

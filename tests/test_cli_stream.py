@@ -219,6 +219,95 @@ def test_a_step_that_fails_is_resumed_behind_its_block_with_every_instance_count
     assert counted(folder).instances_seen == 600
 
 
+def with_glitches(folder: Path, *bad: int, count: int = 600) -> str:
+    """Write instances of which some are beyond what a network can predict; return the file."""
+    images = np.load("digits.npz")
+    x = images["x_train"][:count, None] / np.float32(255)
+    x[list(bad)] = 1e38
+    np.savez(folder / "a.npz", x=x, y=images["y_train"][:count])
+    return str(folder / "a.npz")
+
+
+@pytest.mark.parametrize("flags", [["--predict-first"], ["--filter", "selective:rate=0.5,start=64"]],
+                         ids=["predict", "filter"])  # fmt: skip
+def test_an_instance_that_cannot_be_predicted_is_named_and_may_be_left_out(inside, capsys, tmp_path, flags):
+    path = with_glitches(tmp_path, 301, 303, 304, 500)
+    command = ["fit", "--stream", "--data", path, "--out", tmp_path, "--batch-size", "8", "--window", "100", *flags]
+    code, _, err = run(capsys, *command)
+    folder = open_run(tmp_path / "fit-1")
+    assert code == 3
+    assert "instance 301 of a (counted from 0) cannot be predicted: its largest number is 1e+38" in err
+    assert f"the state after 301 instances is saved in {folder.last}, go on with: edgetrain resume {folder.path}" in err
+    assert f"(correct it in {path} first, else it is left out)" in err
+    assert "learning rate" not in err
+    total = load_checkpoint(folder.last).stream.totals["predict" if flags == ["--predict-first"] else "train"]
+    assert total.instances_seen == 301
+    code, out, err = run(capsys, "resume", folder.path)
+    assert code == 3
+    assert "left out: 1 instance from 301 on" in out
+    assert "instance 303 of a" in err
+    code, out, err = run(capsys, "resume", folder.path)
+    assert "left out: 2 instances from 303 on" in out
+    assert "instance 500 of a" in err
+    with_glitches(tmp_path)  # corrected: nothing is left out
+    code, out, _ = run(capsys, "resume", folder.path)
+    assert code == 0
+    assert "left out" not in out
+    learner = load_checkpoint(folder.last)
+    mode = "predict" if flags == ["--predict-first"] else "train"
+    assert learner.stream.position == learner.stream.totals[mode].instances_seen == 600
+    assert sum(row["instances_seen"] for row in folder.read_metrics()) == 600
+    assert math.isfinite(learner.stream.totals[mode].loss)
+    left_out = [(event["first"], event["number"]) for event in folder.read_events() if event["event"] == "left out"]
+    assert left_out == [(301, 1), (303, 2)]
+
+
+def test_of_a_pipe_all_that_can_be_predicted_is_learned_from(inside, tmp_path):
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    bad = json.dumps({"x": 784 * [1e38], "y": 3}) + "\n"
+    lines = json_lines(0, 21) + bad + json_lines(21, 23) + bad + json_lines(23, 30)
+    (tmp_path / "lines").write_text(lines + json_lines(30, 60))
+    command = [*LIVE, "--batch-size", "8", "--predict-first", "--out", str(tmp_path)]
+    with (tmp_path / "lines").open("rb") as pipe:
+        done = subprocess.run(command, stdin=pipe, env=environment, text=True, capture_output=True, check=False)
+        folder = open_run(tmp_path / "fit-1")
+        assert done.returncode == 3
+        assert "instance 21 of standard input (counted from 0) cannot be predicted" in done.stderr
+        assert done.stderr.endswith(f"go on with: edgetrain resume {folder.path}\n")
+        subprocess.run([*LIVE[:3], "resume", str(folder.path)], stdin=pipe, env=environment, check=True,
+                       capture_output=True)  # fmt: skip
+    learner = load_checkpoint(folder.last)
+    assert learner.stream.position == learner.stream.totals["predict"].instances_seen == 60
+
+
+def test_a_network_that_predicts_nothing_blames_no_instance(inside, capsys, tmp_path, monkeypatch):
+    path = with_glitches(tmp_path, 301)
+    monkeypatch.setattr("edgetrain.cli.streaming._can_predict", lambda _: False)
+    command = ["fit", "--stream", "--data", path, "--out", tmp_path, "--batch-size", "8", "--predict-first"]
+    code, _, err = run(capsys, *command)
+    assert code == 3
+    assert "Start a new run with a lower learning rate" in err
+    assert "cannot be predicted" not in err
+
+
+def test_after_a_step_that_was_not_finite_the_instance_with_the_largest_number_is_named(inside, capsys, tmp_path):
+    path = with_glitches(tmp_path, 301, 309)
+    command = ["fit", "--stream", "--data", path, "--out", tmp_path, "--batch-size", "8", "--quiet"]
+    code, _, err = run(capsys, *command)
+    assert code == 3
+    assert "its batch, of instances before 304, is left out, and the state behind it is saved in" in err
+    assert f"go on with: edgetrain resume {tmp_path / 'fit-1'}. The largest number of the latest block, 1e+38" in err
+    assert f"is in instance 301 of a (counted from 0); if it is wrong, correct it in {path}. If that fails" in err
+    for _ in range(2):  # the first step of a process: nothing is saved, and the message does not promise that it was
+        code, _, err = run(capsys, "resume", tmp_path / "fit-1", "--quiet")
+        assert code == 3
+        assert "but the same step would fail again" in err
+        assert "is in instance 309 of a" in err
+    with_glitches(tmp_path)
+    assert run(capsys, "resume", tmp_path / "fit-1", "--quiet")[0] == 0
+    assert load_checkpoint(tmp_path / "fit-1/last.safetensors").stream.position == 600
+
+
 def counted(folder: Run) -> Totals:
     """Return the sums of a stream's checkpoint, which must be those of its rows and of the begun one."""
     learner = load_checkpoint(folder.last)

@@ -175,12 +175,19 @@ def until_stopped(session: Session, batches: Iterable[Batch]) -> Iterator[Batch]
 
 
 def how_to_go_on(error: EdgetrainError, run: Run, config: Config) -> str:
-    """Return what to do after a step that was not finite: the same step again would fail again."""
+    """Return what to do after a step that was not finite, where the same step again would fail again."""
+    return (
+        f"{error}; the state before it is saved in {run.last}, but the same step would fail again. "
+        f"{starting_anew(run, config)}"
+    )
+
+
+def starting_anew(run: Run, config: Config) -> str:
+    """Return how to train again with a lower learning rate, perhaps from the weights of this run."""
     weights, source = run.path / "start.onnx", config.data.source
     judge = f"edgetrain evaluate {run.path}" + ("" if source == STANDARD_INPUT else f" --data {source}")
     return (
-        f"{error}; the state before it is saved in {run.last}, but the same step would fail again. Start a new run "
-        f"with a lower learning rate: edgetrain fit --config {run.config_file} --lr {config.training.lr / 10:g} (or "
-        f"with --clip-norm 1); where the saved weights are good ({judge}), go on from them: "
-        f"edgetrain export {run.path} -o {weights}, and fit with --initial-weights {weights}"
+        f"Start a new run with a lower learning rate: edgetrain fit --config {run.config_file} "
+        f"--lr {config.training.lr / 10:g} (or with --clip-norm 1); where the saved weights are good ({judge}), "
+        f"go on from them: edgetrain export {run.path} -o {weights}, and fit with --initial-weights {weights}"
     )

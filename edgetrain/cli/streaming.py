@@ -22,6 +22,7 @@ from edgetrain.cli.endings import (
     how_to_go_on,
     is_done,
     resuming,
+    starting_anew,
     tell_profile,
     train_baseline,
     until_stopped,
@@ -50,6 +51,8 @@ if TYPE_CHECKING:
 
 # Images whose deviation is below one grey level are as good as dark: their noise says nothing about what comes later.
 _GREY_LEVEL = 1 / 255
+# An instance whose largest number is so many times that of a usual one is named after a step that was not finite.
+_STANDS_OUT = 100
 # Rows in memory, about a kilobyte each; a checkpoint writes them sooner unless windows are small.
 _MOST_UNWRITTEN = 1000
 
@@ -105,6 +108,8 @@ def _taken_up(run: Run, config: Config, display: Display, stop: StopOnSignal, be
         learner.prepare()
     source = stream_source(config, learner.graph)
     session = StreamSession(run, learner, config, display, stop, source, began, judges=run.comparison() != "")
+    if run.status() == "failed":
+        session.failed_at = learner.stream.position
     session.rows = run.keep_metrics(learner.stream.position - learner.history.running.instances_seen)
     return session
 
@@ -183,6 +188,7 @@ class StreamSession:
 
     Attributes:
         began: when this part began, of ``time.monotonic``.
+        failed_at: position where the run failed before it was resumed; -1 if it did not.
         judges: whether some rows tell the accuracy on the test data: for comparing with the dense twin.
         rows: rows of metrics.csv so far; those since the last checkpoint are kept in memory.
     """
@@ -195,6 +201,7 @@ class StreamSession:
     source: InstanceSource
     began: float
     judges: bool = False
+    failed_at: int = -1
     rows: int = 0
     _unwritten: list[EpochRecord] = field(default_factory=list)
     _saved_at: float = field(default_factory=time.monotonic)
@@ -202,6 +209,8 @@ class StreamSession:
 
     def __post_init__(self) -> None:
         self._first_step, self._saved_position = self.learner.step_count, self.learner.stream.position
+        self._unpredicted: NumericalError | None = None
+        self._block = 0, np.zeros(0, np.float32)  # position of the latest, and its images
 
     @property
     def is_over(self) -> bool:
@@ -232,13 +241,16 @@ class StreamSession:
         self.display.begin(self.config.training.epochs, "test")
         with CompileNotice(self.display.compiling):
             try:
-                for x, y in self.source.blocks(size, learner.stream.position, stop.requested, self._is_due):
+                for x, y in self.source.blocks(size, learner.stream.position, self._should_stop, self._is_due):
+                    before = learner.stream.position
                     if len(y):
                         self._learn(x, y, size)
-                    self._after(len(y))
+                    self._after(learner.stream.position - before)
                     # A live source ends by itself, after the instances that it has taken: nobody could give them again.
                     if self.source.count is not None and stop.requested():
                         break
+                if self._unpredicted is not None:
+                    raise self._unpredicted
             except EdgetrainError as error:
                 self._fail(error)
             if stop.requested():
@@ -309,15 +321,56 @@ class StreamSession:
             return until_stopped(self, random_batches(self.learner))
         return until_stopped(self, self.source.blocks(self.learner.batch_size, 0, self.stop.requested))
 
+    def _should_stop(self) -> bool:
+        return self._unpredicted is not None or self.stop.requested()
+
     def _learn(self, x: NDArray[np.float32], y: NDArray[np.int64], size: int) -> None:
         """Learn from a block; ``size``: instances of a full one."""
         learner = self.learner
         self._normalize(x, size)
+        self._block = learner.stream.position, x
         try:
-            learner.observe(x, y, predict=self.config.stream.predict)
-        finally:
-            self._count()
+            self._observe(x, y)
+        except NumericalError as error:
+            if learner.stream.latest is not None or not error.samples or not _can_predict(learner):
+                raise
+            self._learn_without(x, y, error.samples, size)
         self.display.instances(learner.stream.position, self.source.count, learner.history.running)
+
+    def _learn_without(
+        self, x: NDArray[np.float32], y: NDArray[np.int64], bad: tuple[int, ...], size: int
+    ) -> None:
+        """Learn from a block of which some instances cannot be predicted.
+
+        Of a live source, all others are learned from, and those that have been read along; then the run fails. Of
+        another one, it fails at the first; where it failed before, and goes on there, those that begin it are left out.
+
+        Raises:
+            NumericalError: names the first one.
+        """
+        first, stream = bad[0], self.learner.stream
+        position = stream.position + first
+        error = NumericalError(
+            f"instance {position:,} of {self.source.name} (counted from 0) cannot be predicted: its largest number is "
+            f"{np.abs(x[first]).max():.3g}, and numbers on the way are beyond float32"
+        )
+        if self.source.count is None:
+            self._unpredicted = self._unpredicted or error
+            good = np.delete(np.arange(len(y)), bad)
+            if len(good):
+                self._learn(x[good], y[good], size)
+            return
+        if first:
+            self._learn(x[:first], y[:first], size)
+        if position != self.failed_at:
+            self._unpredicted = error
+            raise error
+        gone = next((place for place, sample in enumerate(bad) if place != sample), len(bad))
+        self.learner.history.running.add(stream.leave_out(gone, self.config.stream.predict), 0.0, judged=0)
+        self._log("left out", first=position, number=gone)
+        self.display.say(f"{error}; left out: {count(gone, 'instance')} from {position:,} on")
+        if gone < len(y):
+            self._learn(x[gone:], y[gone:], size)
 
     def _normalize(self, x: NDArray[np.float32], size: int) -> None:
         """Give a network without input normalisation that of the first block; a stream cannot be looked at twice.
@@ -335,12 +388,15 @@ class StreamSession:
         std = deviation_to_divide_by(mean, deviation, _GREY_LEVEL if _are_pixels(x) else 0.0)
         learner.graph.normalization = Normalization(mean.astype(np.float32), std)
 
-    def _count(self) -> None:
-        """Count what the latest ``observe`` did, also where it failed."""
-        result = self.learner.stream.latest
-        if result is not None:
-            judged = result.instances_seen if self.config.stream.predict else result.instances_trained
-            self.learner.history.running.add(result, result.seconds, judged)
+    def _observe(self, x: NDArray[np.float32], y: NDArray[np.int64]) -> None:
+        """Hand instances to the learner, and count what it did, also where it failed."""
+        predict, running = self.config.stream.predict, self.learner.history.running
+        try:
+            self.learner.observe(x, y, predict=predict)
+        finally:
+            result = self.learner.stream.latest
+            if result is not None:
+                running.add(result, result.seconds, result.instances_seen if predict else result.instances_trained)
 
     def _after(self, count: int) -> None:
         position, window = self.learner.stream.position, self.config.stream.window
@@ -398,18 +454,47 @@ class StreamSession:
         self.run.log(event, instances=self.learner.stream.position, whole_seconds=whole, **details)
 
     def _fail(self, error: EdgetrainError) -> NoReturn:
-        position = self.learner.stream.position
+        step, position = self._is_step(error), self.learner.stream.position
         # A step that was not finite drops its instances. Where it is the first one of this process, the checkpoint
-        # stays as it was: else every vain attempt to go on would cost some more.
-        if not isinstance(error, NumericalError) or self.learner.step_count > self._first_step:
+        # stays as it was: else every vain attempt to go on would cost some more. What a pipe gave is gone anyway.
+        vain = step and self.source.count is not None and self.learner.step_count == self._first_step
+        if not vain:
             self._save()
         self._log("failed", error=str(error))
-        if isinstance(error, NumericalError):
+        if step and self.learner.stream.latest is None:  # the network predicts nothing any more
             raise NumericalError(how_to_go_on(error, self.run, self.config)) from error
+        if vain:
+            raise NumericalError(f"{how_to_go_on(error, self.run, self.config)}{self._suspect()}") from error
+        if step:
+            done = f"its batch, of instances before {position:,}, is left out, and the state behind it"
+            advice = f"{self._suspect()}. If that fails too: {starting_anew(self.run, self.config)}"
+        else:
+            done, advice = f"the state after {position:,} instances", self._remedy(error)
         raise type(error)(
-            f"{error}; the state after {position:,} instances is saved in {self.run.last}, go on with: "
-            f"{resuming(self.run)}"
+            f"{error}; {done} is saved in {self.run.last}, go on with: {resuming(self.run)}{advice}"
         ) from error
+
+    def _is_step(self, error: EdgetrainError) -> bool:
+        return isinstance(error, NumericalError) and error is not self._unpredicted
+
+    def _suspect(self) -> str:
+        """Return which instance of the latest block stands out, if one does: it may be wrong."""
+        position, x = self._block
+        sizes = np.abs(x.reshape(len(x), -1)).max(1)
+        if sizes.max() < _STANDS_OUT * np.median(sizes):
+            return ""
+        where = "" if self.source.count is None else f"; if it is wrong, correct it in {self.config.data.source}"
+        return (
+            f". The largest number of the latest block, {sizes.max():.3g}, is in instance "
+            f"{position + sizes.argmax():,} of {self.source.name} (counted from 0){where}"
+        )
+
+    def _remedy(self, error: EdgetrainError) -> str:
+        """Return what to do about a bad instance before going on; of a pipe it is gone, so nothing."""
+        if self.source.count is None or not isinstance(error, DataError | NumericalError):
+            return ""
+        mended = f" (correct it in {self.config.data.source} first"
+        return f"{mended})" if isinstance(error, DataError) else f"{mended}, else it is left out)"
 
     def _interrupt(self) -> None:
         self._save()
@@ -433,6 +518,19 @@ class StreamSession:
         if not path.is_dir() or not is_image_folder(path):
             return {}
         return {"image_size": shape[1:], "channels": shape[0]}
+
+
+def _can_predict(learner: Learner) -> bool:
+    """Tell whether the network predicts a usual image: if not, no instance is to blame."""
+    shape, usual = learner.graph.input_shape, learner.graph.normalization
+    x = np.random.default_rng(0).standard_normal((1, *shape), np.float32)
+    if usual is not None:
+        x = x * usual.std.reshape(-1, *[1] * len(shape[1:])) + usual.mean.reshape(-1, *[1] * len(shape[1:]))
+    try:
+        learner.logits(x)
+    except NumericalError:
+        return False
+    return True
 
 
 def _are_pixels(x: NDArray[np.float32]) -> bool:
