@@ -373,6 +373,25 @@ def test_runs_with_test_data_are_compared_on_these(inside, capsys, monkeypatch):
     assert all(len(accuracy) > 3 for _, accuracy in curves)
 
 
+def test_a_stream_is_not_drawn_against_a_run_over_epochs(inside, capsys):
+    pytest.importorskip("matplotlib")
+    for flags in ([*STREAM, "--predict-first"], STREAM, EPOCHS):
+        assert run(capsys, *flags, "--quiet")[0] == 0
+    for stream, other in (("fit-1", "fit-3"), ("fit-2", "fit-3")):
+        code, _, err = run(capsys, "report", f"runs/{stream}", "--plot", "--against", f"runs/{other}")
+        assert code == 2
+        assert f"runs/{stream} ran on a stream, others over epochs, and not all have figures on test data" in err
+
+
+def test_the_report_of_a_stream_has_windows_and_no_empty_columns(inside, capsys):
+    for flags in (STREAM, [*STREAM, "--baseline"], EPOCHS):
+        assert run(capsys, *flags, "--quiet")[0] == 0
+    heads = [run(capsys, "report", f"runs/fit-{number}")[1].splitlines()[1].split() for number in (1, 2, 3)]
+    assert heads[0] == ["window", "loss", "accuracy", "lr", "images/s"]
+    assert heads[1] == ["window", "loss", "accuracy", "val.", "loss", "val.", "acc.", "lr", "images/s"]
+    assert heads[2] == ["epoch", *heads[1][1:]]
+
+
 @pytest.mark.parametrize(("flags", "title"), [
     ([], "accuracy of the instances trained on"), (["--predict-first"], "accuracy before learning"),
 ])  # fmt: skip
