@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib import import_module
 from pathlib import Path
 from pkgutil import resolve_name
 
@@ -242,6 +243,7 @@ def killed(monkeypatch, capsys, where: str, *command: str) -> None:
     def die(*_, **__):
         raise SystemExit(9)
 
+    import_module("edgetrain.cli.training")  # first: what it imports is not to be patched for ever
     with monkeypatch.context() as death:
         death.setattr(f"edgetrain.cli.{where}", die)
         assert run(capsys, *command, "--quiet")[0] == 9

@@ -430,6 +430,15 @@ def test_a_slow_pipe_is_learned_from_and_saved_before_a_block_is_full(inside, tm
     assert (learner.step_count, learner.stream.waiting) == (2, 4)
 
 
+def test_a_file_that_grew_inside_a_block_gives_the_same_steps_without_a_filter(inside, capsys, tmp_path):
+    command = ["fit", "--stream", "--data", with_glitches(tmp_path, count=301), "--out", tmp_path, "--batch-size", "8"]
+    assert run(capsys, *command, "--quiet")[0] == 0
+    with_glitches(tmp_path, count=600)
+    assert run(capsys, "resume", tmp_path / "fit-1", "--quiet")[0] == 0
+    assert run(capsys, *command, "--quiet")[0] == 0
+    assert (tmp_path / "fit-1/model.onnx").read_bytes() == (tmp_path / "fit-2/model.onnx").read_bytes()
+
+
 class InBlocks(InstanceSource):
     """The digits as a live source that gives blocks of these sizes, empty ones too."""
 
