@@ -14,9 +14,9 @@ flat or nested in the order channel, row, column: ``{"pixels": [0, 17, 255], "y"
 A pipe that is faster than the learner gives full blocks. Of a slower one, what has come is handed on as a smaller block
 when nothing came for a second, or for a fifth of one while a checkpoint is due: learned from, shown and saved.
 
-A filter looks at a block together, so its decisions depend on where blocks end. Of a file or a folder that is where they
-always end, also when a run is stopped or killed and resumed; a block ends elsewhere where a pipe pauses or is stopped, in
-front of a bad instance, and where a file ended that has grown since.
+A filter looks at a block together, so its decisions depend on where blocks end. Of a file or a folder that is where
+they always end, also when a run is stopped or killed and resumed; a block ends elsewhere where a pipe pauses or is
+stopped, in front of a bad instance, and where a file ended that has grown since.
 
 Nobody can give the lines of a pipe again, so a stream that is stopped, or that meets a bad line, ends behind a whole
 line, after every line that has been read: who goes on with the same pipe loses none but the bad ones. Lost are
