@@ -43,10 +43,12 @@ def explain_outputs(name: str, outputs: NDArray[np.float32], parameters: Mapping
         outputs: float32 ``(N, ...)``, not all of them finite.
         parameters: of the network, by name.
     """
-    sample = int(np.flatnonzero(~np.isfinite(outputs.reshape(len(outputs), -1)).all(1))[0])
+    samples = np.flatnonzero(~np.isfinite(outputs.reshape(len(outputs), -1)).all(1)).tolist()
     broken = next((key for key, array in parameters.items() if not np.isfinite(array).all()), None)
     if broken is not None:
         reason = f"'{broken}' holds NaN or infinite numbers; load an earlier checkpoint or other weights"
     else:
         reason = "numbers on the way are beyond float32; scale the inputs to about -1 to 1, or load smaller weights"
-    return NumericalError(f"the outputs of '{name}' are not finite (sample {sample}): {reason}")
+    error = NumericalError(f"the outputs of '{name}' are not finite (sample {samples[0]}): {reason}")
+    error.samples = () if broken is not None else tuple(samples)
+    return error

@@ -57,9 +57,15 @@ class CheckpointError(ModelError):
 
 
 class NumericalError(EdgetrainError):
-    """A loss, a gradient or a prediction is not finite; the last good state was kept."""
+    """A loss, a gradient or a prediction is not finite; the last good state was kept.
+
+    Attributes:
+        samples: of a prediction, which of the samples that were given have no finite outputs, counted from 0; empty
+            where the parameters are to blame.
+    """
 
     exit_code = 3
+    samples: tuple[int, ...] = ()
 
 
 class MemoryBudgetError(EdgetrainError):

@@ -207,8 +207,8 @@ class Learner:
     def observe(self, x: Inputs, y: ArrayLike, predict: bool = False) -> StepResult:
         """Take instances of a stream: the filter decides, a training step happens whenever a micro-batch is full.
 
-        Any number of instances at a time; every call costs a look of the filter, so dozens are cheaper than one,
-        but thousands take memory that the plan does not know (``memory_plan``).
+        Any number of instances at a time; every call costs a look of the filter, so dozens are cheaper than one, but
+        thousands take memory that the plan does not know (``memory_plan``). Filters decide by what comes together.
 
         Args:
             x: as for ``partial_fit``, but for networks with one input only.

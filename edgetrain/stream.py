@@ -87,6 +87,10 @@ class InstanceStream:
         """Kept instances that wait for their micro-batch to fill."""
         return len(self._y)
 
+    def behind_waiting(self, x: Images) -> Images:
+        """Return images ``(N, *input_shape)`` behind those that wait: the next steps take them, if the filter does."""
+        return np.concatenate([self._x, x]) if self.waiting else x
+
     @property
     def accuracy(self) -> float:
         """Accuracy of predictions made before learning, over all predicted instances; NaN without any."""
@@ -140,6 +144,18 @@ class InstanceStream:
             if observed:
                 judged = result.instances_trained if self._mode == "train" else 0
                 self.totals[self._mode].add(result, result.seconds, judged)
+        return result
+
+    def leave_out(self, count: int, predict: bool) -> StepResult:
+        """Pass over the next instances of a stream, which cannot be predicted: they count as seen, and as nothing else.
+
+        Args:
+            count: of these instances.
+            predict: whether the stream predicts first.
+        """
+        result = StepResult(float("nan"), 0, count, 0, macs_dense=0, macs_done=0, seconds=0.0, instances_kept=0)
+        self.position += count
+        self.totals[MODES[predict]].add(result, 0.0, judged=0)
         return result
 
     def kernels(self) -> list[tuple[str, tuple[int, ...]]]:
@@ -243,7 +259,7 @@ class InstanceStream:
             x, y = x[keep], y[keep]
         elif len(y) + self.waiting < self._learner.batch_size:
             x, y = x.copy(), y.copy()  # no step reads them in this call: the caller may use its arrays again
-        self._x = np.concatenate([self._x, x]) if self.waiting else x
+        self._x = self.behind_waiting(x)
         self._y = np.concatenate([self._y, y]) if self.waiting else y
 
     def _train_waiting(self, done: _Done, least: int) -> None:

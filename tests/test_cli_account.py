@@ -6,10 +6,13 @@ import json
 import math
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
+from importlib import import_module
 from pathlib import Path
+from pkgutil import resolve_name
 
 import numpy as np
 import pytest
@@ -74,7 +77,7 @@ def test_training_time_is_one_figure_and_leaves_out_what_is_not_training(inside,
     kept = et.data.Dataset.take
     monkeypatch.setattr("edgetrain.data.Dataset.take", lambda self, which: time.sleep(0.01) or kept(self, which))
     real = streaming.StreamSession._normalize
-    monkeypatch.setattr(streaming.StreamSession, "_normalize", lambda self, x: time.sleep(0.01) or real(self, x))
+    monkeypatch.setattr(streaming.StreamSession, "_normalize", lambda *given: time.sleep(0.01) or real(*given))
     code, out, _ = run(capsys, *flags, "--json")
     result = json.loads(out)
     assert code == 0
@@ -181,6 +184,56 @@ def test_a_baseline_that_diverges_leaves_the_run_its_account(inside, capsys, mon
     assert "nothing is left" in run(capsys, "resume", "runs/fit-1")[2]
 
 
+# ---- a signal after the last step
+
+
+def signalled(monkeypatch, where: str, *numbers: int) -> None:
+    """Let signals come when a function of edgetrain is called."""
+    real = resolve_name(f"edgetrain.{where}")
+
+    def call(*given, **named):
+        for number in numbers:
+            signal.raise_signal(number)
+        return real(*given, **named)
+
+    monkeypatch.setattr(f"edgetrain.{where}", call)
+
+
+@pytest.mark.parametrize("numbers", [[signal.SIGTERM], [signal.SIGINT], 2 * [signal.SIGINT]],
+                         ids=["SIGTERM", "SIGINT", "SIGINT-twice"])  # fmt: skip
+@pytest.mark.parametrize("flags", [STREAM, CHANNELS], ids=["stream", "epochs"])
+def test_a_signal_while_the_last_files_are_written_leaves_them_whole(inside, capsys, monkeypatch, flags, numbers):
+    with monkeypatch.context() as signals:
+        signalled(signals, "learner.Learner.export_onnx", *numbers)
+        code, out, err = run(capsys, *flags, "--quiet")
+    assert (code, out) == (5, "")
+    assert err == (
+        "interrupted: stopped after the last step; runs/fit-1/model.onnx is written, what the run tells at its end is "
+        "not; go on with: edgetrain resume runs/fit-1\n"
+    )
+    model = Path("runs/fit-1/model.onnx").read_bytes()
+    code, out, _ = run(capsys, "resume", "runs/fit-1", "--json")
+    assert code == 0
+    assert open_run("runs/fit-1").account()["savings"] == json.loads(out)["savings"]
+    assert Path("runs/fit-1/model.onnx").read_bytes() == model
+    assert "nothing is left" in run(capsys, "resume", "runs/fit-1")[2]
+
+
+@pytest.mark.parametrize("flags", [STREAM, CHANNELS], ids=["stream", "epochs"])
+def test_a_signal_during_the_estimate_of_dense_time_ends_it(inside, capsys, monkeypatch, flags):
+    with monkeypatch.context() as signals:
+        signalled(signals, "cli.savings._dense_twin", signal.SIGTERM)
+        code, _, err = run(capsys, *flags, "--quiet")
+    assert code == 5
+    assert err.endswith("go on with: edgetrain resume runs/fit-1\n")
+    assert open_run("runs/fit-1").status() == "finished"
+    with monkeypatch.context() as signals:
+        signalled(signals, "cli.savings._dense_twin", signal.SIGINT)
+        assert run(capsys, "resume", "runs/fit-1", "--quiet")[0] == 5
+    assert run(capsys, "resume", "runs/fit-1", "--quiet")[0] == 0
+    assert open_run("runs/fit-1").account()
+
+
 # ---- an account that was cut off
 
 
@@ -190,6 +243,7 @@ def killed(monkeypatch, capsys, where: str, *command: str) -> None:
     def die(*_, **__):
         raise SystemExit(9)
 
+    import_module("edgetrain.cli.training")  # first: what it imports is not to be patched for ever
     with monkeypatch.context() as death:
         death.setattr(f"edgetrain.cli.{where}", die)
         assert run(capsys, *command, "--quiet")[0] == 9
@@ -321,6 +375,25 @@ def test_runs_with_test_data_are_compared_on_these(inside, capsys, monkeypatch):
     assert all(len(accuracy) > 3 for _, accuracy in curves)
 
 
+def test_a_stream_is_not_drawn_against_a_run_over_epochs(inside, capsys):
+    pytest.importorskip("matplotlib")
+    for flags in ([*STREAM, "--predict-first"], STREAM, EPOCHS):
+        assert run(capsys, *flags, "--quiet")[0] == 0
+    for stream, other in (("fit-1", "fit-3"), ("fit-2", "fit-3")):
+        code, _, err = run(capsys, "report", f"runs/{stream}", "--plot", "--against", f"runs/{other}")
+        assert code == 2
+        assert f"runs/{stream} ran on a stream, others over epochs, and not all have figures on test data" in err
+
+
+def test_the_report_of_a_stream_has_windows_and_no_empty_columns(inside, capsys):
+    for flags in (STREAM, [*STREAM, "--baseline"], EPOCHS):
+        assert run(capsys, *flags, "--quiet")[0] == 0
+    heads = [run(capsys, "report", f"runs/fit-{number}")[1].splitlines()[1].split() for number in (1, 2, 3)]
+    assert heads[0] == ["window", "loss", "accuracy", "lr", "images/s"]
+    assert heads[1] == ["window", "loss", "accuracy", "val.", "loss", "val.", "acc.", "lr", "images/s"]
+    assert heads[2] == ["epoch", *heads[1][1:]]
+
+
 @pytest.mark.parametrize(("flags", "title"), [
     ([], "accuracy of the instances trained on"), (["--predict-first"], "accuracy before learning"),
 ])  # fmt: skip
@@ -406,7 +479,7 @@ def test_all_keys_of_the_json_documents_are_listed(inside, capsys, entry, comman
 def test_the_advice_after_a_failed_step_works(inside, capsys, flags):
     code, _, err = run(capsys, *flags, "--lr", "10", "--momentum", "0.99", "--quiet")
     assert code == 3
-    assert "go on with" not in err
+    assert ("go on with: edgetrain resume runs/fit-1. If that fails too: Start" in err) == ("--stream" in flags)
     anew, export = re.findall(r"edgetrain ((?:fit|export) [^,(]*)", err)
     assert anew == "fit --config runs/fit-1/config.toml --lr 1 "
     assert run(capsys, *anew.replace("--lr 1", "--lr 0.01").split(), "--quiet")[0] == 0

@@ -24,6 +24,7 @@ import edgetrain as et
 from edgetrain.checkpoint import load_checkpoint
 from edgetrain.cli import main
 from edgetrain.cli.progress import BarDisplay, PlainDisplay
+from edgetrain.data.streaming import InstanceSource
 from edgetrain.errors import UsageError
 from edgetrain.history import Totals
 from edgetrain.runs import Run, open_run
@@ -231,6 +232,95 @@ def test_a_step_that_fails_is_resumed_behind_its_block_with_every_instance_count
     assert counted(folder).instances_seen == 600
 
 
+def with_glitches(folder: Path, *bad: int, count: int = 600) -> str:
+    """Write instances of which some are beyond what a network can predict; return the file."""
+    images = np.load("digits.npz")
+    x = images["x_train"][:count, None] / np.float32(255)
+    x[list(bad)] = 1e38
+    np.savez(folder / "a.npz", x=x, y=images["y_train"][:count])
+    return str(folder / "a.npz")
+
+
+@pytest.mark.parametrize("flags", [["--predict-first"], ["--filter", "selective:rate=0.5,start=64"]],
+                         ids=["predict", "filter"])  # fmt: skip
+def test_an_instance_that_cannot_be_predicted_is_named_and_may_be_left_out(inside, capsys, tmp_path, flags):
+    path = with_glitches(tmp_path, 301, 303, 304, 500)
+    command = ["fit", "--stream", "--data", path, "--out", tmp_path, "--batch-size", "8", "--window", "100", *flags]
+    code, _, err = run(capsys, *command)
+    folder = open_run(tmp_path / "fit-1")
+    assert code == 3
+    assert "instance 301 of a (counted from 0) cannot be predicted: its largest number is 1e+38" in err
+    assert f"the state after 301 instances is saved in {folder.last}, go on with: edgetrain resume {folder.path}" in err
+    assert f"(correct it in {path} first, else it is left out)" in err
+    assert "learning rate" not in err
+    total = load_checkpoint(folder.last).stream.totals["predict" if flags == ["--predict-first"] else "train"]
+    assert total.instances_seen == 301
+    code, out, err = run(capsys, "resume", folder.path)
+    assert code == 3
+    assert "left out: 1 instance from 301 on" in out
+    assert "instance 303 of a" in err
+    code, out, err = run(capsys, "resume", folder.path)
+    assert "left out: 2 instances from 303 on" in out
+    assert "instance 500 of a" in err
+    with_glitches(tmp_path)  # corrected: nothing is left out
+    code, out, _ = run(capsys, "resume", folder.path)
+    assert code == 0
+    assert "left out" not in out
+    learner = load_checkpoint(folder.last)
+    mode = "predict" if flags == ["--predict-first"] else "train"
+    assert learner.stream.position == learner.stream.totals[mode].instances_seen == 600
+    assert sum(row["instances_seen"] for row in folder.read_metrics()) == 600
+    assert math.isfinite(learner.stream.totals[mode].loss)
+    left_out = [(event["first"], event["number"]) for event in folder.read_events() if event["event"] == "left out"]
+    assert left_out == [(301, 1), (303, 2)]
+
+
+def test_of_a_pipe_all_that_can_be_predicted_is_learned_from(inside, tmp_path):
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    bad = json.dumps({"x": 784 * [1e38], "y": 3}) + "\n"
+    lines = json_lines(0, 21) + bad + json_lines(21, 23) + bad + json_lines(23, 30)
+    (tmp_path / "lines").write_text(lines + json_lines(30, 60))
+    command = [*LIVE, "--batch-size", "8", "--predict-first", "--out", str(tmp_path)]
+    with (tmp_path / "lines").open("rb") as pipe:
+        done = subprocess.run(command, stdin=pipe, env=environment, text=True, capture_output=True, check=False)
+        folder = open_run(tmp_path / "fit-1")
+        assert done.returncode == 3
+        assert "instance 21 of standard input (counted from 0) cannot be predicted" in done.stderr
+        assert done.stderr.endswith(f"go on with: edgetrain resume {folder.path}\n")
+        subprocess.run([*LIVE[:3], "resume", str(folder.path)], stdin=pipe, env=environment, check=True,
+                       capture_output=True)  # fmt: skip
+    learner = load_checkpoint(folder.last)
+    assert learner.stream.position == learner.stream.totals["predict"].instances_seen == 60
+
+
+def test_a_network_that_predicts_nothing_blames_no_instance(inside, capsys, tmp_path, monkeypatch):
+    path = with_glitches(tmp_path, 301)
+    monkeypatch.setattr("edgetrain.cli.streaming._can_predict", lambda _: False)
+    command = ["fit", "--stream", "--data", path, "--out", tmp_path, "--batch-size", "8", "--predict-first"]
+    code, _, err = run(capsys, *command)
+    assert code == 3
+    assert "Start a new run with a lower learning rate" in err
+    assert "cannot be predicted" not in err
+
+
+def test_after_a_step_that_was_not_finite_the_instance_with_the_largest_number_is_named(inside, capsys, tmp_path):
+    path = with_glitches(tmp_path, 301, 309)
+    command = ["fit", "--stream", "--data", path, "--out", tmp_path, "--batch-size", "8", "--quiet"]
+    code, _, err = run(capsys, *command)
+    assert code == 3
+    assert "its batch, of instances before 304, is left out, and the state behind it is saved in" in err
+    assert f"go on with: edgetrain resume {tmp_path / 'fit-1'}. The largest number of the latest block, 1e+38" in err
+    assert f"is in instance 301 of a (counted from 0); if it is wrong, correct it in {path}. If that fails" in err
+    for _ in range(2):  # the first step of a process: nothing is saved, and the message does not promise that it was
+        code, _, err = run(capsys, "resume", tmp_path / "fit-1", "--quiet")
+        assert code == 3
+        assert "but the same step would fail again" in err
+        assert "is in instance 309 of a" in err
+    with_glitches(tmp_path)
+    assert run(capsys, "resume", tmp_path / "fit-1", "--quiet")[0] == 0
+    assert load_checkpoint(tmp_path / "fit-1/last.safetensors").stream.position == 600
+
+
 def counted(folder: Run) -> Totals:
     """Return the sums of a stream's checkpoint, which must be those of its rows and of the begun one."""
     learner = load_checkpoint(folder.last)
@@ -331,6 +421,67 @@ def test_a_signal_saves_a_part_of_a_block_from_standard_input(inside, tmp_path):
     assert process.returncode == 5
     assert "stopped after 50 instances" in err
     assert load_checkpoint(tmp_path / "fit-1/last.safetensors").stream.position == 50
+
+
+def test_a_slow_pipe_is_learned_from_and_saved_before_a_block_is_full(inside, tmp_path):
+    command = [*LIVE, "--profile", "raspberrypi4", "--batch-size", "8", "--save-every", "0.0003", "--quiet",
+               "--set", "stream.block=256", "--out", str(tmp_path)]  # fmt: skip
+    process = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": str(ROOT)}, text=True, stdin=subprocess.PIPE,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
+    process.stdin.write(json_lines(0, 20))
+    process.stdin.flush()
+    deadline, saved = time.monotonic() + 120, []
+    while not saved:
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+        saved = [event for event in Run(tmp_path / "fit-1").read_events() if event["event"] == "saved"]
+    process.kill()
+    process.communicate()
+    learner = load_checkpoint(tmp_path / "fit-1/last.safetensors")
+    assert learner.stream.position == saved[0]["instances"] == 20
+    assert (learner.step_count, learner.stream.waiting) == (2, 4)
+
+
+def test_a_file_that_grew_inside_a_block_gives_the_same_steps_without_a_filter(inside, capsys, tmp_path):
+    command = ["fit", "--stream", "--data", with_glitches(tmp_path, count=301), "--out", tmp_path, "--batch-size", "8"]
+    assert run(capsys, *command, "--quiet")[0] == 0
+    with_glitches(tmp_path, count=600)
+    assert run(capsys, "resume", tmp_path / "fit-1", "--quiet")[0] == 0
+    assert run(capsys, *command, "--quiet")[0] == 0
+    assert (tmp_path / "fit-1/model.onnx").read_bytes() == (tmp_path / "fit-2/model.onnx").read_bytes()
+
+
+class InBlocks(InstanceSource):
+    """The digits as a live source that gives blocks of these sizes, empty ones too."""
+
+    def __init__(self, sizes: list[int]) -> None:
+        super().__init__("digits", None, tuple(map(str, range(10))), None)
+        self._sizes = sizes
+
+    def blocks(self, size, start, should_stop, is_due=lambda: False):
+        images = np.load("digits.npz")
+        first = 0
+        for count in self._sizes:
+            part = slice(first, first + count)
+            yield images["x_train"][part, None] / np.float32(255), images["y_train"][part].astype(np.int64)
+            first += count
+
+
+def test_small_blocks_of_a_slow_pipe_change_no_step(inside, capsys, tmp_path, monkeypatch):
+    for sizes in ([8] * 5, [1, 0, 3, 0, 0, 2, 2, 10, 22]):
+        monkeypatch.setattr("edgetrain.cli.streaming.open_stream", lambda *_, sizes=sizes: InBlocks(sizes))
+        assert run(capsys, *LIVE[3:], "--batch-size", "8", "--quiet", "--out", tmp_path)[0] == 0
+    assert_same_result(tmp_path / "fit-1", tmp_path / "fit-2")
+    normalization = load_checkpoint(tmp_path / "fit-2/last.safetensors").graph.normalization
+    assert normalization.mean == pytest.approx(np.load("digits.npz")["x_train"][:8].mean() / 255)
+
+
+def test_a_pipe_that_gives_nothing_is_not_saved_again_and_again(inside, capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr("edgetrain.cli.streaming.open_stream", lambda *_: InBlocks([8, 0, 0, 0, 8, 0]))
+    assert run(capsys, *LIVE[3:], "--batch-size", "8", "--save-every", "0", "--quiet", "--out", tmp_path)[0] == 0
+    events = open_run(tmp_path / "fit-1").read_events()
+    assert [event["instances"] for event in events if event["event"] == "saved"] == [8, 16]
 
 
 def test_standard_input_has_no_baseline(inside, capsys):

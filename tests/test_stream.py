@@ -354,12 +354,24 @@ def test_an_empty_npz_is_refused(tmp_path):
         open_stream(str(tmp_path / "a.npz"), SHAPE, 10)
 
 
-def test_a_bad_image_of_an_npz_is_found(tmp_path):
-    x = np.zeros((20, 1, 9, 9), np.float32)
-    x[17] = np.nan
-    np.savez(tmp_path / "a.npz", x=x, y=np.arange(20) % 3)
-    with pytest.raises(DataError, match="counted from instance 14 on': image 3 holds NaN"):
-        whole(open_stream(str(tmp_path / "a.npz"), SHAPE, 10), 7)
+@pytest.mark.parametrize("bad", [0, 14, 17, 19, 20])
+@pytest.mark.parametrize("start", [0, 13])
+def test_good_instances_before_a_bad_one_of_an_npz_come_first(tmp_path, bad, start):
+    x, y = np.zeros((21, 1, 9, 9), np.float32), np.arange(21) % 3
+    x[bad:] = np.nan  # also where a whole block is bad
+    np.savez(tmp_path / "a.npz", x=x, y=y)
+    labels, error = taken(open_stream(str(tmp_path / "a.npz"), SHAPE, 10).blocks(7, start, never))
+    assert labels == y[start:bad].tolist()
+    assert f"counted from instance {max(bad, start)} on': image 0 holds NaN" in str(error)
+
+
+def test_a_negative_label_of_an_npz_is_named(tmp_path):
+    y = np.arange(20) % 3
+    y[9] = -1
+    np.savez(tmp_path / "a.npz", x=np.zeros((20, 1, 9, 9), np.uint8), y=y)
+    labels, error = taken(open_stream(str(tmp_path / "a.npz"), SHAPE, 10).blocks(7, 0, never))
+    assert labels == y[:9].tolist()
+    assert "counted from instance 9 on'" in str(error)
 
 
 @pytest.mark.parametrize("inside", ["", "train"])
@@ -486,6 +498,29 @@ def test_lines_that_came_before_a_stop_are_not_lost():
     with piped(3 * GOOD) as reading:
         source = _JsonLines(reading, (1, 2, 2), 3, ())
         assert taken(source.blocks(64, 0, lambda: bool(asked.append(0) or len(asked) > 1))) == ([2, 2, 2], None)
+
+
+@pytest.mark.parametrize("due", [False, True])
+def test_a_pipe_that_pauses_hands_on_what_has_come(due, monkeypatch):
+    monkeypatch.setattr("edgetrain.data.streaming._PATIENCE", 0.01)
+    monkeypatch.setattr("edgetrain.data.streaming._IDLE_TURNS", 10**6 if due else 3)
+    reading, writing = os.pipe()
+    os.write(writing, (3 * GOOD + GOOD[:9]).encode())
+    blocks = _JsonLines(reading, (1, 2, 2), 3, ()).blocks(64, 0, never, lambda: due)
+    assert next(blocks)[1].tolist() == [2, 2, 2]
+    x, y = next(blocks)  # nothing came since: whoever saves by the clock must wake up
+    assert (x.shape, y.shape) == ((0, 1, 2, 2), (0,))
+    os.write(writing, (GOOD[9:] + 70 * GOOD).encode())
+    assert [len(next(blocks)[1]) for _ in range(2)] == [64, 7]
+    os.close(writing)
+    assert [len(y) for _, y in blocks] == []
+    os.close(reading)
+
+
+def test_a_fast_pipe_gives_full_blocks_even_while_a_checkpoint_is_due():
+    with piped(150 * GOOD) as reading:
+        blocks = _JsonLines(reading, (1, 2, 2), 3, ()).blocks(64, 0, never, lambda: True)
+        assert [len(y) for _, y in blocks] == [64, 64, 22]
 
 
 def test_json_lines_flat_nested_pixels_and_numbers():

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, Protocol
 
 from edgetrain._version import __version__
 from edgetrain.checkpoint import save_checkpoint
 from edgetrain.cli.config import Config, dense
 from edgetrain.cli.progress import Display
+from edgetrain.cli.signals import StopOnSignal
+from edgetrain.data.batches import Batch
 from edgetrain.data.streaming import STANDARD_INPUT
 from edgetrain.devices import DeviceProfile
-from edgetrain.errors import EdgetrainError, NumericalError, UsageError
+from edgetrain.errors import EdgetrainError, InterruptedRunError, NumericalError, UsageError
 from edgetrain.runs import Run
 
 if TYPE_CHECKING:
@@ -26,6 +28,7 @@ class Session(Protocol):
     learner: Learner
     config: Config
     display: Display
+    stop: StopOnSignal
 
     @property
     def is_over(self) -> bool:
@@ -151,13 +154,40 @@ def resuming(run: Run) -> str:
     return f"edgetrain resume {run.path.parent if run.comparison() == 'baseline' else run.path}"
 
 
+def heed_stop(session: Session) -> None:
+    """End the command where a signal came after the last step: the run's files are there, its account is not.
+
+    Raises:
+        InterruptedRunError: a signal came.
+    """
+    if session.stop.requested():
+        raise InterruptedRunError(
+            f"stopped after the last step; {session.run.model} is written, what the run tells at its end is not; go on "
+            f"with: {resuming(session.run)}"
+        )
+
+
+def until_stopped(session: Session, batches: Iterable[Batch]) -> Iterator[Batch]:
+    """Yield batches of an estimate, which may take a while; raises what ``heed_stop`` does."""
+    for batch in batches:
+        heed_stop(session)
+        yield batch
+
+
 def how_to_go_on(error: EdgetrainError, run: Run, config: Config) -> str:
-    """Return what to do after a step that was not finite: the same step again would fail again."""
+    """Return what to do after a step that was not finite, where the same step again would fail again."""
+    return (
+        f"{error}; the state before it is saved in {run.last}, but the same step would fail again. "
+        f"{starting_anew(run, config)}"
+    )
+
+
+def starting_anew(run: Run, config: Config) -> str:
+    """Return how to train again with a lower learning rate, perhaps from the weights of this run."""
     weights, source = run.path / "start.onnx", config.data.source
     judge = f"edgetrain evaluate {run.path}" + ("" if source == STANDARD_INPUT else f" --data {source}")
     return (
-        f"{error}; the state before it is saved in {run.last}, but the same step would fail again. Start a new run "
-        f"with a lower learning rate: edgetrain fit --config {run.config_file} --lr {config.training.lr / 10:g} (or "
-        f"with --clip-norm 1); where the saved weights are good ({judge}), go on from them: "
-        f"edgetrain export {run.path} -o {weights}, and fit with --initial-weights {weights}"
+        f"Start a new run with a lower learning rate: edgetrain fit --config {run.config_file} "
+        f"--lr {config.training.lr / 10:g} (or with --clip-norm 1); where the saved weights are good ({judge}), "
+        f"go on from them: edgetrain export {run.path} -o {weights}, and fit with --initial-weights {weights}"
     )

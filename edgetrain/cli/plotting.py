@@ -33,7 +33,7 @@ def plot_runs(run: Run, others: list[Run]) -> Path:
     runs = {one: one.read_metrics() for one in (run, *others)}
     for one, rows in runs.items():
         if not rows:
-            raise UsageError(f"{one.path}: no finished epoch to plot; train with: {resuming(one)}")
+            raise UsageError(f"{one.path}: no finished epoch or window to plot; train with: {resuming(one)}")
     measure, title = _measure(runs)
     for one, rows in runs.items():
         for axis, column, unit in ((axes[0], "macs_done", 1e9), (axes[1], "seconds", 1.0)):
@@ -61,7 +61,15 @@ def _measure(runs: Mapping[Run, Rows]) -> tuple[str, str]:
     for one, rows in runs.items():
         if not any(_is_known(row.get("accuracy")) for row in rows):
             raise UsageError(f"{one.path}: no step was taken yet, so there is no accuracy to plot")
-    kinds = {bool(one.read_config().get("stream", {}).get("predict")) for one in runs}
+    settings = {one: one.read_config().get("stream", {}) for one in runs}
+    streams = [one for one in runs if settings[one].get("enabled")]
+    if 0 < len(streams) < len(runs):
+        raise UsageError(
+            f"{', '.join(str(one.path) for one in streams)} ran on a stream, others over epochs, and not all have "
+            "figures on test data: their accuracies are of other instances; compare runs of one kind, or streams that "
+            "have test data and --baseline"
+        )
+    kinds = {bool(stream.get("predict")) for stream in settings.values()}
     if len(kinds) > 1:
         raise UsageError(
             "some of the runs predict before they learn, others do not: their accuracies are of other instances; "

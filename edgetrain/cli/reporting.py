@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +73,7 @@ def _text(result: dict[str, Any]) -> str:
     profile = settings.get("device", {}).get("profile")
     lines = [f"{result['run']}: {result['status']}, {model} on {data}, profile {profile}"]
     if result["epochs"]:
-        lines.append(table([tuple(title for _, title in _COLUMNS), *map(_row, result["epochs"])]))
+        lines.append(_table(result["epochs"], bool(settings.get("stream", {}).get("enabled"))))
     if result["best"] is not None:
         best = result["best"]
         lines.append(f"best: epoch {best['epoch']:g}, validation accuracy {best['validation_accuracy']:.4f}")
@@ -95,7 +95,16 @@ def _so_far(result: dict[str, Any]) -> list[str]:
     return [*lines, f"training time {times} on the machine of the run"]
 
 
-def _row(row: dict[str, float | None]) -> tuple[str, ...]:
+def _table(rows: Sequence[Mapping[str, float | None]], stream: bool) -> str:
+    """Return a line per epoch, or per window of a stream, which has columns of validation only if it was judged."""
+    columns = [(key, "window" if stream and key == "epoch" else title) for key, title in _COLUMNS]
+    if stream:
+        columns = [(key, title) for key, title in columns if any(row.get(key) is not None for row in rows)]
+    keys = [key for key, _ in columns]
+    return table([tuple(title for _, title in columns), *(_cells(row, keys) for row in rows)])
+
+
+def _cells(row: Mapping[str, float | None], keys: Sequence[str]) -> tuple[str, ...]:
     shapes = {"epoch": "{:g}", "lr": "{:.4g}", "images_per_second": "{:,.0f}"}
-    values = [(key, row.get(key)) for key, _ in _COLUMNS]
+    values = [(key, row.get(key)) for key in keys]
     return tuple("-" if value is None else shapes.get(key, "{:.4f}").format(value) for key, value in values)

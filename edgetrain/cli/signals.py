@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from edgetrain.cli.progress import Display
 
 
 class StopOnSignal:
-    """While open, SIGINT and SIGTERM ask for a stop after the present step; a second SIGINT aborts at once."""
+    """While open, SIGINT and SIGTERM ask for a stop after the present step; a second SIGINT aborts at once.
+
+    A command opens it before its run folder is made, and closes it behind its last line.
+    """
 
     def __init__(self, display: Display) -> None:
         self._display = display
-        self._asked = self._told = False
+        self._asked = self._told = self._unbroken = False
         self._before: dict[int, Any] = {}
 
     def requested(self) -> bool:
@@ -23,6 +28,15 @@ class StopOnSignal:
             self._told = True
             self._display.say("stopping; press Ctrl-C to stop at once, without saving")
         return self._asked
+
+    @contextmanager
+    def unbroken(self) -> Iterator[None]:
+        """Let no second SIGINT abort what takes a moment: onnx does not survive one while it is imported."""
+        self._unbroken = True
+        try:
+            yield
+        finally:
+            self._unbroken = False
 
     def __enter__(self) -> StopOnSignal:
         """Take over both signals."""
@@ -35,6 +49,6 @@ class StopOnSignal:
             signal.signal(number, handler)
 
     def _ask(self, number: int, frame: object) -> None:
-        if self._asked and number == signal.SIGINT:
+        if self._asked and number == signal.SIGINT and not self._unbroken:
             raise KeyboardInterrupt
         self._asked = True

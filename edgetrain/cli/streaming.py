@@ -16,7 +16,17 @@ from numpy.typing import NDArray
 from edgetrain._version import __version__
 from edgetrain.checkpoint import load_checkpoint, save_checkpoint
 from edgetrain.cli.config import Config, MethodSettings
-from edgetrain.cli.endings import begin, how_to_go_on, is_done, resuming, tell_profile, train_baseline
+from edgetrain.cli.endings import (
+    begin,
+    heed_stop,
+    how_to_go_on,
+    is_done,
+    resuming,
+    starting_anew,
+    tell_profile,
+    train_baseline,
+    until_stopped,
+)
 from edgetrain.cli.output import count, emit
 from edgetrain.cli.progress import CompileNotice, Display, resident_mib
 from edgetrain.cli.savings import account_of, account_text, itself, layers_of, random_batches, savings_of, time_dense
@@ -41,6 +51,8 @@ if TYPE_CHECKING:
 
 # Images whose deviation is below one grey level are as good as dark: their noise says nothing about what comes later.
 _GREY_LEVEL = 1 / 255
+# An instance whose largest number is so many times that of a usual one is named after a step that was not finite.
+_STANDS_OUT = 100
 # Rows in memory, about a kilobyte each; a checkpoint writes them sooner unless windows are small.
 _MOST_UNWRITTEN = 1000
 
@@ -52,44 +64,52 @@ def fit_stream(
     graph = stream_graph(config)
     source = stream_source(config, graph)
     learner = _new_learner(config, graph, source, profile, display)
-    run = create_run(flags["out"], "fit")
-    save_checkpoint(learner, run.last)
-    environment = {"edgetrain": __version__, "host": host_facts(), "data": {"name": source.name, "count": source.count}}
-    run.write_environment(environment)
-    begin(run, config, comparison="wanted" if flags["baseline"] else "")
+    with StopOnSignal(display) as stop:
+        run = create_run(flags["out"], "fit")
+        save_checkpoint(learner, run.last)
+        data = {"name": source.name, "count": source.count}
+        run.write_environment({"edgetrain": __version__, "host": host_facts(), "data": data})
+        begin(run, config, comparison="wanted" if flags["baseline"] else "")
+        _introduce(display, run, learner, config, source)
+        tell_profile(display, profile)
+        session = StreamSession(run, learner, config, display, stop, source, began, judges=flags["baseline"])
+        session.finish()
+        session.tell(flags["json"], _baseline(session, profile) if flags["baseline"] else None)
+
+
+def _introduce(display: Display, run: Run, learner: Learner, config: Config, source: InstanceSource) -> None:
     skips = ", ".join(text for text in asdict(config.methods).values() if text != NONE)
     display.say(
-        f"{run.path}: {config.model.name} ({graph.parameter_count:,} parameters) learns from the stream {source.name}, "
-        f"micro-batches of {learner.batch_size}, {skips or 'nothing is skipped'}"
+        f"{run.path}: {config.model.name} ({learner.graph.parameter_count:,} parameters) learns from the stream "
+        f"{source.name}, micro-batches of {learner.batch_size}, {skips or 'nothing is skipped'}"
     )
-    tell_profile(display, profile)
-    session = StreamSession(run, learner, config, display, source, began, judges=flags["baseline"])
-    session.finish()
-    session.tell(flags["json"], _baseline(session, profile) if flags["baseline"] else None)
 
 
 def resume_stream(
     run: Run, config: Config, profile: DeviceProfile, display: Display, as_json: bool, began: float
 ) -> None:
     """Go on in a run folder: a file or a folder where the stream was left, standard input with what comes now."""
-    session = _taken_up(run, config, display, began)
+    session = _taken_up(run, config, display, StopOnSignal(display), began)
     learner, source = session.learner, session.source
     if session.is_over and is_done(run):
         raise UsageError(f"{run.path}: all {source.count:,} instances of the stream are done, nothing is left")
     run.log("resumed", instances=learner.stream.position)
     display.say(f"resuming {run.path} after {learner.stream.position:,} instances")
-    session.finish()
-    session.tell(as_json, _baseline(session, profile) if run.comparison() == "wanted" else None)
+    with session.stop:
+        session.finish()
+        session.tell(as_json, _baseline(session, profile) if run.comparison() == "wanted" else None)
 
 
-def _taken_up(run: Run, config: Config, display: Display, began: float) -> StreamSession:
+def _taken_up(run: Run, config: Config, display: Display, stop: StopOnSignal, began: float) -> StreamSession:
     """Return a session that goes on where the last checkpoint of a run stands."""
     with CompileNotice(display.compiling):
         learner = load_checkpoint(run.last)
         learner.threads = config.device.threads
         learner.prepare()
     source = stream_source(config, learner.graph)
-    session = StreamSession(run, learner, config, display, source, began, judges=run.comparison() != "")
+    session = StreamSession(run, learner, config, display, stop, source, began, judges=run.comparison() != "")
+    if run.status() == "failed":
+        session.failed_at = learner.stream.position
     session.rows = run.keep_metrics(learner.stream.position - learner.history.running.instances_seen)
     return session
 
@@ -112,13 +132,13 @@ def _new_learner(
 
 def _baseline(session: StreamSession, profile: DeviceProfile) -> dict[str, Any]:
     """Learn from the same stream densely, or go on with that; return times and accuracy, and draw both runs."""
-    display, source = session.display, session.source
+    display, stop, source = session.display, session.stop, session.source
 
     def begin_anew(run: Run, config: Config, began: float) -> StreamSession:
         learner = _new_learner(config, stream_graph(config), source, profile, display)
-        return StreamSession(run, learner, config, display, source, began, judges=True)
+        return StreamSession(run, learner, config, display, stop, source, began, judges=True)
 
-    return train_baseline(session, lambda run, config, began: _taken_up(run, config, display, began), begin_anew)
+    return train_baseline(session, lambda run, config, began: _taken_up(run, config, display, stop, began), begin_anew)
 
 
 def stream_source(config: Config, graph: Graph) -> InstanceSource:
@@ -168,6 +188,7 @@ class StreamSession:
 
     Attributes:
         began: when this part began, of ``time.monotonic``.
+        failed_at: position where the run failed before it was resumed; -1 if it did not.
         judges: whether some rows tell the accuracy on the test data: for comparing with the dense twin.
         rows: rows of metrics.csv so far; those since the last checkpoint are kept in memory.
     """
@@ -176,16 +197,20 @@ class StreamSession:
     learner: Learner
     config: Config
     display: Display
+    stop: StopOnSignal
     source: InstanceSource
     began: float
     judges: bool = False
+    failed_at: int = -1
     rows: int = 0
     _unwritten: list[EpochRecord] = field(default_factory=list)
     _saved_at: float = field(default_factory=time.monotonic)
     _judged: tuple[int, dict[str, float]] = field(default_factory=lambda: (-1, {}))  # steps done, and what was found
 
     def __post_init__(self) -> None:
-        self._first_step = self.learner.step_count
+        self._first_step, self._saved_position = self.learner.step_count, self.learner.stream.position
+        self._unpredicted: NumericalError | None = None
+        self._block = 0, np.zeros(0, np.float32)  # position of the latest, and its images
 
     @property
     def is_over(self) -> bool:
@@ -193,10 +218,15 @@ class StreamSession:
         return self.source.count is not None and self.learner.stream.position >= self.source.count
 
     def finish(self) -> None:
-        """Learn from what is left, if anything is, and write the last files; raises what ``train`` does."""
+        """Learn from what is left, if anything is, and write the last files.
+
+        Raises:
+            InterruptedRunError: a signal asked to stop; what ``train`` raises, too.
+        """
         if not self.is_over:
             self.train()
         self.conclude()
+        heed_stop(self)
 
     def train(self) -> None:
         """Learn until the stream ends.
@@ -206,22 +236,21 @@ class StreamSession:
             DataError, NumericalError, MemoryBudgetError: an instance is bad or a step failed; the state is
                 saved.
         """
-        learner, settings = self.learner, self.config.stream
-        size = settings.block or block_size(learner)
+        learner, stop = self.learner, self.stop
+        size = self.config.stream.block or block_size(learner)
         self.display.begin(self.config.training.epochs, "test")
-        with StopOnSignal(self.display) as stop, CompileNotice(self.display.compiling):
+        with CompileNotice(self.display.compiling):
             try:
-                for x, y in self.source.blocks(size, learner.stream.position, stop.requested):
-                    self._normalize(x)
-                    try:
-                        learner.observe(x, y, predict=settings.predict)
-                    finally:
-                        self._count()
-                    self.display.instances(learner.stream.position, self.source.count, learner.history.running)
-                    self._after(len(y))
+                for x, y in self.source.blocks(size, learner.stream.position, self._should_stop, self._is_due):
+                    before = learner.stream.position
+                    if len(y):
+                        self._learn(x, y, size)
+                    self._after(learner.stream.position - before)
                     # A live source ends by itself, after the instances that it has taken: nobody could give them again.
                     if self.source.count is not None and stop.requested():
                         break
+                if self._unpredicted is not None:
+                    raise self._unpredicted
             except EdgetrainError as error:
                 self._fail(error)
             if stop.requested():
@@ -262,9 +291,13 @@ class StreamSession:
 
     def conclude(self) -> None:
         """Write the last checkpoint and the ONNX file: the run is then finished, whatever becomes of its account."""
-        self._save()
-        save_checkpoint(self.learner, self.run.best)
-        self.learner.export_onnx(self.run.model)
+        with self.stop.unbroken():
+            self._save()
+            save_checkpoint(self.learner, self.run.best)
+            self.learner.export_onnx(self.run.model)
+        if self.stop.requested():  # what follows looks at all test data
+            self._log("interrupted")
+            heed_stop(self)
         self._log("finished", accuracy=self.test_metrics().get("accuracy"))
 
     def tell(self, as_json: bool, baseline: Mapping[str, Any] | None = None) -> None:
@@ -285,33 +318,99 @@ class StreamSession:
     def _batches_again(self) -> Iterable[Batch]:
         """Return batches of the stream from its beginning, random ones where it cannot be read twice."""
         if self.source.count is None:
-            return random_batches(self.learner)
-        return self.source.blocks(self.learner.batch_size, 0, lambda: False)
+            return until_stopped(self, random_batches(self.learner))
+        return until_stopped(self, self.source.blocks(self.learner.batch_size, 0, self.stop.requested))
 
-    def _normalize(self, x: NDArray[np.float32]) -> None:
-        """Give a network without input normalisation that of the first block; a stream cannot be looked at twice."""
+    def _should_stop(self) -> bool:
+        return self._unpredicted is not None or self.stop.requested()
+
+    def _learn(self, x: NDArray[np.float32], y: NDArray[np.int64], size: int) -> None:
+        """Learn from a block; ``size``: instances of a full one."""
         learner = self.learner
-        if not self.config.data.normalize or learner.graph.normalization is not None or learner.stream.position:
+        self._normalize(x, size)
+        self._block = learner.stream.position, x
+        try:
+            self._observe(x, y)
+        except NumericalError as error:
+            if learner.stream.latest is not None or not error.samples or not _can_predict(learner):
+                raise
+            self._learn_without(x, y, error.samples, size)
+        self.display.instances(learner.stream.position, self.source.count, learner.history.running)
+
+    def _learn_without(
+        self, x: NDArray[np.float32], y: NDArray[np.int64], bad: tuple[int, ...], size: int
+    ) -> None:
+        """Learn from a block of which some instances cannot be predicted.
+
+        Of a live source, all others are learned from, and those that have been read along; then the run fails. Of
+        another one, it fails at the first; where it failed before, and goes on there, those that begin it are left out.
+
+        Raises:
+            NumericalError: names the first one.
+        """
+        first, stream = bad[0], self.learner.stream
+        position = stream.position + first
+        error = NumericalError(
+            f"instance {position:,} of {self.source.name} (counted from 0) cannot be predicted: its largest number is "
+            f"{np.abs(x[first]).max():.3g}, and numbers on the way are beyond float32"
+        )
+        if self.source.count is None:
+            self._unpredicted = self._unpredicted or error
+            good = np.delete(np.arange(len(y)), bad)
+            if len(good):
+                self._learn(x[good], y[good], size)
+            return
+        if first:
+            self._learn(x[:first], y[:first], size)
+        if position != self.failed_at:
+            self._unpredicted = error
+            raise error
+        gone = next((place for place, sample in enumerate(bad) if place != sample), len(bad))
+        self.learner.history.running.add(stream.leave_out(gone, self.config.stream.predict), 0.0, judged=0)
+        self._log("left out", first=position, number=gone)
+        self.display.say(f"{error}; left out: {count(gone, 'instance')} from {position:,} on")
+        if gone < len(y):
+            self._learn(x[gone:], y[gone:], size)
+
+    def _normalize(self, x: NDArray[np.float32], size: int) -> None:
+        """Give a network without input normalisation that of the first block; a stream cannot be looked at twice.
+
+        Where that has but a few instances, as of a slow pipe, it is that of all that have come before the first step.
+        """
+        learner = self.learner
+        if not self.config.data.normalize or learner.graph.normalization is not None or learner.step_count:
+            return
+        x = learner.stream.behind_waiting(x.reshape(len(x), *learner.graph.input_shape))
+        if len(x) < min(size, learner.batch_size):
             return
         axes = (0, *range(2, x.ndim))
         mean, deviation = x.mean(axes, dtype=np.float64), x.std(axes, dtype=np.float64)
         std = deviation_to_divide_by(mean, deviation, _GREY_LEVEL if _are_pixels(x) else 0.0)
         learner.graph.normalization = Normalization(mean.astype(np.float32), std)
 
-    def _count(self) -> None:
-        """Count what the latest ``observe`` did, also where it failed."""
-        result = self.learner.stream.latest
-        if result is not None:
-            judged = result.instances_seen if self.config.stream.predict else result.instances_trained
-            self.learner.history.running.add(result, result.seconds, judged)
+    def _observe(self, x: NDArray[np.float32], y: NDArray[np.int64]) -> None:
+        """Hand instances to the learner, and count what it did, also where it failed."""
+        predict, running = self.config.stream.predict, self.learner.history.running
+        try:
+            self.learner.observe(x, y, predict=predict)
+        finally:
+            result = self.learner.stream.latest
+            if result is not None:
+                running.add(result, result.seconds, result.instances_seen if predict else result.instances_trained)
 
     def _after(self, count: int) -> None:
         position, window = self.learner.stream.position, self.config.stream.window
         if position // window > (position - count) // window:
             self._row()
-        if time.monotonic() - self._saved_at > 60 * self.config.training.save_every_minutes:
+        if not self._is_due():
+            return
+        self._saved_at = time.monotonic()
+        if position != self._saved_position:  # a pipe may give nothing for hours
             self._save()
             self._log("saved")
+
+    def _is_due(self) -> bool:
+        return time.monotonic() - self._saved_at > 60 * self.config.training.save_every_minutes
 
     def _row(self) -> None:
         """Make a row about the instances since the last one; it is written with the next checkpoint."""
@@ -348,25 +447,54 @@ class StreamSession:
         # The rows come first: those that the checkpoint does not know are taken back on resuming.
         self._write_rows()
         save_checkpoint(self.learner, self.run.last)
-        self._saved_at = time.monotonic()
+        self._saved_at, self._saved_position = time.monotonic(), self.learner.stream.position
 
     def _log(self, event: str, **details: Any) -> None:
         whole = time.monotonic() - self.began
         self.run.log(event, instances=self.learner.stream.position, whole_seconds=whole, **details)
 
     def _fail(self, error: EdgetrainError) -> NoReturn:
-        position = self.learner.stream.position
+        step, position = self._is_step(error), self.learner.stream.position
         # A step that was not finite drops its instances. Where it is the first one of this process, the checkpoint
-        # stays as it was: else every vain attempt to go on would cost some more.
-        if not isinstance(error, NumericalError) or self.learner.step_count > self._first_step:
+        # stays as it was: else every vain attempt to go on would cost some more. What a pipe gave is gone anyway.
+        vain = step and self.source.count is not None and self.learner.step_count == self._first_step
+        if not vain:
             self._save()
         self._log("failed", error=str(error))
-        if isinstance(error, NumericalError):
+        if step and self.learner.stream.latest is None:  # the network predicts nothing any more
             raise NumericalError(how_to_go_on(error, self.run, self.config)) from error
+        if vain:
+            raise NumericalError(f"{how_to_go_on(error, self.run, self.config)}{self._suspect()}") from error
+        if step:
+            done = f"its batch, of instances before {position:,}, is left out, and the state behind it"
+            advice = f"{self._suspect()}. If that fails too: {starting_anew(self.run, self.config)}"
+        else:
+            done, advice = f"the state after {position:,} instances", self._remedy(error)
         raise type(error)(
-            f"{error}; the state after {position:,} instances is saved in {self.run.last}, go on with: "
-            f"{resuming(self.run)}"
+            f"{error}; {done} is saved in {self.run.last}, go on with: {resuming(self.run)}{advice}"
         ) from error
+
+    def _is_step(self, error: EdgetrainError) -> bool:
+        return isinstance(error, NumericalError) and error is not self._unpredicted
+
+    def _suspect(self) -> str:
+        """Return which instance of the latest block stands out, if one does: it may be wrong."""
+        position, x = self._block
+        sizes = np.abs(x.reshape(len(x), -1)).max(1)
+        if sizes.max() < _STANDS_OUT * np.median(sizes):
+            return ""
+        where = "" if self.source.count is None else f"; if it is wrong, correct it in {self.config.data.source}"
+        return (
+            f". The largest number of the latest block, {sizes.max():.3g}, is in instance "
+            f"{position + sizes.argmax():,} of {self.source.name} (counted from 0){where}"
+        )
+
+    def _remedy(self, error: EdgetrainError) -> str:
+        """Return what to do about a bad instance before going on; of a pipe it is gone, so nothing."""
+        if self.source.count is None or not isinstance(error, DataError | NumericalError):
+            return ""
+        mended = f" (correct it in {self.config.data.source} first"
+        return f"{mended})" if isinstance(error, DataError) else f"{mended}, else it is left out)"
 
     def _interrupt(self) -> None:
         self._save()
@@ -390,6 +518,19 @@ class StreamSession:
         if not path.is_dir() or not is_image_folder(path):
             return {}
         return {"image_size": shape[1:], "channels": shape[0]}
+
+
+def _can_predict(learner: Learner) -> bool:
+    """Tell whether the network predicts a usual image: if not, no instance is to blame."""
+    shape, usual = learner.graph.input_shape, learner.graph.normalization
+    x = np.random.default_rng(0).standard_normal((1, *shape), np.float32)
+    if usual is not None:
+        x = x * usual.std.reshape(-1, *[1] * len(shape[1:])) + usual.mean.reshape(-1, *[1] * len(shape[1:]))
+    try:
+        learner.logits(x)
+    except NumericalError:
+        return False
+    return True
 
 
 def _are_pixels(x: NDArray[np.float32]) -> bool:

@@ -16,11 +16,13 @@ from edgetrain.cli.config import Config, MethodSettings, check_stream, from_flag
 from edgetrain.cli.endings import (
     begin,
     check_baseline,
+    heed_stop,
     how_to_go_on,
     is_done,
     resuming,
     tell_profile,
     train_baseline,
+    until_stopped,
 )
 from edgetrain.cli.output import count, emit
 from edgetrain.cli.progress import CompileNotice, Display, choose_display, resident_mib
@@ -75,14 +77,15 @@ def fit_command(flags: Mapping[str, Any]) -> None:
         with CompileNotice(display.compiling):
             learner = make_learner(config, graph, profile)
             learner.prepare()  # compiles, and checks the memory budget, before there is a run folder
-        run = create_run(flags["out"], "fit")
-        save_checkpoint(learner, run.last)
-        run.write_environment(_environment(training, validation))
-        begin(run, config, comparison="wanted" if flags["baseline"] else "")
-        _introduce(display, run, learner, config, profile)
-        session = _Session(run, learner, config, display, training, validation, held_out, began)
-        session.finish()
-        session.tell(flags["json"], _baseline(session, profile) if flags["baseline"] else None)
+        with StopOnSignal(display) as stop:
+            run = create_run(flags["out"], "fit")
+            save_checkpoint(learner, run.last)
+            run.write_environment(_environment(training, validation))
+            begin(run, config, comparison="wanted" if flags["baseline"] else "")
+            _introduce(display, run, learner, config, profile)
+            session = _Session(run, learner, config, display, stop, training, validation, held_out, began)
+            session.finish()
+            session.tell(flags["json"], _baseline(session, profile) if flags["baseline"] else None)
 
 
 def _baseline(session: _Session, profile: DeviceProfile) -> dict[str, Any]:
@@ -118,8 +121,9 @@ def resume_command(path: Path, *, epochs: int | None, threads: int | None, quiet
                 resume_stream(run, config, profile, display, as_json, began)
                 return
             session = _resumed(run, before, config, display, began)
-            session.finish()
-            session.tell(as_json, _baseline(session, profile) if run.comparison() == "wanted" else None)
+            with session.stop:
+                session.finish()
+                session.tell(as_json, _baseline(session, profile) if run.comparison() == "wanted" else None)
 
 
 def _resumed(run: Run, before: Config, config: Config, display: Display, began: float) -> _Session:
@@ -134,7 +138,8 @@ def _resumed(run: Run, before: Config, config: Config, display: Display, began: 
     learner = _taken_up(run, config, display)
     changes = _differences(before, config)
     run.log("resumed", epoch=learner.position.epoch, batch=learner.position.batch, changes=changes)
-    session = _Session(run, learner, config, display, training, validation, held_out, began)
+    stop = StopOnSignal(display)
+    session = _Session(run, learner, config, display, stop, training, validation, held_out, began)
     display.say(f"resuming {run.path} {'to write its last files' if session.is_over else _where(learner, training)}")
     for change in changes:
         display.say(f"changed: {change}")
@@ -163,6 +168,7 @@ class _Session:
     learner: Learner
     config: Config
     display: Display
+    stop: StopOnSignal
     training: Dataset
     validation: Dataset
     held_out: str
@@ -178,9 +184,10 @@ class _Session:
         return self.learner.position.epoch >= self.config.training.epochs
 
     def finish(self) -> None:
-        """Train to the last epoch and write the last files; raises what ``train`` does."""
+        """Train to the last epoch and write the last files; raises what ``train`` and ``heed_stop`` do."""
         self.train()
         self.conclude()
+        heed_stop(self)
 
     def train(self) -> None:
         """Train to the last epoch.
@@ -189,12 +196,12 @@ class _Session:
             InterruptedRunError: a signal asked to stop; the state is saved.
         """
         self.display.begin(self.config.training.epochs, self.held_out)
-        with StopOnSignal(self.display) as stop, CompileNotice(self.display.compiling):
+        with CompileNotice(self.display.compiling):
             try:
                 history = fit_loop(
                     self.learner, self.training, self.config.training.epochs, validation=self.validation,
                     augmentation=self.config.data.augment, normalize=self.config.data.normalize,
-                    on_step=self._on_step, on_epoch=self._on_epoch, should_stop=stop.requested,
+                    on_step=self._on_step, on_epoch=self._on_epoch, should_stop=self.stop.requested,
                 )  # fmt: skip
             except NumericalError as error:
                 # A filter's block is not repeated. Where no step was taken, the checkpoint stays as it was: else every
@@ -208,10 +215,11 @@ class _Session:
 
     def conclude(self) -> None:
         """Write the last checkpoint and the ONNX file: the run is then finished, whatever becomes of its account."""
-        save_checkpoint(self.learner, self.run.last)
-        if not self.run.best.exists():
-            save_checkpoint(self.learner, self.run.best)
-        self.learner.export_onnx(self.run.model)
+        with self.stop.unbroken():
+            save_checkpoint(self.learner, self.run.last)
+            if not self.run.best.exists():
+                save_checkpoint(self.learner, self.run.best)
+            self.learner.export_onnx(self.run.model)
         last = self.learner.history.epochs[-1]
         self._log("finished", accuracy=last.validation_accuracy, loss=last.validation_loss)
 
@@ -285,7 +293,8 @@ class _Session:
     def _batches_again(self) -> Iterable[Batch]:
         """Return batches prepared as those of the run."""
         augmentation = Augmentation.parse(self.config.data.augment)
-        return training_batches(self.learner, self.training, self.learner.batch_size, augmentation=augmentation)
+        batches = training_batches(self.learner, self.training, self.learner.batch_size, augmentation=augmentation)
+        return until_stopped(self, batches)
 
 
 class _Closing:

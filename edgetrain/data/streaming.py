@@ -11,10 +11,19 @@ Standard input is JSON lines, one instance per line, with its label ``y`` (a num
 
 flat or nested in the order channel, row, column: ``{"pixels": [0, 17, 255], "y": 3}``. Empty lines are passed over.
 
+A pipe that is faster than the learner gives full blocks. Of a slower one, what has come is handed on as a smaller block
+when nothing came for a second, or for a fifth of one while a checkpoint is due: learned from, shown and saved.
+
+A filter looks at a block together, so its decisions depend on where blocks end. Of a file or a folder that is where
+they always end, also when a run is stopped or killed and resumed; a block ends elsewhere where a pipe pauses or is
+stopped, in front of a bad instance, and where a file ended that has grown since.
+
 Nobody can give the lines of a pipe again, so a stream that is stopped, or that meets a bad line, ends behind a whole
-line, after every line that has been read: who goes on with the same pipe loses none but the bad ones. Lost are up to
-64 KiB that were read ahead when a training step fails or the process is killed, and a begun line when its writer ends
-or waits for two seconds before its end: what comes then begins with a part of a line.
+line, after every line that has been read: who goes on with the same pipe loses none but the bad ones. Lost are
+
+- when the process is killed, all that came since the last checkpoint;
+- when a training step fails, its batch and up to 64 KiB that were read ahead;
+- a begun line when its writer ends or waits for two seconds before its end: what comes then begins with a part of one.
 """
 
 from __future__ import annotations
@@ -47,6 +56,8 @@ Shape = tuple[int, ...]
 
 # Waiting for standard input is interrupted so often to ask whether to stop, seconds.
 _PATIENCE = 0.2
+# After so many such turns without anything, what has come is handed on.
+_IDLE_TURNS = 5
 # The rest of a begun line may stay away so many times as long before a stream that was stopped ends without it.
 _TURNS = 10
 _CHUNK = 1 << 16
@@ -66,13 +77,18 @@ class InstanceSource(ABC):
         self.name, self.input_shape, self.class_names, self.count = name, input_shape, class_names, count
 
     @abstractmethod
-    def blocks(self, size: int, start: int, should_stop: Callable[[], bool]) -> Iterator[Block]:
+    def blocks(
+        self, size: int, start: int, should_stop: Callable[[], bool], is_due: Callable[[], bool] = lambda: False
+    ) -> Iterator[Block]:
         """Yield (x, y) of ``size`` instances, fewer at the end or before a bad one, from instance ``start`` on.
+
+        A live source yields fewer, perhaps none, whenever it waits for the next one.
 
         Args:
             size: at least 1.
             start: instances to pass over first; a live source cannot go back and begins where it is.
             should_stop: asked while waiting for instances; true ends the stream early, after those that have come.
+            is_due: asked likewise; true makes a live source yield what it has at once, for its caller has to save.
 
         Raises:
             DataError: the source is damaged, or an instance or a label is bad.
@@ -119,7 +135,9 @@ class _Whole(InstanceSource):
         super().__init__(dataset.name, dataset.input_shape, dataset.class_names, len(dataset))
         self._dataset = dataset
 
-    def blocks(self, size: int, start: int, should_stop: Callable[[], bool]) -> Iterator[Block]:
+    def blocks(
+        self, size: int, start: int, should_stop: Callable[[], bool], is_due: Callable[[], bool] = lambda: False
+    ) -> Iterator[Block]:
         """Take from the data set."""
         for first in range(start, len(self._dataset), size):
             yield self._dataset.take(np.arange(first, min(first + size, len(self._dataset))))
@@ -147,13 +165,38 @@ class _Npz(InstanceSource):
             class_names = stored_class_names(names, np.array([largest]))
         super().__init__(path.stem, shape, class_names, count)
 
-    def blocks(self, size: int, start: int, should_stop: Callable[[], bool]) -> Iterator[Block]:
+    def blocks(
+        self, size: int, start: int, should_stop: Callable[[], bool], is_due: Callable[[], bool] = lambda: False
+    ) -> Iterator[Block]:
         """Read images and labels side by side."""
         with _members(self._path, self._keys) as (images, labels):
             pieces = zip(images.pieces(size, start), labels.pieces(size, start), strict=True)
             for first, (x, y) in zip(range(start, len(images), size), pieces, strict=True):
-                name = f"{self.name}, counted from instance {first} on"
-                yield _checked(images_from(x), labels_from(y), self.class_names, name)
+                try:
+                    block = self._block(x, y, first)
+                except DataError:
+                    good = self._good(x, y)
+                    if good:
+                        yield self._block(x[:good], y[:good], first)
+                    self._block(x[good:], y[good:], first + good)  # tells where the bad one is
+                    raise
+                yield block
+
+    def _good(self, x: NDArray[Any], y: NDArray[Any]) -> int:
+        """Return how many instances of a bad block there are before its first bad one."""
+        good, bad = 0, len(y)  # so many are good, so many are not
+        while bad - good > 1:
+            tried = (good + bad) // 2
+            try:
+                self._block(x[good:tried], y[good:tried], 0)
+                good = tried
+            except DataError:
+                bad = tried
+        return good
+
+    def _block(self, x: NDArray[Any], y: NDArray[Any], first: int) -> Block:
+        name = f"{self.name}, counted from instance {first} on"
+        return _checked(images_from(x), labels_from(y), self.class_names, name)
 
     def _labels(self, y: NDArray[Any]) -> NDArray[np.int64]:
         with naming(self._path):
@@ -218,12 +261,15 @@ class _Folder(InstanceSource):
         self._size = image_size or ((graph_shape[1], graph_shape[2]) if len(graph_shape) == 3 else None)
         self._channels = graph_shape[0] if graph_shape[0] in (1, 3) else None
         shape = read_image(self._files[0][0], self._size, self._channels).shape
+        self._shape = shape
         super().__init__(folder.name, shape, tuple(folders), len(self._files))
 
-    def blocks(self, size: int, start: int, should_stop: Callable[[], bool]) -> Iterator[Block]:
+    def blocks(
+        self, size: int, start: int, should_stop: Callable[[], bool], is_due: Callable[[], bool] = lambda: False
+    ) -> Iterator[Block]:
         """Decode as many images as a block has."""
         decoded = ((read_image(file, self._size, self._channels), label) for file, label in self._files[start:])
-        for images, labels in _collected(decoded, size):
+        for images, labels in _collected(decoded, size, self._shape):
             yield _checked(images, labels, self.class_names, self.name)
 
 
@@ -236,19 +282,27 @@ class _JsonLines(InstanceSource):
         self._descriptor, self._shape = descriptor, graph_shape
         self._label_of = {name: label for label, name in enumerate(names)}
 
-    def blocks(self, size: int, start: int, should_stop: Callable[[], bool]) -> Iterator[Block]:
+    def blocks(
+        self, size: int, start: int, should_stop: Callable[[], bool], is_due: Callable[[], bool] = lambda: False
+    ) -> Iterator[Block]:
         """Parse lines until the input ends."""
-        return _collected(self._parsed(should_stop), size)
+        return _collected(self._parsed(should_stop, is_due), size, self._shape)
 
-    def _parsed(self, should_stop: Callable[[], bool]) -> Iterator[tuple[NDArray[np.float32], int]]:
-        """Yield instances; of a bad line tell after those behind it that have been read along with it.
+    def _parsed(
+        self, should_stop: Callable[[], bool], is_due: Callable[[], bool]
+    ) -> Iterator[tuple[NDArray[np.float32], int] | None]:
+        """Yield instances, and ``None`` while none come; of a bad line tell after those read along with it.
 
         Raises:
             DataError: the first bad line.
         """
         failures: list[DataError] = []
-        taken = 0
-        for number, line in enumerate(self._lines(lambda: bool(failures) or should_stop()), 1):
+        taken = number = 0
+        for line in self._lines(lambda: bool(failures) or should_stop(), is_due):
+            if line is None:
+                yield None
+                continue
+            number += 1
             if not line.strip():
                 continue
             try:
@@ -263,12 +317,18 @@ class _JsonLines(InstanceSource):
             others = ", ".join(text.format(number) for number, text in told if number)
             raise DataError(f"{failures[0]}{f'; of the lines read along with it, {others}' if others else ''}")
 
-    def _lines(self, should_stop: Callable[[], bool]) -> Iterator[bytes]:
-        rest = b""
+    def _lines(self, should_stop: Callable[[], bool], is_due: Callable[[], bool]) -> Iterator[bytes | None]:
+        """Yield lines, and ``None`` when none has come for a while, or for a moment while something is due."""
+        rest, turns = b"", 0
         while not should_stop():
             # A read that waits would not notice a signal: Python takes it up again.
             if not self._is_ready():
+                turns += 1
+                if turns >= _IDLE_TURNS or is_due():
+                    turns = 0
+                    yield None
                 continue
+            turns = 0
             content = os.read(self._descriptor, _CHUNK)
             if not content:
                 if rest:
@@ -338,8 +398,15 @@ def _checked(images: Any, labels: NDArray[Any], names: tuple[str, ...], name: st
     return block.take(np.arange(len(block)))
 
 
-def _collected(instances: Iterator[tuple[NDArray[Any], int]], size: int) -> Iterator[tuple[NDArray[Any], NDArray[Any]]]:
+def _collected(
+    instances: Iterator[tuple[NDArray[Any], int] | None], size: int, shape: Shape
+) -> Iterator[tuple[NDArray[Any], NDArray[Any]]]:
     """Yield blocks of ``size`` instances; those before a bad one come before its error, for they can be learned from.
+
+    Args:
+        instances: ``None`` among them: the next one is long in coming, so the block ends here.
+        size: at least 1.
+        shape: of an instance, for a block without any.
 
     Raises:
         EdgetrainError: as ``instances``.
@@ -348,16 +415,21 @@ def _collected(instances: Iterator[tuple[NDArray[Any], int]], size: int) -> Iter
     labels: list[int] = []
     failure: EdgetrainError | None = None
     try:
-        for x, y in instances:
-            images.append(x)
-            labels.append(y)
-            if len(labels) == size:
-                block = np.stack(images), np.array(labels)
+        for instance in instances:
+            if instance is not None:
+                images.append(instance[0])
+                labels.append(instance[1])
+            if instance is None or len(labels) == size:
+                block = _stacked(images, labels, shape)
                 images, labels = [], []  # not held while somebody learns from the block
                 yield block
     except EdgetrainError as error:
         failure = error
     if labels:
-        yield np.stack(images), np.array(labels)
+        yield _stacked(images, labels, shape)
     if failure is not None:
         raise failure
+
+
+def _stacked(images: list[NDArray[Any]], labels: list[int], shape: Shape) -> tuple[NDArray[Any], NDArray[Any]]:
+    return np.stack(images) if images else np.zeros((0, *shape), np.float32), np.array(labels, np.int64)

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from edgetrain.errors import UsageError
+from edgetrain.errors import NumericalError, UsageError
 from edgetrain.graph import Graph
 from edgetrain.schema import percent_hint, take_numbers
 
@@ -154,11 +154,18 @@ class Selector(ABC):
             x: float32 ``(N, *input_shape)``.
             y: labels ``(N,)``.
             losses: float64 ``(N,)`` of the main network where a forward pass was made anyway, else ``None``.
+
+        Raises:
+            NumericalError: samples that a network cannot predict; nothing is decided then.
         """
         passing = min(len(y), max(0, self.settings.start - self.seen))
         keep, macs = np.ones(len(y), bool), 0
         if passing < len(y):
-            rest = self.decide(x[passing:], y[passing:], None if losses is None else losses[passing:])
+            try:
+                rest = self.decide(x[passing:], y[passing:], None if losses is None else losses[passing:])
+            except NumericalError as error:
+                error.samples = tuple(passing + sample for sample in error.samples)
+                raise
             keep[passing:], macs = rest.keep, rest.macs
         self.seen += len(y)  # last: samples that ``decide`` failed for have not been decided about
         return Choice(keep, macs)
