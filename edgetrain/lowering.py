@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from edgetrain.arrays import Layout, map_sizes
 from edgetrain.graph import Node, Value
+from edgetrain.kernels.codes import ERRORS, SUMS
 from edgetrain.lowering_core import Pair
 from edgetrain.lowering_listed import ListedLowering
 from edgetrain.ops import get_op
@@ -265,7 +266,8 @@ class Lowering(ListedLowering):
         borders = border_of(out) | border_of(self.layout(again) if again is not None else out, "y_")
 
         def emit(stage: int, **choice: Ref | int) -> None:
-            self.emit("batch_norm_gradient", (self.lanes, int(again is not None), stage), out.channels,
+            repeats = int(again is not None and stage != SUMS)  # else two kernels would be the same
+            self.emit("batch_norm_gradient", (self.lanes, repeats, stage), out.channels,
                       mask=Ref("mask"), state=Ref("state"), **borders, **arguments, **choice)  # fmt: skip
 
         self.in_stages(node, out.channels, kept, emit)
@@ -293,7 +295,8 @@ class Lowering(ListedLowering):
         arguments = self.residual_arguments(node, bounds)
 
         def emit(stage: int, **choice: Ref | int) -> None:
-            self.emit("residual_norm_gradient", (self.lanes, sums, bits, stage), x.channels, mask=Ref("mask"),
+            variant = (0, 0) if stage == ERRORS else (sums, bits)  # which play no part then
+            self.emit("residual_norm_gradient", (self.lanes, *variant, stage), x.channels, mask=Ref("mask"),
                       state=Ref("state"), **border_of(out), **arguments, **choice)  # fmt: skip
 
         self.in_stages(node, x.channels, kept, emit)

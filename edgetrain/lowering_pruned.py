@@ -11,7 +11,17 @@ from edgetrain import lowering_winograd as winograd
 from edgetrain.arrays import ALIGNMENT, Layout
 from edgetrain.choice import Sizes
 from edgetrain.graph import Node, Value
-from edgetrain.kernels.codes import BY_CHANCE, ERRORS, RECORD, SAMPLES, SUMS, TALLY_BYTES, THRESHOLD, WHOLE
+from edgetrain.kernels.codes import (
+    BY_CHANCE,
+    BY_ERROR_AND_WEIGHTS,
+    ERRORS,
+    RECORD,
+    SAMPLES,
+    SUMS,
+    TALLY_BYTES,
+    THRESHOLD,
+    WHOLE,
+)
 from edgetrain.lowering_products import ProductLowering
 from edgetrain.ops.pruning import IMPORTANCE
 from edgetrain.plan import Ref
@@ -30,7 +40,9 @@ class PrunedLowering(ProductLowering):
     def kept_channels(self, node: Node, g: Product) -> None:
         """Emit the scores of an error map's channels, and the choice of the best."""
         scores = self.workspace(8 * g.channels_out)
-        self._score(node, node.x, scores, weight=self.address(node.input(1)), weight_channel=g.weight_out,
+        counts = IMPORTANCE[node.get("importance")] == BY_ERROR_AND_WEIGHTS
+        weight = self.dense_weight(node.input(1), g) if counts else 0
+        self._score(node, node.x, scores, weight=weight, weight_channel=g.weight_out,
                     sources=g.forward_sources())  # fmt: skip
         self._choose(node, scores, node.y, g.channels_out)
 

@@ -216,6 +216,20 @@ def test_of_lists_of_weights_the_kept_channels_are_read(policy, count):
     assert done[0] < min(done[1:])
 
 
+@pytest.mark.parametrize("policy", [et.RigL(0.8, distribution="uniform"), et.SWAT(0.8, activations=0.0)],
+                         ids=lambda policy: policy.name)  # fmt: skip
+def test_weights_that_do_not_exist_count_as_zeros_in_the_importance(policy):
+    (x, y), graph = batch(6), network()
+    made = learner(graph, error_pruning=ErrorMapPruning(keep=0.5, importance="error_and_weights"), sparsity=policy)
+    with_zeros = network()
+    with_zeros.arrays = made.parameters()
+    wanted = masked_gradients(with_zeros, x, y, keep_largest(0.5, True))
+    if policy.compact:
+        wanted = {name: array * made.topology.indices[name].mask() if name in made.topology.indices else array
+                  for name, array in wanted.items()}  # fmt: skip
+    assert_all_close(made.gradients(x, y), wanted, TOLERANCE)
+
+
 def test_gradients_of_sparser_weights_are_left_alone():
     graph = network()
     policies = {share: et.StaticSparse(share, distribution="uniform") for share in (0.7, 0.95)}

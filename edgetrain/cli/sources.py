@@ -152,7 +152,8 @@ def with_usable_methods(config: Config, by_recipe: Collection[str]) -> tuple[Con
         try:
             _check_suits(kind, text, graph)
         except UsageError as error:
-            left_out.append(f"{ARGUMENTS[kind].replace('_', ' ')} {text} of the recipe is left out: {error}")
+            reason = str(error).split("; expected", 1)[0]  # the rest is advice to somebody who asked for it
+            left_out.append(f"{ARGUMENTS[kind].replace('_', ' ')} {text} of the recipe is left out: {reason}")
             config = replace(config, methods=replace(config.methods, **{kind: NONE}))
     return config, left_out
 

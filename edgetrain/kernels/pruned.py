@@ -191,11 +191,8 @@ def bias_gradient_listed(lanes: int) -> Body:
         (grad_out, grad_bias, kept, kept_count, blocks, rows, columns, grad_block, grad_channel,
          grad_row) = arguments(args, 10)  # fmt: skip
         for channel in range(first, last):
-            listed = False
-            for i in range(kept_count):
-                listed = listed or int(load_f32(kept + 4 * i)) == channel
             total = broadcast(0.0, lanes)
-            for block in range(blocks if listed else 0):
+            for block in range(blocks if is_kept(kept, kept_count, channel) else 0):
                 for row in range(rows):
                     source = grad_out + block * grad_block + channel * grad_channel + row * grad_row
                     for i in range(columns):
