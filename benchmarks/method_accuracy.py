@@ -98,8 +98,8 @@ operations, but to everybody's seconds. Seconds are batches offered times the me
 "Better than dense": in points, against dense training for fewer steps with a schedule fitted to that length,
 interpolated in log(epochs)."""
 INTRODUCTIONS = {
-    "sparse": """Methods that thin out weights. Changes of topology are in the seconds, SWAT's choices of
-thresholds (one step in 100, some 2 % of ResNet-20's time) are not. Gradients of SWAT are clipped to norm 1, as on the
+    "sparse": """Methods that thin out weights. Changes of topology are in the seconds, SWAT's choices of thresholds of
+activations (one step in 100, some 2 % of ResNet-20's time) are not. Gradients of SWAT are clipped to norm 1, as on the
 command line. Its saved activations are pruned number by number or ("lanes", and in the momentum and structured
 variants) as vectors of the samples that lie in the lanes.""",
     "learning": """Methods that choose instances (filter: `eif`, `selective`, `random`) or thin out the backward pass
