@@ -86,22 +86,26 @@ def _write_gradient(
 
 
 @njit
-def _store_sums(
-    grad_scale: Any, grad_bias: Any, scores: Any, channel: Any, scale: Any, inverse: Any, total: Any, product: Any,
-    squares: Any, count: Any, scored: Any,
-) -> None:  # fmt: skip
-    """Write a channel's gradients of scale and bias, and if ``scored`` the L2 norm of its ``grad_x``.
+def _settled(
+    stage: Any, grad_scale: Any, grad_bias: Any, scores: Any, channel: Any, scale: Any, inverse: Any, total: Any,
+    product: Any, squares: Any, count: Any,
+) -> Any:  # fmt: skip
+    """Write a channel's gradients of scale and bias, and return (total, product); with ``ERRORS`` read these instead.
 
-    This is ``(grad - mean(grad) - xhat * mean(grad * xhat)) * scale * inverse``, of which the two means are
-    orthogonal parts: the norm follows from the sum of the squares of ``grad``. Scores as in ``channel_scores``.
+    With ``SUMS`` also writes the L2 norm of its ``grad_x``. This is ``(grad - mean(grad) - xhat * mean(grad * xhat)) *
+    scale * inverse``, of which the two means are orthogonal parts: the norm follows from the sum of the squares of
+    ``grad``. Scores as in ``channel_scores``.
     """
+    if stage == ERRORS:
+        return float(load_f32(grad_bias + 4 * channel)), load_f32(grad_scale + 4 * channel) / inverse
     store_f32(grad_bias + 4 * channel, total)
     store_f32(grad_scale + 4 * channel, product * inverse)
-    if scored:
+    if stage == SUMS:
         energy = squares - (total * total + product * product * inverse * inverse) / count
         norm = 0.0 if energy < 0.0 else math.sqrt(energy)  # what is not finite stays so
         store_f32(scores + 8 * channel, norm * abs(load_f32(scale + 4 * channel) * inverse))
         store_f32(scores + 8 * channel + 4, 0.0)
+    return total, product
 
 
 # Squares around a pivot that cancel more than this share when they are moved to the mean are summed up anew.
@@ -274,11 +278,9 @@ def batch_norm_gradient(lanes: int, again: int, stage: int) -> Body:
                 product += sum_lanes(wholly)
                 if stage == SUMS:
                     squares += sum_lanes(square)
-            if stage == ERRORS:
-                total, product = load_f32(grad_bias + 4 * channel), load_f32(grad_scale + 4 * channel) / inverse
-            else:
-                _store_sums(grad_scale, grad_bias, scores, channel, scale, inverse, total, product, squares, count,
-                            stage == SUMS)  # fmt: skip
+            total, product = _settled(
+                stage, grad_scale, grad_bias, scores, channel, scale, inverse, total, product, squares, count
+            )
             if stage == SUMS:
                 continue
             wanted = stage != ERRORS or is_kept(kept, kept_count, channel)
@@ -365,11 +367,9 @@ def residual_norm_gradient(lanes: int, sums: int, bits: int, stage: int) -> Body
                 product += sum_lanes(wholly)
                 if stage == SUMS:
                     squares += sum_lanes(square)
-            if stage == ERRORS:
-                total, product = load_f32(grad_bias + 4 * channel), load_f32(grad_scale + 4 * channel) / inverse
-            else:
-                _store_sums(grad_scale, grad_bias, scores, channel, scale, inverse, total, product, squares, count,
-                            stage == SUMS)  # fmt: skip
+            total, product = _settled(
+                stage, grad_scale, grad_bias, scores, channel, scale, inverse, total, product, squares, count
+            )
             if stage == SUMS or (stage == ERRORS and not is_kept(kept, kept_count, channel)):
                 continue
             factor = broadcast(load_f32(scale + 4 * channel) * inverse, lanes)
