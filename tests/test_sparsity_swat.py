@@ -36,7 +36,7 @@ def test_swat_keeps_the_largest_weights_of_a_dense_master(variant):
 
 
 def test_swat_moves_weights_that_do_not_exist():
-    made = learner(et.SWAT(weights=0.8, activations=0.0), optimizer=et.SGD(lr=0.1))
+    made = learner(et.SWAT(weights=0.8, activations=0.0, fade=1), optimizer=et.SGD(lr=0.1))
     name = "b.weight"
     before = made._parameters.view(name).copy()
     grads = made.gradients(*batch(8))[name]
@@ -44,6 +44,28 @@ def test_swat_moves_weights_that_do_not_exist():
     outside = ~made.topology.indices[name].mask()
     assert np.count_nonzero(grads[outside])
     np.testing.assert_allclose(made._parameters.view(name)[outside], (before - 0.1 * grads)[outside], atol=1e-6)
+
+
+@pytest.mark.parametrize(("refresh", "factor"), [(10, 0.5**0.1), (3, 0.5**0.03)])
+def test_weights_outside_the_pattern_fade_when_others_are_chosen(refresh, factor):
+    policy = et.SWAT(weights=0.8, activations=0.0, refresh=refresh, fade=0.5)
+    made, name = learner(policy, optimizer=et.SGD(lr=0.0)), "b.weight"
+    first = made._parameters.view(name).copy()
+    outside = ~made.topology.indices[name].mask()
+    for step in range(2 * refresh + 1):
+        train(made, 1, step)
+        choices = step // refresh + 1
+        expected = np.where(outside, first * factor**choices, first)
+        np.testing.assert_allclose(made._parameters.view(name), expected, rtol=1e-5)
+    np.testing.assert_array_equal(outside, ~made.topology.indices[name].mask())
+
+
+def test_nothing_fades_where_all_weights_exist():
+    made = learner(et.SWAT(weights=0.0, activations=0.5, fade=0.0), optimizer=et.SGD(lr=0.0))
+    before = made.parameters()
+    train(made, 3)
+    assert_equal({n: a for n, a in made.parameters().items() if n in made.graph.trainable},
+                 {n: a for n, a in before.items() if n in made.graph.trainable})  # fmt: skip
 
 
 @pytest.mark.parametrize("rescale", [True, False])
@@ -148,7 +170,7 @@ def test_a_state_that_does_not_fit_changes_nothing():
 
 
 def test_activations_are_pruned_number_by_number(tmp_path):
-    policy = et.SWAT(weights=0.5, activations=0.7, refresh=3, group="element")
+    policy = et.SWAT(weights=0.5, activations=0.7, refresh=3, group="element", linear=True)
     made, plain, (x, y) = learner(policy), learner(replace(policy, activations=0.0)), batch(8)
     got, wanted = made.gradients(x, y), plain.gradients(x, y)
     assert {name for name in wanted if np.abs(got[name] - wanted[name]).max() > 0} == set(made.topology.records)
@@ -156,6 +178,9 @@ def test_activations_are_pruned_number_by_number(tmp_path):
     train(made, 5)
     made.save(tmp_path / "c.safetensors")
     assert train(et.Learner.load(tmp_path / "c.safetensors"), 4, 5) == train(made, 4, 5)
+    assert not {"c.weight", "d.weight"} & set(learner(replace(policy, linear=False)).topology.records)
+    with pytest.raises(UsageError, match="linear=true with group=lanes"):
+        et.SWAT(group="lanes", linear=True)
     with pytest.raises(UsageError, match="group='vectors', expected one of element, lanes"):
         et.SWAT(group="vectors")
 
@@ -245,16 +270,17 @@ def test_the_report_counts_what_all_methods_skip(group, pruning, word):
     assert any(word in layer.kernels for layer in report)
 
 
-@pytest.mark.parametrize("group", ["element", "lanes"])
+@pytest.mark.parametrize(("group", "linear"), [("element", False), ("element", True), ("lanes", False)])
 @pytest.mark.parametrize("shape", [(6, 2, 3, 3), (4, 2, 2, 3), (2, 2, 2, 1)])
-def test_gradients_are_pytorchs_with_masked_weights_and_masked_saved_activations(group, shape):
+def test_gradients_are_pytorchs_with_masked_weights_and_masked_saved_activations(group, linear, shape):
     torch = pytest.importorskip("torch")
     rng = np.random.default_rng(3)
     graph = Graph("small", input_shape=SHAPE)
     x = graph.add("Conv", ["input", graph.parameter("conv.weight", rng.normal(size=shape))], pads=[1] * 4)
     dense = graph.parameter("fc.weight", rng.normal(size=(CLASSES, graph.values[x].size)))
     graph.set_outputs([graph.add("Gemm", [graph.add("Flatten", [graph.add("Relu", [x])]), dense], transB=1)])
-    made = learner(et.SWAT(weights=0.7, activations=0.8, dense_first=False, group=group), graph=graph)
+    policy = et.SWAT(weights=0.7, activations=0.8, dense_first=False, group=group, linear=linear)
+    made = learner(policy, graph=graph)
     images, labels = batch(24)
     got, weights = made.gradients(images, labels), made.parameters()
     conv, fc = (torch.tensor(weights[f"{name}.weight"], dtype=torch.float64) for name in ("conv", "fc"))
@@ -270,6 +296,8 @@ def test_gradients_are_pytorchs_with_masked_weights_and_masked_saved_activations
         saved = _largest_vectors(images, made.plans.lanes, kept["conv.weight"])
     else:
         saved = np.where(largest(np.abs(images), kept["conv.weight"]), images, 0)
+    assert ("fc.weight" in kept) == linear
+    if linear:
         hidden = np.where(largest(np.abs(hidden).astype(np.float32), kept["fc.weight"]), hidden, 0)
     saved = torch.tensor(saved, dtype=torch.float64)
     wanted_conv = torch.nn.grad.conv2d_weight(saved, conv.shape, error, padding=1).numpy()
