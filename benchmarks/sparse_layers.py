@@ -160,7 +160,7 @@ def edgetrain_layer(contender: str, channels: int, size: int, sparsity: float):
     batch = rng.normal(size=(BATCH, *shape)).astype(np.float32)
     learner.gradients(batch, batch)  # fills the memory that the calls read
     plan = learner.plans.executor(True, BATCH).plan
-    products = ("Conv", "ProductInputGrad", "ProductWeightGrad")
+    products = ("Conv", "ProductInputGrad", "ProductWeightGrad", "ProductGrads")
     nodes = {number for number, node in enumerate(plan.graph.nodes) if node.op_type in products}
     plan.rows = [
         r for r in plan.rows if r.node in nodes and r.stage in ("forward", "backward") and r.kernel[0] != "fill_border"

@@ -24,7 +24,7 @@ from edgetrain.sparsity import SparsityPolicy
 # for; other kernels of a product's node prepare operands or collect sums.
 _MULTIPLYING = {"multiply": 0, "correlate": 0, "correlate_listed": 0, "winograd": 1}
 # Compiled for lanes and the cut of the maps, no tile of channels.
-_LISTED = ("multiply_csr", "correlate_csr", "multiply_lists", "correlate_lists")
+_LISTED = ("multiply_csr", "correlate_csr", "gradients_csr", "multiply_lists", "correlate_lists")
 # Compiled for lanes of channels, vectors of them, and terms, or rows and columns of the kernel.
 _NUMBERS = ("correlate_elements", "correlate_pooled", "spread_elements")
 
@@ -35,7 +35,7 @@ class KernelUse:
 
     Attributes:
         nodes: names of the products.
-        product: ``forward``, ``input gradient`` or ``weight gradient``.
+        product: ``forward``, ``input gradient``, ``weight gradient`` or ``both gradients``.
         sizes: the layer's sizes in words.
         method: see ``layer_report.method_of``; by rules alone, since it changes results.
         kernel: its name.
@@ -122,4 +122,6 @@ def _product(node: Node) -> str:
     op = get_op(node.op_type)
     if not isinstance(op, ProductGrad):
         return "forward"
+    if op.products == 2:
+        return "both gradients"
     return "input gradient" if isinstance(op, ProductInputGrad) else "weight gradient"

@@ -93,8 +93,8 @@ def _use(learner: Learner, plan: Plan, name: str, nodes: Sequence[int], seconds:
         node = plan.graph.nodes[position]
         op = get_op(node.op_type)
         assert isinstance(op, (ProductOp, ProductGrad))
-        kernels.append(method_of(plan, position))
-        dense += learner.batch_size * op.product(node).macs
+        kernels += [method_of(plan, position)] * op.products
+        dense += learner.batch_size * op.products * op.product(node).macs
         share = density if kernels[-1] == "lists of weights" else _kept(learner, node)
         done += round(learner.batch_size * op.macs(node) * share)
     rows = [

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from edgetrain.ops.conv import Phase, Product
 
 _ENTRY = 8  # bytes of an entry of a list: byte offset and weight
-_WANTED_JOBS = 16  # per kernel call, so that four threads find work; results do not depend on it
+_WANTED_JOBS = 8  # per kernel call, so that four threads find work
 _ROWS_PER_JOB = 8  # of expanding a list
 _ENTRIES_PER_JOB = 1024  # of summing gradients
 _MOST_RUNS = 8  # of a tile: each keeps an address in a register
@@ -37,7 +37,7 @@ _SUMS = 1 << 19
 _NEAR = 40 << 10
 _ENTRIES_PER_PART = 12
 # Kernels whose multiply-accumulates are those of the weights that exist.
-SKIPS_WEIGHTS = ("multiply_csr", "correlate_csr")
+SKIPS_WEIGHTS = ("multiply_csr", "correlate_csr", "gradients_csr")
 # Weights run on lists of non-zeros if a row's entries, and what a row costs besides, are at most this share of a dense
 # row: then they were never slower than the dense kernels in any of ten layers of ResNet-20 and LeNet-5 at batch 32, 2
 # threads, densities 0.1 to 0.5. Lists and direct kernels were equally fast at density 0.3 (1x1, 16 inputs) to above 0.5
@@ -221,8 +221,7 @@ class SparseLowering(LoweringCore):
         lists = self._expand(weight, g.forward_terms(x), index.rows, g.outputs, g.inputs * x.channel, grid, flags=flags)
         cuts = tilings(grid, _pixels())
         part_sums = 4 * self.lanes * max(1, index.capacity)
-        chunks = max(1, min(-(-_WANTED_JOBS // grid.blocks), cuts[0].tiles, _SUMS // (part_sums * grid.blocks)))
-        chunks = -(-cuts[0].tiles // -(-cuts[0].tiles // chunks))
+        chunks = _pixel_chunks(cuts[0].tiles, grid.blocks, part_sums)
         row_chunk = _chunk(index.rows, grid.blocks * chunks)
         row_chunks = -(-index.rows // row_chunk)
         sums = self.workspace(part_sums * grid.blocks * chunks)
@@ -235,15 +234,56 @@ class SparseLowering(LoweringCore):
                 part_sums=part_sums, tile_count=cut.tiles, tile_chunk=-(-cut.tiles // chunks), tile_chunks=chunks,
                 row_chunk=row_chunk, row_chunks=row_chunks,
             )  # fmt: skip
-        starts = self.index(weight)["starts"]
-        common: dict[str, int | Ref] = {"sums": sums, "grad_weight": self.address(node.y), "capacity": index.capacity,
-                  "part_sums": part_sums, "chunks": grid.blocks * chunks}  # fmt: skip
         if kept is None:
-            self.emit("sum_csr", (self.lanes,), -(-index.capacity // _ENTRIES_PER_JOB), **common,
-                      count=starts + 4 * index.rows, entries_per_job=_ENTRIES_PER_JOB)  # fmt: skip
+            self._sum(weight, node.y, sums, part_sums, grid.blocks * chunks)
         else:
-            self.emit("sum_csr_listed", (self.lanes,), -(-index.rows // _ROWS_PER_JOB), **common, starts=starts,
-                      flags=flags.address, row_count=index.rows, rows_per_job=_ROWS_PER_JOB)  # fmt: skip
+            self.emit("sum_csr_listed", (self.lanes,), -(-index.rows // _ROWS_PER_JOB), sums=sums,
+                      grad_weight=self.address(node.y), capacity=index.capacity, part_sums=part_sums,
+                      chunks=grid.blocks * chunks, starts=self.index(weight)["starts"], flags=flags.address,
+                      row_count=index.rows, rows_per_job=_ROWS_PER_JOB)  # fmt: skip
+
+    def sparse_grads(self, node: Node, g: Product, bounds: tuple[float, float]) -> None:
+        """Emit both gradients of a product of stride 1 in one pass over the output gradient.
+
+        ``bounds``: what the normalisation that comes before, if there is one, clips to.
+        """
+        x, grad, out = (self.layout(value) for value in (node.x, node.input(1), node.y))
+        weight, (phase,) = node.input(2), g.phases()
+        index = self.sparse[weight.name]
+        grids = [self._grid(phase.pixels(grad, other), g.size[1], (grad.pixel, other.pixel), grad, other)
+                 for other in (x, out)]  # fmt: skip
+        grid = grids[0]
+        lists = self._expand(weight, _phase_terms(phase, grad), index.input_rows, g.inputs, g.outputs * grad.channel,
+                             grid, "input_")  # fmt: skip
+        cuts, others = (tilings(grid, _pixels_of_both()) for grid in grids)
+        part_sums = 4 * self.lanes * max(1, index.capacity)
+        chunks = _pixel_chunks(cuts[0].tiles, grid.blocks, part_sums)
+        row_chunk = _chunk(index.input_rows, grid.blocks * chunks)
+        row_chunks = -(-index.input_rows // row_chunk)
+        sums = self.workspace(part_sums * grid.blocks * chunks)
+        normalised = len(node.inputs) > 3
+        names = ("scale", "bias", "mean", "inverse_std")
+        statistics = {n: self.address(node.input(3 + i)) if normalised else 0 for i, n in enumerate(names)}
+        for number, (cut, other) in enumerate(zip(cuts, others, strict=True)):
+            table = [(a, b, c) for (a, b), (_, c) in zip(cut.table, other.table, strict=True)]
+            self.emit(
+                "gradients_csr", (self.lanes, cut.runs, cut.columns, int(normalised)),
+                grid.blocks * chunks * row_chunks, x=self.address(node.x), grad_out=self.address(node.input(1)),
+                grad_x=self.address(node.y), tiles=self.table(table), **lists, sums=sums, **statistics,
+                keep=int(number > 0), row_count=index.input_rows, x_block=x.block, x_channel=x.channel,
+                grad_block=grad.block, grad_x_block=out.block, grad_x_channel=out.channel, part_sums=part_sums,
+                tile_count=cut.tiles, tile_chunk=-(-cut.tiles // chunks), tile_chunks=chunks, row_chunk=row_chunk,
+                row_chunks=row_chunks, f_low=bounds[0], f_high=bounds[1],
+            )  # fmt: skip
+        self._sum(weight, node.outputs[1], sums, part_sums, grid.blocks * chunks, "input_")
+
+    def _sum(self, weight: Value, target: Value, sums: Ref, part_sums: int, chunks: int, order: str = "") -> None:
+        """Emit the sums of all chunks' vectors into the gradients of the weights that exist."""
+        index, places = self.sparse[weight.name], f"index:{weight.name}:{order}places"
+        self.emit("sum_csr", (self.lanes,), -(-index.capacity // _ENTRIES_PER_JOB), sums=sums, places=Ref(places),
+                  grad_weight=self.address(target), count=self.index(weight)["starts"] + 4 * index.rows,
+                  capacity=index.capacity, part_sums=part_sums, chunks=chunks,
+                  entries_per_job=_ENTRIES_PER_JOB)  # fmt: skip
 
     def _flags(self, kept: Value, g: Product) -> Ref:
         """Emit which output channels count; return where that stands, int32 per channel."""
@@ -330,6 +370,17 @@ def _pixels() -> int:
     Of 12, 16, 20, 24 and 28 with 32 registers 20 took least over all layers of ResNet-20 at density 0.1.
     """
     return 5 * target().registers // 8
+
+
+def _pixels_of_both() -> int:
+    """Return the most pixels of a tile of both gradients: a quarter of the registers holds ``x``, another ``dx``."""
+    return target().registers // 4
+
+
+def _pixel_chunks(tiles: int, blocks: int, part_sums: int) -> int:
+    """Return into how many chunks of pixels to cut the tiles of a block, each with sums of its own."""
+    chunks = max(1, min(-(-_WANTED_JOBS // blocks), tiles, _SUMS // (part_sums * blocks)))
+    return -(-tiles // -(-tiles // chunks))
 
 
 def _chunk(rows: int, jobs: int) -> int:

@@ -15,6 +15,7 @@ import numpy as np
 
 from edgetrain.autodiff import TrainingGraph, training_graph
 from edgetrain.choice import simd_lanes
+from edgetrain.combining import combine_gradients
 from edgetrain.errors import MemoryBudgetError
 from edgetrain.executor import Arena, Executor, Team
 from edgetrain.graph import Graph
@@ -166,6 +167,11 @@ class Plans:
         return made
 
     @functools.cached_property
+    def _combined(self) -> TrainingGraph:
+        """The training graph of steps that need no gradients of weights that do not exist."""
+        return self.training if self.by_channel else combine_gradients(self.training, self.parameters.sparse)
+
+    @functools.cached_property
     def step_macs(self) -> int:
         """Multiply-accumulates of one sample's training step: what the nodes of the training graph execute.
 
@@ -264,7 +270,9 @@ class Plans:
             whole_gradients: keep the gradients of weights that do not exist to the end of the step.
             buffer: of the parameters to predict with: ``weights`` or ``average``.
         """
-        train = self.training if training else None
+        train = None
+        if training:
+            train = self.training if whole_gradients else self._combined
         graph = train.graph if train else self.graph
         keep = {train.logits, train.losses, train.correct} if train else set(graph.outputs)
         lowering = ChannelLowering if self.by_channel else Lowering

@@ -11,7 +11,7 @@ from edgetrain.learner import Learner
 from edgetrain.ops import get_op
 from edgetrain.ops.conv import ProductOp
 from edgetrain.sparse_index import SparseIndex
-from edgetrain.sparsity import StaticSparse
+from edgetrain.sparsity import RigL, StaticSparse
 from tests.engine import assert_all_close, assert_close, assert_same, learner, poison, wide_host
 from tests.op_cases import Case, Net, combinations, convolutions, dense
 
@@ -170,7 +170,7 @@ def test_density_one_is_dense_bit_for_bit(compact):
 
 
 @pytest.mark.parametrize(("density", "kernels"), [
-    (0.2, {"multiply_csr", "correlate_csr"}),
+    (0.2, {"multiply_csr", "gradients_csr"}),
     (0.35, {"winograd", "winograd_weight_gradient"}),
     (0.9, {"winograd", "winograd_weight_gradient"}),
 ])  # fmt: skip
@@ -183,9 +183,80 @@ def test_density_chooses_between_lists_and_dense_kernels(density, kernels, compa
     index.set(np.arange(index.size).reshape(index.shape) < density * index.size - 1)
     made._parameters.sparse[name] = index
     used = {kernel for kernel, _ in made.plans.plan(True, 4).kernels}
-    wanted = kernels if compact else {*(kernels - {"correlate_csr"}), "winograd_weight_gradient"}
+    wanted = kernels if compact else {*(kernels - {"gradients_csr"}), "winograd_weight_gradient"}
     assert wanted <= used
-    assert not used & ({"multiply_csr", "correlate_csr", "winograd"} - wanted)
+    assert not used & ({"multiply_csr", "correlate_csr", "gradients_csr", "winograd"} - wanted)
+
+
+def _blocks(net: Net, x: str) -> str:
+    """Return a network in which both gradients of a product come from one pass: its input as it is, or normalised."""
+    stem = net.Relu(net.norm(net.conv(x, 8, 3, 3, 3, bias=False, pads=[1] * 4)))
+    y = net.Clip(net.norm(net.conv(stem, 6, 8, 3, 3, bias=False, pads=[0, 1, 2, 1])), min=0.0, max=1.5)
+    y = net.norm(net.conv(y, 8, 3, 3, 3, bias=False, group=2, pads=[2] * 4, dilations=[2, 2]))
+    y = net.Relu(net.Add(y, stem))
+    y = net.Relu(net.norm(net.conv(y, 8, 8, 1, 1, bias=False)))
+    return net.Gemm(net.Flatten(net.conv(y, 5, 8, 1, 3, strides=[2, 1])), net.parameter(4 * 5 * 5, 10))
+
+
+BLOCKS = Case("blocks", (3, 7, 7), _blocks, loss="cross_entropy")
+
+
+@pytest.mark.parametrize(("lanes", "count"), [(4, 1), (4, 9), (8, 8), (16, 20)])
+@pytest.mark.parametrize("cut", [False, True], ids=["whole", "parts"])
+def test_both_gradients_in_one_pass_agree_with_their_twins(lanes, count, cut, monkeypatch):
+    if cut:
+        monkeypatch.setattr("edgetrain.lowering_sparse._NEAR", 1)
+        monkeypatch.setattr("edgetrain.lowering_sparse._ENTRIES_PER_PART", 0.01)
+    sparse = Sparse(BLOCKS, monkeypatch, lanes)
+    sparse.thin_out(count, 0.3)
+    sparse.check(count)
+    nodes = sparse.learner.training_plan().graph.nodes
+    combined = [node for node in nodes if node.op_type == "ProductGrads"]
+    assert [len(node.inputs) for node in combined] == [3, 7, 7, 3], "two inputs are normalised again on the way"
+    assert sum(node.op_type == "ProductInputGrad" for node in nodes) == 2, "one with stride, one of vectors"
+    assert not any(node.op_type == "BatchNormalizationAgain" for node in nodes)
+
+
+def test_a_normalised_map_that_two_products_need_is_computed_again_once(monkeypatch):
+    def build(net: Net, x: str) -> str:
+        y = net.Relu(net.norm(net.conv(x, 4, 3, 1, 1, bias=False)))
+        return net.Add(net.conv(y, 3, 4, 3, 3, pads=[1] * 4), net.conv(y, 3, 4, 1, 1))
+
+    sparse = Sparse(Case("two-readers", (3, 6, 6), build), monkeypatch)
+    sparse.thin_out(1, 0.4)
+    sparse.check(5)
+    nodes = sparse.learner.training_plan().graph.nodes
+    assert [len(node.inputs) for node in nodes if node.op_type == "ProductGrads"] == [3]
+    assert sum("Again" in node.op_type for node in nodes) == 1
+
+
+def test_one_pass_changes_no_bit_of_an_input_gradient(monkeypatch):
+    x, y = BLOCKS.batch(9)
+    sparse = Sparse(BLOCKS, monkeypatch)
+    sparse.thin_out(1, 0.3)
+    together = sparse.gradients(x, y)
+    plan = sparse.learner.training_plan()
+    monkeypatch.setattr("edgetrain.plans.combine_gradients", lambda train, sparse: train)
+    apart = Sparse(BLOCKS, monkeypatch)
+    apart.thin_out(1, 0.3)
+    wanted = apart.gradients(x, y)
+    listed = {name for node in plan.graph.nodes if node.op_type == "ProductGrads" for name in [node.input(2).name]}
+    for name, gradient in wanted.items():
+        if name in listed:
+            assert_close(together[name], gradient, 1e-6, name)
+        else:
+            np.testing.assert_array_equal(together[name], gradient)
+    assert len(listed) == 4
+    other = apart.learner.training_plan()
+    assert sum(macs for macs, _ in plan.sparse_products) == sum(macs for macs, _ in other.sparse_products)
+
+
+def test_gradients_of_weights_that_do_not_exist_are_computed_apart():
+    made = learner(BLOCKS.graph(), 4, loss=BLOCKS.loss, sparsity=RigL(weights=0.9, distribution="uniform"))
+    some, whole = (made.plans.plan(True, 4, whole) for whole in (False, True))
+    assert "gradients_csr" in [kernel for kernel, _ in some.kernels]
+    assert "gradients_csr" not in [kernel for kernel, _ in whole.kernels]
+    assert "ProductGrads" not in [node.op_type for node in made.plans.training.graph.nodes]
 
 
 def test_no_two_jobs_store_the_same_pixels_of_a_list_in_parts():

@@ -45,7 +45,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("plan", "parameters", "checkpoint", "reference", "stream", "pooled_errors"),
     ("lowering_core", "executor", "runs"),
     ("lowering_winograd", "lowering_sparse"),
-    ("lowering_products",),
+    ("lowering_products", "combining"),
     ("lowering_pruned", "pruning"),
     ("lowering_elements",),
     ("lowering_pooled",),

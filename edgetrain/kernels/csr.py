@@ -10,7 +10,7 @@ A list may be cut into *parts* by column, so that the channels that one part rea
 from __future__ import annotations
 
 from edgetrain.kernels.codes import ABSENT, FLAGGED_COLUMNS, FLAGGED_ROWS
-from edgetrain.kernels.csr_tiles import ENTRY, csr_correlate_tile, csr_multiply_tile
+from edgetrain.kernels.csr_tiles import ENTRY, csr_correlate_tile, csr_gradients_tile, csr_multiply_tile
 from edgetrain.kernels.registry import Body, kernel
 from edgetrain.kernels.simd import (
     arguments,
@@ -165,6 +165,57 @@ def correlate_csr(lanes: int, runs: int, columns: int, x_step: int, chains: int)
     return body
 
 
+@kernel(
+    "x", "grad_out", "grad_x", "tiles", "entries", "bounds", "sums", "scale", "bias", "mean", "inverse_std", "keep",
+    "row_count", "parts", "x_block", "x_channel", "grad_block", "grad_x_block", "grad_x_channel", "part_sums",
+    "tile_count", "tile_chunk", "tile_chunks", "row_chunk", "row_chunks", "f_low", "f_high",
+)  # fmt: skip
+def gradients_csr(lanes: int, runs: int, columns: int, normalised: int) -> Body:
+    """Do the work of ``multiply_csr`` for the input gradient and of ``correlate_csr`` in one pass over ``grad_out``.
+
+    A row of the list is an input channel. With ``normalised`` the product's input is what a batch normalisation makes
+    of ``x``, bit for bit, with the statistics that ``batch_norm`` wrote, clipped to ``low`` and ``high``.
+    Job: (block, chunk of tiles, chunk of rows); ``tiles``: int64 triples (``grad_out``, ``x``, ``grad_x``).
+    """
+    tile_bytes, vector = 24 * runs, 4 * lanes
+
+    def body(args: int, first: int, last: int) -> None:
+        (x, grad_out, grad_x, tiles, entries, bounds, sums, scale, bias, mean, inverse_std, keep, row_count, parts,
+         x_block, x_channel, grad_block, grad_x_block, grad_x_channel, part_sums, tile_count, tile_chunk, tile_chunks,
+         row_chunk, row_chunks) = arguments(args, 25)  # fmt: skip
+        low, high = load_f32(args + 200), load_f32(args + 208)
+        middle, factor, offset = low, low, low
+        for job in range(first, last):
+            chunk_r = job % row_chunks
+            chunk = job // row_chunks
+            block = chunk // tile_chunks
+            first_tile = chunk % tile_chunks * tile_chunk
+            source, grad, target = x + block * x_block, grad_out + block * grad_block, grad_x + block * grad_x_block
+            summed = sums + chunk * part_sums
+            last_row = min(row_count, (chunk_r + 1) * row_chunk)
+            last_tile = min(tile_count, first_tile + tile_chunk)
+            for t in range(first_tile, last_tile):
+                for part in range(parts):
+                    # ``x`` was last used long ago. Asking for the next tile's now, the backward products of the first
+                    # stage of ResNet-20 at density 0.1 take 0.20 ms each instead of 0.29 (batch 32, one thread).
+                    following = tiles + (t + 1) * tile_bytes if part == 0 and t + 1 < last_tile else 0
+                    for row in range(chunk_r * row_chunk, last_row):
+                        bound = bounds + 8 * (part * row_count + row)
+                        begin, end = load_i32(bound), load_i32(bound + 4)
+                        if part == 0 or begin < end:
+                            if normalised:
+                                middle, offset = load_f32(mean + 4 * row), load_f32(bias + 4 * row)
+                                factor = load_f32(scale + 4 * row) * load_f32(inverse_std + 4 * row)
+                            csr_gradients_tile(
+                                grad, source + row * x_channel, target + row * grad_x_channel, entries + ENTRY * begin,
+                                entries + ENTRY * end, summed + vector * begin, tiles + t * tile_bytes, part,
+                                keep + t - first_tile, following, middle, factor, offset, low, high, runs, columns,
+                                normalised, lanes,
+                            )  # fmt: skip
+
+    return body
+
+
 @kernel("sums", "grad_weight", "starts", "flags", "row_count", "capacity", "part_sums", "chunks", "rows_per_job")
 def sum_csr_listed(lanes: int) -> Body:
     """Do as ``sum_csr`` for the rows whose flag is set, see ``expand_csr``; 0 for all others. Job: some rows."""
@@ -187,21 +238,22 @@ def sum_csr_listed(lanes: int) -> Body:
     return body
 
 
-@kernel("sums", "grad_weight", "count", "capacity", "part_sums", "chunks", "entries_per_job")
+@kernel("sums", "grad_weight", "places", "count", "capacity", "part_sums", "chunks", "entries_per_job")
 def sum_csr(lanes: int) -> Body:
-    """Write ``grad_weight[entry] = sum of all chunks' vectors and lanes``; 0 behind the last entry.
+    """Write ``grad_weight[places[entry]] = sum of all chunks' vectors and lanes``; 0 behind the last entry.
 
-    Job: some entries. ``count``: address of the number of entries, int32.
+    Job: some entries. ``places``: int32, where in compact storage. ``count``: address of their number, int32.
     """
 
     def body(args: int, first: int, last: int) -> None:
-        sums, grad_weight, count, capacity, part_sums, chunks, entries_per_job = arguments(args, 7)
+        sums, grad_weight, places, count, capacity, part_sums, chunks, entries_per_job = arguments(args, 8)
         entries = load_i32(count)
         for i in range(first * entries_per_job, min(capacity, last * entries_per_job)):
-            total = broadcast(0.0, lanes)
+            total, place = broadcast(0.0, lanes), i
             if i < entries:
+                place = load_i32(places + 4 * i)
                 for chunk in range(chunks):
                     total = total + load(sums + chunk * part_sums + 4 * lanes * i, lanes)
-            store_f32(grad_weight + 4 * i, sum_lanes(total))
+            store_f32(grad_weight + 4 * place, sum_lanes(total))
 
     return body

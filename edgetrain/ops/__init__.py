@@ -9,6 +9,7 @@ from edgetrain.ops import (
     normalization,
     pooled_gradient,
     pooling,
+    product_grads,
     pruning,
     shape,
 )
@@ -29,6 +30,7 @@ __all__ = [
     "normalization",
     "pooled_gradient",
     "pooling",
+    "product_grads",
     "pruning",
     "register",
     "shape",

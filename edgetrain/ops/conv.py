@@ -208,10 +208,15 @@ class ProductOp(Op):
     """What Conv, Gemm and MatMul share. ``geometry(node, x, weight)`` is their only difference."""
 
     arity = (2, 3)
+    products = 1
 
     def geometry(self, node: Node, x: Value, weight: Value) -> Product:
         """Return the sizes."""
         raise NotImplementedError
+
+    def weights(self, node: Node) -> Value:
+        """Return the weights."""
+        return node.input(1)
 
     def product(self, node: Node) -> Product:
         """Return the sizes of a forward node."""
@@ -303,15 +308,23 @@ class MatMul(Gemm):
 
 
 class ProductGrad(Op):
-    """Shared by both product gradients; attribute ``forward`` names the operator whose gradient this is."""
+    """Shared by both product gradients; attribute ``forward`` names the operator whose gradient this is.
+
+    ``products``: how many of a forward product's size a node stands for.
+    """
 
     arity = (2, 2)
+    products = 1
     training_only = True
     attributes = (*Conv.attributes, *Gemm.attributes, "forward", "like")
 
     def geometry(self, node: Node, x: Value, weight: Value) -> Product:
         """Return the sizes of the forward node."""
         return conv_of(node, x, weight) if node.get("forward") == "Conv" else dense_of(node, x, weight)
+
+    def weights(self, node: Node) -> Value:
+        """Return the weights of the forward node."""
+        return node.input(1)
 
     def product(self, node: Node) -> Product:
         """Return the sizes of the forward node."""
@@ -323,8 +336,8 @@ class ProductGrad(Op):
         return [(like.shape, like.batched)]
 
     def macs(self, node: Node) -> int:
-        """As many as the forward product."""
-        return self.product(node).macs
+        """As many as the forward product, for each."""
+        return self.products * self.product(node).macs
 
 
 @register
@@ -358,6 +371,11 @@ class ProductWeightGrad(ProductGrad):
 
     name = "ProductWeightGrad"
 
+    def weights(self, node: Node) -> Value:
+        """Return the weights of the forward node."""
+        like: Value = node.get("like")
+        return like
+
     def product(self, node: Node) -> Product:
         """Return the sizes of the forward node."""
         return self.geometry(node, node.x, node.get("like"))
@@ -381,6 +399,4 @@ class ProductWeightGrad(ProductGrad):
 def weights_of(node: Node) -> Value | None:
     """Return the weights of a product or of one of its gradients, ``None`` for any other node."""
     op = get_op(node.op_type)
-    if not isinstance(op, (ProductOp, ProductGrad)):
-        return None
-    return node.get("like") if isinstance(op, ProductWeightGrad) else node.input(1)
+    return op.weights(node) if isinstance(op, (ProductOp, ProductGrad)) else None
