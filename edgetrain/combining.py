@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
@@ -14,8 +15,8 @@ from edgetrain.ops import get_op
 from edgetrain.ops.conv import ProductGrad
 from edgetrain.sparse_index import SparseIndex
 
-# Input pixels that a product must have, as fewer do not fill a tile; and how many times as many as output pixels it may
-# have, as all of them are passed over for the weight gradient, too.
+# Output pixels that a product must have, as fewer do not fill a tile; and how many times as many input pixels may be in
+# a phase of the stride, as all of them are passed over for the weight gradient, too.
 _FEWEST_PIXELS, _MOST_PIXELS = 16, 1.3
 # What computes a normalised map again, and from which input on it reads scale, bias, mean and 1 / std.
 _STATISTICS = {"BatchNormalizationAgain": 1, "BatchNormalizationGradAgain": 2}
@@ -48,8 +49,9 @@ def _suits(node: Node) -> bool:
     op = get_op(node.op_type)
     assert isinstance(op, ProductGrad)
     g = op.product(node)
-    pixels, outputs = g.size[0] * g.size[1], g.out[0] * g.out[1]
-    return g.strides == (1, 1) and _FEWEST_PIXELS <= pixels <= _MOST_PIXELS * outputs
+    sizes, outputs = list(zip(g.size, g.strides, strict=True)), g.out[0] * g.out[1]
+    whole = all(size >= stride for size, stride in sizes)  # else some weights meet no phase
+    return whole and outputs >= _FEWEST_PIXELS and math.prod(-(-a // b) for a, b in sizes) <= _MOST_PIXELS * outputs
 
 
 def _combine(train: TrainingGraph, graph: Graph, node: Node) -> None:

@@ -243,43 +243,53 @@ class SparseLowering(LoweringCore):
                       row_count=index.rows, rows_per_job=_ROWS_PER_JOB)  # fmt: skip
 
     def sparse_grads(self, node: Node, g: Product, bounds: tuple[float, float]) -> None:
-        """Emit both gradients of a product of stride 1 in one pass over the output gradient.
+        """Emit both gradients in one pass over the output gradient per phase of the stride.
 
-        ``bounds``: what the normalisation that comes before, if there is one, clips to.
+        A weight meets one phase alone, so all phases have their part of the same sums. ``bounds``: what the
+        normalisation that comes before, if there is one, clips to.
         """
         x, grad, out = (self.layout(value) for value in (node.x, node.input(1), node.y))
-        weight, (phase,) = node.input(2), g.phases()
-        index = self.sparse[weight.name]
-        grids = [self._grid(phase.pixels(grad, other), g.size[1], (grad.pixel, other.pixel), grad, other)
-                 for other in (x, out)]  # fmt: skip
-        grid = grids[0]
-        lists = self._expand(weight, _phase_terms(phase, grad), index.input_rows, g.inputs, g.outputs * grad.channel,
-                             grid, "input_")  # fmt: skip
-        cuts, others = (tilings(grid, _pixels_of_both()) for grid in grids)
-        part_sums = 4 * self.lanes * max(1, index.capacity)
-        chunks = _pixel_chunks(cuts[0].tiles, grid.blocks, part_sums)
-        row_chunk = _chunk(index.input_rows, grid.blocks * chunks)
-        row_chunks = -(-index.input_rows // row_chunk)
-        sums = self.workspace(part_sums * grid.blocks * chunks)
-        normalised = len(node.inputs) > 3
-        names = ("scale", "bias", "mean", "inverse_std")
-        statistics = {n: self.address(node.input(3 + i)) if normalised else 0 for i, n in enumerate(names)}
-        for number, (cut, other) in enumerate(zip(cuts, others, strict=True)):
-            table = [(a, b, c) for (a, b), (_, c) in zip(cut.table, other.table, strict=True)]
-            self.emit(
-                "gradients_csr", (self.lanes, cut.runs, cut.columns, int(normalised)),
-                grid.blocks * chunks * row_chunks, x=self.address(node.x), grad_out=self.address(node.input(1)),
-                grad_x=self.address(node.y), tiles=self.table(table), **lists, sums=sums, **statistics,
-                keep=int(number > 0), row_count=index.input_rows, x_block=x.block, x_channel=x.channel,
-                grad_block=grad.block, grad_x_block=out.block, grad_x_channel=out.channel, part_sums=part_sums,
-                tile_count=cut.tiles, tile_chunk=-(-cut.tiles // chunks), tile_chunks=chunks, row_chunk=row_chunk,
-                row_chunks=row_chunks, f_low=bounds[0], f_high=bounds[1],
-            )  # fmt: skip
-        self._sum(weight, node.outputs[1], sums, part_sums, grid.blocks * chunks, "input_")
+        weight, index = node.input(2), self.sparse[node.input(2).name]
+        grids = [self._phase_grids(phase, grad, x, out) for phase in g.phases()]
+        cuts = [[tilings(grid, _pixels_of_both()) for grid in pair] for pair in grids]
+        blocks, part_sums = self.blocks, 4 * self.lanes * max(1, index.capacity)
+        tiles = {with_x[0].tiles for with_x, _ in cuts}
+        chunks = _pixel_chunks(tiles.pop(), blocks, part_sums) if len(tiles) == 1 else 1
+        row_chunk = _chunk(index.input_rows, blocks * chunks)
+        sums, order = self.workspace(part_sums * blocks * chunks), self.workspace(4 * (index.capacity + 1))
+        names, normalised = ("scale", "bias", "mean", "inverse_std"), len(node.inputs) > 3
+        common: dict[str, int | float | Ref] = {
+            "x": self.address(node.x), "grad_out": self.address(node.input(1)), "grad_x": self.address(node.y),
+            **{name: self.address(node.input(3 + i)) if normalised else 0 for i, name in enumerate(names)},
+            "sums": sums, "order": order, "row_count": index.input_rows, "x_block": x.block, "x_channel": x.channel,
+            "x_step": g.strides[1] * x.pixel, "grad_block": grad.block, "grad_x_block": out.block,
+            "grad_x_channel": out.channel, "part_sums": part_sums, "tile_chunks": chunks, "row_chunk": row_chunk,
+            "row_chunks": -(-index.input_rows // row_chunk), "f_low": bounds[0], "f_high": bounds[1],
+        }  # fmt: skip
+        for phase, (grid, _), pair in zip(g.phases(), grids, cuts, strict=True):
+            lists = self._expand(weight, _phase_terms(phase, grad), index.input_rows, g.inputs,
+                                 g.outputs * grad.channel, grid, "input_", order=order)  # fmt: skip
+            for number, (cut, other) in enumerate(zip(*pair, strict=True)):
+                table = [(a, b, c) for (a, b), (_, c) in zip(cut.table, other.table, strict=True)]
+                self.emit(
+                    "gradients_csr", (self.lanes, cut.runs, cut.columns, int(normalised)),
+                    blocks * chunks * -(-index.input_rows // row_chunk), tiles=self.table(table), **lists,
+                    keep=int(number > 0), tile_count=cut.tiles, tile_chunk=-(-cut.tiles // chunks), **common,
+                )  # fmt: skip
+        self._sum(weight, node.outputs[1], sums, part_sums, blocks * chunks, "input_")
 
-    def _sum(self, weight: Value, target: Value, sums: Ref, part_sums: int, chunks: int, order: str = "") -> None:
+    def _phase_grids(self, phase: Phase, grad: Layout, x: Layout, out: Layout) -> list[Grid]:
+        """Return the pixels of a phase with those of the input, and with those of its gradient."""
+        g = phase.product
+        columns = len(range(phase.first[1], g.size[1], g.strides[1]))
+        return [
+            Grid(phase.pixels(grad, other)[::columns], columns, (grad.pixel, g.strides[1] * other.pixel), self.blocks)
+            for other in (x, out)
+        ]
+
+    def _sum(self, weight: Value, target: Value, sums: Ref, part_sums: int, chunks: int, rows_of: str = "") -> None:
         """Emit the sums of all chunks' vectors into the gradients of the weights that exist."""
-        index, places = self.sparse[weight.name], f"index:{weight.name}:{order}places"
+        index, places = self.sparse[weight.name], f"index:{weight.name}:{rows_of}places"
         self.emit("sum_csr", (self.lanes,), -(-index.capacity // _ENTRIES_PER_JOB), sums=sums, places=Ref(places),
                   grad_weight=self.address(target), count=self.index(weight)["starts"] + 4 * index.rows,
                   capacity=index.capacity, part_sums=part_sums, chunks=chunks,
@@ -301,24 +311,25 @@ class SparseLowering(LoweringCore):
         return Grid(rows, columns, steps, 1)
 
     def _expand(self, weight: Value, terms: list[int], rows: int, group_rows: int, group_bytes: int, grid: Grid,
-                order: str = "", flags: _Flags = _Flags()) -> dict[str, int | Ref]:  # fmt: skip
+                rows_of: str = "", flags: _Flags = _Flags(), order: Ref | int = 0) -> dict[str, int | Ref]:  # fmt: skip
         """Emit the expansion of a weight's list; return its entries and bounds.
 
-        ``order``: "" for rows of output channels, "input_" for rows of input channels.
+        ``rows_of``: "" for rows of output channels, "input_" for rows of input channels. ``order``: where the entries'
+        numbers in the index are wanted.
         """
         index = self.sparse[weight.name]
         limits = _limits(index, terms, rows, grid, self.lanes)
         entries, bounds = self.workspace(_ENTRY * (index.capacity + 1)), self.workspace(8 * rows * len(limits))
         arrays = {}
         for part in ("starts", "columns", "places"):
-            name = f"index:{weight.name}:{order}{part}"
-            self.plan.fixed[name] = getattr(index, order + part)
+            name = f"index:{weight.name}:{rows_of}{part}"
+            self.plan.fixed[name] = getattr(index, rows_of + part)
             arrays[part] = Ref(name)
         self.emit(
             "expand_csr", (flags.kind,), -(-rows // _ROWS_PER_JOB), **arrays, weight=self.address(weight),
             terms=self.table(terms), limits=self.table(limits), bounds=bounds, entries=entries, row_count=rows,
             group_rows=group_rows, group_bytes=group_bytes, parts=len(limits), rows_per_job=_ROWS_PER_JOB,
-            flags=flags.address, taps=flags.taps,
+            flags=flags.address, taps=flags.taps, order=order,
         )  # fmt: skip
         return {"entries": entries, "bounds": bounds, "parts": len(limits)}
 

@@ -217,6 +217,26 @@ def test_both_gradients_in_one_pass_agree_with_their_twins(lanes, count, cut, mo
     assert not any(node.op_type == "BatchNormalizationAgain" for node in nodes)
 
 
+@pytest.mark.parametrize("size", [(8, 8), (9, 12), (7, 9)])
+@pytest.mark.parametrize(("kernel", "pads", "strides"), [
+    ((3, 3), [1, 1, 1, 1], [2, 2]), ((1, 1), [0, 0, 0, 0], [2, 2]), ((2, 3), [0, 2, 1, 0], [1, 2]),
+    ((3, 3), [1, 1, 1, 1], [3, 1]), ((2, 2), [0, 0, 0, 0], [3, 2]),
+], ids=str)  # fmt: skip
+def test_both_gradients_in_one_pass_per_phase_of_a_stride(kernel, pads, strides, size, monkeypatch):
+    def build(net: Net, x: str) -> str:
+        y = net.Relu(net.norm(net.conv(x, 4, 3, 3, 3, bias=False, pads=[1] * 4)))
+        return net.conv(y, 6, 2, *kernel, group=2, pads=pads, strides=strides)
+
+    monkeypatch.setattr("edgetrain.combining._FEWEST_PIXELS", 1)
+    monkeypatch.setattr("edgetrain.combining._MOST_PIXELS", 3)
+    sparse = Sparse(Case("stride", (3, *size), build), monkeypatch)
+    for seed, density in ((1, 0.4), (2, 0.2)):
+        sparse.thin_out(seed, density)
+        sparse.check(9)
+    nodes = sparse.learner.training_plan().graph.nodes
+    assert [len(node.inputs) for node in nodes if node.op_type == "ProductGrads"] == [7, 3]
+
+
 def test_a_normalised_map_that_two_products_need_is_computed_again_once(monkeypatch):
     def build(net: Net, x: str) -> str:
         y = net.Relu(net.norm(net.conv(x, 4, 3, 1, 1, bias=False)))

@@ -44,7 +44,7 @@ def channel_flags() -> Body:
 
 @kernel(
     "starts", "columns", "places", "weight", "terms", "limits", "bounds", "entries", "row_count", "group_rows",
-    "group_bytes", "parts", "rows_per_job", "flags", "taps",
+    "group_bytes", "parts", "rows_per_job", "flags", "taps", "order",
 )  # fmt: skip
 def expand_csr(flagged: int) -> Body:
     """Write the list of every row: the offset of each non-zero's input, and its weight.
@@ -52,12 +52,13 @@ def expand_csr(flagged: int) -> Body:
     Job: some rows. ``starts``, ``columns``, ``places``: of a ``SparseIndex``. ``terms``: table of int64 byte offsets
     by column, ``ABSENT`` for columns to leave out; ``group_bytes`` comes on top for each group of ``group_rows`` rows.
     ``limits``: int64 column behind each part. ``flags``: int32 by output channel, 0 for those to leave out, which are
-    rows or, each, ``taps`` columns: ``flagged``, see ``codes``.
+    rows or, each, ``taps`` columns: ``flagged``, see ``codes``. ``order``: takes the number in the index of every entry
+    of the list, int32, unless it is 0.
     """
 
     def body(args: int, first: int, last: int) -> None:
         (starts, columns, places, weight, terms, limits, bounds, entries, row_count, group_rows, group_bytes, parts,
-         rows_per_job, flags, taps) = arguments(args, 15)  # fmt: skip
+         rows_per_job, flags, taps, order) = arguments(args, 16)  # fmt: skip
         for row in range(first * rows_per_job, min(row_count, last * rows_per_job)):
             base = row // group_rows * group_bytes
             counts = 1
@@ -78,6 +79,8 @@ def expand_csr(flagged: int) -> Body:
                 # Written in any case and kept if present: a branch would be predicted wrongly every other time.
                 store_i32(entries + ENTRY * at, base + term)
                 store_f32(entries + ENTRY * at + 4, load_f32(weight + 4 * load_i32(places + 4 * i)))
+                if order != 0:
+                    store_i32(order + 4 * at, i)
                 if flagged == FLAGGED_COLUMNS:
                     counts = load_i32(flags + 4 * (column // taps))
                 at += term != ABSENT and counts != 0
@@ -168,7 +171,7 @@ def correlate_csr(lanes: int, runs: int, columns: int, x_step: int, chains: int)
 @kernel(
     "x", "grad_out", "grad_x", "tiles", "entries", "bounds", "sums", "scale", "bias", "mean", "inverse_std", "keep",
     "row_count", "parts", "x_block", "x_channel", "grad_block", "grad_x_block", "grad_x_channel", "part_sums",
-    "tile_count", "tile_chunk", "tile_chunks", "row_chunk", "row_chunks", "f_low", "f_high",
+    "tile_count", "tile_chunk", "tile_chunks", "row_chunk", "row_chunks", "order", "x_step", "f_low", "f_high",
 )  # fmt: skip
 def gradients_csr(lanes: int, runs: int, columns: int, normalised: int) -> Body:
     """Do the work of ``multiply_csr`` for the input gradient and of ``correlate_csr`` in one pass over ``grad_out``.
@@ -177,13 +180,13 @@ def gradients_csr(lanes: int, runs: int, columns: int, normalised: int) -> Body:
     of ``x``, bit for bit, with the statistics that ``batch_norm`` wrote, clipped to ``low`` and ``high``.
     Job: (block, chunk of tiles, chunk of rows); ``tiles``: int64 triples (``grad_out``, ``x``, ``grad_x``).
     """
-    tile_bytes, vector = 24 * runs, 4 * lanes
+    tile_bytes = 24 * runs
 
     def body(args: int, first: int, last: int) -> None:
         (x, grad_out, grad_x, tiles, entries, bounds, sums, scale, bias, mean, inverse_std, keep, row_count, parts,
          x_block, x_channel, grad_block, grad_x_block, grad_x_channel, part_sums, tile_count, tile_chunk, tile_chunks,
-         row_chunk, row_chunks) = arguments(args, 25)  # fmt: skip
-        low, high = load_f32(args + 200), load_f32(args + 208)
+         row_chunk, row_chunks, order, x_step) = arguments(args, 27)  # fmt: skip
+        low, high = load_f32(args + 216), load_f32(args + 224)
         middle, factor, offset = low, low, low
         for job in range(first, last):
             chunk_r = job % row_chunks
@@ -208,8 +211,8 @@ def gradients_csr(lanes: int, runs: int, columns: int, normalised: int) -> Body:
                                 factor = load_f32(scale + 4 * row) * load_f32(inverse_std + 4 * row)
                             csr_gradients_tile(
                                 grad, source + row * x_channel, target + row * grad_x_channel, entries + ENTRY * begin,
-                                entries + ENTRY * end, summed + vector * begin, tiles + t * tile_bytes, part,
-                                keep + t - first_tile, following, middle, factor, offset, low, high, runs, columns,
+                                entries + ENTRY * end, summed, tiles + t * tile_bytes, part, keep + t - first_tile,
+                                following, order + 4 * begin, x_step, middle, factor, offset, low, high, runs, columns,
                                 normalised, lanes,
                             )  # fmt: skip
 

@@ -169,8 +169,8 @@ def csr_correlate_tile(
 @intrinsic(prefer_literal=True)
 def csr_gradients_tile(
     typingctx: Any, dy: Any, x: Any, dx: Any, entries: Any, last: Any, sums: Any, table: Any, part: Any, keep: Any,
-    following: Any, middle: Any, factor: Any, offset: Any, low: Any, high: Any, runs: Any, columns: Any, normalised: Any,
-    lanes: Any,
+    following: Any, order: Any, x_step: Any, middle: Any, factor: Any, offset: Any, low: Any, high: Any, runs: Any,
+    columns: Any, normalised: Any, lanes: Any,
 ) -> Any:  # fmt: skip
     """Compute both gradients at the pixels of a tile of one input channel: each vector of ``dy`` is loaded once.
 
@@ -179,40 +179,41 @@ def csr_gradients_tile(
 
     Args:
         dy, x, dx: addresses of the output gradient and of the channel of input and input gradient.
-        entries, last, sums: as in ``csr_correlate_tile``.
+        entries, last: as in ``csr_correlate_tile``.
+        order, sums: addresses of the first entry's number (int32), and of the vector of number 0.
+        x_step: bytes between pixels of ``x``, and of ``dx``; those of ``dy`` lie side by side.
         table: ``runs`` triples (``dy``, ``x``, ``dx``) of int64 byte offsets, those of the first pixel of each run.
         part: 0 to start from nothing instead of what ``dx`` holds.
         keep: 0 to start from nothing instead of what ``sums`` holds.
         following: the table of the tile that this channel meets next, whose part of ``x`` is asked for; or 0.
         middle, factor, offset, low, high: float32; the input is ``clip((x - middle) * factor + offset)`` if
             ``normalised``.
-        runs, columns, lanes: compile-time; neighbouring pixels are vectors side by side.
-        normalised: compile-time.
+        runs, columns, normalised, lanes: compile-time.
     """
     nr, nc, norm, n = (literal(size) for size in (runs, columns, normalised, lanes))
     step, vector = 4 * n, ir.VectorType(F32, n)
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        dy_, x_, dx_, entries_, last_, sums_, table_, part_, keep_, following_ = args[:10]
+        dy_, x_, dx_, entries_, last_, sums_, table_, part_, keep_, following_, order_, x_step_ = args[:12]
         base = pointer(builder, table_, I64)
         offsets = [builder.load(builder.gep(base, [_constant(i)])) for i in range(3 * nr)]
         with builder.if_then(builder.icmp_signed("!=", following_, _constant(0))):
             coming = pointer(builder, following_, I64)
             coming = [builder.load(builder.gep(coming, [_constant(3 * i + 1)])) for i in range(nr)]
-            for place in _tile(builder, [builder.add(x_, o) for o in coming], step, nc, n):
+            for place in _tile(builder, [builder.add(x_, o) for o in coming], x_step_, nc, n):
                 _ask_for(builder, place)
         sources, inputs, targets = (
             [builder.add(address, o) for o in offsets[i::3]] for i, address in enumerate((dy_, x_, dx_))
         )
-        pixels = [builder.load(place, align=step) for place in _tile(builder, inputs, step, nc, n)]
+        pixels = [builder.load(place, align=step) for place in _tile(builder, inputs, x_step_, nc, n)]
         if norm:
-            middle_, factor_, offset_, low_, high_ = (splat(builder, number, n) for number in args[10:15])
+            middle_, factor_, offset_, low_, high_ = (splat(builder, number, n) for number in args[12:17])
             for i, pixel in enumerate(pixels):
                 value = _fma(builder, builder.fsub(pixel, middle_), factor_, offset_)
                 value = builder.select(builder.fcmp_ordered("<", value, low_), low_, value)
                 pixels[i] = builder.select(builder.fcmp_ordered(">", value, high_), high_, value)
         zero = ir.Constant(vector, [0.0] * n)
-        places = _tile(builder, targets, step, nc, n)
+        places = _tile(builder, targets, x_step_, nc, n)
         slots = [cgutils.alloca_once(builder, vector) for _ in places]
         for slot in slots:
             builder.store(zero, slot)
@@ -225,7 +226,8 @@ def csr_gradients_tile(
             entry = builder.add(entries_, builder.mul(loop.index, _constant(ENTRY)))
             at = _offset(builder, entry)
             weight = splat(builder, builder.load(pointer(builder, builder.add(entry, _constant(4)), F32)), n)
-            target = pointer(builder, builder.add(sums_, builder.mul(loop.index, _constant(step))), vector)
+            number = _offset(builder, builder.add(order_, builder.mul(loop.index, _constant(4))))
+            target = pointer(builder, builder.add(sums_, builder.mul(number, _constant(step))), vector)
             totals = [builder.select(kept, builder.load(target, align=step), zero), zero]
             errors = _tile(builder, [builder.add(source, at) for source in sources], step, nc, n)
             for i, (slot, pixel, place) in enumerate(zip(slots, pixels, errors, strict=True)):
@@ -237,5 +239,5 @@ def csr_gradients_tile(
             builder.store(builder.load(slot), place, align=step)
         return context.get_dummy_value()
 
-    kinds = [types.int64] * 10 + [types.float32] * 5
+    kinds = [types.int64] * 12 + [types.float32] * 5
     return types.void(*kinds, runs, columns, normalised, lanes), codegen
