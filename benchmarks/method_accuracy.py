@@ -104,8 +104,8 @@ interpolated in log(epochs)."""
 INTRODUCTIONS = {
     "sparse": """Methods that thin out weights. Changes of topology are in the seconds, SWAT's choices of thresholds of
 activations (one step in 100, some 2 % of ResNet-20's time) are not. Gradients of SWAT are clipped to norm 1, as on the
-command line. Its saved activations are pruned number by number or ("lanes", and in the momentum and structured
-variants) as vectors of the samples that lie in the lanes.""",
+command line. The saved activations of convolutions are pruned number by number or ("lanes", and in the momentum and
+structured variants) as vectors of the samples that lie in the lanes; those of fully connected layers stay whole.""",
     "learning": """Methods that choose instances (filter: `eif`, `selective`, `random`) or thin out the backward pass
 (`error-maps`, `random-channels`, `gradients` as vectors of lanes). All are offered the same instances; the
 cost of choosing is in the operations and in the seconds. The number is the share that is kept in percent, for gradients

@@ -51,10 +51,9 @@ def _fma(builder: Any, a: Any, b: Any, c: Any) -> Any:
 
 def _ask_for(builder: Any, place: Any) -> None:
     """Ask for a cache line that will be read."""
-    kind = ir.FunctionType(ir.VoidType(), [ir.PointerType(ir.IntType(8)), I32, I32, I32])
-    function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0i8")
-    numbers = [ir.Constant(I32, number) for number in (0, 3, 1)]  # for reading, into all caches, data
-    builder.call(function, [builder.bitcast(place, ir.PointerType(ir.IntType(8))), *numbers])
+    bytes_of = builder.bitcast(place, ir.PointerType(ir.IntType(8)))
+    reading, everywhere, data = (ir.Constant(I32, number) for number in (0, 3, 1))
+    call_llvm(builder, "llvm.prefetch.p0i8", bytes_of, reading, everywhere, data, result=ir.VoidType())
 
 
 @intrinsic(prefer_literal=True)
