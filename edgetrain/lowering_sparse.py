@@ -33,7 +33,8 @@ _SUMS = 1 << 19
 # What a tile reads of a part's channels, in bytes, and the fewest entries of a row in a part: a row's accumulators are
 # loaded and stored once per part. Layer 64@8x8 at density 0.2, 1 part of 164 KB: 1.50 ms for the three products on one
 # thread, 4 of 41 KB 1.20, 8 of 20 KB 1.23, 16 1.38; 128@8x8 at 0.1 likewise, 8 parts 2.81 ms for 3.59.
-# Asking for the next tile's pixels beforehand did not pay: 16@32x32 at 0.1 went from 0.455 to 0.496 ms on two threads.
+# Asking for the next tile's gathered pixels beforehand did not pay: 16@32x32 at 0.1 went from 0.455 to 0.496 ms on
+# two threads.
 _NEAR = 40 << 10
 _ENTRIES_PER_PART = 12
 # Kernels whose multiply-accumulates are those of the weights that exist.
@@ -268,7 +269,8 @@ class SparseLowering(LoweringCore):
         }  # fmt: skip
         for phase, (grid, _), pair in zip(g.phases(), grids, cuts, strict=True):
             lists = self._expand(weight, _phase_terms(phase, grad), index.input_rows, g.inputs,
-                                 g.outputs * grad.channel, grid, "input_", order=order)  # fmt: skip
+                                 g.outputs * grad.channel, grid, "input_", order=order,
+                                 pixels=_pixels_of_both())  # fmt: skip
             for number, (cut, other) in enumerate(zip(*pair, strict=True)):
                 table = [(a, b, c) for (a, b), (_, c) in zip(cut.table, other.table, strict=True)]
                 self.emit(
@@ -311,14 +313,15 @@ class SparseLowering(LoweringCore):
         return Grid(rows, columns, steps, 1)
 
     def _expand(self, weight: Value, terms: list[int], rows: int, group_rows: int, group_bytes: int, grid: Grid,
-                rows_of: str = "", flags: _Flags = _Flags(), order: Ref | int = 0) -> dict[str, int | Ref]:  # fmt: skip
+                rows_of: str = "", flags: _Flags = _Flags(), order: Ref | int = 0,
+                pixels: int = 0) -> dict[str, int | Ref]:  # fmt: skip
         """Emit the expansion of a weight's list; return its entries and bounds.
 
         ``rows_of``: "" for rows of output channels, "input_" for rows of input channels. ``order``: where the entries'
-        numbers in the index are wanted.
+        numbers in the index are wanted. ``pixels``: most of a tile, see ``_pixels``.
         """
         index = self.sparse[weight.name]
-        limits = _limits(index, terms, rows, grid, self.lanes)
+        limits = _limits(index, terms, rows, tiling(grid, pixels or _pixels()), grid.steps[0], self.lanes)
         entries, bounds = self.workspace(_ENTRY * (index.capacity + 1)), self.workspace(8 * rows * len(limits))
         arrays = {}
         for part in ("starts", "columns", "places"):
@@ -357,16 +360,18 @@ class SparseLowering(LoweringCore):
         )  # fmt: skip
 
 
-def _limits(index: SparseIndex, terms: list[int], rows: int, grid: Grid, lanes: int) -> list[int]:
-    """Return the column behind each part of a list: as many parts as make the channels of one fit the cache."""
-    cut = tiling(grid, _pixels())
+def _limits(index: SparseIndex, terms: list[int], rows: int, cut: Tiling, step: int, lanes: int) -> list[int]:
+    """Return the column behind each part of a list: as many parts as make the channels of one fit the cache.
+
+    ``step``: bytes from a pixel of a tile to the next.
+    """
     taps = [term for term in terms[: index.taps] if term != ABSENT]
     if not taps:
         return [len(terms)]
     # A tile reads, for every tap, a rectangle of pixels; the rectangles of a channel overlap.
-    run = cut.columns * grid.steps[0]
+    run = cut.columns * step
     places = {(a + tap) // (4 * lanes) + p for a, _ in cut.table[: cut.runs] for tap in taps
-              for p in range(0, run // (4 * lanes), max(1, grid.steps[0] // (4 * lanes)))}  # fmt: skip
+              for p in range(0, run // (4 * lanes), max(1, step // (4 * lanes)))}  # fmt: skip
     channels = len(terms) // index.taps
     # By the capacity, not by how many entries there are now: parts fix the order of summation, and a plan made later
     # (by a resumed run) must give the same bits.

@@ -259,7 +259,8 @@ class Plans:
 
     def largest(self, count: int) -> Plan:
         """Return the plan of the training step of ``count`` samples that needs most memory."""
-        return self.plan(True, count, self._whole_gradients)
+        kinds = (False, True) if self._whole_gradients else (False,)
+        return max((self.plan(True, count, whole) for whole in kinds), key=lambda plan: self.memory(plan).peak_bytes)
 
     def plan(self, training: bool, count: int, whole_gradients: bool = False, buffer: str = "weights") -> Plan:
         """Lower the training graph, or the network for inference, for ``count`` samples.

@@ -6,6 +6,9 @@ import numpy as np
 import pytest
 
 from edgetrain import reference
+from edgetrain.autodiff import LABELS, TARGET, training_graph
+from edgetrain.combining import combine_gradients
+from edgetrain.graph import Graph
 from edgetrain.kernels.registry import argument_names
 from edgetrain.learner import Learner
 from edgetrain.ops import get_op
@@ -213,7 +216,7 @@ def test_both_gradients_in_one_pass_agree_with_their_twins(lanes, count, cut, mo
     nodes = sparse.learner.training_plan().graph.nodes
     combined = [node for node in nodes if node.op_type == "ProductGrads"]
     assert [len(node.inputs) for node in combined] == [3, 7, 7, 3], "two inputs are normalised again on the way"
-    assert sum(node.op_type == "ProductInputGrad" for node in nodes) == 2, "one with stride, one of vectors"
+    assert sum(node.op_type == "ProductInputGrad" for node in nodes) == 2, "of 28 pixels for 20 outputs; of vectors"
     assert not any(node.op_type == "BatchNormalizationAgain" for node in nodes)
 
 
@@ -237,6 +240,47 @@ def test_both_gradients_in_one_pass_per_phase_of_a_stride(kernel, pads, strides,
     assert [len(node.inputs) for node in nodes if node.op_type == "ProductGrads"] == [7, 3]
 
 
+def test_weights_that_meet_no_phase_keep_two_passes(monkeypatch):
+    case = Case("narrow", (3, 2, 20), lambda net, x: net.conv(x, 4, 3, 3, 3, pads=[1] * 4, strides=[3, 1]))
+    sparse = Sparse(case, monkeypatch)
+    sparse.thin_out(1, 0.5)
+    sparse.check(5)
+    monkeypatch.setattr("edgetrain.combining._MOST_PIXELS", 10)
+    assert "ProductGrads" not in [node.op_type for node in sparse.learner.training_plan().graph.nodes]
+
+
+def test_an_input_that_is_computed_again_later_keeps_two_passes(monkeypatch):
+    def build(net: Net, x: str) -> str:
+        y = net.norm(net.Relu(net.norm(net.conv(x, 4, 3, 3, 3, bias=False, pads=[1] * 4))))
+        return net.conv(y, 4, 4, 3, 3, pads=[1] * 4)
+
+    sparse = Sparse(Case("normalised-twice", (3, 6, 6), build), monkeypatch)
+    sparse.thin_out(1, 0.4)
+    sparse.check(5)
+    nodes = sparse.learner.training_plan().graph.nodes
+    assert [len(node.inputs) for node in nodes if node.op_type == "ProductGrads"] == [3]
+
+
+@pytest.mark.parametrize("case", [BLOCKS, *CASES], ids=lambda case: case.id)
+def test_one_pass_is_the_same_gradients_on_paper(case, monkeypatch):
+    """Every input is made before the node that stands for both gradients, and its twin agrees with theirs."""
+    monkeypatch.setattr("edgetrain.lowering_sparse._WINOGRAD_SHARE", np.inf)
+    monkeypatch.setattr("edgetrain.combining._MOST_PIXELS", 10)
+    train = training_graph(case.graph(), case.loss)
+    nodes = list(train.graph.nodes)
+    made = combine_gradients(train, products(case))
+    assert train.graph.nodes == nodes
+    x, y = case.batch(3)
+
+    def values(graph: Graph) -> dict[str, np.ndarray]:
+        start = reference._start(graph, x, np.float64)
+        return reference.run_nodes(graph, start | {LABELS: y, TARGET: np.asarray(y, np.float64)})
+
+    apart, together = values(train.graph), values(made.graph)
+    for name in train.gradients.values():
+        np.testing.assert_allclose(together[name], apart[name], rtol=1e-9, atol=1e-12)
+
+
 def test_a_normalised_map_that_two_products_need_is_computed_again_once(monkeypatch):
     def build(net: Net, x: str) -> str:
         y = net.Relu(net.norm(net.conv(x, 4, 3, 1, 1, bias=False)))
@@ -246,7 +290,7 @@ def test_a_normalised_map_that_two_products_need_is_computed_again_once(monkeypa
     sparse.thin_out(1, 0.4)
     sparse.check(5)
     nodes = sparse.learner.training_plan().graph.nodes
-    assert [len(node.inputs) for node in nodes if node.op_type == "ProductGrads"] == [3]
+    assert [len(node.inputs) for node in nodes if node.op_type == "ProductGrads"] == [3, 3], "the other has it"
     assert sum("Again" in node.op_type for node in nodes) == 1
 
 

@@ -635,6 +635,7 @@ WRONG = {
     "weights-1": (lambda: et.RigL(weights=1.0), "rigl: weights=1.0, expected a share of zeros"),
     "weights-negative": (lambda: et.SWAT(weights=-0.1), "swat: weights=-0.1, expected"),
     "fade": (lambda: et.SWAT(fade=1.5), "swat: fade=1.5, expected a number from 0 to 1"),
+    "fade-text": (lambda: et.SWAT(fade="0.5"), "swat: fade='0.5', expected a number"),
     "fade-no-number": (lambda: et.SWAT(fade=True), "swat: fade=True, expected a number"),
     "activations": (lambda: et.SWAT(activations=2), "swat: activations=2, expected"),
     "variant": (lambda: et.SWAT(variant="x"), "variant='x', expected one of unstructured, erk, momentum, structured"),

@@ -179,6 +179,9 @@ def gradients_csr(lanes: int, runs: int, columns: int, normalised: int) -> Body:
     A row of the list is an input channel. With ``normalised`` the product's input is what a batch normalisation makes
     of ``x``, bit for bit, with the statistics that ``batch_norm`` wrote, clipped to ``low`` and ``high``.
     Job: (block, chunk of tiles, chunk of rows); ``tiles``: int64 triples (``grad_out``, ``x``, ``grad_x``).
+    ``sums``, ``part_sums`` and ``keep`` as in ``correlate_csr``, but a vector's place is the entry's number in the
+    index, which ``order`` holds by place in the list: the lists of all phases of a stride have their sums together.
+    ``x_step``: bytes between pixels of ``x`` and of ``grad_x``.
     """
     tile_bytes = 24 * runs
 

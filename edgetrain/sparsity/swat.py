@@ -73,11 +73,12 @@ class SWAT(SparsityPolicy):
             had; ``None``: those of a builder are, trained ones are not (``Graph.trained``). (Not in the reference code:
             its networks have batch normalisation; LeNet-5 without it stays at 10 % accuracy at 90 %, as every layer
             passes on a quarter of the variance.)
-        fade: what a weight outside the pattern keeps of itself over 100 steps, 0 to 1, multiplied in whenever weights
-            are chosen; 1: everything. (Not in Raihan and Aamodt, where such weights grow as fast as all others until
-            they swap places back and forth; after Zhou et al., "Learning N:M Fine-grained Structured Sparse Neural
-            Networks from Scratch", ICLR 2021, SR-STE, whose decay follows the learning rate. With 90 % zeros by ERK,
-            on held-out images, 1, 0.95 and 0.9: LeNet-5 89.5, 90.4, 90.3 %; ResNet-8 91.8 and 92.2 % with 1 and 0.95.)
+        fade: what a weight outside the pattern keeps of itself over 100 steps, 0 to 1; 1: everything. Its part for the
+            steps to come is multiplied in when weights are chosen, at the first choice too. (Not in Raihan and Aamodt,
+            where such weights grow as fast as all others until they swap places back and forth; after Zhou et al.,
+            "Learning N:M Fine-grained Structured Sparse Neural Networks from Scratch", ICLR 2021, SR-STE, whose decay
+            follows the learning rate. With 90 % zeros by ERK, on held-out images, 1, 0.95 and 0.9: LeNet-5 89.5, 90.4,
+            90.3 %; ResNet-8 91.8 and 92.2 % with 1 and 0.95.)
         linear: whether saved activations of fully connected layers are pruned too, as published, with ``"element"``:
             as zeros in a copy, which saves neither time nor memory and costs LeNet-5 a point there.
 
@@ -114,7 +115,7 @@ class SWAT(SparsityPolicy):
         self._check_flag("linear")
         if self.linear and self.group != "element":
             raise UsageError("swat: linear=true with group=lanes, for convolutions only; expected group=element")
-        if not 0 <= self.fade <= 1:
+        if not (isinstance(self.fade, int | float) and 0 <= self.fade <= 1):
             raise UsageError(f"swat: fade={self.fade!r}, expected a number from 0 to 1; 1 lets nothing fade")
 
     def check(self, optimizer: Optimizer) -> None:
@@ -142,7 +143,10 @@ class SWAT(SparsityPolicy):
         return self._spread(layers, 1 - self.weights)
 
     def activation_densities(self, layers: Sequence[SparseLayer]) -> dict[str, float]:
-        """Return the densities of the saved activations that are pruned, by weight; spread as those of the weights."""
+        """Return the densities of the saved activations that are pruned, by weight.
+
+        Spread as those of the weights, over all layers: those of fully connected ones are left out afterwards.
+        """
         densities = self._spread(layers, 1 - self.activations)
         return {layer.weight: densities[layer.weight] for layer in layers if self.linear or len(layer.shape) > 2}
 
