@@ -16,8 +16,8 @@ from edgetrain.ops.conv import ProductGrad
 from edgetrain.sparse_index import SparseIndex
 
 # Output pixels that a convolution must have: maps that are smaller are cut together with those of other samples, for
-# two passes. And how many times as many input pixels a phase of the stride may have, for all of them are passed over for
-# the weight gradient too: at 1.96 (5x5 without padding, 14x14 maps) one pass took 95 us, two 87 (batch 32, one thread).
+# two passes. And how many times as many input pixels a phase of the stride may have, as all are passed over for the
+# weight gradient too: at 1.96 (5x5 without padding on 14x14) one pass took 95 us, two 87 (batch 32, one thread).
 _FEWEST_PIXELS, _MOST_PIXELS = 16, 1.3
 # What computes a normalised map again, and from which input on it reads scale, bias, mean and 1 / std.
 _STATISTICS = {"BatchNormalizationAgain": 1, "BatchNormalizationGradAgain": 2}
