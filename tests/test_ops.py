@@ -179,8 +179,9 @@ def _operators(graph: Graph, training: bool, loss: str) -> set[str]:
 def test_the_table_covers_every_operator():
     graphs = [(case.graph(), case.loss) for case in CASES]
     used = set().union(*(_operators(graph, training, loss) for graph, loss in graphs for training in (False, True)))
-    # What policies insert is tested in test_pruning.py, what comes before max pools in test_pooled_errors.py.
-    inserted = {"edgetrain.ops.pruning", "edgetrain.ops.gradient_pruning", "edgetrain.ops.pooled_gradient"}
+    # What policies insert is tested in test_pruning.py, what comes before max pools in test_pooled_errors.py, both
+    # gradients at once in test_csr.py.
+    inserted = {f"edgetrain.ops.{name}" for name in ("pruning", "gradient_pruning", "pooled_gradient", "product_grads")}
     every = {*known_ops(), *known_ops(training_only=True)}
     every.remove("ResidualNormalizationMaskGrad")  # SWAT makes it: tested in test_rewrites.py, test_sparsity_swat.py
     assert used == {name for name in every if type(get_op(name)).__module__ not in inserted}
