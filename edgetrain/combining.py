@@ -34,7 +34,7 @@ def combine_gradients(train: TrainingGraph, sparse: Mapping[str, SparseIndex]) -
         sparse: the indices by the names of the weights; only gradients of weights that exist are computed.
 
     One pass reads every vector of the error map once for two multiply-accumulates: a step of ResNet-20 with a tenth of
-    its weights, batch 32, takes 4.6 ms instead of 5.5 (two threads, ``benchmarks/sparse_steps.py``).
+    its weights, batch 32, takes 4.9 ms instead of 5.6 (two threads, ``benchmarks/sparse_steps.py``).
     """
     graph = copy.copy(train.graph)
     graph.nodes = list(graph.nodes)

@@ -23,7 +23,9 @@ if TYPE_CHECKING:
     from edgetrain.ops.conv import Phase, Product
 
 _ENTRY = 8  # bytes of an entry of a list: byte offset and weight
-_WANTED_JOBS = 8  # per kernel call, so that four threads find work
+# Per kernel call, so that four threads find work. With 16, rows are cut into pieces that read the same error maps: the
+# one-pass gradients of ResNet-20 at density 0.1 took 1.57 ms instead of 1.48 (batch 32, two threads).
+_WANTED_JOBS = 8
 _ROWS_PER_JOB = 8  # of expanding a list
 _ENTRIES_PER_JOB = 1024  # of summing gradients
 _MOST_RUNS = 8  # of a tile: each keeps an address in a register

@@ -13,9 +13,10 @@ import pytest
 
 import edgetrain as et
 from edgetrain import reference
+from edgetrain.catalog import build_model
 from edgetrain.checkpoint import read_checkpoint
 from edgetrain.densities import erdos_renyi_kernel, uniform
-from edgetrain.errors import CheckpointError, UsageError
+from edgetrain.errors import CheckpointError, MemoryBudgetError, UsageError
 from edgetrain.graph import Graph
 from edgetrain.policies import describe_policy, parse_policy, policy_names
 from edgetrain.sparsity import SparseLayer, sparse_layers
@@ -651,3 +652,18 @@ WRONG = {
 def test_values_out_of_range(make, message):
     with pytest.raises(UsageError, match=message):
         make()
+
+
+@pytest.mark.parametrize("batch_size", [4, 8, 16])
+def test_the_larger_of_the_two_steps_is_planned_for(batch_size):
+    """With small networks it is the usual step, not the one that keeps gradients of weights that do not exist."""
+    made = et.Learner(build_model("cnn1d"), batch_size=batch_size, threads=1, sparsity=et.RigL(weights=0.8))
+    plans = made.plans
+    peaks = [plans.memory(plans.plan(True, batch_size, whole)).peak_bytes for whole in (False, True)]
+    assert made.memory_plan().peak_bytes == max(peaks) > min(peaks)
+    assert peaks[0] > peaks[1]
+    tight = et.Learner(build_model("cnn1d"), batch_size=batch_size, threads=1, sparsity=et.RigL(weights=0.8),
+                       memory_budget=sum(peaks) // 2)  # fmt: skip
+    x, y = np.zeros((batch_size, *made.graph.input_shape), np.float32), np.zeros(batch_size, np.int64)
+    with pytest.raises(MemoryBudgetError):
+        tight.partial_fit(x, y)
