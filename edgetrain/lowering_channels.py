@@ -121,7 +121,7 @@ class ChannelLowering(Lowering):
 
     def correlate(self, x: Ref, x_layout: Layout, grad: Ref, grad_layout: Layout, target: Ref, *, pixels: list[Pair],
                   terms: list[Pair], groups: int, inputs: int, outputs: int, weight_channel: int,
-                  weight_group: int) -> None:  # fmt: skip
+                  weight_group: int, area: int) -> None:  # fmt: skip
         """See ``Lowering.correlate``. A depthwise product has one tile per map of vectors, with its own input map."""
         pixels, blocks = self.merge_blocks(pixels, x_layout, grad_layout)
         lanes, count = grad_layout.lanes, len(pixels)
@@ -130,7 +130,7 @@ class ChannelLowering(Lowering):
                 self.emit_correlate(
                     x, x_layout, grad, grad_layout, target, pixels, terms, tile, lanes=lanes, kind=CHANNELS,
                     blocks=blocks, groups=1, channel_count=outputs, x_group=0, grad_group=0, weight_group=0,
-                    weight_channel=weight_channel,
+                    weight_channel=weight_channel, area=area,
                 )  # fmt: skip
             return
         whole, rest = divmod(groups, lanes)
@@ -142,6 +142,7 @@ class ChannelLowering(Lowering):
                         target + first * lanes * weight_group, pixels, terms, tile, lanes=lanes, kind=DEPTHWISE,
                         blocks=blocks, groups=maps, channel_count=channels, x_group=x_layout.channel,
                         grad_group=grad_layout.channel, weight_group=lanes * weight_group, weight_channel=weight_group,
+                        area=area,
                     )  # fmt: skip
 
     def sum_to(self, x: Value, y: Value, target: tuple[int, ...]) -> None:

@@ -33,8 +33,9 @@ def whole_gradient(weight: str) -> str:
 # four threads find work; results do not depend on it.
 _WANTED_JOBS = 16
 _PIXELS_PER_JOB = 64
-# Pixels over which a weight gradient stays in registers. It fixes the order of summation, so it must not depend
-# on threads. 256 measured best of 32, 64, 128, 256 on three layers of ResNet-20 (docs/performance.md).
+# Input pixels over which a weight gradient stays in registers: a channel's fit the first-level cache. It fixes the
+# order of summation, so it must not depend on threads. 256 measured best of 32, 64, 128, 256 on three layers of
+# ResNet-20 (docs/performance.md); with stride 2 that are 64 pixels of the output: 0.51 ms, with 256 0.64 (layer2.0).
 _PIXELS_PER_SUM = 256
 # A vector per pixel is wasted on maps smaller than this: there the pixels of all blocks form one list.
 _SMALL_MAP = 16
@@ -150,7 +151,7 @@ class ProductLowering(SparseLowering):
             self.address(node.x), x, self.address(node.input(1)), grad, target,
             pixels=g.forward_pixels(x, grad), terms=list(zip(g.forward_terms(x), g.forward_sources(), strict=True)),
             groups=g.groups, inputs=g.inputs, outputs=g.outputs, weight_channel=g.weight_out,
-            weight_group=g.outputs * g.weight_out,
+            weight_group=g.outputs * g.weight_out, area=math.prod(g.strides),
         )  # fmt: skip
 
     def multiply(self, x: Ref, x_layout: Layout, y: Ref, y_layout: Layout, *, pixels: list[Pair], terms: list[int],
@@ -248,8 +249,11 @@ class ProductLowering(SparseLowering):
 
     def correlate(self, x: Ref, x_layout: Layout, grad: Ref, grad_layout: Layout, target: Ref, *, pixels: list[Pair],
                   terms: list[Pair], groups: int, inputs: int, outputs: int, weight_channel: int,
-                  weight_group: int) -> None:  # fmt: skip
-        """Emit ``target[c][k] = sum grad[c][p] * x[p + term k]``; see ``kernels.dense.correlate`` and ``_outer``."""
+                  weight_group: int, area: int) -> None:  # fmt: skip
+        """Emit ``target[c][k] = sum grad[c][p] * x[p + term k]``; see ``kernels.dense.correlate`` and ``_outer``.
+
+        ``area``: pixels of ``x`` per pixel of ``grad``, the product of the strides.
+        """
         if len(pixels) == 1 and groups == 1:
             columns, rows = [a for a, _ in terms], [grad_layout.at(c) for c in range(outputs)]
             across = [place for _, place in terms], [c * weight_channel for c in range(outputs)]
@@ -265,6 +269,7 @@ class ProductLowering(SparseLowering):
                 x, x_layout, grad, grad_layout, target, pixels, terms, tile, lanes=lanes, kind=SAMPLES, blocks=blocks,
                 groups=groups, channel_count=outputs, x_group=inputs * x_layout.channel,
                 grad_group=outputs * grad_layout.channel, weight_group=weight_group, weight_channel=weight_channel,
+                area=area,
             )  # fmt: skip
 
     def _outer(self, a: Ref, a_layout: Layout, columns: list[int], b: Ref, b_layout: Layout, rows: list[Pair],
@@ -293,7 +298,7 @@ class ProductLowering(SparseLowering):
 
     def emit_correlate(self, x: Ref, x_layout: Layout, grad: Ref, grad_layout: Layout, target: Ref, pixels: list[Pair],
                        terms: list[Pair], tile: Pair, *, lanes: int, kind: int, blocks: int, groups: int,
-                       channel_count: int, kernel: str = "correlate", **arguments: int | Ref) -> None:  # fmt: skip
+                       channel_count: int, area: int, kernel: str = "correlate", **arguments: int | Ref) -> None:  # fmt: skip
         """Emit a gather-correlate, cut into jobs; ``arguments``: those of the kernel that are not sizes of jobs."""
         (channels, width), count = tile, len(terms)
         tiles = -(-channel_count // channels)
@@ -304,7 +309,7 @@ class ProductLowering(SparseLowering):
             grad_weight=target, pixels=self.table(pixels), terms=self.table(terms + [terms[-1]] * (-count % width)),
             pixel_count=len(pixels), term_count=count, channel_count=channel_count, x_block=x_layout.block,
             grad_block=grad_layout.block, grad_channel=grad_layout.channel, blocks=blocks, groups=groups,
-            pixel_chunk=_PIXELS_PER_SUM, term_chunk=term_chunk, term_chunks=term_chunks, channel_tiles=tiles,
+            pixel_chunk=-(-_PIXELS_PER_SUM // area), term_chunk=term_chunk, term_chunks=term_chunks, channel_tiles=tiles,
             **arguments,
         )  # fmt: skip
 

@@ -148,7 +148,7 @@ class PrunedLowering(ProductLowering):
             self.emit_correlate(
                 self.address(node.x), x, self.address(node.input(1)), grad, target, pixels, terms, tile,
                 lanes=lanes, kind=SAMPLES, blocks=blocks, groups=1, channel_count=kept.size, kernel="correlate_listed",
-                kept=self.address(kept), weight_channel=g.weight_out,
+                kept=self.address(kept), weight_channel=g.weight_out, area=math.prod(g.strides),
             )  # fmt: skip
 
     def pruned_bias_grad(self, node: Node) -> None:

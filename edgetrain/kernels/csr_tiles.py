@@ -14,7 +14,7 @@ from typing import Any
 from llvmlite import ir
 from numba.core import cgutils, types
 
-from edgetrain.kernels.simd import F32, I32, I64, call_llvm, intrinsic, literal, pointer, splat, suffix
+from edgetrain.kernels.simd import F32, I32, I64, ask_for, call_llvm, intrinsic, literal, pointer, splat, suffix
 
 ENTRY = 8  # bytes
 
@@ -47,13 +47,6 @@ def _offset(builder: Any, entry: Any) -> Any:
 
 def _fma(builder: Any, a: Any, b: Any, c: Any) -> Any:
     return call_llvm(builder, f"llvm.fma.{suffix(a.type)}", a, b, c)
-
-
-def _ask_for(builder: Any, place: Any) -> None:
-    """Ask for a cache line that will be read."""
-    bytes_of = builder.bitcast(place, ir.PointerType(ir.IntType(8)))
-    reading, everywhere, data = (ir.Constant(I32, number) for number in (0, 3, 1))
-    call_llvm(builder, "llvm.prefetch.p0i8", bytes_of, reading, everywhere, data, result=ir.VoidType())
 
 
 @intrinsic(prefer_literal=True)
@@ -200,7 +193,7 @@ def csr_gradients_tile(
             coming = pointer(builder, following_, I64)
             coming = [builder.load(builder.gep(coming, [_constant(3 * i + 1)])) for i in range(nr)]
             for place in _tile(builder, [builder.add(x_, o) for o in coming], x_step_, nc, n):
-                _ask_for(builder, place)
+                ask_for(builder, place)
         sources, inputs, targets = (
             [builder.add(address, o) for o in offsets[i::3]] for i, address in enumerate((dy_, x_, dx_))
         )

@@ -87,23 +87,22 @@ def correlate(lanes: int, channels: int, width: int, kind: int) -> Body:
         (x, grad_out, grad_weight, pixels, terms, pixel_count, term_count, channel_count, x_block, grad_block, x_group,
          grad_group, weight_group, grad_channel, weight_channel, blocks, _groups, pixel_chunk, term_chunk, term_chunks,
          channel_tiles) = arguments(args, 21)  # fmt: skip
-        for job in range(first, last):
-            chunk_k = job % term_chunks
-            rest = job // term_chunks
-            c = (rest % channel_tiles) * channels
-            group = rest // channel_tiles
-            target = grad_weight + group * weight_group + c * weight_channel
-            rows = min(channels, channel_count - c)
-            first_term, last_term = chunk_k * term_chunk, min(term_count, (chunk_k + 1) * term_chunk)
-            for block in range(blocks):
-                source = x + block * x_block + group * x_group
-                grad = grad_out + block * grad_block + group * grad_group + c // step * grad_channel
-                for p in range(0, pixel_count, pixel_chunk):
-                    count = min(pixel_chunk, pixel_count - p)
-                    for k in range(first_term, last_term, width):
+        for block in range(blocks):
+            for p in range(0, pixel_count, pixel_chunk):
+                count = min(pixel_chunk, pixel_count - p)
+                for job in range(first, last):
+                    chunk_k = job % term_chunks
+                    rest = job // term_chunks
+                    c = (rest % channel_tiles) * channels
+                    group = rest // channel_tiles
+                    source = x + block * x_block + group * x_group
+                    grad = grad_out + block * grad_block + group * grad_group + c // step * grad_channel
+                    target = grad_weight + group * weight_group + c * weight_channel
+                    for k in range(chunk_k * term_chunk, min(term_count, (chunk_k + 1) * term_chunk), width):
                         correlate_tile(
                             source, grad, target, pixels + 16 * p, terms + 16 * k, count, grad_channel,
-                            weight_channel, rows, last_term - k, block + p, channels, width, lanes, kind,
+                            weight_channel, min(channels, channel_count - c),
+                            min(term_count, (chunk_k + 1) * term_chunk) - k, block + p, channels, width, lanes, kind,
                         )  # fmt: skip
 
     return body

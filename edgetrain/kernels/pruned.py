@@ -164,18 +164,18 @@ def correlate_listed(lanes: int, channels: int, width: int, kind: int) -> Body:
         (x, grad_out, grad_weight, kept, pixels, terms, pixel_count, term_count, channel_count, x_block, grad_block,
          grad_channel, weight_channel, blocks, _groups, pixel_chunk, term_chunk, term_chunks,
          _channel_tiles) = arguments(args, 19)  # fmt: skip
-        for job in range(first, last):
-            chunk_k, c = job % term_chunks, job // term_chunks * channels
-            rows = min(channels, channel_count - c)
-            first_term, last_term = chunk_k * term_chunk, min(term_count, (chunk_k + 1) * term_chunk)
-            for block in range(blocks):
-                source, grad = x + block * x_block, grad_out + block * grad_block
-                for p in range(0, pixel_count, pixel_chunk):
-                    count = min(pixel_chunk, pixel_count - p)
-                    for k in range(first_term, last_term, width):
+        for block in range(blocks):
+            source, grad = x + block * x_block, grad_out + block * grad_block
+            for p in range(0, pixel_count, pixel_chunk):
+                count = min(pixel_chunk, pixel_count - p)
+                for job in range(first, last):
+                    chunk_k, c = job % term_chunks, job // term_chunks * channels
+                    last_term = min(term_count, (chunk_k + 1) * term_chunk)
+                    for k in range(chunk_k * term_chunk, last_term, width):
                         correlate_listed_tile(
                             source, grad, grad_weight, kept + 4 * c, pixels + 16 * p, terms + 16 * k, count,
-                            grad_channel, weight_channel, rows, last_term - k, block + p, channels, width, lanes,
+                            grad_channel, weight_channel, min(channels, channel_count - c), last_term - k, block + p,
+                            channels, width, lanes,
                         )  # fmt: skip
 
     return body

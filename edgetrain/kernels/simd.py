@@ -365,6 +365,24 @@ def select_same(typingctx: Any, a: Any, b: Any, yes: Any, no: Any) -> Any:
 # --- threads and machine state ----------------------------------------------
 
 
+def ask_for(builder: ir.IRBuilder, place: ir.Value) -> None:
+    """Ask for a cache line that will be read."""
+    line = builder.bitcast(place, ir.PointerType(ir.IntType(8)))
+    reading, everywhere, data = (ir.Constant(I32, number) for number in (0, 3, 1))
+    call_llvm(builder, "llvm.prefetch.p0i8", line, reading, everywhere, data, result=ir.VoidType())
+
+
+@intrinsic
+def prefetch(typingctx: Any, address: Any) -> Any:
+    """Ask for the cache line of an address."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        ask_for(builder, pointer(builder, args[0], F32))
+        return context.get_dummy_value()
+
+    return types.void(types.int64), codegen
+
+
 @intrinsic
 def call_kernel(typingctx: Any, function: Any, args: Any, first: Any, last: Any) -> Any:
     """Call the compiled kernel at address ``function`` for the jobs ``first <= job < last``."""
