@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from edgetrain.arrays import Layout, map_sizes
 from edgetrain.graph import Node, Value
-from edgetrain.kernels.codes import ERRORS, SUMS
+from edgetrain.kernels.codes import ERRORS
 from edgetrain.lowering_core import Pair
 from edgetrain.lowering_listed import ListedLowering
 from edgetrain.ops import get_op
@@ -266,7 +266,7 @@ class Lowering(ListedLowering):
         borders = border_of(out) | border_of(self.layout(again) if again is not None else out, "y_")
 
         def emit(stage: int, **choice: Ref | int) -> None:
-            repeats = int(again is not None and stage != SUMS)  # else two kernels would be the same
+            repeats = int(again is not None and stage != ERRORS)  # written along with the sums
             self.emit("batch_norm_gradient", (self.lanes, repeats, stage), out.channels,
                       mask=Ref("mask"), state=Ref("state"), **borders, **arguments, **choice)  # fmt: skip
 

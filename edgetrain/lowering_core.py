@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from edgetrain.arrays import Layout, aligned, map_sizes
 from edgetrain.autodiff import LABELS
@@ -145,6 +146,11 @@ class LoweringCore:
         """Return memory in the arena that lasts to the end of the step, for ``Executor.kept`` to read."""
         self.plan.sizes[name] = nbytes
         self._lifetimes[name] = (self._position, len(self._nodes))
+        return Ref(name)
+
+    def lasting(self, name: str, array: NDArray[np.float32]) -> Ref:
+        """Return memory that lasts from step to step, with what it holds before the first."""
+        self.plan.fixed[name] = array
         return Ref(name)
 
     def zeros(self, count: int) -> Ref:

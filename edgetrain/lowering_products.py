@@ -257,10 +257,10 @@ class ProductLowering(SparseLowering):
         if len(pixels) == 1 and groups == 1:
             columns, rows = [a for a, _ in terms], [grad_layout.at(c) for c in range(outputs)]
             across = [place for _, place in terms], [c * weight_channel for c in range(outputs)]
-            if _lanes_of(across[0]):
+            if lanes_of(across[0]):
                 self._outer(x, x_layout, columns, grad, grad_layout, list(zip(rows, across[1], strict=True)), target)
                 return
-            if _lanes_of(across[1]):
+            if lanes_of(across[1]):
                 self._outer(grad, grad_layout, rows, x, x_layout, list(zip(columns, across[0], strict=True)), target)
                 return
         pixels, blocks, lanes = self.vectors(pixels, x_layout, grad_layout)
@@ -281,7 +281,7 @@ class ProductLowering(SparseLowering):
         4.0 us so (2 threads, ``edgetrain bench --per-op``).
         """
         count, samples = len(columns), self.blocks * self.lanes
-        lanes = _lanes_of(list(range(0, 4 * count, 4)))
+        lanes = lanes_of(list(range(0, 4 * count, 4)))
         terms = [block * b_layout.block + 4 * lane for block in range(self.blocks) for lane in range(self.lanes)]
         with self.chosen(Sizes("multiply", CHANNELS, lanes, count, len(rows), samples)) as tile:
             turned = self.workspace(4 * (samples * count + tile[0]))  # a tile may read behind the last column
@@ -330,7 +330,7 @@ class ProductLowering(SparseLowering):
         return firsts, blocks, lanes
 
 
-def _lanes_of(places: list[int]) -> int:
+def lanes_of(places: list[int]) -> int:
     """Return the widest vector that ``places``, byte offsets of float32, consist of; 0 if they are no whole vectors."""
     lanes = next((lanes for lanes in (16, 8, 4) if lanes <= simd_lanes() and len(places) % lanes == 0), 0)
     return lanes if places == list(range(0, 4 * len(places), 4)) else 0

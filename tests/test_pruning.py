@@ -169,6 +169,19 @@ def test_normalised_error_maps_may_be_chosen_otherwise(importance):
     assert_all_close(found, masked_gradients(graph, x, y, mask), 3 * TOLERANCE)
 
 
+def test_gradients_do_not_depend_on_what_the_step_before_kept():
+    """Its channels get their input gradients along with the sums, those that are new get them after the choice."""
+    graph, (x, y) = residual_network(), batch(20)
+    made, fresh = (learner(graph, error_pruning=ErrorMapPruning(keep=0.5)) for _ in range(2))
+    before = made.gradients(np.sort(x, axis=3), np.zeros_like(y))
+    after, wanted = made.gradients(x, y), fresh.gradients(x, y)
+    rows = [{n: np.abs(found[n]).sum((1, 2, 3)) > 0 for n in conv_weights(graph)} for found in (before, after)]
+    assert any((rows[0][name] != rows[1][name]).any() for name in rows[0])
+    assert any((rows[0][name] & rows[1][name]).any() for name in rows[0])
+    for name, array in wanted.items():
+        assert_same(after[name], array)
+
+
 def test_weights_may_count_in_the_importance():
     (x, y), graph = batch(5), network()
     made = learner(graph, error_pruning=ErrorMapPruning(keep=0.5, importance="error_and_weights"))

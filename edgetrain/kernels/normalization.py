@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from edgetrain.kernels.codes import ERRORS, SUMS
+from edgetrain.kernels.codes import ERRORS, SUMS, WHOLE
 from edgetrain.kernels.pruned import is_kept
 from edgetrain.kernels.registry import Body, kernel
 from edgetrain.kernels.simd import (
@@ -37,7 +37,7 @@ _MAPS = ("blocks", "rows", "columns")
 # Zeros around the result's maps, written along with them: clearing them before, line by line of memory that is not in
 # any cache, took 6 % of a step of MobileNetV1 at batch 128.
 _BORDER = ("top", "left", "bottom", "right")
-# Of a choice between channels: where their scores belong, and the numbers of those that were chosen.
+# Of a choice between channels: where their scores belong, and the numbers of those whose input gradient is wanted.
 _CHOICE = ("scores", "kept", "kept_count")
 
 
@@ -92,19 +92,21 @@ def _settled(
 ) -> Any:  # fmt: skip
     """Write a channel's gradients of scale and bias, and return (total, product); with ``ERRORS`` read these instead.
 
+    With ``SUMS`` the two are rounded, so that ``grad_x`` has the same bits in both stages.
     With ``SUMS`` also writes the L2 norm of its ``grad_x``. This is ``(grad - mean(grad) - xhat * mean(grad * xhat)) *
     scale * inverse``, of which the two means are orthogonal parts: the norm follows from the sum of the squares of
     ``grad``. Scores as in ``channel_scores``.
     """
-    if stage == ERRORS:
-        return float(load_f32(grad_bias + 4 * channel)), load_f32(grad_scale + 4 * channel) / inverse
-    store_f32(grad_bias + 4 * channel, total)
-    store_f32(grad_scale + 4 * channel, product * inverse)
+    if stage != ERRORS:
+        store_f32(grad_bias + 4 * channel, total)
+        store_f32(grad_scale + 4 * channel, product * inverse)
     if stage == SUMS:
         energy = squares - (total * total + product * product * inverse * inverse) / count
         norm = 0.0 if energy < 0.0 else math.sqrt(energy)  # what is not finite stays so
         store_f32(scores + 8 * channel, norm * abs(load_f32(scale + 4 * channel) * inverse))
         store_f32(scores + 8 * channel + 4, 0.0)
+    if stage != WHOLE:
+        return float(load_f32(grad_bias + 4 * channel)), load_f32(grad_scale + 4 * channel) / inverse
     return total, product
 
 
@@ -240,7 +242,7 @@ def batch_norm_gradient(lanes: int, again: int, stage: int) -> Body:
 
     Where the output was clipped the gradient stops; that is found out again from ``x``, so
     nothing but ``x`` is kept. ``grad_x`` is 0 in lanes without a sample, as every gradient must be.
-    ``stage``, see ``codes``: with ``ERRORS`` ``grad_x`` is written for the channels that are ``kept`` alone.
+    ``stage``, see ``codes``: but for ``WHOLE``, ``grad_x`` is written for the channels that are ``kept`` alone.
     """
     step = 4 * lanes
 
@@ -260,11 +262,17 @@ def batch_norm_gradient(lanes: int, again: int, stage: int) -> Body:
             total, product, squares = 0.0, 0.0, 0.0
             for block in range(0 if stage == ERRORS else blocks):
                 summed, wholly, square = zero, zero, zero
-                for row in range(rows):
+                # y is written here, where the vectors of x are at hand.
+                for row in range(-y_top if again else 0, rows + y_bottom if again else rows):
                     source = x + block * x_block + channel * x_channel + row * x_row
                     grads = grad_out + block * grad_block + channel * grad_channel + row * grad_row
+                    result = y + block * y_block + channel * y_channel + row * y_row
                     part, along = zero, zero
-                    for i in range(columns):
+                    inside = columns if 0 <= row < rows else 0
+                    if again:
+                        for i in range(-y_left, 0):
+                            store(result + i * step, zero)
+                    for i in range(inside):
                         away = load(source + i * step, lanes) - middle
                         value = fma(away, factor, offset)
                         grad = load(grads + i * step, lanes)
@@ -273,6 +281,11 @@ def batch_norm_gradient(lanes: int, again: int, stage: int) -> Body:
                         along = fma(grad, away, along)
                         if stage == SUMS:
                             square = fma(grad, grad, square)
+                        if again:
+                            store(result + i * step, minimum(maximum(value, low), high))
+                    if again:
+                        for i in range(inside, columns + y_right):
+                            store(result + i * step, zero)
                     summed, wholly = summed + part, wholly + along
                 total += sum_lanes(summed)
                 product += sum_lanes(wholly)
@@ -281,25 +294,17 @@ def batch_norm_gradient(lanes: int, again: int, stage: int) -> Body:
             total, product = _settled(
                 stage, grad_scale, grad_bias, scores, channel, scale, inverse, total, product, squares, count
             )
-            if stage == SUMS:
+            if stage != WHOLE and not is_kept(kept, kept_count, channel):
                 continue
-            wanted = stage != ERRORS or is_kept(kept, kept_count, channel)
             shift = broadcast(total / count, lanes)
             slope = broadcast(product * inverse * inverse / count, lanes)
             for block in range(blocks):
-                source = x + block * x_block + channel * x_channel
-                if wanted:
-                    _write_gradient(
-                        source, grad_out + block * grad_block + channel * grad_channel,
-                        grad_x + block * grad_x_block + channel * grad_x_channel, middle, factor, offset, low, high,
-                        shift, slope, load(mask + block * step, lanes) * factor, rows, columns, x_row, grad_row,
-                        grad_x_row, top, left, bottom, right, lanes,
-                    )  # fmt: skip
-                if again:
-                    _write_normalised(
-                        source, y + block * y_block + channel * y_channel, source, 0, middle, factor, offset, low, high,
-                        rows, columns, x_row, y_row, x_row, y_top, y_left, y_bottom, y_right, lanes,
-                    )  # fmt: skip
+                _write_gradient(
+                    x + block * x_block + channel * x_channel, grad_out + block * grad_block + channel * grad_channel,
+                    grad_x + block * grad_x_block + channel * grad_x_channel, middle, factor, offset, low, high,
+                    shift, slope, load(mask + block * step, lanes) * factor, rows, columns, x_row, grad_row,
+                    grad_x_row, top, left, bottom, right, lanes,
+                )  # fmt: skip
 
     return body
 
@@ -370,7 +375,7 @@ def residual_norm_gradient(lanes: int, sums: int, bits: int, stage: int) -> Body
             total, product = _settled(
                 stage, grad_scale, grad_bias, scores, channel, scale, inverse, total, product, squares, count
             )
-            if stage == SUMS or (stage == ERRORS and not is_kept(kept, kept_count, channel)):
+            if stage != WHOLE and not is_kept(kept, kept_count, channel):
                 continue
             factor = broadcast(load_f32(scale + 4 * channel) * inverse, lanes)
             shift = broadcast(total / count, lanes)

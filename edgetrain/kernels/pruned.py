@@ -23,6 +23,7 @@ from edgetrain.kernels.simd import (
     load,
     load_f32,
     load_i64,
+    store,
     store_f32,
     store_i64,
     sum_lanes,
@@ -83,9 +84,12 @@ def is_kept(kept: Any, kept_count: Any, channel: Any) -> bool:
     return found
 
 
-@kernel("scores", "kept", "channels", "kept_count")
+@kernel("scores", "kept", "channels", "kept_count", "expected", "missed")
 def keep_channels() -> Body:
     """Write the numbers (float32) of the ``kept_count`` channels with the highest scores, ascending. One job.
+
+    ``expected``: the ``kept_count`` numbers that the last call wrote; ``missed`` takes those kept that are not among
+    them, and -1 behind. Both may be 0, for nothing.
 
     The score is twice the share of the error maps' norm plus the share of the weights' norm (Wu et al. with gamma1 = 1
     and gamma2 = 2, each norm relative to the layer's sum: the errors shrink during training, the weights do not).
@@ -93,7 +97,7 @@ def keep_channels() -> Body:
     """
 
     def body(args: int, first: int, last: int) -> None:
-        scores, kept, channels, kept_count = arguments(args, 4)
+        scores, kept, channels, kept_count, expected, missed = arguments(args, 6)
         errors, sizes = 0.0, 0.0
         for channel in range(channels):
             errors += load_f32(scores + 8 * channel)
@@ -110,6 +114,16 @@ def keep_channels() -> Body:
             if above < kept_count:
                 store_f32(kept + 4 * count, float(channel))
                 count += 1
+        if expected != 0:
+            fill = 0
+            for i in range(kept_count):
+                if not is_kept(expected, kept_count, int(load_f32(kept + 4 * i))):
+                    store_f32(missed + 4 * fill, load_f32(kept + 4 * i))
+                    fill += 1
+            for i in range(kept_count):
+                store_f32(expected + 4 * i, load_f32(kept + 4 * i))
+                if i >= fill:
+                    store_f32(missed + 4 * i, -1.0)
 
     return body
 
@@ -136,15 +150,18 @@ def listed_terms() -> Body:
 
 
 @kernel("target", "kept", "kept_count", "weight_channel", "sources", "source_count")
-def zero_unlisted() -> Body:
-    """Set the weights of all channels that are not listed to 0. Job: a channel."""
+def zero_unlisted(lanes: int) -> Body:
+    """Set the weights of all channels that are not listed to 0. Job: a channel.
+
+    ``sources``: byte offsets of a channel's weights; only where the first of each ``lanes`` neighbours lies.
+    """
 
     def body(args: int, first: int, last: int) -> None:
         target, kept, kept_count, weight_channel, sources, source_count = arguments(args, 6)
         for channel in range(first, last):
             if not is_kept(kept, kept_count, channel):
                 for k in range(source_count):
-                    store_f32(target + channel * weight_channel + load_i64(sources + 8 * k), 0.0)
+                    store(target + channel * weight_channel + load_i64(sources + 8 * k), broadcast(0.0, lanes))
 
     return body
 
