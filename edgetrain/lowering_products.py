@@ -298,7 +298,8 @@ class ProductLowering(SparseLowering):
 
     def emit_correlate(self, x: Ref, x_layout: Layout, grad: Ref, grad_layout: Layout, target: Ref, pixels: list[Pair],
                        terms: list[Pair], tile: Pair, *, lanes: int, kind: int, blocks: int, groups: int,
-                       channel_count: int, area: int, kernel: str = "correlate", **arguments: int | Ref) -> None:  # fmt: skip
+                       channel_count: int, area: int, kernel: str = "correlate",
+                       **arguments: int | Ref) -> None:  # fmt: skip
         """Emit a gather-correlate, cut into jobs; ``arguments``: those of the kernel that are not sizes of jobs."""
         (channels, width), count = tile, len(terms)
         tiles = -(-channel_count // channels)
@@ -309,8 +310,8 @@ class ProductLowering(SparseLowering):
             grad_weight=target, pixels=self.table(pixels), terms=self.table(terms + [terms[-1]] * (-count % width)),
             pixel_count=len(pixels), term_count=count, channel_count=channel_count, x_block=x_layout.block,
             grad_block=grad_layout.block, grad_channel=grad_layout.channel, blocks=blocks, groups=groups,
-            pixel_chunk=-(-_PIXELS_PER_SUM // area), term_chunk=term_chunk, term_chunks=term_chunks, channel_tiles=tiles,
-            **arguments,
+            pixel_chunk=-(-_PIXELS_PER_SUM // area), term_chunk=term_chunk, term_chunks=term_chunks,
+            channel_tiles=tiles, **arguments,
         )  # fmt: skip
 
     def merge_blocks(self, pixels: list[Pair], x: Layout, y: Layout) -> tuple[list[Pair], int]:

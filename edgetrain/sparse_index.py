@@ -34,7 +34,7 @@ class SparseIndex:
 
     Attributes:
         shape, inputs_first, groups, compact, capacity: as given.
-        count: number of weights that exist.
+        count, size: number of weights that exist, and of all.
         input_rows: input channels, over all groups.
         rows, row_size: output channels; weights of one of them.
         taps: weights of one (output channel, input channel): ``KH * KW``, 1 for Gemm and MatMul.
@@ -68,10 +68,11 @@ class SparseIndex:
             raise UsageError(f"sparse index: shape {self.shape}, expected the weights of a Conv, Gemm or MatMul")
         by_row = self.shape[::-1] if inputs_first else self.shape
         self.rows, self.row_size = by_row[0], int(np.prod(by_row[1:]))
+        self.size = self.rows * self.row_size
         self.taps = int(np.prod(by_row[2:]))
-        self.capacity = self.rows * self.row_size if capacity is None else capacity
-        if not 0 <= self.capacity <= self.rows * self.row_size < 2**31:
-            raise UsageError(f"sparse index: capacity={capacity}, expected 0 to {self.rows * self.row_size} weights")
+        self.capacity = self.size if capacity is None else capacity
+        if not 0 <= self.capacity <= self.size < 2**31:
+            raise UsageError(f"sparse index: capacity={capacity}, expected 0 to {self.size} weights")
         if self.rows % groups:
             raise UsageError(f"sparse index: {self.rows} output channels, not divisible by groups={groups}")
         self.input_rows = groups * self.row_size // self.taps
@@ -82,11 +83,6 @@ class SparseIndex:
         self.input_starts, self.input_columns, self.input_places = (
             aligned(size, np.int32) for size in (self.input_rows + 1, self.capacity, self.capacity)
         )
-
-    @property
-    def size(self) -> int:
-        """Number of weights of the dense array."""
-        return self.rows * self.row_size
 
     @property
     def density(self) -> float:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -186,14 +185,12 @@ class Topology:
     def begin_step(self, step: int) -> None:
         """Change the topology before step ``step``."""
         if self.policy is not None and self.layers:
-            with self._measured():
-                self.policy.before_step(self, step)
+            self._measure(self.policy.before_step, step)
 
     def end_step(self, step: int, gradients: Gradients) -> None:
         """Change the topology after step ``step``."""
         if self.policy is not None and self.layers:
-            with self._measured():
-                self.policy.after_step(self, step, gradients)
+            self._measure(self.policy.after_step, step, gradients)
 
     def adopt(self, arrays: Mapping[str, NDArray[np.float32]]) -> dict[str, NDArray[np.float32]]:
         """Choose the patterns of layers whose weights are about to be replaced; moments stay with their weights.
@@ -294,11 +291,10 @@ class Topology:
         except UsageError:
             return False
 
-    @contextmanager
-    def _measured(self) -> Iterator[None]:
-        """Count what happens inside as one change, if the topology changes."""
+    def _measure(self, change: Callable[..., None], *arguments: Any) -> None:
+        """Call what may change the topology, and count it as one change if it does."""
         start, version = time.perf_counter(), self.version
-        yield
+        change(self, *arguments)
         if self.version != version:
             self.changes += 1
             self.seconds += time.perf_counter() - start
