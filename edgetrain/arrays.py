@@ -261,7 +261,7 @@ def labels_of(y: Any, count: int, classes: int) -> NDArray[np.int64]:
     if array.shape != (count,):
         raise DataError(f"y: shape {array.shape} given, expected ({count},): one label per sample")
     labels = array.astype(np.int64)
-    wrong = labels[(labels < 0) | (labels >= classes)]
-    if wrong.size:
+    if labels.view(np.uint64).max(initial=0) >= classes:  # one look: those below 0 are large so
+        wrong = labels[(labels < 0) | (labels >= classes)]
         raise DataError(f"y: label {wrong[0]} given, expected 0 to {classes - 1}: the network has {classes} outputs")
     return labels

@@ -106,7 +106,7 @@ class Team:
     """Threads that run programs together.
 
     The calling thread is number 0; the others are started on first use and sleep between programs, unless one follows
-    within 100 us. Not Numba's thread pool: that one aborts the process when it is
+    within 400 us. Not Numba's thread pool: that one aborts the process when it is
     entered twice. After a fork the child starts threads of its own.
     """
 

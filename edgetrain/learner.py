@@ -199,7 +199,7 @@ class Learner:
             if not executor.run(sources):
                 raise explain_step(executor, int(self._parameters.buffers["state"][0]), self.step_count + 1)
             self._end_step(executor)
-            loss, correct = (float(v) for v in self._parameters.buffers["result"][:2])
+            loss, correct = self._parameters.buffers["result"][:2].tolist()
             done, saved = self.plans.macs(count, executor.plan)
         seconds, dense = working_clock() - start, done + sum(saved.values())
         return StepResult(loss, int(correct), count, count, dense, done, seconds, instances_kept=count, **saved)

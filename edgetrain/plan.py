@@ -142,6 +142,7 @@ class Plan:
         sizes, lifetimes: bytes of every buffer in the arena; first and last node that needs it.
         arena_bytes: size of the arena.
         sparse_products: of the products that skip weights: dense multiply-accumulates per sample, and index.
+        skipped: numbers of weights of these products, and the multiply-accumulates per sample that they skip then.
     """
 
     graph: Graph
@@ -157,6 +158,7 @@ class Plan:
     lifetimes: dict[str, tuple[int, int]] = field(default_factory=dict)
     arena_bytes: int = 0
     sparse_products: list[tuple[int, SparseIndex]] = field(default_factory=list)
+    skipped: tuple[list[int], int] = field(default_factory=lambda: ([], 0))
 
     def buffer(self, value: str) -> str:
         """Return the buffer of a value; the prefix keeps users' names apart from the fixed buffers'."""

@@ -409,7 +409,11 @@ def _lists_pay(graph: Graph, sparse: Mapping[str, SparseIndex], batch_size: int)
 
 def _skipped_weights(plan: Plan) -> int:
     """Return the multiply-accumulates of a sample that products skip now because weights do not exist."""
-    return sum(macs * (index.size - index.count) // index.size for macs, index in plan.sparse_products)
+    counts = [index.count for _, index in plan.sparse_products]
+    if counts != plan.skipped[0]:  # few steps change a number
+        skipped = sum(macs * (index.size - index.count) // index.size for macs, index in plan.sparse_products)
+        plan.skipped = counts, skipped
+    return plan.skipped[1]
 
 
 def _macs(train: TrainingGraph) -> int:
