@@ -60,7 +60,6 @@ SPARSE = {
     "swat-structured-70": "swat:weights=0.7,activations=0.7,variant=structured,group=lanes",
     "rigl-90": "rigl:weights=0.9",
     "set-90": "set:weights=0.9",
-    "set-90-root": "set:weights=0.9,distribution=erk_root",
     "static-90": "static:weights=0.9",
     "rigl-90-uniform": "rigl:weights=0.9,distribution=uniform,dense_first=false,dense_last=true",
     "set-90-uniform": "set:weights=0.9,distribution=uniform,dense_first=false,dense_last=true",

@@ -18,18 +18,17 @@ def uniform(shapes: Shapes, density: float) -> dict[str, float]:
     return dict.fromkeys(shapes, density)
 
 
-def erdos_renyi_kernel(shapes: Shapes, density: float, power: float = 1.0) -> dict[str, float]:
-    """Return densities proportional to (sum of a weight's sizes) / (product of its sizes) to a power, by name.
+def erdos_renyi_kernel(shapes: Shapes, density: float) -> dict[str, float]:
+    """Return densities proportional to (sum of a weight's sizes) / (product of its sizes), by name.
 
     A layer that this would make denser than dense is dense, and the factor is solved again for the others, so that
     all layers together have the share ``density`` of their weights.
 
     Source: Evci, Gale, Menick, Castro, Elsen, "Rigging the Lottery", ICML 2020, section 3 (1), and the reference
-    code's ``sparse_utils.get_mask_random`` and ``get_sparsities_erdos_renyi``, there with ``erk_power_scale``.
+    code's ``sparse_utils.get_mask_random`` and ``get_sparsities_erdos_renyi``.
 
     Args:
         shapes, density: as for ``uniform``.
-        power: 1 as published; 0 are uniform densities.
 
     Example:
         >>> found = erdos_renyi_kernel({"a": (16, 16, 3, 3), "b": (64, 64, 3, 3)}, 0.1)
@@ -37,7 +36,7 @@ def erdos_renyi_kernel(shapes: Shapes, density: float, power: float = 1.0) -> di
         {'a': 0.376, 'b': 0.083}
     """
     sizes = {name: math.prod(shape) for name, shape in shapes.items()}
-    raw = {name: (sum(shape) / sizes[name]) ** power for name, shape in shapes.items()}
+    raw = {name: sum(shape) / sizes[name] for name, shape in shapes.items()}
     open_layers, wanted = set(shapes), density * sum(sizes.values())
     factor = 0.0
     while open_layers:
@@ -51,21 +50,4 @@ def erdos_renyi_kernel(shapes: Shapes, density: float, power: float = 1.0) -> di
     return {name: factor * share if name in open_layers else 1.0 for name, share in raw.items()}
 
 
-def erdos_renyi_kernel_root(shapes: Shapes, density: float) -> dict[str, float]:
-    """Return densities between both: Erdos-Renyi-kernel shares to the power of 0.5.
-
-    Early layers of a convolutional network are small but have large maps, so most of the time goes into the many
-    weights that Erdos-Renyi-kernel densities leave them (docs/sparse_accuracy.md compares).
-
-    Args:
-        shapes, density: as for ``uniform``.
-
-    Example:
-        >>> found = erdos_renyi_kernel_root({"a": (16, 16, 3, 3), "b": (64, 64, 3, 3)}, 0.1)
-        >>> {name: round(share, 3) for name, share in found.items()}
-        {'a': 0.2, 'b': 0.094}
-    """
-    return erdos_renyi_kernel(shapes, density, power=0.5)
-
-
-DISTRIBUTIONS = {"uniform": uniform, "erk": erdos_renyi_kernel, "erk_root": erdos_renyi_kernel_root}
+DISTRIBUTIONS = {"uniform": uniform, "erk": erdos_renyi_kernel}

@@ -65,8 +65,8 @@ class ErrorMapPruning(ErrorPruning):
 
     Attributes:
         keep: share of the channels, above 0 and at most 1. With 1 nothing changes.
-        distribution: the layers' shares: ``"uniform"``, or ``"erk"`` or ``"erk_root"``, rules of sparse weights: small
-            layers keep more, and the channels kept of all layers together have the share ``keep`` of the weights.
+        distribution: the layers' shares: ``"uniform"``, or ``"erk"``, the Erdos-Renyi-kernel rule of sparse weights:
+            small layers keep more, and the channels kept of all layers together have the share ``keep`` of the weights.
         importance: ``"error"``: norm of the error map; ``"error_and_weights"``: its L1 norm twice, plus the L1 norm of
             the channel's weights, both relative to the layer's sum; ``"random"``: the baseline, by chance.
 

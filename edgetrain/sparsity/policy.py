@@ -169,8 +169,7 @@ class CompactPolicy(SparsityPolicy):
     """What policies share whose weights, gradients and moments exist for non-zeros only.
 
     Attributes:
-        distribution: of densities over layers: ``"erk"`` (Erdos-Renyi-kernel), ``"uniform"``, or ``"erk_root"``, which
-            lies between both: see ``edgetrain.densities``.
+        distribution: of densities over layers: ``"erk"`` (Erdos-Renyi-kernel) or ``"uniform"``.
         initial_pattern: ``"random"`` (weights are then scaled by ``1 / sqrt(density)``, as fewer add up), or
             ``"magnitude"``: the largest stay as they are; ``None``: magnitude for trained weights (of an .onnx file,
             of ``load_parameters``, of a graph that a learner trained: ``Graph.trained``), random for those of a
