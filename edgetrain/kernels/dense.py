@@ -78,7 +78,9 @@ def correlate(lanes: int, channels: int, width: int, kind: int) -> Body:
 
     Job: (group, tile of channels, chunk of terms). ``terms`` holds int64 pairs (input
     offset, offset in ``grad_weight``), padded to a whole multiple of ``width``.
-    Pixels are taken in chunks so that the channels of ``grad_out`` stay in the first-level cache.
+    Pixels are taken in chunks, so that the channels of ``grad_out`` stay in the first-level cache, and a chunk for all
+    jobs, so that the input comes from memory once: where the first convolution of stride 2 in ResNet-20 read it again
+    for every tile of channels, its weight gradient took 0.51 ms instead of 0.41, a step of DS-CNN 7 % longer.
     ``kind``: what the lanes hold, see ``codes``.
     """
     step = 1 if kind == SAMPLES else lanes
