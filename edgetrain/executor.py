@@ -22,6 +22,12 @@ from edgetrain.plan import STAGES, KernelKey, Plan
 _STAMP: KernelKey = ("stamp", ())
 # Seconds above which barriers do not matter; runs between two trials of the other number of threads; runs of a trial.
 _LONG, _PAUSE, _TRIAL = 2e-3, 200, 4
+# Looks for another run before a thread sleeps, some 100 and 400 us. To wake a sleeping thread takes 50 us and more: a
+# step of LeNet-5 at batch 8 took 442 us, and takes 310 with the first number (2 threads). What Python does between two
+# steps of a large network, when it finds its own memory in no cache, takes longer: a step of ResNet-20 with a tenth of
+# its weights took 4.81 ms so, and 4.68 with the second. But waiting keeps a core from others: of learners that took turns
+# some steps took 1.6 ms longer. So after a wait in vain only every so many-th is the long one.
+_BRIEF, _PATIENT, _TRIES = 1300, 2500, 16
 
 
 class _Order:
@@ -48,13 +54,17 @@ class _Order:
 def _serve(order: _Order, start: threading.Lock, number: int, ticket: int) -> None:
     """Take part in all runs; sleep when none follows soon."""
     _, follow = interpreter()
+    vain = 0  # waits in a row that no run followed
     while True:
         start.acquire()
         if order.dismissed:
             return
-        ticket = follow(order.sync.ctypes.data, number, ticket)
+        woken, patience = ticket, _BRIEF if vain % _TRIES else _PATIENT
+        ticket = follow(order.sync.ctypes.data, number, ticket, patience)
         while ticket < order.wanted and not order.dismissed:  # woken for a run that has not begun yet
-            ticket = follow(order.sync.ctypes.data, number, ticket)
+            ticket = follow(order.sync.ctypes.data, number, ticket, patience)
+        if ticket != woken:
+            vain = vain + 1 if ticket == woken + 1 else 0
 
 
 class Pace:
@@ -106,7 +116,7 @@ class Team:
     """Threads that run programs together.
 
     The calling thread is number 0; the others are started on first use and sleep between programs, unless one follows
-    within 400 us. Not Numba's thread pool: that one aborts the process when it is
+    soon (``_serve``). Not Numba's thread pool: that one aborts the process when it is
     entered twice. After a fork the child starts threads of its own.
     """
 

@@ -11,11 +11,14 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 import edgetrain as et
+from edgetrain import executor
+from edgetrain.arrays import aligned
 from edgetrain.errors import NumericalError
 from edgetrain.executor import Arena, Pace, Team
 from edgetrain.graph import Graph
@@ -470,3 +473,20 @@ def test_interruptions_do_not_keep_a_program_on_all_threads():
 def test_long_programs_and_single_threads_are_left_alone(seconds):
     _, threads = paced(seconds, 1000)
     assert set(threads) == {max(seconds)}
+
+
+def test_threads_wait_long_where_that_paid(monkeypatch):
+    """After a wait in vain only every so many-th is the long one, until a run follows."""
+    order = executor._Order(aligned(8, np.int64))
+    always, tries, waits = SimpleNamespace(acquire=lambda: True), executor._TRIES, []
+    runs = [1] * (tries + 1) + [3, 0, 1, 1]  # in which the thread takes part before it sleeps
+
+    def follow(sync: int, number: int, ticket: int, patience: int) -> int:
+        waits.append(patience)
+        order.dismissed = len(waits) == len(runs)
+        return ticket + runs[len(waits) - 1]
+
+    monkeypatch.setattr(executor, "interpreter", lambda: (None, follow))
+    executor._serve(order, always, 1, 0)
+    brief, patient = executor._BRIEF, executor._PATIENT
+    assert waits == [patient, *[brief] * (tries - 1), patient, brief, patient, patient, brief]

@@ -33,11 +33,6 @@ from edgetrain.kernels.simd import (
 # Looks before a waiting thread offers its core to others: some 20 us where a pause takes 60 cycles (AMD's Zen 5), more
 # or less elsewhere; longer than any gap between equal shares.
 _SPINS = 1000
-# Looks for another run before a thread sleeps: some 400 us more, longer than what Python does between two steps. To
-# wake a sleeping thread takes 50 us and more: a step of LeNet-5 at batch 8 took 442 us, and takes 310 so (2 threads).
-# Python finds its own memory in no cache after a large network's step: with 1300 one of ResNet-20 with a tenth of its
-# weights took 4.81 ms, with 2500 4.68, with 6000 4.68.
-_PATIENCE = 2500
 
 _yield_core = types.ExternalFunction("sched_yield", types.int32())
 
@@ -62,10 +57,13 @@ def lead(program: int, rows: int, threads: int, sync: int, arrived: int) -> int:
     return _take_part(program, rows, 0, threads, sync, arrived)
 
 
-def follow(sync: int, number: int, ticket: int) -> int:
-    """Take part in every run after ``ticket`` as thread ``number``; return the last one's ticket when none follows."""
+def follow(sync: int, number: int, ticket: int, patience: int) -> int:
+    """Take part in every run after ``ticket`` as thread ``number``; return the last one's ticket when none follows.
+
+    ``patience``: looks for another run before that.
+    """
     looks = 0
-    while looks < _PATIENCE:
+    while looks < patience:
         if atomic_load(sync + TICKET) != ticket:
             ticket += 1
             order = sync + ORDER

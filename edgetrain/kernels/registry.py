@@ -87,10 +87,10 @@ def compile_kernels(wanted: list[tuple[str, tuple[int, ...]]]) -> dict[tuple[str
 
 
 @functools.cache
-def interpreter() -> tuple[Callable[[int, int, int, int, int], int], Callable[[int, int, int], int]]:
+def interpreter() -> tuple[Callable[[int, int, int, int, int], int], Callable[[int, int, int, int], int]]:
     """Return ``program.lead`` and ``program.follow`` compiled; other Python threads run while they do."""
     functions = []
-    for name, parameters in (("lead", 5), ("follow", 3)):
+    for name, parameters in (("lead", 5), ("follow", 4)):
         key = (name, ())
         with _LOCK:
             if key not in _ADDRESSES:
