@@ -22,12 +22,13 @@ from edgetrain.plan import STAGES, KernelKey, Plan
 _STAMP: KernelKey = ("stamp", ())
 # Seconds above which barriers do not matter; runs between two trials of the other number of threads; runs of a trial.
 _LONG, _PAUSE, _TRIAL = 2e-3, 200, 4
-# Looks for another run before a thread sleeps, some 100 and 400 us. To wake a sleeping thread takes 50 us and more: a
-# step of LeNet-5 at batch 8 took 442 us, and takes 310 with the first number (2 threads). What Python does between two
-# steps of a large network, when it finds its own memory in no cache, takes longer: a step of ResNet-20 with a tenth of
-# its weights took 4.81 ms so, and 4.68 with the second. But waiting keeps a core from others: of learners that took turns
-# some steps took 1.6 ms longer. So after a wait in vain only every so many-th is the long one.
-_BRIEF, _PATIENT, _TRIES = 1300, 2500, 16
+# Looks for another run before a thread sleeps, some 500 us: to wake it takes 50 us and more. What Python does between two
+# steps takes 30 us for LeNet-5 and 250 for ResNet-20, after whose steps it finds its own memory in no cache: with 1,300
+# looks, 100 us, a step of ResNet-20 with a tenth of its weights took 4.81 ms, so it takes 4.68 (2 threads).
+_PATIENCE = 2500
+# The address of the sync words of the team that runs or ran last: the threads of all others sleep at once. While they
+# waited they kept the processors from those of the team that came next, some of whose steps took 1.6 ms longer.
+_ACTIVE = aligned(1, np.int64)
 
 
 class _Order:
@@ -54,17 +55,14 @@ class _Order:
 def _serve(order: _Order, start: threading.Lock, number: int, ticket: int) -> None:
     """Take part in all runs; sleep when none follows soon."""
     _, follow = interpreter()
-    vain = 0  # waits in a row that no run followed
+    active = _ACTIVE.ctypes.data
     while True:
         start.acquire()
         if order.dismissed:
             return
-        woken, patience = ticket, _BRIEF if vain % _TRIES else _PATIENT
-        ticket = follow(order.sync.ctypes.data, number, ticket, patience)
+        ticket = follow(order.sync.ctypes.data, number, ticket, _PATIENCE, active)
         while ticket < order.wanted and not order.dismissed:  # woken for a run that has not begun yet
-            ticket = follow(order.sync.ctypes.data, number, ticket, patience)
-        if ticket != woken:
-            vain = vain + 1 if ticket == woken + 1 else 0
+            ticket = follow(order.sync.ctypes.data, number, ticket, _PATIENCE, active)
 
 
 class Pace:
@@ -141,6 +139,7 @@ class Team:
             if self.threads == 1 or threads == 1 or rows == 0:
                 return self._lead(program, rows, 1)
             self._start()
+            _ACTIVE[0] = self._sync_address
             self._order.wanted = int(self._sync[TICKET // 8]) + 1
             try:
                 self._order.wake()

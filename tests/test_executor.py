@@ -11,17 +11,17 @@ import sys
 import threading
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 import edgetrain as et
 from edgetrain import executor
-from edgetrain.arrays import aligned
 from edgetrain.errors import NumericalError
 from edgetrain.executor import Arena, Pace, Team
 from edgetrain.graph import Graph
+from edgetrain.kernels.codes import TICKET
+from edgetrain.kernels.registry import interpreter
 
 BUILDERS = {
     "resnet8": lambda: et.models.resnet((3, 8, 8), depth=8),
@@ -475,18 +475,21 @@ def test_long_programs_and_single_threads_are_left_alone(seconds):
     assert set(threads) == {max(seconds)}
 
 
-def test_threads_wait_long_where_that_paid(monkeypatch):
-    """After a wait in vain only every so many-th is the long one, until a run follows."""
-    order = executor._Order(aligned(8, np.int64))
-    always, tries, waits = SimpleNamespace(acquire=lambda: True), executor._TRIES, []
-    runs = [1] * (tries + 1) + [3, 0, 1, 1]  # in which the thread takes part before it sleeps
+def test_threads_sleep_when_another_team_runs():
+    """Teams that take turns would keep the processors from each other."""
+    made = [learner(), learner()]
+    follow, finished = interpreter()[1], []
+    for of in (*made, made[0]):
+        of.partial_fit(*batch(of))
+        sync = of.plans.team.sync
+        assert executor._ACTIVE[0] == sync.ctypes.data
+        others = [other.plans.team.sync for other in made if other is not of]
 
-    def follow(sync: int, number: int, ticket: int, patience: int) -> int:
-        waits.append(patience)
-        order.dismissed = len(waits) == len(runs)
-        return ticket + runs[len(waits) - 1]
+        def wait(sync: np.ndarray = others[0]) -> None:
+            follow(sync.ctypes.data, 1, int(sync[TICKET // 8]), 10**12, executor._ACTIVE.ctypes.data)
+            finished.append(sync)
 
-    monkeypatch.setattr(executor, "interpreter", lambda: (None, follow))
-    executor._serve(order, always, 1, 0)
-    brief, patient = executor._BRIEF, executor._PATIENT
-    assert waits == [patient, *[brief] * (tries - 1), patient, brief, patient, patient, brief]
+        thread = threading.Thread(target=wait, daemon=True)
+        thread.start()
+        thread.join(20)
+    assert len(finished) == 3

@@ -57,13 +57,16 @@ def lead(program: int, rows: int, threads: int, sync: int, arrived: int) -> int:
     return _take_part(program, rows, 0, threads, sync, arrived)
 
 
-def follow(sync: int, number: int, ticket: int, patience: int) -> int:
+def follow(sync: int, number: int, ticket: int, patience: int, active: int) -> int:
     """Take part in every run after ``ticket`` as thread ``number``; return the last one's ticket when none follows.
 
-    ``patience``: looks for another run before that.
+    Args:
+        sync, number, ticket: as above.
+        patience: looks for another run before that.
+        active: address of a word that is ``sync`` until other threads of this process need the processors.
     """
     looks = 0
-    while looks < patience:
+    while looks < patience and (atomic_load(active) == sync or atomic_load(sync + TICKET) != ticket):
         if atomic_load(sync + TICKET) != ticket:
             ticket += 1
             order = sync + ORDER

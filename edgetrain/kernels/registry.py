@@ -26,6 +26,7 @@ from edgetrain.kernels import cache
 from edgetrain.kernels.loader import load
 
 Body = Callable[[int, int, int], None]
+_Call = Callable[[int, int, int, int, int], int]
 Factory = Callable[..., Body]
 
 # Called with (kernel name, number of this kernel, number of kernels wanted) before a kernel is compiled;
@@ -87,10 +88,10 @@ def compile_kernels(wanted: list[tuple[str, tuple[int, ...]]]) -> dict[tuple[str
 
 
 @functools.cache
-def interpreter() -> tuple[Callable[[int, int, int, int, int], int], Callable[[int, int, int, int], int]]:
+def interpreter() -> tuple[_Call, _Call]:
     """Return ``program.lead`` and ``program.follow`` compiled; other Python threads run while they do."""
     functions = []
-    for name, parameters in (("lead", 5), ("follow", 4)):
+    for name, parameters in (("lead", 5), ("follow", 5)):
         key = (name, ())
         with _LOCK:
             if key not in _ADDRESSES:
