@@ -22,9 +22,9 @@ from edgetrain.plan import STAGES, KernelKey, Plan
 _STAMP: KernelKey = ("stamp", ())
 # Seconds above which barriers do not matter; runs between two trials of the other number of threads; runs of a trial.
 _LONG, _PAUSE, _TRIAL = 2e-3, 200, 4
-# Looks for another run before a thread sleeps, some 500 us: to wake it takes 50 us and more. What Python does between two
-# steps takes 30 us for LeNet-5 and 250 for ResNet-20, after whose steps it finds its own memory in no cache: with 1,300
-# looks, 100 us, a step of ResNet-20 with a tenth of its weights took 4.81 ms, so it takes 4.68 (2 threads).
+# Looks for another run before a thread sleeps, some 500 us: to wake it takes 50 us and more. What Python does between
+# two steps takes 30 us for LeNet-5 and 250 for ResNet-20, after whose steps it finds its own memory in no cache: with
+# 1,300 looks, 100 us, a step of ResNet-20 with a tenth of its weights took 4.81 ms, so it takes 4.68 (2 threads).
 _PATIENCE = 2500
 # The address of the sync words of the team that runs or ran last: the threads of all others sleep at once. While they
 # waited they kept the processors from those of the team that came next, some of whose steps took 1.6 ms longer.
