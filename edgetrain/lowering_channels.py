@@ -122,7 +122,11 @@ class ChannelLowering(Lowering):
     def correlate(self, x: Ref, x_layout: Layout, grad: Ref, grad_layout: Layout, target: Ref, *, pixels: list[Pair],
                   terms: list[Pair], groups: int, inputs: int, outputs: int, weight_channel: int,
                   weight_group: int, area: int) -> None:  # fmt: skip
-        """See ``Lowering.correlate``. A depthwise product has one tile per map of vectors, with its own input map."""
+        """See ``Lowering.correlate``. A depthwise product has one tile per map of vectors, with its own input map.
+
+        Strides do not shorten the chunks of pixels here: sums of lanes that are weights cost more to store than the
+        cache saves. The weight gradients of MobileNetV1 0.25 at batch 4 took 0.37 ms with shorter ones, 0.32 so.
+        """
         pixels, blocks = self.merge_blocks(pixels, x_layout, grad_layout)
         lanes, count = grad_layout.lanes, len(pixels)
         if groups == 1:
@@ -130,7 +134,7 @@ class ChannelLowering(Lowering):
                 self.emit_correlate(
                     x, x_layout, grad, grad_layout, target, pixels, terms, tile, lanes=lanes, kind=CHANNELS,
                     blocks=blocks, groups=1, channel_count=outputs, x_group=0, grad_group=0, weight_group=0,
-                    weight_channel=weight_channel, area=area,
+                    weight_channel=weight_channel, area=1,
                 )  # fmt: skip
             return
         whole, rest = divmod(groups, lanes)
@@ -142,7 +146,7 @@ class ChannelLowering(Lowering):
                         target + first * lanes * weight_group, pixels, terms, tile, lanes=lanes, kind=DEPTHWISE,
                         blocks=blocks, groups=maps, channel_count=channels, x_group=x_layout.channel,
                         grad_group=grad_layout.channel, weight_group=lanes * weight_group, weight_channel=weight_group,
-                        area=area,
+                        area=1,
                     )  # fmt: skip
 
     def sum_to(self, x: Value, y: Value, target: tuple[int, ...]) -> None:
