@@ -21,7 +21,7 @@ import edgetrain as et
 from edgetrain.cli import output, streaming
 from edgetrain.errors import NumericalError, UsageError
 from edgetrain.runs import open_run
-from tests.cli_support import ROOT, rows_without_times, run, write_data
+from tests.cli_support import ROOT, rows_without_times, run, stored_data, write_data
 
 STREAM = ["fit", "--stream", "--data", "digits.npz", "--batch-size", "8", "--threads", "1", "--window", "100",
           "--filter", "random:rate=0.5"]  # fmt: skip
@@ -120,7 +120,7 @@ def test_the_whole_time_is_unknown_where_an_earlier_version_noted_none(inside, c
 
 
 def test_a_stream_that_grew_goes_on_with_its_rows(inside, capsys, tmp_path):
-    images = np.load("digits.npz")
+    images = stored_data()
     for count in (250, 400):
         np.savez("grows.npz", x=images["x_train"][:count], y=images["y_train"][:count])
         command = ["resume", "runs/fit-1"] if count == 400 else [*STREAM, "--data", "grows.npz"]
@@ -399,7 +399,7 @@ def test_the_report_of_a_stream_has_windows_and_no_empty_columns(inside, capsys)
 ])  # fmt: skip
 def test_the_axis_says_whose_accuracy_it_is_and_gaps_are_left_out(inside, capsys, monkeypatch, flags, title):
     pytest.importorskip("matplotlib")
-    images = np.load("digits.npz")
+    images = stored_data()
     np.savez("plain.npz", x=images["x_train"], y=images["y_train"])
     assert run(capsys, *STREAM, "--data", "plain.npz", "--window", "8", "--quiet", *flags)[0] == 0
     rows = open_run("runs/fit-1").read_metrics()
@@ -413,7 +413,7 @@ def test_the_axis_says_whose_accuracy_it_is_and_gaps_are_left_out(inside, capsys
 
 def test_accuracies_of_other_instances_are_not_compared(inside, capsys):
     pytest.importorskip("matplotlib")
-    images = np.load("digits.npz")
+    images = stored_data()
     np.savez("plain.npz", x=images["x_train"], y=images["y_train"])
     for flags in ([], ["--predict-first"]):
         assert run(capsys, *STREAM, "--data", "plain.npz", "--quiet", *flags)[0] == 0
@@ -448,7 +448,7 @@ def test_layers_of_a_sparse_run_are_told_at_its_end_and_in_the_report(inside, ca
 
 @pytest.mark.parametrize("flags", [STREAM, CHANNELS], ids=["stream", "epochs"])
 def test_a_very_short_run_is_not_compared(inside, capsys, flags):
-    images = np.load("digits.npz")
+    images = stored_data()
     np.savez("few.npz", x=images["x_train"][:90], y=images["y_train"][:90])
     code, out, _ = run(capsys, *flags, "--data", "few.npz", "--epochs", "1", "--quiet")
     assert code == 0

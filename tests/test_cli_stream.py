@@ -28,7 +28,7 @@ from edgetrain.data.streaming import InstanceSource
 from edgetrain.errors import UsageError
 from edgetrain.history import Totals
 from edgetrain.runs import Run, open_run
-from tests.cli_support import FIT, ROOT, Terminal, assert_same_result, run, write_data
+from tests.cli_support import FIT, ROOT, Terminal, assert_same_result, run, stored_data, write_data
 from tests.test_cli_resume import wait_for_epochs
 
 STREAM = ["fit", "--stream", "--data", "digits.npz", "--batch-size", "8", "--seed", "1", "--threads", "1", "--window",
@@ -171,7 +171,7 @@ def test_plain_lines_of_a_stream():
 
 
 def test_instances_that_wait_save_nothing(inside, capsys, tmp_path):
-    images = np.load("digits.npz")
+    images = stored_data()
     np.savez(tmp_path / "a.npz", x=images["x_train"][:60], y=images["y_train"][:60])
     flags = ["fit", "--stream", "--data", tmp_path / "a.npz", "--out", tmp_path, "--batch-size", "64",
              "--error-pruning", "channels:keep=0.7"]  # fmt: skip
@@ -195,7 +195,7 @@ def test_dense_training_is_not_charged_for_instances_that_wait(inside, capsys, t
     timed = []
     monkeypatch.setattr("edgetrain.cli.streaming.time_dense", lambda _, instances, *others, **more: (
         timed.append(instances) or {"seconds": 1.0, "how": "not at all"}))  # fmt: skip
-    images = np.load("digits.npz")
+    images = stored_data()
     np.savez(tmp_path / "a.npz", x=images["x_train"][:70], y=images["y_train"][:70])
     code, _, _ = run(capsys, "fit", "--stream", "--data", tmp_path / "a.npz", "--out", tmp_path, "--batch-size", "64",
                      "--error-pruning", "channels:keep=0.7")  # fmt: skip
@@ -203,7 +203,7 @@ def test_dense_training_is_not_charged_for_instances_that_wait(inside, capsys, t
 
 
 def test_the_account_says_which_instances_its_operations_are_of(inside, capsys, tmp_path):
-    images = np.load("digits.npz")
+    images = stored_data()
     np.savez(tmp_path / "a.npz", x=images["x_train"][:256], y=images["y_train"][:256])
     flags = ["fit", "--stream", "--data", tmp_path / "a.npz", "--out", tmp_path, "--quiet", "--error-pruning",
              "channels:keep=0.7", "--batch-size"]  # fmt: skip
@@ -216,7 +216,7 @@ def test_the_account_says_which_instances_its_operations_are_of(inside, capsys, 
 
 
 def test_a_step_that_fails_is_resumed_behind_its_block_with_every_instance_counted_once(inside, capsys, tmp_path):
-    images = np.load("digits.npz")
+    images = stored_data()
     x = images["x_train"][:600, None] / np.float32(255)
     x[300:330] = 1e38
     np.savez(tmp_path / "a.npz", x=x, y=images["y_train"][:600])
@@ -234,7 +234,7 @@ def test_a_step_that_fails_is_resumed_behind_its_block_with_every_instance_count
 
 def with_glitches(folder: Path, *bad: int, count: int = 600) -> str:
     """Write instances of which some are beyond what a network can predict; return the file."""
-    images = np.load("digits.npz")
+    images = stored_data()
     x = images["x_train"][:count, None] / np.float32(255)
     x[list(bad)] = 1e38
     np.savez(folder / "a.npz", x=x, y=images["y_train"][:count])
@@ -334,7 +334,7 @@ def counted(folder: Run) -> Totals:
 
 @pytest.mark.parametrize("first", ["dark", "bright", "almost dark", "weak"])
 def test_a_stream_may_begin_without_contrast(inside, capsys, tmp_path, first):
-    images = np.load("digits.npz")
+    images = stored_data()
     x = images["x_train"][:, None]
     if first == "weak":
         x = np.float32(1e-9) * x
@@ -349,7 +349,7 @@ def test_a_stream_may_begin_without_contrast(inside, capsys, tmp_path, first):
 
 
 def test_standard_input(inside, tmp_path):
-    images = np.load("digits.npz")
+    images = stored_data()
     lines = [json.dumps({"pixels": image.ravel().tolist(), "y": int(label)})
              for image, label in zip(images["x_train"][:300], images["y_train"][:300], strict=True)]  # fmt: skip
     command = [sys.executable, "-m", "edgetrain", "fit", "--stream", "--data", "-", "--batch-size", "8", "--json",
@@ -374,7 +374,7 @@ LIVE = [sys.executable, "-m", "edgetrain", "fit", "--stream", "--data", "-", "--
 
 
 def json_lines(first: int, last: int) -> str:
-    images = np.load("digits.npz")
+    images = stored_data()
     pairs = zip(images["x_train"][first:last], images["y_train"][first:last], strict=True)
     return "".join(json.dumps({"pixels": x.ravel().tolist(), "y": int(y)}) + "\n" for x, y in pairs)
 
@@ -460,7 +460,7 @@ class InBlocks(InstanceSource):
         self._sizes = sizes
 
     def blocks(self, size, start, should_stop, is_due=lambda: False):
-        images = np.load("digits.npz")
+        images = stored_data()
         first = 0
         for count in self._sizes:
             part = slice(first, first + count)

@@ -14,7 +14,7 @@ import pytest
 
 from edgetrain.cli import main
 from edgetrain.runs import METRICS, open_run
-from tests.cli_support import FIT, Terminal, assert_same_result, run, trained
+from tests.cli_support import FIT, Terminal, assert_same_result, run, stored_data, trained
 
 FILES = ["best.safetensors", "config.toml", "environment.json", "events.jsonl", "last.safetensors", "metrics.csv",
          "model.onnx"]  # fmt: skip
@@ -152,7 +152,7 @@ def test_compiling_is_shown():
 
 
 def test_part_is_held_out_when_there_is_no_test_split(inside, capsys, tmp_path):
-    arrays = np.load("digits.npz")
+    arrays = stored_data()
     np.savez(tmp_path / "plain.npz", x=arrays["x_train"], y=arrays["y_train"])
     flags = ["--data", tmp_path / "plain.npz", "--epochs", "1", "--json", "-q", "--out", tmp_path]
     code, out, _ = run(capsys, "fit", *flags)
