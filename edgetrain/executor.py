@@ -26,8 +26,8 @@ _LONG, _PAUSE, _TRIAL = 2e-3, 200, 4
 # two steps takes 30 us for LeNet-5 and 250 for ResNet-20, after whose steps it finds its own memory in no cache: with
 # 1,300 looks, 100 us, a step of ResNet-20 with a tenth of its weights took 4.81 ms, so it takes 4.68 (2 threads).
 _PATIENCE = 2500
-# The address of the sync words of the team that runs or ran last: the threads of all others sleep at once. While they
-# waited they kept the processors from those of the team that came next, some of whose steps took 1.6 ms longer.
+# The address of the sync words of the team that runs or ran last: the threads of all others sleep after 100 us. While
+# they waited longer they kept the processors from those of the team that came next: some of its steps took 1.6 ms more.
 _ACTIVE = aligned(1, np.int64)
 
 
