@@ -11,13 +11,12 @@ Usage:
     python benchmarks/performance.py --again                         measure those cells anew
     python benchmarks/performance.py --document                      the document from the stored results alone
 
-Every result is stored in benchmarks/results/performance.json as soon as it is known, so an interrupted run goes on
+Every result is stored in benchmarks/results/*/performance.json as soon as it is known, so an interrupted run goes on
 where it stopped. Cells during which something else kept the machine busy are marked and measured again by the next run.
 Each half takes less than ten minutes on the machine of docs/performance.md.
 """
 
 import argparse
-import datetime
 import json
 import os
 import subprocess
@@ -32,15 +31,14 @@ from statistics import median
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+import machines
 from performance_document import KERNEL_KINDS, KERNEL_SIZES, document
 
 from edgetrain import bench
 from edgetrain.bench_load import Watch
-from edgetrain.hostinfo import host_facts
 
-RESULTS = Path(__file__).parent / "results" / "performance.json"
+RESULTS = machines.results_file("performance.json")
 DOCUMENT = Path(__file__).parent.parent / "docs" / "performance.md"
-_MACHINE = ("architecture", "cpu", "cores", "simd", "ram_mib")
 _START_BATCH, _KERNEL_CASE, _SCALING = 32, bench.Case("resnet20", 32, 1), ("resnet20", 32)
 _DECAYED = (bench.Case("lenet5", 32, 2), bench.Case("resnet20", 8, 2))
 # What is measured when --threads has this number: the kernels have one thread, processes start as users start them.
@@ -61,7 +59,7 @@ def main() -> None:
     if not arguments.document:
         contenders, parts = bench.available(), arguments.parts or parts_of(arguments.threads)
         if parts != ["peers"]:  # those have environments of their own, with other versions
-            stored["machine"], stored["versions"] = machine(), versions()
+            stored["machine"], stored["versions"] = machines.facts(), versions()
         measures = {
             "cases": lambda: measure_cases(stored, arguments, contenders),
             "start_up": lambda: measure_start_up(stored, arguments, contenders),
@@ -73,7 +71,7 @@ def main() -> None:
         }
         for part in parts:
             measures[part]()
-    DOCUMENT.write_text(document(stored), encoding="utf-8")
+    DOCUMENT.write_text(document(machines.stored(RESULTS)), encoding="utf-8")
     print(f"written: {DOCUMENT}")
 
 
@@ -103,19 +101,10 @@ def parts_of(threads: Sequence[int]) -> list[str]:
 
 def store(stored: dict, part: str, key: str, result: dict, shown: str) -> None:
     """Keep one result, in the file at once."""
-    stored[part][key] = {**result, "date": datetime.datetime.now(datetime.UTC).date().isoformat()}
-    RESULTS.parent.mkdir(exist_ok=True)
-    draft = RESULTS.with_suffix(".tmp")
-    draft.write_text(json.dumps(_rounded(stored), indent=1) + "\n")
-    os.replace(draft, RESULTS)
+    stored[part][key] = {**result, "date": machines.today()}
+    machines.write(RESULTS, _rounded(stored))
     busy = " (machine busy)" * result.get("busy", False)
     print(f"{time.strftime('%H:%M:%S')} {part} {key}: {shown}{busy}", flush=True)
-
-
-def machine() -> dict:
-    """Return what kind of machine this is; nothing that names it."""
-    facts = host_facts()
-    return {key: facts[key] for key in _MACHINE}
 
 
 def versions() -> dict:

@@ -7,20 +7,25 @@ for 60 steps on Fashion-MNIST first so that the gradients are realistic. Two thr
 rounds in which all variants take turns; of a whole step each round takes the fastest of three. "Exact zeros" are those
 that a max pool and a Relu leave in an error map: skipping them is no method, and no operations count as saved.
 
+"In proportion" is what a step would save if everything that the backward products run, transforms included, took as
+much less time as they have fewer operations, and nothing else changed: the forward pass, normalisations, updates.
+
 Usage:
-    python benchmarks/pruning.py            measure what is not stored yet, and write docs/pruning.md
-    python benchmarks/pruning.py document   write docs/pruning.md from the stored results
-    python benchmarks/pruning.py accuracy   train LeNet-5 and the plain network with gradient pruning, and store
+    python benchmarks/pruning.py              measure what is not stored yet, and write docs/pruning.md
+    python benchmarks/pruning.py --again      measure everything anew
+    python benchmarks/pruning.py --document   write docs/pruning.md from the stored results
+    python benchmarks/pruning.py --accuracy   train LeNet-5 and the plain network with gradient pruning, and store
 """
 
+import argparse
 import json
 import statistics
-import sys
 import time
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from unittest import mock
 
+import machines
 import numpy as np
 
 import edgetrain as et
@@ -29,7 +34,7 @@ from edgetrain.data import load_dataset
 from edgetrain.graph import Graph
 from edgetrain.pruning import ErrorPruning, compress_activations
 
-RESULTS = Path(__file__).parent / "results" / "pruning.json"
+RESULTS, ACCURACY = machines.results_file("pruning.json"), Path(__file__).parent / "results" / "pruning_accuracy.json"
 DOCUMENT = Path(__file__).parent.parent / "docs" / "pruning.md"
 FULL = Path("/usr/share/datasets/fashion-mnist")
 ROUNDS, WARM_UP, BATCH, THREADS = 25, 60, 32, 2
@@ -107,10 +112,22 @@ def whole_steps(graph, policies, x, y):
             first, *others = (parts[(4 * number + i) % len(parts)] for i in range(4))
             made.partial_fit(*first)
             seconds[name].append(min(made.partial_fit(*part).seconds for part in others))
-    return {
-        name: {"ms": 1e3 * statistics.median(seconds[name]), "saved": 1 - step.macs_done / step.macs_dense}
-        for name, step in steps.items()
-    }
+    backward = backward_products(learners["dense"], parts)
+    results = {}
+    for name, step in steps.items():
+        saved = 1 - step.macs_done / step.macs_dense
+        results[name] = {"ms": 1e3 * statistics.median(seconds[name]), "saved": saved}
+        results[name]["proportion"] = saved * backward
+    return results
+
+
+def backward_products(made, parts):
+    """Return the backward products' share of a step's time over their share of its operations."""
+    seconds = np.median([made.time_rows(*part) for part in parts[:ROUNDS]], 0)
+    plan, own = made.training_plan(), seconds[:-1] - seconds[-1]
+    products = ("ProductInputGrad", "ProductWeightGrad", "ProductGrads")
+    chosen = [row.stage == "backward" and plan.graph.nodes[row.node].op_type in products for row in plan.rows]
+    return own[chosen].sum() / own.sum() / (1 - made.plans.forward_macs / made.plans.dense_macs)
 
 
 def backward_passes(graph, policies, x, y, size=BATCH):
@@ -172,14 +189,14 @@ def cases():
             lenet, {"dense": WITH_ZEROS, "lists": None}, *images(size * WARM_UP), size))  # fmt: skip
 
 
-def measure():
-    """Measure operations and time of everything that is not stored, and store it."""
+def measure(again):
+    """Measure operations and time of everything that is not stored, or of everything, and store it."""
+    tables = {} if again or not RESULTS.exists() else json.loads(RESULTS.read_text())["tables"]
     for title, kind, run in cases():
-        results = stored()
-        if title not in results:
+        if title not in tables:
             with kernels(kind):
-                results[title] = run()
-            store(results)
+                tables[title] = {"date": machines.today(), "rows": run()}
+            machines.write(RESULTS, {"machine": machines.facts(), "tables": tables})
 
 
 def train():
@@ -188,54 +205,63 @@ def train():
         count, seeds = TRAINED[name]
         for label, policy in gradient_policies().items():
             for seed in seeds:
-                results = stored()
-                table = results.setdefault("accuracy", {})
+                table = accuracies()
                 if (key := f"{name}, {label}, seed {seed}") not in table:
                     table[key] = accuracy(graph, policy, seed, count)
-                    store(results)
+                    machines.write(ACCURACY, table)
 
 
-def stored():
-    """Return the results so far."""
-    return json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-
-
-def store(results):
-    """Write the results."""
-    RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+def accuracies():
+    """Return the accuracies so far."""
+    return json.loads(ACCURACY.read_text()) if ACCURACY.exists() else {}
 
 
 def document():
     """Write the tables."""
-    results = stored()
     lines = ["# Pruned backward passes", "", *__doc__.split("Usage:")[0].strip().splitlines(), "",
              "Written by `benchmarks/pruning.py`; do not edit.", ""]  # fmt: skip
-    for title, table in results.items():
-        if title != "accuracy":
-            lines += _table(title, table)
-    if "accuracy" in results:
+    for stored in machines.stored(RESULTS):
+        text = "\n".join(line for title, table in stored["tables"].items() for line in _table(title, table["rows"]))
+        lines.append(machines.chapter(stored["machine"], {table["date"] for table in stored["tables"].values()}, text))
+    if table := accuracies():
         lines += [f"## Accuracy after {EPOCHS} epochs of 60,000 (LeNet-5) and 15,000 (plain) images", ""]
         lines += ["| run | test accuracy % |", "|---|---|"]
-        lines += [f"| {run} | {100 * value:.2f} |" for run, value in results["accuracy"].items()] + [""]
+        lines += [f"| {run} | {100 * value:.2f} |" for run, value in table.items()] + [""]
     DOCUMENT.write_text("\n".join(lines))
 
 
 def _table(title, table):
-    part = "backward" if "backward" in table["dense"] else "ms"
-    dense = table["dense"]
-    lines = [f"## {title[0].upper()}{title[1:]}", "",
-             "| variant | step ms | backward ms | times faster | operations saved | time of the step saved |",
-             "|---|---|---|---|---|---|"]  # fmt: skip
+    """Return the lines of a table: of whole steps, or with the backward passes."""
+    dense, part = table["dense"], "backward" if "backward" in table["dense"] else "ms"
+    inner = "backward ms" if part == "backward" else "in proportion"
+    head = ["variant", "step ms", "times faster", "operations saved", "time of the step saved", inner]
+    lines = [f"## {title[0].upper()}{title[1:]}", "", f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
     for name, row in table.items():
-        backward = f"{row['backward']:.2f}" if part == "backward" else ""
+        last = f"{row['backward']:.2f}" if part == "backward" else _percent(row.get("proportion"))
         lines.append(
-            f"| {name} | {row['ms']:.2f} | {backward} | {dense[part] / row[part]:.2f} | {100 * row['saved']:.1f} % "
-            f"| {100 * (1 - row['ms'] / dense['ms']):.1f} % |"
+            f"| {name} | {row['ms']:.2f} | {dense[part] / row[part]:.2f} | {_percent(row['saved'])} "
+            f"| {_percent(1 - row['ms'] / dense['ms'])} | {last} |"
         )
     return [*lines, ""]
 
 
-if __name__ == "__main__":
-    what = sys.argv[1] if len(sys.argv) > 1 else "measure"
-    {"measure": measure, "accuracy": train, "document": lambda: None}[what]()
+def _percent(share):
+    return "-" if share is None else f"{100 * share:.1f} %"
+
+
+def main():
+    """Measure or train, store, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--again", action="store_true", help="measure what is stored already, too")
+    parser.add_argument("--document", action="store_true", help="write the document only")
+    parser.add_argument("--accuracy", action="store_true", help="train instead of measuring")
+    arguments = parser.parse_args()
+    if arguments.accuracy:
+        train()
+    elif not arguments.document:
+        measure(arguments.again)
     document()
+
+
+if __name__ == "__main__":
+    main()

@@ -295,7 +295,7 @@ def test_facts_of_the_row_contender(tiny):
 @pytest.fixture
 def performance(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    for name in ("performance", "performance_document"):
+    for name in ("machines", "performance", "performance_document"):
         monkeypatch.delitem(sys.modules, name, raising=False)
     return importlib.import_module("performance")
 
@@ -326,7 +326,7 @@ def sample(performance) -> dict:
     decayed = {"model": "lenet5", "batch_size": 32, "threads": 2, "ratio": 1.01, "seconds": [0.1, 0.101], **idle}
     seconds = {"python": 0.01, "import": 0.1, "help": 0.2, "warmup": 50.0}
     commands = {name: {"seconds": number, "kernels": 100, **idle} for name, number in seconds.items()}
-    return {"machine": performance.machine(), "versions": {"edgetrain": "0"}, "cases": cases,
+    return {"machine": performance.machines.facts(), "versions": {"edgetrain": "0"}, "cases": cases,
             "start_up": {"lenet5": entry}, "kernels": {"resnet20": {**kernels, "date": "2026-01-03"}},
             "scaling": {"resnet20/32": scaling}, "decayed": {"lenet5/32/2": decayed},
             "commands": commands, "peers": {}}  # fmt: skip
@@ -339,7 +339,7 @@ def bars(performance, stored: dict) -> dict[str, bool | None]:
 
 def test_document_from_stored_results(performance):
     stored = sample(performance)
-    text = performance.document(json.loads(json.dumps(stored)))
+    text = performance.document([json.loads(json.dumps(stored))])
     assert "| lenet5 | 4.00 | 4.00 | 4.00 | 4.00 |" in text
     assert "Geometric mean of 20 cells: **4.00**." in text
     assert "| ratio of lenet5, batch 8 | at least 6 | 4.00 | **no** |" in text
@@ -363,7 +363,7 @@ def test_document_claims_nothing_that_was_not_measured(performance):
     stored["cases"]["cnn1d/1/2"]["busy"] = stored["kernels"]["resnet20"]["busy"] = True
     stored["scaling"]["resnet20/32"]["busy"] = stored["commands"]["help"]["busy"] = True
     stored["decayed"]["lenet5/32/2"]["busy"] = True
-    text, met = performance.document(stored), bars(performance, stored)
+    text, met = performance.document([stored]), bars(performance, stored)
     assert "Not measured yet (model/batch/threads): resnet20/128/2." in text
     assert (
         "**Not to be trusted**, something else used the machine: cnn1d/1/2, kernels resnet20, scaling resnet20/32, "
@@ -377,7 +377,28 @@ def test_document_claims_nothing_that_was_not_measured(performance):
     assert sum("convolutions" in what for what in unknown) == 3
     empty = {part: {} for part in stored}
     assert not any(bars(performance, empty).values())
-    assert "## Bars" in performance.document(empty)
+    empty["machine"] = stored["machine"]
+    assert "## Bars" in performance.document([empty])
+
+
+def test_results_of_one_machine_never_stand_under_another(performance, monkeypatch, tmp_path):
+    monkeypatch.setattr(performance, "RESULTS", tmp_path / "here" / "performance.json")
+    monkeypatch.setattr(performance, "DOCUMENT", tmp_path / "performance.md")
+    monkeypatch.setattr(sys, "argv", ["performance.py", "--document"])
+    away = sample(performance)
+    away["machine"] = {**away["machine"], "cpu": "Another (TM)"}
+    performance.machines.write(tmp_path / "another" / "performance.json", away)
+    performance.main()
+    text = performance.DOCUMENT.read_text()
+    assert "## Another (TM) (" in text
+    assert text.count("### Bars") == 1
+    performance.machines.write(performance.RESULTS, sample(performance))
+    performance.main()
+    assert performance.DOCUMENT.read_text().count("### Bars") == 2
+    assert json.loads((tmp_path / "another" / "performance.json").read_text()) == away
+    facts = {"cpu": "Intel(R) Xeon(R) Processor", "architecture": "x86_64", "cores": 2, "simd": "avx2", "ram_mib": 1}
+    monkeypatch.setattr(performance.machines, "host_facts", lambda: facts)
+    assert performance.machines.results_file("a.json").parts[-3:] == ("results", "intel-xeon-processor", "a.json")
 
 
 def test_a_run_stores_every_result_and_goes_on(performance, monkeypatch, tmp_path):
@@ -413,7 +434,7 @@ def test_halves_and_parts(performance, monkeypatch, tmp_path):
     assert performance.parts_of([1]) == ["cases", "kernels", "scaling"]
     assert performance.parts_of([2]) == ["cases", "start_up", "decayed", "commands"]
     assert sorted(performance.parts_of([1, 2])) == sorted({*performance.parts_of([1]), *performance.parts_of([2])})
-    monkeypatch.setattr(performance, "RESULTS", tmp_path / "performance.json")
+    monkeypatch.setattr(performance, "RESULTS", tmp_path / "here" / "performance.json")
     monkeypatch.setattr(performance, "DOCUMENT", tmp_path / "performance.md")
     ran: list[str] = []
 

@@ -234,10 +234,10 @@ def test_against_compares_with_one_peer(fakes):
 @pytest.fixture
 def performance(monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    for name in ("performance", "performance_document"):
+    for name in ("machines", "performance", "performance_document"):
         monkeypatch.delitem(sys.modules, name, raising=False)
     module = importlib.import_module("performance")
-    monkeypatch.setattr(module, "RESULTS", tmp_path / "performance.json")
+    monkeypatch.setattr(module, "RESULTS", tmp_path / "here" / "performance.json")
     monkeypatch.setattr(module, "DOCUMENT", tmp_path / "performance.md")
     monkeypatch.setattr(module.metadata, "version", lambda name: "1.2")
     return module
@@ -245,7 +245,8 @@ def performance(monkeypatch, tmp_path):
 
 def test_peers_are_gathered_from_several_runs(performance, fakes, monkeypatch):
     empty = performance.load()
-    performance.RESULTS.write_text(json.dumps({**empty, "machine": performance.machine(), "versions": {"torch": "9"}}))
+    here = {"machine": performance.machines.facts(), "versions": {"torch": "9"}}
+    performance.machines.write(performance.RESULTS, {**empty, **here})
     for peer in ("jax", "onert"):
         monkeypatch.setattr(sys, "argv", ["performance.py", "--parts", "peers", "--peers", peer, "--turns", "2",
                                           "--threads", "2", "--batches", "8", "--only", "lenet5"])  # fmt: skip
