@@ -622,16 +622,19 @@ def test_a_profile_may_name_methods(tmp_path):
     assert effective(device, "dense")[0].methods.filter == "none"
 
 
-def test_boards_learn_streams_with_edge_unless_told_otherwise(tmp_path):
+def test_boards_learn_streams_with_edge_where_the_network_knows_its_data(tmp_path):
     from dataclasses import asdict
 
     from edgetrain.cli.config import RECIPES, effective
 
     def methods(given=None, recipe=None, profile="raspberrypi4", enabled=True) -> dict:
-        given = {"device": {"profile": profile}, "stream": {"enabled": enabled}} | (given or {})
+        known = {"model": {"initial_weights": "model.onnx"}}
+        given = known | {"device": {"profile": profile}, "stream": {"enabled": enabled}} | (given or {})
         return asdict(effective(given, recipe)[0].methods)
 
-    assert methods() == RECIPES["edge"]
+    assert methods() == methods({"model": {"name": "Mine.ONNX"}}) == RECIPES["edge"]
+    assert methods({"model": {"name": "lenet5"}}) == RECIPES["dense"]
+    assert methods({"model": {"name": "lenet5"}}, "edge") == RECIPES["edge"]
     assert methods(recipe="dense") == methods(enabled=False) == methods(profile="generic-x86_64") == RECIPES["dense"]
     assert methods({"methods": {"sparsity": "rigl"}}) == RECIPES["dense"] | {"sparsity": "rigl"}
     assert methods({"methods": {"filter": "none"}}) == RECIPES["dense"]

@@ -12,7 +12,7 @@ import numpy as np
 
 import edgetrain
 from edgetrain.checkpoint import load_checkpoint, read_checkpoint, save_checkpoint
-from edgetrain.cli.config import Config, MethodSettings, check_stream, from_flags, from_run
+from edgetrain.cli.config import Config, MethodSettings, check_stream, from_flags, from_run, why_dense
 from edgetrain.cli.endings import (
     begin,
     check_baseline,
@@ -59,7 +59,7 @@ def fit_command(flags: Mapping[str, Any]) -> None:
     if flags["baseline"]:
         check_baseline(config)
     display = choose_display(flags["quiet"], flags["json"], config.device.memory_budget_mib)
-    for sentence in left_out:
+    for sentence in [*left_out, *why_dense(config, profile, flags["recipe"], by_recipe)]:
         display.say(sentence)
     with runs_released(), _Closing(display):
         if config.stream.enabled:
