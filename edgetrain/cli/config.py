@@ -265,8 +265,8 @@ def why_dense(config: Config, profile: DeviceProfile, recipe: str | None, by_rec
     if not left_open or usual == "dense" or _begins_trained(asdict(config.model)) or config.methods != MethodSettings():
         return []
     return [
-        f"the network begins untrained, so every instance is learned from; recipe '{usual}' is for a network that knows "
-        f"its data (--initial-weights, or an .onnx file as --model), or when you ask for it (--recipe {usual})"
+        f"the network begins untrained, so every instance is learned from; recipe '{usual}' is for a network that "
+        f"knows its data (--initial-weights, or an .onnx file as --model), or for who asks for it (--recipe {usual})"
     ]
 
 
