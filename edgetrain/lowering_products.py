@@ -56,7 +56,7 @@ class ProductLowering(SparseLowering):
         """Emit ``y = weights * x + bias`` of a Conv, Gemm or MatMul."""
         if self._winograd(g, node.input(1), g.out):
             winograd.forward(self, node, g)
-        elif self.runs_sparse(node.input(1)):
+        elif self.runs_sparse(node.input(1), g):
             self.sparse_forward(node, g)
         else:
             self._direct_forward(node, g)
@@ -65,14 +65,14 @@ class ProductLowering(SparseLowering):
         """Emit the gradient of a product's input, from (grad_out, weights)."""
         if self._winograd(g, node.input(1), g.size):
             winograd.input_grad(self, node, g)
-        elif self.runs_sparse(node.input(1)):
+        elif self.runs_sparse(node.input(1), g):
             self.sparse_input_grad(node, g)
         else:
             self._direct_input_grad(node, g)
 
     def product_weight_grad(self, node: Node, g: Product) -> None:
         """Emit the gradient of a product's weights, from (x, grad_out)."""
-        if self.keeps_lists(node.get("like"), winograd.suits(self, g, g.out)):
+        if self.keeps_lists(node.get("like"), g, winograd.suits(self, g, g.out)):
             self.sparse_weight_grad(node, g)
             return
         with self.whole_gradient(node, g) as target:
@@ -81,11 +81,11 @@ class ProductLowering(SparseLowering):
             else:
                 self._direct_weight_grad(node, g, target)
 
-    def keeps_lists(self, weight: Value, winograd: bool) -> bool:
+    def keeps_lists(self, weight: Value, g: Product, winograd: bool) -> bool:
         """Whether only the gradients of weights that exist are wanted, and computed by lists; see ``runs_sparse``."""
         index = self.sparse.get(weight.name)
         compact = index is not None and index.compact and not self.whole_gradients
-        return compact and self.runs_sparse(weight, winograd)
+        return compact and self.runs_sparse(weight, g, winograd)
 
     @contextmanager
     def whole_gradient(self, node: Node, g: Product) -> Iterator[Ref]:
@@ -106,7 +106,7 @@ class ProductLowering(SparseLowering):
 
     def _winograd(self, g: Product, weight: Value, size: Pair) -> bool:
         """Whether a product over output maps of ``size`` needs fewer multiplications so."""
-        return winograd.suits(self, g, size) and not self.runs_sparse(weight, winograd=True)
+        return winograd.suits(self, g, size) and not self.runs_sparse(weight, g, winograd=True)
 
     # --- direct kernels ---
 

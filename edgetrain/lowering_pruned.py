@@ -93,7 +93,7 @@ class PrunedLowering(ProductLowering):
         if self._winograd(kept, node.input(1), g.size):
             winograd.input_grad(self, node, kept, self.address(node.input(2)))
             return
-        if self.runs_sparse(node.input(1)):
+        if self.runs_sparse(node.input(1), g):
             self.sparse_input_grad(node, g, node.input(2))
             return
         grad, out = self.layout(node.x), self.layout(node.y)
@@ -135,7 +135,7 @@ class PrunedLowering(ProductLowering):
     def pruned_weight_grad(self, node: Node, g: Product) -> None:
         """Zeros for the channels that are not kept; for the others as the gradient of all."""
         few = replace(g, channels_out=node.input(2).size)
-        if self.keeps_lists(node.get("like"), winograd.suits(self, few, g.out)):
+        if self.keeps_lists(node.get("like"), g, winograd.suits(self, few, g.out)):
             self.sparse_weight_grad(node, g, node.input(2))
             return
         with self.whole_gradient(node, g) as target:

@@ -6,13 +6,14 @@ topology needs no new plan.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from edgetrain.arrays import Layout
-from edgetrain.choice import target
+from edgetrain.choice import simd_lanes, target
 from edgetrain.graph import Node, Value
 from edgetrain.kernels.codes import ABSENT, ALL_COUNT, FLAGGED_COLUMNS, FLAGGED_ROWS, SAMPLES
 from edgetrain.lowering_core import LoweringCore, Pair
@@ -42,10 +43,14 @@ _ENTRIES_PER_PART = 12
 # Kernels whose multiply-accumulates are those of the weights that exist.
 SKIPS_WEIGHTS = ("multiply_csr", "correlate_csr", "gradients_csr")
 # Weights run on lists of non-zeros if a row's entries, and what a row costs besides, are at most this share of a dense
-# row: then they were never slower than the dense kernels in any of ten layers of ResNet-20 and LeNet-5 at batch 32, 2
-# threads, densities 0.1 to 0.5. Lists and direct kernels were equally fast at density 0.3 (1x1, 16 inputs) to above 0.5
-# (first layer), lists and Winograd's kernels at 0.28 to 0.33.
-_DIRECT_SHARE, _WINOGRAD_SHARE = 0.45, 0.28
+# row; else they are written out for dense kernels. Of direct kernels by the vectors of the output's pixels (one pixel of
+# a full vector of samples is one), since an entry costs some 25 cycles however few vectors it meets. Measured where both
+# were equally fast, writing out included (forward and both gradients, one thread, batch 8 to 128, AVX-512): 0.12 to 0.14
+# for one vector (fully connected, batch 16), 0.18 for two, 0.34 for four, 0.43 for eight, from 0.44 on for more. With a
+# fixed share of 0.45 fully connected layers with 0.4 of their weights took 2.9 times as long as dense ones.
+_VECTORS, _DIRECT_SHARES = (1, 2, 4, 8, 16), (0.12, 0.18, 0.33, 0.42, 0.45)
+# Of Winograd's kernels: 0.28 to 0.4 in layers of ResNet-20 at batch 32, 0.27 at batch 8.
+_WINOGRAD_SHARE = 0.27
 _ROW_ENTRIES = 2.5
 
 
@@ -163,27 +168,50 @@ def _table(grid: Grid, rows: list[Pair], runs: int, starts: list[int]) -> list[P
     return [(a + s * x_step, b + s * y_step) for group in groups for s in starts for a, b in group]
 
 
-def suits_lists(index: SparseIndex, winograd: bool) -> bool:
+def vectors_of(pixels: int, blocks: int, lanes: int) -> float:
+    """Return how many full vectors of the machine the pixels of all samples make.
+
+    Where samples fill half a vector, dense kernels fill the rest with neighbouring pixels; lists do not.
+    """
+    return pixels * blocks * lanes / simd_lanes()
+
+
+def suits_lists(index: SparseIndex, winograd: bool, vectors: float) -> bool:
     """Whether products with these weights run on lists of non-zeros; plans are made anew when the answer changes.
 
-    ``winograd``: whether the dense kernels would be Winograd's, which are faster than direct ones.
+    Args:
+        index: of the weights.
+        winograd: whether the dense kernels would be Winograd's, which are faster than direct ones.
+        vectors: see ``vectors_of``.
 
     Example:
         >>> index = SparseIndex((16, 16, 3, 3), capacity=16 * 16 * 9 * 3 // 10)
-        >>> suits_lists(index, winograd=False), suits_lists(index, winograd=True)
-        (True, False)
+        >>> [suits_lists(index, *case) for case in ((False, 64), (True, 64), (False, 4))]
+        [True, False, False]
     """
-    entries = (index.capacity if index.compact else index.count) / index.rows
-    return entries + _ROW_ENTRIES <= (_WINOGRAD_SHARE if winograd else _DIRECT_SHARE) * index.row_size
+    return keeps_within(index, most_entries(index, winograd, vectors))
+
+
+def most_entries(index: SparseIndex, winograd: bool, vectors: float) -> float:
+    """Return how many entries a row may have on average for ``suits_lists``."""
+    share = float(np.interp(vectors, _VECTORS, _DIRECT_SHARES))
+    return (min(share, _WINOGRAD_SHARE) if winograd else share) * index.row_size - _ROW_ENTRIES
+
+
+def keeps_within(index: SparseIndex, most: float) -> bool:
+    """Whether a row has at most so many entries: as many as there is room for, where that cannot change."""
+    return (index.capacity if index.compact else index.count) <= most * index.rows
 
 
 class SparseLowering(LoweringCore):
     """Lowers products with sparse weights; ``g`` is the product's ``ops.conv.Product``."""
 
-    def runs_sparse(self, weight: Value, winograd: bool = False) -> bool:
+    def runs_sparse(self, weight: Value, g: Product, winograd: bool = False) -> bool:
         """Whether a weight's products run on its list of non-zeros; else they are dense, see ``suits_lists``."""
         index = self.sparse.get(weight.name)
-        return index is not None and self.kind == SAMPLES and suits_lists(index, winograd)
+        if index is None or self.kind != SAMPLES:
+            return False
+        return suits_lists(index, winograd, vectors_of(math.prod(g.out), self.blocks, self.lanes))
 
     def sparse_forward(self, node: Node, g: Product) -> None:
         """Emit ``y = weights * x + bias``."""

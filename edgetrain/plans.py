@@ -7,7 +7,8 @@ A plan is a training step or a prediction lowered to a table of kernel calls: ``
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -22,10 +23,10 @@ from edgetrain.graph import Graph
 from edgetrain.kernels.codes import UPDATE_JOB
 from edgetrain.lowering import Lowering
 from edgetrain.lowering_channels import ChannelLowering, fits
-from edgetrain.lowering_sparse import SKIPS_WEIGHTS, suits_lists
+from edgetrain.lowering_sparse import SKIPS_WEIGHTS, keeps_within, most_entries, suits_lists, vectors_of
 from edgetrain.memory import Lifetime, place
 from edgetrain.ops import get_op
-from edgetrain.ops.conv import ProductOp, weights_of
+from edgetrain.ops.conv import Product, ProductOp, weights_of
 from edgetrain.optim import Optimizer
 from edgetrain.parameters import Parameters
 from edgetrain.plan import KernelKey, Plan, Ref
@@ -120,6 +121,7 @@ class Plans:
         self.latest: Executor | None = None
         self._executors: dict[tuple[bool, int, bool, str, tuple[bool, ...]], Executor] = {}
         self._forward_plans: dict[tuple[bool, ...], Plan] = {}  # the latest, by which weights run on lists
+        self._changing: dict[int, list[tuple[SparseIndex, float]]] = {}  # by blocks, see ``_limits``
         self._macs: dict[str, int] = {}  # of one sample's step: before and after every policy has rewritten the graph
 
     def use_team(self, team: Team) -> None:
@@ -159,7 +161,7 @@ class Plans:
         if self._error_pruning is not None:
             self._error_pruning.rewrite(made)
         if not self.by_channel:
-            list_pooled_errors(made, self.lanes)
+            list_pooled_errors(made, self.lanes, self._stays_listed)
         if self._error_pruning is not None:
             self._error_pruning.skip(made)
         self.parameters.start_records(made.graph.nodes, made.records)
@@ -169,7 +171,9 @@ class Plans:
     @functools.cached_property
     def _combined(self) -> TrainingGraph:
         """The training graph of steps that need no gradients of weights that do not exist."""
-        return self.training if self.by_channel else combine_gradients(self.training, self.parameters.sparse)
+        if self.by_channel:
+            return self.training
+        return combine_gradients(self.training, self.parameters.sparse, self._blocks(self._batch_size), self.lanes)
 
     @functools.cached_property
     def step_macs(self) -> int:
@@ -192,7 +196,7 @@ class Plans:
         dense = self._dense_forward_macs
         if not self.parameters.sparse:
             return dense
-        key = self._listed()
+        key = self._listed(self._batch_size)
         if key not in self._forward_plans:
             self._forward_plans = {key: self.plan(False, self._batch_size)}  # to be looked at, not run
         return dense - _skipped_weights(self._forward_plans[key])
@@ -238,7 +242,7 @@ class Plans:
         Raises:
             MemoryBudgetError: the plan does not fit into the budget.
         """
-        key = (training, self._blocks(count), whole_gradients, buffer, self._listed())
+        key = (training, self._blocks(count), whole_gradients, buffer, self._listed(count))
         executor = self._executors.pop(key, None)
         if executor is None:
             plan = self.plan(training, count, whole_gradients, buffer)
@@ -252,10 +256,33 @@ class Plans:
             self.latest = executor
         return executor
 
-    def _listed(self) -> tuple[bool, ...]:
-        """Return which weights run on lists of non-zeros now, of those whose number of non-zeros may change."""
-        changing = [index for index in self.parameters.sparse.values() if not index.compact]
-        return tuple(suits_lists(index, winograd) for index in changing for winograd in (False, True))
+    def _listed(self, count: int) -> tuple[bool, ...]:
+        """Return which products of ``count`` samples run on lists of non-zeros now, of those where that may change."""
+        blocks = self._blocks(count)
+        if blocks not in self._changing:
+            self._changing[blocks] = list(self._limits(blocks))
+        return tuple(keeps_within(index, most) for index, most in self._changing[blocks])
+
+    def _stays_listed(self, weight: str, g: Product) -> bool:
+        """Return whether a product's gradients are to be made from lists of its weights.
+
+        Also where their number may change. Lists of exact zeros leave about as much as Winograd's kernels do.
+        """
+        index = self.parameters.sparse.get(weight)
+        if index is None or not index.compact:
+            return index is not None
+        vectors = vectors_of(math.prod(g.out), self._blocks(self._batch_size), self.lanes)
+        return suits_lists(index, True, vectors)
+
+    def _limits(self, blocks: int) -> Iterator[tuple[SparseIndex, float]]:
+        """Yield index and most entries of the products with weights whose number of non-zeros may change."""
+        for node in self.graph.nodes:
+            op = get_op(node.op_type)
+            if isinstance(op, ProductOp):
+                index = self.parameters.sparse.get(node.input(1).name)
+                if index is not None and not index.compact:
+                    vectors = vectors_of(math.prod(op.product(node).out), blocks, self.lanes)
+                    yield from ((index, most_entries(index, winograd, vectors)) for winograd in (False, True))
 
     def largest(self, count: int) -> Plan:
         """Return the plan of the training step of ``count`` samples that needs most memory."""

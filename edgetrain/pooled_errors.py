@@ -7,6 +7,7 @@ A max pool hands each gradient to one pixel of a window, a Relu stops about half
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 
 from edgetrain.autodiff import TrainingGraph
@@ -28,22 +29,23 @@ _MARGIN, _MEMORY = 0.9, 1.5
 _READERS = {"ProductInputGrad", "ProductWeightGrad", "SumTo"}
 
 
-def list_pooled_errors(train: TrainingGraph, lanes: int) -> None:
+def list_pooled_errors(train: TrainingGraph, lanes: int, listed: Callable[[str, Product], bool]) -> None:
     """Let convolutions compute their gradients from lists of what comes to the max pool behind them, where that pays.
 
-    Not where some weights do not exist: their products skip zeros already.
+    Not where the products run on lists of the weights that exist: they skip zeros already.
 
     Args:
         train: is changed: the pool's gradient becomes ``PooledErrors``, its readers ``PooledInputGrad`` and
             ``PooledWeightGrad``; the bias gets the sum of what comes to the pool.
         lanes: samples in a vector.
+        listed: whether the product with the weights of that name runs on such a list.
     """
     for node in [n for n in train.graph.nodes if n.op_type == "MaxPoolGrad"]:
         readers, pool = train.graph.consumers(node.y.name), MaxPoolGrad().pool(node)
         conv = train.graph.producer(node.get("like").name)
         if conv is None or conv.op_type != "Conv" or int(conv.get("group", 1)) != 1:
             continue
-        if conv.input(1).name in train.densities:
+        if listed(conv.input(1).name, Conv().product(conv)):
             continue
         kinds = {reader.op_type for reader in readers}
         if not pool.inside or "ProductWeightGrad" not in kinds or not kinds <= _READERS:

@@ -7,6 +7,7 @@ import pytest
 
 from edgetrain import reference
 from edgetrain.autodiff import LABELS, TARGET, training_graph
+from edgetrain.choice import simd_lanes
 from edgetrain.combining import combine_gradients
 from edgetrain.graph import Graph
 from edgetrain.kernels.registry import argument_names
@@ -48,7 +49,7 @@ class Sparse:
 
     def __init__(self, case: Case, monkeypatch: pytest.MonkeyPatch, lanes: int = 4, threads: int = 1) -> None:
         self.case, self.indexes = case, products(case)
-        monkeypatch.setattr("edgetrain.lowering_sparse._DIRECT_SHARE", np.inf)
+        monkeypatch.setattr("edgetrain.lowering_sparse._DIRECT_SHARES", (1e9,) * 5)
         monkeypatch.setattr("edgetrain.lowering_sparse._WINOGRAD_SHARE", np.inf)
         self.learner: Learner = learner(case.graph(), lanes, threads, loss=case.loss)
         self.learner._parameters.sparse.update(self.indexes)
@@ -268,7 +269,7 @@ def test_one_pass_is_the_same_gradients_on_paper(case, monkeypatch):
     monkeypatch.setattr("edgetrain.combining._MOST_PIXELS", 10)
     train = training_graph(case.graph(), case.loss)
     nodes = list(train.graph.nodes)
-    made = combine_gradients(train, products(case))
+    made = combine_gradients(train, products(case), 1, simd_lanes())
     assert train.graph.nodes == nodes
     x, y = case.batch(3)
 
@@ -300,7 +301,7 @@ def test_one_pass_changes_no_bit_of_an_input_gradient(monkeypatch):
     sparse.thin_out(1, 0.3)
     together = sparse.gradients(x, y)
     plan = sparse.learner.training_plan()
-    monkeypatch.setattr("edgetrain.plans.combine_gradients", lambda train, sparse: train)
+    monkeypatch.setattr("edgetrain.plans.combine_gradients", lambda train, *_: train)
     apart = Sparse(BLOCKS, monkeypatch)
     apart.thin_out(1, 0.3)
     wanted = apart.gradients(x, y)

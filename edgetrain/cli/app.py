@@ -76,7 +76,7 @@ def fit(
     threads: Threads = None,
     memory_budget: MemoryBudget = None,
     initial_weights: Annotated[Text, typer.Option(help="An .onnx file to start from.")] = None,
-    recipe: Annotated[Text, typer.Option(help="edge or dense. [default: edge for streams with trained weights]")] = None,
+    recipe: Annotated[Text, typer.Option(help="edge or dense. [default: edge for streams of trained networks]")] = None,
     filter_: Annotated[Text, typer.Option("--filter", help="Instance filter, such as eif:rate=0.3; or none.")] = None,
     sparsity: Annotated[Text, typer.Option(help="Weight sparsity, such as swat:weights=0.9; or none.")] = None,
     error_pruning: Annotated[Text, typer.Option(help="Error pruning, such as channels:keep=0.7; or none.")] = None,
