@@ -43,8 +43,8 @@ _ENTRIES_PER_PART = 12
 # Kernels whose multiply-accumulates are those of the weights that exist.
 SKIPS_WEIGHTS = ("multiply_csr", "correlate_csr", "gradients_csr")
 # Weights run on lists of non-zeros if a row's entries, and what a row costs besides, are at most this share of a dense
-# row; else they are written out for dense kernels. Of direct kernels by the vectors of the output's pixels (one pixel of
-# a full vector of samples is one), since an entry costs some 25 cycles however few vectors it meets. Measured where
+# row; else they are written out for dense kernels. Of direct kernels by the vectors of the output's pixels (one pixel
+# of a full vector of samples is one), since an entry costs some 25 cycles however few vectors it meets. Measured where
 # both were equally fast, writing out included (forward and both gradients, one thread, batch 8 to 128, AVX-512): 0.12
 # to 0.14 for one vector (fully connected, batch 16), 0.18 for two, 0.34 for four, 0.43 for eight, from 0.44 on for
 # more. With a fixed share of 0.45 fully connected layers with 0.4 of their weights took 2.9 times as long as dense.
