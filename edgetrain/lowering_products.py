@@ -101,8 +101,7 @@ class ProductLowering(SparseLowering):
         nbytes = 4 * index.size
         whole = self.kept(whole_gradient(weight.name), nbytes) if self.whole_gradients else self.workspace(nbytes)
         yield whole
-        self.emit("gather_sparse", (), index.rows, values=self.address(node.y), dense=whole, **self.index(weight),
-                  dense_row=g.weight_out, dense_column=g.weight_tap if len(g.taps) > 1 else g.weight_in)  # fmt: skip
+        self.emit("gather_sparse", (), index.rows, values=self.address(node.y), dense=whole, **self._stored(weight, g))
 
     def _winograd(self, g: Product, weight: Value, size: Pair) -> bool:
         """Whether a product over output maps of ``size`` needs fewer multiplications so."""
@@ -140,9 +139,13 @@ class ProductLowering(SparseLowering):
             return self.address(weight)
         dense = self.workspace(4 * index.size + ALIGNMENT)  # a tile may read behind the last row
         self.emit("expand_sparse", (), index.rows, values=self.address(weight), dense=dense, row_size=index.row_size,
-                  **self.index(weight), dense_row=g.weight_out,
-                  dense_column=g.weight_tap if len(g.taps) > 1 else g.weight_in)  # fmt: skip
+                  **self._stored(weight, g))  # fmt: skip
         return dense
+
+    def _stored(self, weight: Value, g: Product) -> dict[str, int | Ref]:
+        """Return where a sparse weight's index is, and the strides of a dense array of its weights."""
+        strides = {"dense_row": g.weight_out, "dense_column": g.weight_tap if len(g.taps) > 1 else g.weight_in}
+        return self.index(weight) | ({"places": 0} if self.sparse[weight.name].compact else {}) | strides
 
     def _direct_weight_grad(self, node: Node, g: Product, target: Ref) -> None:
         """One gather-correlate, or an outer product where there is one pixel."""
