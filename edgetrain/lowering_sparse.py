@@ -186,7 +186,7 @@ def suits_lists(index: SparseIndex, winograd: bool, vectors: float) -> bool:
 
     Example:
         >>> index = SparseIndex((16, 16, 3, 3), capacity=16 * 16 * 9 * 3 // 10)
-        >>> [suits_lists(index, *case) for case in ((False, 64), (True, 64), (False, 4))]
+        >>> [suits_lists(index, *case) for case in ((False, 64), (True, 64), (False, 2))]
         [True, False, False]
     """
     return keeps_within(index, most_entries(index, winograd, vectors))

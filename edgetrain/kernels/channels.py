@@ -18,6 +18,7 @@ from edgetrain.kernels.simd import (
     arguments,
     broadcast,
     fma,
+    lane_numbers,
     load,
     load_f32,
     load_i64,
@@ -67,6 +68,23 @@ def copy_scalars() -> Body:
             for i in range(count):
                 value = load_f32(x + block * x_block + load_i64(table + 16 * i))
                 store_f32(y + block * y_block + load_i64(table + 16 * i + 8), value)
+
+    return body
+
+
+@kernel("y", "bias", "channels", "maps", "y_block")
+def add_bias_channels(lanes: int) -> Body:
+    """Add a number per channel to maps of one pixel; lanes behind the last channel become 0. Job: (sample, map)."""
+
+    def body(args: int, first: int, last: int) -> None:
+        y, bias, channels, maps, y_block = arguments(args, 5)
+        zero = broadcast(0.0, lanes)
+        for job in range(first, last):
+            sample, group = job // maps, job % maps
+            place = y + sample * y_block + 4 * lanes * group
+            value = load(place, lanes) + load(bias + 4 * lanes * group, lanes)
+            rest = broadcast(float(channels - group * lanes), lanes)
+            store(place, select_gt(rest, lane_numbers(lanes), value, zero))
 
     return body
 
