@@ -42,11 +42,13 @@ _LISTED = ("ListedInputGrad", "ListedWeightGrad", "PooledInputGrad", "PooledWeig
 _SMALL_BATCH = 4
 # Batches so small nevertheless have lists of weights, and mostly empty lanes, where the lists leave at most this share
 # of the operations, by batch size (a step at batch 1, lists and written out against dense: ResNet-8 with 0.10 left 1.60
-# and 1.07, with 0.02 0.91 and 1.06; at batch 2 0.87 and 1.04; at batch 4 with 0.18 0.70 and 1.02), or where a weight
-# has few operations, so that writing it out costs as much as they do (LeNet-5 with a tenth of its weights 0.84, 1.31).
-# Layers with a larger share of their weights count as dense: about there lists stop being faster (``lowering_sparse``).
+# and 1.07, with 0.02 0.91 and 1.06; at batch 2 0.87 and 1.04; at batch 4 with 0.18 0.70 and 1.02). Or, where a weight
+# has so few operations that writing it out costs as much as they do, at most this share of the weights (LeNet-5 with
+# 0.1, 0.05 and 0.01 of them: at batch 1 lists 1.23, 0.98, 0.66 and written out 1.02, 0.98, 0.95, at batch 2 0.92, 0.74,
+# 0.50 and 0.98, 0.96, 0.94). Layers with a larger share of their weights count as dense: about there lists stop being
+# faster (``lowering_sparse``).
 _LISTED_SHARE = 0.3
-_LEFT, _FEW_OPERATIONS = {1: 0.02, 2: 0.1, 3: 0.75, 4: 0.75}, 10
+_LEFT, _FEW_OPERATIONS, _FEW_WEIGHTS = {1: 0.02, 2: 0.1, 3: 0.75, 4: 0.75}, 10, {1: 0.05, 2: 0.1}
 
 
 @dataclass(frozen=True)
@@ -418,7 +420,7 @@ def _lists_pay(graph: Graph, sparse: Mapping[str, SparseIndex], batch_size: int)
 
     Depthwise convolutions, which have no lists, are several times slower in empty lanes.
     """
-    operations = left = weights = 0.0
+    operations = left = weights = existing = 0.0
     for node in graph.nodes:
         op = get_op(node.op_type)
         if isinstance(op, ProductOp):
@@ -430,7 +432,8 @@ def _lists_pay(graph: Graph, sparse: Mapping[str, SparseIndex], batch_size: int)
             operations += g.macs
             left += g.macs * (share if share <= _LISTED_SHARE else 1.0)
             weights += node.input(1).size
-    few = operations <= _FEW_OPERATIONS * weights
+            existing += share * node.input(1).size
+    few = operations <= _FEW_OPERATIONS * weights and existing <= _FEW_WEIGHTS.get(batch_size, 1.0) * weights
     return left < operations and (few or left <= _LEFT.get(batch_size, 1.0) * operations)
 
 
