@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -82,7 +83,7 @@ class ListedLowering(PooledLowering):
                       count=pixels * (x.channels if by_element else x.planes), per_sample=int(by_element))  # fmt: skip
 
     def error_lists(self, node: Node, g: Product) -> None:
-        """Emit the lists that are read, and how long they are."""
+        """Emit the lists that are read, and how many vectors are in none because of pruning."""
         x, grad, by_pixel = self.layout(node.get("like")), self.layout(node.x), bool(node.get("by_pixel"))
         lists, base = self._error_lists(g), self.address(node.y)
         self.plan.sizes[self.plan.buffer(node.y.name)] = lists.nbytes if by_pixel else lists.entries
@@ -100,8 +101,13 @@ class ListedLowering(PooledLowering):
                 counts=base + lists.counts, pixel_count=lists.pixels, channels=g.channels_out,
                 pixel_chunk=_PIXELS_PER_JOB, pixel_chunks=chunks,
             )  # fmt: skip
-        self.emit("count_listed", (), 1, segments=base, tally=Ref("tally", TALLY_BYTES * int(node.get("record"))),
-                  channels=g.channels_out, vectors=lists.vectors)  # fmt: skip
+        pruned = node.get("pruned")
+        planes = self.layout(pruned).channels
+        self.emit(
+            "count_listed", (), 1, segments=base, counts=Ref(f"counts:{pruned.name}"),
+            tally=Ref("tally", TALLY_BYTES * int(node.get("record"))), channels=g.channels_out, planes=planes,
+            groups=math.gcd(planes, g.channels_out), blocks=self.blocks, vectors=lists.vectors,
+        )  # fmt: skip
 
     def listed_input_grad(self, node: Node, g: Product) -> None:
         """Pack the weights, then one gathering product; the stride is in its tables."""

@@ -194,6 +194,10 @@ class GradientPruning(ErrorPruning):
     The gradients of convolutions with groups (depthwise ones) or shared weights and of fully connected layers are
     pruned only where a convolution of one group gets its error map from them.
 
+    Operations count as saved where numbers are zero because of pruning. What a Relu makes zero anyway is no saving
+    (of vectors that is an estimate, see ``kernels.error_lists.count_listed``), nor what comes as zeros from a layer
+    behind that is pruned itself.
+
     Attributes:
         rate: ``group="element"``: the paper's p, the share of normally distributed gradients below the threshold, of
             which some are promoted to it: with 0.9 a share of 0.46 stays. ``group="lanes"``: the threshold is the mean
@@ -242,17 +246,18 @@ class GradientPruning(ErrorPruning):
                 self._prune(train, source)
 
     def skip(self, train: TrainingGraph) -> None:
-        """List the vectors that are left, and let products that skip exact zeros anyway count what pruning adds."""
+        """List the vectors that are left, and let all products that skip zeros count what pruning adds."""
         pooled = [node for node in train.graph.nodes if node.op_type == "PooledErrors"]
         if self.group == "lanes":
             for error_map in self._error_maps(train):
-                list_errors(train, error_map)
+                if (pruned := _pruning(train, error_map.value)) is not None:
+                    list_errors(train, error_map, pruned.y)
+                else:
+                    train.records += 1
             # Which error maps became lists depends on the machine; the records of a checkpoint must not.
             train.records += len(pooled)
         for node in pooled:
-            source = _source(train, node.input(1))
-            pruned = None if source is None else _producer(train, source)
-            if pruned is not None and pruned.op_type == "PrunedGradient":
+            if (pruned := _pruning(train, node.input(1))) is not None:
                 for reader in train.graph.consumers(node.y.name):
                     attributes = {**reader.attributes, "record": pruned.get("record")}
                     train.graph.nodes[train.graph.nodes.index(reader)] = replace(reader, attributes=attributes)
@@ -291,6 +296,13 @@ def _source(train: TrainingGraph, value: Value) -> Value | None:
     return None if node.op_type.endswith("LossGrad") else value
 
 
+def _pruning(train: TrainingGraph, value: Value) -> Node | None:
+    """Return the ``PrunedGradient`` that zeros of an error map come from, if one was inserted."""
+    source = _source(train, value)
+    made = None if source is None else _producer(train, source)
+    return made if made is not None and made.op_type == "PrunedGradient" else None
+
+
 def _producer(train: TrainingGraph, value: Value) -> Node:
     node = train.graph.producer(value.name)
     assert node is not None
@@ -300,8 +312,11 @@ def _producer(train: TrainingGraph, value: Value) -> Node:
 _LISTED = {"ProductInputGrad": "ListedInputGrad", "ProductWeightGrad": "ListedWeightGrad"}
 
 
-def list_errors(train: TrainingGraph, error_map: ErrorMap) -> None:
-    """Let both gradients of a convolution skip the vectors of its error map that are zero."""
+def list_errors(train: TrainingGraph, error_map: ErrorMap, pruned: Value) -> None:
+    """Let both gradients of a convolution skip the vectors of its error map that are zero.
+
+    They count as saved what is zero because ``pruned`` is, the output of a ``PrunedGradient``.
+    """
     graph, conv = train.graph, error_map.conv
     lists = Value(f"{error_map.value.name}.{conv.name}.lists", (1,), batched=False)
     graph.add_value(lists)
@@ -314,7 +329,7 @@ def list_errors(train: TrainingGraph, error_map: ErrorMap) -> None:
         )  # fmt: skip
     by_pixel = any(graph.nodes[i].op_type == "ListedInputGrad" for i in readers)
     attributes = {**conv.attributes, "forward": conv.op_type, "like": conv.x, "record": train.records,
-                  "by_pixel": by_pixel}  # fmt: skip
+                  "pruned": pruned, "by_pixel": by_pixel}  # fmt: skip
     made = Node("ErrorLists", lists.name, (error_map.value, conv.input(1)), (lists,), attributes)
     graph.nodes.insert(readers[0], made)
     train.records += 1

@@ -409,12 +409,70 @@ def test_pruning_starts_after_five_steps_and_is_unbiased_through_the_network(gro
     assert (np.abs(mean - wanted[name].ravel()) < 5.5 * deviation / rounds**0.5 + 1e-6).all()
 
 
-def test_skipped_vectors_are_counted():
-    (x, y), graph = batch(4), network()
+@pytest.mark.parametrize("norm", [False, True], ids=["plain", "norm"])
+def test_skipped_vectors_are_counted_when_pruning_has_begun(norm):
+    (x, y), graph = batch(4), network(norm)
     made = learner(graph, error_pruning=GradientPruning(rate=0.9, group="lanes"))
     steps = [made.partial_fit(x, y) for _ in range(8)]
-    assert steps[-1].saved_error_maps > steps[0].saved_error_maps > 0  # a Relu leaves vectors of zeros from the start
+    # A Relu leaves vectors of zeros from the start: the lists skip them, and nobody gets the credit.
+    assert [s.saved_error_maps for s in steps[:5]] == [0] * 5
+    assert all(s.saved_error_maps > 0 for s in steps[5:])
     assert all(s.macs_dense - s.macs_done == s.saved_error_maps for s in steps)
+
+
+def tallies(made: Learner) -> list[list[tuple[int, int]]]:
+    """What the latest step counted: of gradients that are pruned, and of lists of error maps, as these are computed."""
+    nodes = made.plans.training.graph.nodes
+    return [[made.topology.tally(n.get("record")) for n in nodes if n.op_type == kind]
+            for kind in ("PrunedGradient", "ErrorLists")]  # fmt: skip
+
+
+def test_vectors_that_are_zero_only_by_pruning_are_counted_one_by_one():
+    (x, y), made = batch(16), learner(residual_network(), error_pruning="gradients:rate=0.6,group=lanes")
+    for _ in range(7):
+        made.partial_fit(x, y)
+    nodes = made.plans.training.graph.nodes
+    records = {n.y: n.get("record") for n in nodes if n.op_type == "PrunedGradient"}
+    # Behind normalisations the error maps themselves are pruned.
+    themselves = [n for n in nodes if n.op_type == "ErrorLists" and n.x in records]
+    for node in themselves:
+        (kept, before), (done, total) = (made.topology.tally(r) for r in (records[node.x], node.get("record")))
+        assert 0 < kept < before
+        assert total - done == before - kept
+    assert len(themselves) == 5
+
+
+@pytest.mark.parametrize("behind", ["conv", "pool", "flatten"])
+def test_vectors_that_a_relu_makes_zero_are_no_saving(behind):
+    """Of the channels of the first convolution a half is dead and a half linear."""
+    (x, y), net = batch(24, (4, 8, 8)), Net((4, 8, 8))
+    h = net.Relu(net.conv("input", 16, 4, 3, 3, pads=SAME))
+    if behind == "pool":
+        h = net.AveragePool(h, kernel_shape=[2, 2], strides=[2, 2])
+    elif behind == "conv":
+        h = net.Relu(net.conv(h, 8, 16, 3, 3, pads=SAME))
+    weight = net.parameter(5, int(np.prod(net.shape(h))), spread=0.1)
+    net.graph.set_outputs([net.Gemm(net.Flatten(h), weight, transB=1)])
+    bias = next(node.input(2).name for node in net.graph.nodes if node.op_type == "Conv")
+    net.graph.arrays[bias][:] = np.where(np.arange(16) % 2, 100, -100)
+    made = learner(net.graph, error_pruning="gradients:rate=0.75,group=lanes", optimizer=et.SGD(lr=0.0, momentum=0.0))
+    for _ in range(7):
+        made.partial_fit(x, y)
+    pruned_maps, lists = tallies(made)
+    (kept, before), (done, total) = pruned_maps[-1], lists[-1]  # the first layer's come last
+    assert kept / before < 0.4
+    assert 1 - done / total == pytest.approx((1 - kept / before) / 2, abs=0.04)  # some channels keep more than others
+
+
+def test_the_gradient_of_the_loss_itself_has_no_lists():
+    net = Net((4, 8, 8))
+    h = net.Relu(net.conv("input", 8, 4, 3, 3, pads=SAME))
+    net.graph.set_outputs([net.Flatten(net.conv(h, 5, 8, 8, 8))])
+    (x, y), made = batch(8, (4, 8, 8)), learner(net.graph, error_pruning="gradients:rate=0.75,group=lanes")
+    steps = [made.partial_fit(x, y) for _ in range(7)]
+    assert [steps[4].saved_error_maps, steps[6].saved_error_maps > 0] == [0, True]
+    assert [len(counted) for counted in tallies(made)] == [1, 1]
+    assert len(made._parameters.buffers["records"]) == 3 * RECORD  # as in checkpoints of before
 
 
 @pytest.mark.parametrize("policy", [None, ErrorMapPruning(keep=0.5)], ids=str)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from llvmlite import ir
+from numba import njit
 from numba.core import cgutils, types
 
 from edgetrain.kernels.registry import Body, kernel
@@ -101,16 +102,49 @@ def list_channels() -> Body:
     return body
 
 
-@kernel("segments", "tally", "channels", "vectors")
+@njit
+def _listed(segments: Any, first: Any, last: Any) -> Any:
+    """Return how many vectors are listed of some channels."""
+    total = 0
+    for channel in range(first, last):
+        total += load_i64(segments + 16 * channel + 8)
+    return total
+
+
+@njit
+def _counted(counts: Any, planes: Any, blocks: Any, first: Any, last: Any) -> Any:
+    """Return how many vectors of some planes of every block were not zero after and before pruning."""
+    kept, before = 0, 0
+    for block in range(blocks):
+        for plane in range(block * planes + first, block * planes + last):
+            kept += load_i64(counts + 16 * plane)
+            before += load_i64(counts + 16 * plane + 8)
+    return kept, before
+
+
+@kernel("segments", "counts", "tally", "channels", "planes", "groups", "blocks", "vectors")
 def count_listed() -> Body:
-    """Write how many vectors are listed, and how many there are. One job."""
+    """Write how many vectors there are, less those that are zero because of pruning, and how many there are. One job.
+
+    ``counts``: of the gradient that was pruned, see ``stochastic``, which has ``planes`` in a block. Both are cut into
+    ``groups`` that belong together. Where an activation lies between, vectors may be zero anyway: as large a share of
+    those behind what was pruned away as of those behind what was kept in the same group (and, for groups that kept
+    next to nothing, in the whole map). That needs no mask, and hardly overestimates: after 60 steps of the plain
+    network of docs/pruning.md it found 42.6 % of the vectors pruned and not zero anyway where 42.1 were (rate 0.75:
+    60.0, 59.7). One share for all groups found 43.2 (60.7), and far too many where a channel is always zero.
+    """
 
     def body(args: int, first: int, last: int) -> None:
-        segments, tally, channels, vectors = arguments(args, 4)
-        total = 0
-        for channel in range(channels):
-            total += load_i64(segments + 16 * channel + 8)
-        store_i64(tally, total)
+        segments, counts, tally, channels, planes, groups, blocks, vectors = arguments(args, 8)
+        wide, high = channels // groups, planes // groups
+        total = _listed(segments, 0, channels)
+        everywhere = total / max(1, _counted(counts, planes, blocks, 0, planes)[0])
+        pruned = 0.0
+        for group in range(groups):
+            kept, before = _counted(counts, planes, blocks, group * high, (group + 1) * high)
+            listed = _listed(segments, group * wide, (group + 1) * wide)
+            pruned += (before - kept) * (listed + everywhere) / (kept + 1)
+        store_i64(tally, vectors - min(int(pruned), vectors - total))
         store_i64(tally + 8, vectors)
 
     return body

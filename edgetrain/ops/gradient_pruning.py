@@ -3,7 +3,8 @@
 - ``PrunedGradient``: a gradient -> the same, thinned out by chance without changing its expectation;
 - ``ErrorLists``: an error map -> lists of its vectors of samples that are not zero;
 - ``ListedInputGrad``, ``ListedWeightGrad``: the dense operators with the lists as one more input. They compute the
-  same; how much they skip is seen at run time.
+  same; how much they skip is seen at run time. Counted as saved is what pruning adds: not the vectors that are zero
+  without it.
 """
 
 from __future__ import annotations
@@ -50,15 +51,15 @@ class PrunedGradient(Op):
 class ErrorLists(Op):
     """An error map -> lists of its vectors that are not zero.
 
-    Attributes: those of the product; ``like``, its x; ``record``; ``by_pixel``: whether an input gradient will read
-    them, which goes by the channels of every pixel.
+    Attributes: those of the product; ``like``, its x; ``record``; ``pruned``, the gradient that zeros come from;
+    ``by_pixel``: whether an input gradient will read them, which goes by the channels of every pixel.
     """
 
     name = "ErrorLists"
     arity = (2, 2)
     training_only = True
     opaque = (0,)
-    attributes = (*ProductGrad.attributes, "record", "by_pixel")
+    attributes = (*ProductGrad.attributes, "record", "pruned", "by_pixel")
 
     def infer(self, node: Node) -> Sequence[tuple[Shape, bool]]:
         """An opaque array, whose size depends on the number of samples."""
