@@ -27,6 +27,7 @@ FILTERS = {
     "selective-top": et.SelectiveBackprop(rate=0.3, rule="top"),
     "random": et.RandomFilter(rate=0.3),
 }
+JUDGE = Judge(lambda x, y: np.ones(len(y)), 10_000, lambda: 10_000)
 EVERY_FILTER = pytest.mark.parametrize("name", FILTERS)
 
 
@@ -266,6 +267,39 @@ def test_it_finds_the_hard_instances():
     assert late[odd[2000:]].mean() > 1.5 * late[~odd[2000:]].mean()
 
 
+def dense_network(seed: int = 0) -> Graph:
+    rng, graph = np.random.default_rng(seed), Graph("dense", input_shape=SHAPE)
+    x, width = graph.add("Flatten", ["input"]), 64
+    for size in (128, 64, CLASSES):
+        weight = graph.parameter(f"weight{size}", rng.normal(0, (2 / width) ** 0.5, (size, width)))
+        x, width = graph.add("Gemm", [x, weight, graph.parameter(f"bias{size}", np.zeros(size))], transB=1), size
+        x = x if size == CLASSES else graph.add("Relu", [x])
+    graph.set_outputs([x])
+    return graph
+
+
+@pytest.mark.parametrize("name", ["eif", "eif-hard", "selective"])
+@pytest.mark.parametrize("make", [network, dense_network])
+def test_of_a_rare_new_kind_more_are_kept_than_by_chance(make, name):
+    """Behind 2,000 instances of one kind every tenth is turned round and has another label."""
+    shares = []
+    for seed in range(6):
+        some, keep = et.Learner(make(seed), PROFILE, batch_size=16, threads=1, seed=seed, instance_filter=FILTERS[name],
+                                optimizer=et.SGD(lr=0.05, momentum=0.9)), []  # fmt: skip
+        x, y, _ = instances(3000, seed, hard=0.0)
+        new = (np.arange(3000) >= 2000) & (np.random.default_rng(seed).random(3000) < 0.1)
+        x[new], y[new] = -x[new], (y[new] + 1) % CLASSES
+        choose = some.stream._choose
+        some.stream._choose = lambda *args, choose=choose, keep=keep: keep.append(choose(*args)) or keep[-1]
+        for i in range(0, 3000, 40):
+            some.observe(x[i : i + 40], y[i : i + 40])
+        kept = np.concatenate([choice.keep for choice in keep])
+        shares.append((kept[new].mean(), kept[2000:].mean()))
+    of_new, of_all = np.mean(shares, 0)
+    assert of_all == pytest.approx(0.3, abs=0.03)
+    assert of_new > 1.15 * of_all  # chance alone: 0.3, with a deviation of 0.02
+
+
 def test_everything_passes_at_the_start():
     some = learner(et.EarlyInstanceFilter(rate=0.2, start=200))
     results = stream_through(some, 400, 40)
@@ -291,6 +325,46 @@ def test_uncertain_instances_are_judged_and_paid_for():
     totals = [each.stream.totals["train"] for each in (none, some)]
     spent = totals[1].macs_selection - totals[0].macs_selection
     assert spent > judged * some.graph.macs()
+
+
+@pytest.mark.parametrize("predict", [False, True], ids=["train", "predict"])
+def test_the_whole_cost_of_the_filter_is_counted(predict):
+    some, steps = learner(et.EarlyInstanceFilter(rate=0.3, start=40, uncertain=0.2)), []
+    own = some.stream._selector._learner
+    partial_fit = own.partial_fit
+    own.partial_fit = lambda x, y: steps.append(partial_fit(x, y)) or steps[-1]
+    results = stream_through(some, 840, predict=predict)
+    assert results[0].macs_selection == 0  # the first instances pass unseen
+    uncertain, training = sum(r.instances_uncertain for r in results), sum(step.macs_done for step in steps)
+    assert (uncertain > 0) != predict
+    assert training == sum(step.instances_trained for step in steps) * own.plans.step_macs > 0
+    spent = 800 * own.graph.macs() + uncertain * some.graph.macs() + training
+    assert sum(r.macs_selection for r in results) == spent
+
+
+def test_the_less_sure_a_prediction_is_the_likelier_is_its_label_asked_for():
+    selector = et.EarlyInstanceFilter(rate=0.3, uncertain=0.1).selector(learner(), JUDGE)
+    scores = np.repeat([0.02, 0.5, 0.9], 2000)
+    x, y, rejected = np.zeros((6000, *SHAPE), np.float32), np.repeat([0, 1, 2], 2000), np.ones(6000, bool)
+    selector._put_aside((x, y, np.full(6000, -1.0)), scores, rejected)
+    _, kinds, weights, _ = selector._queue.take()
+    entropy = -scores * np.log(scores) - (1 - scores) * np.log(1 - scores)
+    wanted = 0.1 * (entropy + 0.01)[::2000] / selector._entropy
+    for kind, chance in enumerate(wanted):
+        assert (kinds == kind).sum() == pytest.approx(2000 * chance, rel=0.2)
+        np.testing.assert_allclose(weights[kinds == kind], 1 / chance)
+    assert wanted[1] > 2 * wanted[2] > 4 * wanted[0]
+
+
+def test_of_hard_labels_each_kind_weighs_as_much_as_the_other():
+    selector, lessons = FILTERS["eif-hard"].selector(learner(), JUDGE), []
+    train = selector._train
+    selector._train = lambda x, target, weights: lessons.append((target, weights)) or train(x, target, weights)
+    x, y, _ = instances(100)
+    selector._lesson(x, y, np.ones(100), np.arange(100.0))
+    ((target, weights),) = lessons
+    assert target.tolist() == [0.0] * 70 + [1.0] * 30
+    np.testing.assert_allclose(weights, [0.5 / 0.7] * 70 + [0.5 / 0.3] * 30)
 
 
 def test_losses_known_from_predicting_cost_no_forward_pass():
@@ -386,7 +460,7 @@ def test_the_filter_computes_with_the_threads_of_its_learner():
 
 
 def test_the_weight_of_an_instance_multiplies_its_squared_error():
-    selector = FILTERS["eif"].selector(learner(), Judge(lambda x, y: np.ones(len(y)), 10_000, lambda: 10_000))
+    selector = FILTERS["eif"].selector(learner(), JUDGE)
     tiny, x = selector._learner, instances(2)[0]
     roots, target = np.sqrt([3.0, 0.5]), np.array([0.9, 0.2])
     given = (roots * target).astype(np.float32)[:, None]

@@ -144,6 +144,20 @@ def test_predictions_come_before_learning():
     assert result.instances_trained == 16
 
 
+def test_the_recent_accuracy_fades_by_instances_not_by_calls():
+    some, hits, number, start = learner(), 0.0, 0.0, 0
+    x, y, _ = instances(1600)
+    for size in (1, 99, 500, 1000):
+        result = some.observe(x[start : start + size], y[start : start + size], predict=True)
+        hits, number = hits * 0.999**size + result.correct, number * 0.999**size + size
+        start += size
+        assert some.stream.recent_accuracy == pytest.approx(hits / number)
+    assert some.stream.recent_accuracy > some.stream.accuracy + 0.005  # it has learned meanwhile
+    before = some.stream.recent_accuracy
+    some.observe(x[:100], y[:100])  # nothing is predicted
+    assert some.stream.recent_accuracy == before
+
+
 def test_the_two_modes_are_counted_apart():
     some, (x, y, _) = learner(et.RandomFilter(rate=0.5)), instances(100)
     some.observe(x[:60], y[:60])
