@@ -23,9 +23,10 @@ import pytest
 import edgetrain as et
 from edgetrain.checkpoint import load_checkpoint
 from edgetrain.cli import main
+from edgetrain.cli.normalizing import standing_out
 from edgetrain.cli.progress import BarDisplay, PlainDisplay
 from edgetrain.data.streaming import InstanceSource
-from edgetrain.errors import UsageError
+from edgetrain.errors import DataError, UsageError
 from edgetrain.history import Totals
 from edgetrain.runs import Run, open_run
 from tests.cli_support import FIT, ROOT, Terminal, assert_same_result, run, stored_data, write_data
@@ -209,7 +210,7 @@ def test_the_account_says_which_instances_its_operations_are_of(inside, capsys, 
              "channels:keep=0.7", "--batch-size"]  # fmt: skip
     code, out, _ = run(capsys, *flags, "48")
     assert code == 0
-    assert "\noperations of training are those of 240 instances: 16 were kept, but wait for a full batch" in out
+    assert "\noperations of training are those of 240 instances: 16 were kept, but wait for a full batch\n" in out
     assert "operations of training" not in run(capsys, *flags, "32")[1]
     some, whole = (json.loads(run(capsys, *flags, size, "--json")[1])["savings"] for size in ("48", "32"))
     assert some["macs_dense"] * 256 == whole["macs_dense"] * 240
@@ -291,6 +292,77 @@ def test_of_a_pipe_all_that_can_be_predicted_is_learned_from(inside, tmp_path):
                        capture_output=True)  # fmt: skip
     learner = load_checkpoint(folder.last)
     assert learner.stream.position == learner.stream.totals["predict"].instances_seen == 60
+
+
+def x_line(size: float) -> str:
+    return json.dumps({"x": 784 * [size], "y": 3}) + "\n"
+
+
+@pytest.mark.parametrize(("flags", "block"), [([], 8), (["--filter", "eif:rate=0.5,start=32"], 16),
+                                              (["--predict-first"], 8)], ids=["all", "filter", "predict"])  # fmt: skip
+def test_an_instance_beyond_all_others_does_not_spoil_the_normalisation_of_a_pipe(inside, tmp_path, flags, block):
+    environment, command = os.environ | {"PYTHONPATH": str(ROOT)}, [*LIVE, "--batch-size", "8", *flags, "--out"]
+    normal = stored_data()["x_train"][: block - 1] / np.float32(255)
+    (tmp_path / "lines").write_text(json_lines(0, 5) + x_line(1e38) + json_lines(5, 60))
+    with (tmp_path / "lines").open("rb") as pipe:
+        done = subprocess.run([*command, str(tmp_path)], stdin=pipe, env=environment, text=True, capture_output=True,
+                              check=False)  # fmt: skip
+        assert done.returncode == 3
+        subprocess.run([*LIVE[:3], "resume", str(tmp_path / "fit-1")], stdin=pipe, env=environment, check=True,
+                       capture_output=True)  # fmt: skip
+    said = f"the normalisation leaves out 1 of the first {block} instances: numbers up to 1e+38 are more than 100 times"
+    assert said in done.stdout
+    named = "instance 5 of standard input (counted from 0) cannot be predicted: its largest number is 1e+38"
+    assert named in done.stderr
+    learner = load_checkpoint(tmp_path / "fit-1/last.safetensors")
+    assert learner.stream.position == 60  # all others are learned from
+    assert learner.graph.normalization.mean == pytest.approx(normal.mean(), rel=1e-4)
+    assert learner.graph.normalization.std == pytest.approx(normal.std(), rel=1e-4)
+
+
+def test_an_instance_that_stands_out_but_can_be_predicted_is_learned_from(inside, tmp_path):
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    text = json_lines(0, 5) + x_line(-1e4) + json_lines(5, 60)
+    done = subprocess.run([*LIVE, "--batch-size", "8", "--out", str(tmp_path)], input=text, env=environment, text=True,
+                          capture_output=True, check=True)  # fmt: skip
+    assert "leaves out 1 of the first 8 instances: numbers up to 1e+04 are" in done.stdout
+    (event,) = [e for e in open_run(tmp_path / "fit-1").read_events() if e["event"] == "normalized without"]
+    assert (event["number"], event["largest"]) == (1, "1e+04")
+    learner = load_checkpoint(tmp_path / "fit-1/last.safetensors")
+    assert learner.stream.position == 61
+    assert learner.graph.normalization.std < 1
+
+
+def test_an_instance_that_waits_already_does_not_spoil_the_normalisation_either(inside, capsys, tmp_path, monkeypatch):
+    class Glitch(InBlocks):
+        def blocks(self, *args):
+            for number, (x, y) in enumerate(super().blocks(*args)):
+                yield x * np.float32(1e5 if number == 1 else 1), y
+
+    monkeypatch.setattr("edgetrain.cli.streaming.open_stream", lambda *_: Glitch([4, 1, 2, 9]))
+    assert run(capsys, *LIVE[3:], "--batch-size", "8", "--out", tmp_path)[0] == 0
+    learner = load_checkpoint(tmp_path / "fit-1/last.safetensors")
+    assert learner.stream.position == 16
+    assert learner.graph.normalization.std < 1
+
+
+@pytest.mark.parametrize("begins", ["few", "dark", "many", "zeros"])
+def test_what_is_no_glitch_is_part_of_the_normalisation(begins):
+    x = np.ones((16, 1, 4, 4), np.float32)
+    if begins == "many":
+        x[:5] *= 1000
+    elif begins != "few":
+        x[:15] *= 0.002 if begins == "dark" else 0
+    assert not standing_out(x[:1] if begins == "few" else x).any()
+
+
+@pytest.mark.parametrize("stream", [["--stream"], []], ids=["stream", "epochs"])
+def test_data_of_one_class_are_refused(inside, capsys, tmp_path, stream):
+    np.savez(tmp_path / "a.npz", x=np.zeros((80, 1, 28, 28), np.uint8), y=np.zeros(80, int))
+    code, _, err = run(capsys, "fit", *stream, "--data", tmp_path / "a.npz", "--out", tmp_path, "--batch-size", "8")
+    assert code == DataError.exit_code
+    assert "data set 'a' has one class (0), expected at least two to tell apart" in err
+    assert not list(tmp_path.glob("fit-*"))
 
 
 def test_a_network_that_predicts_nothing_blames_no_instance(inside, capsys, tmp_path, monkeypatch):

@@ -111,3 +111,15 @@ def test_a_dense_run_is_not_compared_with_an_estimate_of_itself():
         "operations done 90.0 % (0.900 GMAC, 10.0 % were exact zeros), training time 2.0 s (whole run 3.0 s); no "
         "method was used: this is the dense run"
     )
+
+
+@pytest.mark.parametrize(("waiting", "why"), [
+    ({"instances_waiting": 16}, "but wait for a full batch"),
+    ({"instances_waiting": 6}, "but 6 of them wait for a full batch, and the step of the others failed"),
+    ({"instances_waiting": 0}, "but their step failed"),
+    ({}, "but wait for a full batch, or their step failed"),  # as older runs logged it
+], ids=["wait", "some", "failed", "unknown"])  # fmt: skip
+def test_the_account_says_why_kept_instances_were_not_trained_on(waiting, why):
+    counts = Totals(instances_seen=100, instances_kept=90, instances_trained=74, macs_dense=10**9).counts() | waiting
+    text = savings_text(savings_of(counts, 2.0, 3.0, {"seconds": None, "how": "not at all"}))
+    assert f"\noperations of training are those of 84 instances: 16 were kept, {why}\n" in text

@@ -376,16 +376,22 @@ def test_good_instances_before_a_bad_one_of_an_npz_come_first(tmp_path, bad, sta
     np.savez(tmp_path / "a.npz", x=x, y=y)
     labels, error = taken(open_stream(str(tmp_path / "a.npz"), SHAPE, 10).blocks(7, start, never))
     assert labels == y[start:bad].tolist()
-    assert f"counted from instance {max(bad, start)} on': image 0 holds NaN" in str(error)
+    assert f"a.npz: instance {max(bad, start)} (counted from 0) holds NaN" in str(error)
 
 
-def test_a_negative_label_of_an_npz_is_named(tmp_path):
-    y = np.arange(20) % 3
-    y[9] = -1
-    np.savez(tmp_path / "a.npz", x=np.zeros((20, 1, 9, 9), np.uint8), y=y)
-    labels, error = taken(open_stream(str(tmp_path / "a.npz"), SHAPE, 10).blocks(7, 0, never))
+def test_a_negative_label_or_pixel_of_an_npz_is_named(tmp_path):
+    path, x, y = tmp_path / "a.npz", np.zeros((20, 1, 9, 9), np.int16), np.arange(20) % 3
+    x[9], y[10] = -1, -1
+    np.savez(path, x=x, y=y)
+    labels, error = taken(open_stream(str(path), SHAPE, 10).blocks(7, 0, never))
     assert labels == y[:9].tolist()
-    assert "counted from instance 9 on'" in str(error)
+    told = f"{path}: instance 9 (counted from 0): images have dtype int16 with values -1 to -1, expected 0 to 255"
+    assert str(error).startswith(told)
+    np.savez(path, x=abs(x), y=y)
+    labels, error = taken(open_stream(str(path), SHAPE, 10).blocks(7, 0, never))
+    assert labels == y[:10].tolist()
+    told = "label -1 of instance 10 (counted from 0) is out of range, expected 0 to 2 for 3 classes"
+    assert str(error) == f"{path}: {told}"
 
 
 @pytest.mark.parametrize("inside", ["", "train"])

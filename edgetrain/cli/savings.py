@@ -32,7 +32,7 @@ def savings_of(
     """Return the account of a run.
 
     Args:
-        counts: sums of the run, as ``history.Totals.counts`` names them.
+        counts: sums of the run, as ``history.Totals.counts`` names them, and ``instances_waiting`` for a full batch.
         seconds: training time of the run.
         whole_seconds: wall time of the run: reading, validation, checkpoints and compiling are in it, too; ``None``
             where it is unknown.
@@ -87,8 +87,16 @@ def _not_trained_on(account: Mapping[str, Any]) -> list[str]:
     seen, missing = account["instances_seen"], account["instances_kept"] - account["instances_trained"]
     if not missing:
         return []
-    return [f"operations of training are those of {seen - missing:,} instances: {missing:,} were kept, but wait for a "
-            "full batch, or their step failed"]  # fmt: skip
+    waiting = account.get("instances_waiting")
+    if waiting is None:  # older runs did not log it
+        why = "but wait for a full batch, or their step failed"
+    elif waiting == missing:
+        why = "but wait for a full batch"
+    elif waiting:
+        why = f"but {waiting:,} of them wait for a full batch, and the step of the others failed"
+    else:
+        why = "but their step failed"
+    return [f"operations of training are those of {seen - missing:,} instances: {missing:,} were kept, {why}"]
 
 
 def _time_line(account: Mapping[str, Any]) -> str:

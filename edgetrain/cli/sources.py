@@ -75,12 +75,14 @@ def make_graph(config: Config, data: Dataset) -> Graph:
 
     Raises:
         UsageError, ModelError: unknown or unsuitable model.
+        DataError: the data have one class.
     """
     from edgetrain.catalog import build_model
 
     name = config.model.name
     if name.lower().endswith(".onnx"):
         return build_model(name)
+    check_several(data.class_names, data.name)
     channels, height, width = data.input_shape
     shape = (channels, width) if height == 1 else data.input_shape  # builders take signals without a height
     return build_model(name, shape, data.num_classes, config.training.seed)
@@ -227,6 +229,19 @@ def default_split(source: str) -> str:
     """
     splits = available_splits(source)
     return next((name for name in ("test", "validation") if name in splits), splits[0])
+
+
+def check_several(class_names: tuple[str, ...], source: str) -> None:
+    """Refuse data of one class: there is nothing to tell apart, and no loss for a network with one output.
+
+    Raises:
+        DataError: there are not two classes.
+    """
+    if len(class_names) < 2:
+        raise DataError(
+            f"data set '{source}' has one class ({', '.join(class_names)}), expected at least two to tell apart; add "
+            "instances of another"
+        )
 
 
 def check_classes(graph: Graph, dataset: Dataset) -> None:

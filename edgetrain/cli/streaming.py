@@ -27,19 +27,18 @@ from edgetrain.cli.endings import (
     train_baseline,
     until_stopped,
 )
+from edgetrain.cli.normalizing import STANDS_OUT, normalization_of, standing_out
 from edgetrain.cli.output import count, emit
 from edgetrain.cli.progress import CompileNotice, Display, resident_mib
 from edgetrain.cli.savings import account_of, account_text, itself, layers_of, random_batches, savings_of, time_dense
 from edgetrain.cli.signals import StopOnSignal
-from edgetrain.cli.sources import image_size_of, make_learner, take_initial_weights
+from edgetrain.cli.sources import check_several, image_size_of, make_learner, take_initial_weights
 from edgetrain.data import Dataset, available_splits, load_dataset
 from edgetrain.data.batches import Batch
-from edgetrain.data.images import deviation_to_divide_by
 from edgetrain.data.streaming import STANDARD_INPUT, InstanceSource, open_stream
 from edgetrain.devices import DeviceProfile, host_facts
 from edgetrain.errors import DataError, EdgetrainError, InterruptedRunError, NumericalError, UsageError
 from edgetrain.fitting import block_size, evaluate_dataset
-from edgetrain.graph import Normalization
 from edgetrain.history import EpochRecord, Totals
 from edgetrain.policies import NONE
 from edgetrain.runs import Run, create_run
@@ -49,10 +48,6 @@ if TYPE_CHECKING:
     from edgetrain.learner import Learner
     from edgetrain.stream import InstanceStream
 
-# Images whose deviation is below one grey level are as good as dark: their noise says nothing about what comes later.
-_GREY_LEVEL = 1 / 255
-# An instance whose largest number is so many times that of a usual one is named after a step that was not finite.
-_STANDS_OUT = 100
 # Rows in memory, about a kilobyte each; a checkpoint writes them sooner unless windows are small.
 _MOST_UNWRITTEN = 1000
 
@@ -177,6 +172,7 @@ def stream_graph(config: Config) -> Graph:
         return build_model(name, seed=config.training.seed)
     shape = build_model(name).input_shape
     source = open_stream(config.data.source, shape, 2, image_size=image_size_of(config))
+    check_several(source.class_names, source.name)
     told = source.input_shape or shape
     fitted = (told[0], told[2]) if len(told) == 3 and told[1] == 1 and len(shape) == 2 else told
     return build_model(name, fitted, len(source.class_names), config.training.seed)
@@ -275,7 +271,8 @@ class StreamSession:
         learner, stream, metrics = self.learner, self.learner.stream, self.test_metrics()
         total = stream.totals["predict" if self.config.stream.predict else "train"]
         whole = self.run.whole_seconds()
-        account = savings_of(total.counts(), total.seconds, whole, baseline or self._dense(total))
+        counts = total.counts() | {"instances_waiting": stream.waiting}
+        account = savings_of(counts, total.seconds, whole, baseline or self._dense(total))
         return layers_of(learner) | {
             "run": str(self.run.path), "model": self.config.model.name, "data": self.config.data.source,
             "profile": self.config.device.profile, "instances": stream.position,
@@ -327,14 +324,17 @@ class StreamSession:
     def _learn(self, x: NDArray[np.float32], y: NDArray[np.int64], size: int) -> None:
         """Learn from a block; ``size``: instances of a full one."""
         learner = self.learner
-        self._normalize(x, size)
+        bad = self._unpredictable(x, self._normalize(x, size))
         self._block = learner.stream.position, x
         try:
-            self._observe(x, y)
+            if not bad:
+                self._observe(x, y)
         except NumericalError as error:
             if learner.stream.latest is not None or not error.samples or not _can_predict(learner):
                 raise
-            self._learn_without(x, y, error.samples, size)
+            bad = error.samples
+        if bad:
+            self._learn_without(x, y, bad, size)
         self.display.instances(learner.stream.position, self.source.count, learner.history.running)
 
     def _learn_without(
@@ -372,21 +372,44 @@ class StreamSession:
         if gone < len(y):
             self._learn(x[gone:], y[gone:], size)
 
-    def _normalize(self, x: NDArray[np.float32], size: int) -> None:
+    def _normalize(self, x: NDArray[np.float32], size: int) -> NDArray[np.intp]:
         """Give a network without input normalisation that of the first block; a stream cannot be looked at twice.
 
         Where that has but a few instances, as of a slow pipe, it is that of all that have come before the first step.
+
+        Returns:
+            Which instances of the block stand out so much that they were left out of it.
         """
-        learner = self.learner
+        learner, nothing = self.learner, np.zeros(0, np.intp)
         if not self.config.data.normalize or learner.graph.normalization is not None or learner.step_count:
-            return
-        x = learner.stream.behind_waiting(x.reshape(len(x), *learner.graph.input_shape))
-        if len(x) < min(size, learner.batch_size):
-            return
-        axes = (0, *range(2, x.ndim))
-        mean, deviation = x.mean(axes, dtype=np.float64), x.std(axes, dtype=np.float64)
-        std = deviation_to_divide_by(mean, deviation, _GREY_LEVEL if _are_pixels(x) else 0.0)
-        learner.graph.normalization = Normalization(mean.astype(np.float32), std)
+            return nothing
+        come = learner.stream.behind_waiting(x.reshape(len(x), *learner.graph.input_shape))
+        if len(come) < min(size, learner.batch_size):
+            return nothing
+        strange = standing_out(come)
+        learner.graph.normalization = normalization_of(come[~strange])
+        if strange.any():
+            largest = f"{np.abs(come[strange]).max():.3g}"
+            self._log("normalized without", number=int(strange.sum()), largest=largest)
+            self.display.say(
+                f"the normalisation leaves out {strange.sum():,} of the first {count(len(come), 'instance')}: numbers "
+                f"up to {largest} are more than {STANDS_OUT} times the largest of a usual one"
+            )
+        return np.flatnonzero(strange[len(come) - len(x) :])
+
+    def _unpredictable(self, x: NDArray[np.float32], strange: NDArray[np.intp]) -> tuple[int, ...]:
+        """Return which of the strange instances of a live source are beyond what the network can compute with.
+
+        Nobody can give the others of their batch again, which a step with them would drop; of other sources it fails.
+        """
+        if self.source.count is not None or not len(strange):
+            return ()
+        try:
+            self.learner.logits(x[strange].reshape(len(strange), *self.learner.graph.input_shape))
+        except NumericalError as error:
+            if _can_predict(self.learner):
+                return tuple(int(strange[sample]) for sample in error.samples)
+        return ()
 
     def _observe(self, x: NDArray[np.float32], y: NDArray[np.int64]) -> None:
         """Hand instances to the learner, and count what it did, also where it failed."""
@@ -481,7 +504,7 @@ class StreamSession:
         """Return which instance of the latest block stands out, if one does: it may be wrong."""
         position, x = self._block
         sizes = np.abs(x.reshape(len(x), -1)).max(1)
-        if sizes.max() < _STANDS_OUT * np.median(sizes):
+        if sizes.max() < STANDS_OUT * np.median(sizes):
             return ""
         where = "" if self.source.count is None else f"; if it is wrong, correct it in {self.config.data.source}"
         return (
@@ -531,11 +554,6 @@ def _can_predict(learner: Learner) -> bool:
     except NumericalError:
         return False
     return True
-
-
-def _are_pixels(x: NDArray[np.float32]) -> bool:
-    """Tell whether all values are whole numbers of grey levels, as those of 8-bit images are."""
-    return x.min() >= 0 and x.max() <= 1 and np.array_equal(x, np.rint(x * 255) / np.float32(255))
 
 
 def stream_line(stream: InstanceStream, length: int | None, record: EpochRecord, predict: bool) -> str:

@@ -264,6 +264,7 @@ class _Session:
         last, best = history.epochs[-1], history.best() or history.epochs[-1]
         seconds, whole = sum(history.column("seconds")), self.run.whole_seconds()
         counts = {name: sum(history.column(name)) for name in COUNTED}
+        counts["instances_waiting"] = self.learner.stream.waiting
         savings = savings_of(counts, seconds, whole, baseline or self._dense(seconds, counts["instances_seen"]))
         return layers_of(self.learner) | {
             "savings": savings,

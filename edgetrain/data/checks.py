@@ -27,12 +27,12 @@ def whole_number(value: SupportsIndex, what: str, minimum: int) -> int:
 
 
 @contextmanager
-def naming(path: Path) -> Iterator[None]:
-    """Prefix the message of a DataError raised inside with the file it comes from."""
+def naming(place: Path | str) -> Iterator[None]:
+    """Prefix the message of a DataError raised inside with the file, or the part of it, that it comes from."""
     try:
         yield
     except DataError as error:
-        raise DataError(f"{path}: {error}") from error
+        raise DataError(f"{place}: {error}") from error
 
 
 def read_bytes(path: Path) -> bytes:

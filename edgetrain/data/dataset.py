@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import SupportsIndex
 
@@ -50,7 +50,7 @@ class Dataset:
         try:
             check_images(self.images)
             _check_class_names(self.class_names)
-            _check_labels(self.labels, len(self.images), self.class_names)
+            check_labels(self.labels, len(self.images), self.class_names)
             if not self.allow_missing_classes:
                 _check_no_empty_class(self.labels, self.class_names)
         except DataError as error:
@@ -196,7 +196,20 @@ def _check_class_names(names: tuple[str, ...]) -> None:
         raise DataError(f"class name {twice!r} appears twice, expected distinct names")
 
 
-def _check_labels(labels: NDArray[np.int64], count: int, names: tuple[str, ...]) -> None:
+def check_labels(
+    labels: NDArray[np.int64], count: int, names: tuple[str, ...], named: Callable[[int], str] = "image {}".format
+) -> None:
+    """Refuse what is not int64 of shape (count,) with values from 0 to below ``len(names)``.
+
+    Args:
+        labels: to check.
+        count: of the images.
+        names: of the classes.
+        named: returns what a message calls an image, by its index.
+
+    Raises:
+        DataError: another type or shape, or a label out of range.
+    """
     if not isinstance(labels, np.ndarray) or labels.dtype != np.int64 or labels.ndim != 1:
         found = getattr(labels, "dtype", type(labels).__name__)
         raise DataError(f"labels are {found}, expected an int64 array (N,); see Dataset.from_arrays")
@@ -205,7 +218,7 @@ def _check_labels(labels: NDArray[np.int64], count: int, names: tuple[str, ...])
     wrong = np.flatnonzero((labels < 0) | (labels >= len(names)))
     if wrong.size:
         raise DataError(
-            f"label {labels[wrong[0]]} of image {wrong[0]} is out of range, expected 0 to {len(names) - 1}"
+            f"label {labels[wrong[0]]} of {named(wrong[0])} is out of range, expected 0 to {len(names) - 1}"
             f" for {len(names)} classes"
         )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -18,8 +18,12 @@ _CONSTANT, _NO_INVERSE = 1e-6, 1e-30
 _CHUNK_ELEMENTS = 1 << 18
 
 
-def check_images(images: Images) -> None:
+def check_images(images: Images, named: Callable[[int], str] = "image {}".format) -> None:
     """Refuse what is not uint8 or finite float32 of shape (N, C, H, W) or (N, C, W) with N >= 1.
+
+    Args:
+        images: to check.
+        named: returns what a message calls an image, by its index.
 
     Raises:
         DataError: another type or shape, or a number that is not finite.
@@ -30,7 +34,7 @@ def check_images(images: Images) -> None:
     if images.ndim not in (3, 4) or 0 in images.shape:
         raise DataError(f"images have shape {images.shape}, expected (N, C, H, W) or (N, C, W), every size at least 1")
     if images.dtype == np.float32:
-        _check_finite(images)
+        _check_finite(images, named)
 
 
 def sizes_of(images: Images) -> tuple[int, int, int]:
@@ -106,13 +110,13 @@ def _chunks(images: Images) -> Iterator[Images]:
         yield images[first : first + rows]
 
 
-def _check_finite(images: Images) -> None:
+def _check_finite(images: Images, named: Callable[[int], str]) -> None:
     seen = 0
     for chunk in _chunks(images):
         finite = np.isfinite(chunk).reshape(len(chunk), -1).all(axis=1)
         if not finite.all():
             raise DataError(
-                f"image {seen + int(finite.argmin())} holds NaN, infinity or a value beyond float32,"
+                f"{named(seen + int(finite.argmin()))} holds NaN, infinity or a value beyond float32,"
                 " expected finite numbers; repair it or leave it out"
             )
         seen += len(chunk)

@@ -44,8 +44,9 @@ from numpy.typing import NDArray
 
 from edgetrain.data.checks import naming
 from edgetrain.data.convert import images_from, labels_from
-from edgetrain.data.dataset import Dataset
+from edgetrain.data.dataset import Dataset, check_labels
 from edgetrain.data.folder import class_folders, image_files, read_image
+from edgetrain.data.images import check_images
 from edgetrain.data.npz import DAMAGED, opened, read_npz, split_keys, stored_class_names
 from edgetrain.data.readers import available_splits, is_image_folder, load_dataset
 from edgetrain.errors import DataError, EdgetrainError, UsageError
@@ -173,12 +174,12 @@ class _Npz(InstanceSource):
             pieces = zip(images.pieces(size, start), labels.pieces(size, start), strict=True)
             for first, (x, y) in zip(range(start, len(images), size), pieces, strict=True):
                 try:
-                    block = self._block(x, y, first)
+                    block = self._block(x, y)
                 except DataError:
                     good = self._good(x, y)
                     if good:
-                        yield self._block(x[:good], y[:good], first)
-                    self._block(x[good:], y[good:], first + good)  # tells where the bad one is
+                        yield self._block(x[:good], y[:good])
+                    self._refuse(x[good:], y[good:], f"instance {first + good} (counted from 0)")
                     raise
                 yield block
 
@@ -188,15 +189,26 @@ class _Npz(InstanceSource):
         while bad - good > 1:
             tried = (good + bad) // 2
             try:
-                self._block(x[good:tried], y[good:tried], 0)
+                self._block(x[good:tried], y[good:tried])
                 good = tried
             except DataError:
                 bad = tried
         return good
 
-    def _block(self, x: NDArray[Any], y: NDArray[Any], first: int) -> Block:
-        name = f"{self.name}, counted from instance {first} on"
-        return _checked(images_from(x), labels_from(y), self.class_names, name)
+    def _refuse(self, x: NDArray[Any], y: NDArray[Any], name: str) -> None:
+        """Tell what is wrong with the first of these instances.
+
+        Raises:
+            DataError: always, with its ``name``.
+        """
+        with naming(self._path):
+            with naming(name):
+                images = images_from(x[:1])
+            check_images(images, lambda _: name)
+            check_labels(labels_from(y[:1]), 1, self.class_names, lambda _: name)
+
+    def _block(self, x: NDArray[Any], y: NDArray[Any]) -> Block:
+        return _checked(images_from(x), labels_from(y), self.class_names, self.name)
 
     def _labels(self, y: NDArray[Any]) -> NDArray[np.int64]:
         with naming(self._path):
