@@ -255,12 +255,12 @@ class Graph:
             if name not in self.values:
                 raise GraphError(f"graph '{self.name}': the output '{name}' does not exist")
 
-    def copy(self) -> Graph:
-        """Return a graph that shares no array with this one."""
+    def copy(self, share: bool = False) -> Graph:
+        """Return a graph with arrays of its own; ``share``: with the same arrays, for who replaces them all."""
         twin = Graph(self.name)
         twin.inputs, twin.outputs = list(self.inputs), list(self.outputs)
         twin.values, twin.nodes = dict(self.values), list(self.nodes)
-        twin.arrays = {name: a if is_placeholder(a) else a.copy() for name, a in self.arrays.items()}
+        twin.arrays = {name: a if share or is_placeholder(a) else a.copy() for name, a in self.arrays.items()}
         twin.trainable, twin.trained, twin.densities = set(self.trainable), self.trained, dict(self.densities)
         twin.normalization, twin.class_names = self.normalization, self.class_names
         twin.softmax_output = self.softmax_output

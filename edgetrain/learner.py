@@ -64,7 +64,7 @@ class Learner:
     """Trains a graph and predicts with it.
 
     Args:
-        graph: the network; it is copied.
+        graph: the network; it stays as it is, and its arrays take memory of their own until it is dropped.
         profile: name of a device profile, path to a TOML file, ``"host"``, or a profile.
         batch_size: samples of a usual step; the profile's by default. Any number is accepted later.
         seed: of shuffling, augmentation and dropout; 0 to 2**63 - 1.
@@ -103,7 +103,7 @@ class Learner:
         sparsity: SparsityPolicy | str | None = None, instance_filter: InstanceFilter | str | None = None,
         error_pruning: ErrorPruning | str | None = None,
     ) -> None:  # fmt: skip
-        self.profile, self.graph = profile_of(profile), graph_of(graph).copy()
+        self.profile, self.graph = profile_of(profile), graph_of(graph).copy(share=True)
         self.batch_size = self.profile.batch_size if batch_size is None else integer_of("batch_size", batch_size, 1)
         self.seed, self.loss, self.label_smoothing = integer_of("seed", seed, 0), loss, smoothing_of(label_smoothing)
         if loss not in ("cross_entropy", "mse"):
@@ -117,7 +117,7 @@ class Learner:
         self.topology = Topology(self.graph, as_policy("sparsity", sparsity), self._optimizer, self.seed)
         self._parameters = Parameters(self.graph, self._optimizer, self.topology.indices)
         self.topology.attach(self._parameters)
-        # The graph's arrays are the trained ones, not a second copy.
+        # The graph's arrays are the trained ones, not a second copy; until here they are those of the given one.
         self.graph.arrays = {name: self._parameters.shared(name) for name in self._parameters.names()}
         objective = Objective(self.loss, self.label_smoothing)
         self._lock = ForkLock()

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from importlib import import_module
 from pathlib import Path
 from pkgutil import resolve_name
@@ -49,7 +50,23 @@ def stopped_after(monkeypatch, count: int, folder: str) -> None:
     monkeypatch.setattr("edgetrain.cli.signals.StopOnSignal.requested", requested)
 
 
-# ---- times and checkpoints
+# ---- memory, times and checkpoints
+
+
+@pytest.mark.parametrize("flags", [STREAM, CHANNELS], ids=["stream", "epochs"])
+def test_a_run_lets_the_graph_go_that_its_learner_was_made_from(inside, capsys, monkeypatch, flags):
+    module = import_module(f"edgetrain.cli.{'streaming' if flags is STREAM else 'training'}")
+    made, left = [], []
+    real = module.make_learner
+
+    def make_learner(config, graph, profile):
+        made.append(weakref.ref(graph))
+        return real(config, graph, profile)
+
+    monkeypatch.setattr(module, "make_learner", make_learner)
+    monkeypatch.setattr(module, "begin", lambda *_, **__: left.append(made[-1]()) or sys.exit(9))
+    assert run(capsys, *flags, "--quiet")[0] == 9
+    assert left == [None]
 
 
 def test_a_stream_is_saved_by_the_clock_not_by_its_rows(inside, capsys, monkeypatch):

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -276,3 +277,45 @@ def test_the_process_grows_by_what_the_plan_says(name, batch_size):
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
     measured = json.loads(done.stdout)
     assert measured["grown"] <= 1.1 * measured["planned"] + 16 * 2**20, measured
+
+
+def made_with(sparsity: str) -> tuple[int, int]:
+    """Return the bytes of a network's weights, in layers of equal size, and the most that making a learner took."""
+    graph, rng = Graph("wide", input_shape=(400,)), np.random.default_rng(0)
+    value = "input"
+    for number in range(6):
+        weight = graph.parameter(f"w{number}", rng.standard_normal((400, 400), np.float32))
+        value = graph.add("Gemm", [value, weight], transB=1)
+    graph.set_outputs([value])
+    tracemalloc.start()
+    try:
+        Learner(graph, batch_size=8, threads=1, sparsity=sparsity)
+        return 6 * 4 * 400**2, tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+# Of the weights' bytes; layer by layer: numbers drawn, or ranked, for one of six take 8 bytes each.
+MAKING = {
+    "none": 1.1,  # what the learner keeps, beside the graph that was given
+    "set:weights=0.99": 0.3,
+    "set:weights=0.99,initial_pattern=magnitude": 0.6,
+    "set:weights=0.9": 1.0,
+    "swat:weights=0.9": 1.5,  # the dense master copy, and the lists
+}
+
+
+@pytest.mark.parametrize(("sparsity", "most"), MAKING.items(), ids=MAKING)
+def test_making_a_learner_takes_no_second_copy_of_the_weights(sparsity, most):
+    weights, peak = made_with(sparsity)
+    assert peak <= most * weights + 2**18
+
+
+def test_a_learner_and_the_graph_it_is_made_from_share_nothing():
+    graph = build_model("lenet5")
+    before = {name: array.copy() for name, array in graph.arrays.items()}
+    for sparsity in ("none", "set:weights=0.9", "swat:weights=0.9"):
+        learner = Learner(graph, batch_size=8, threads=1, sparsity=sparsity)
+        learner.partial_fit(np.ones((8, 1, 28, 28), np.float32), np.arange(8))
+    for name, array in before.items():
+        np.testing.assert_array_equal(graph.arrays[name], array)

@@ -56,9 +56,7 @@ def fit_stream(
     flags: Mapping[str, Any], config: Config, profile: DeviceProfile, display: Display, began: float
 ) -> None:
     """Learn from a stream in a new run folder; ``began``: when the command did, of ``time.monotonic``."""
-    graph = stream_graph(config)
-    source = stream_source(config, graph)
-    learner = _new_learner(config, graph, source, profile, display)
+    learner, source = _new_learner(config, profile, display)
     with StopOnSignal(display) as stop:
         run = create_run(flags["out"], "fit")
         save_checkpoint(learner, run.last)
@@ -110,8 +108,14 @@ def _taken_up(run: Run, config: Config, display: Display, stop: StopOnSignal, be
 
 
 def _new_learner(
-    config: Config, graph: Graph, source: InstanceSource, profile: DeviceProfile, display: Display
-) -> Learner:
+    config: Config, profile: DeviceProfile, display: Display, source: InstanceSource | None = None
+) -> tuple[Learner, InstanceSource]:
+    """Return the learner of a new run and its instances; the graph goes, for that has all weights once more.
+
+    ``source``: the instances, if they are open already.
+    """
+    graph = stream_graph(config)
+    source = stream_source(config, graph) if source is None else source
     if source.class_names and not graph.class_names and len(source.class_names) == graph.output_shape[0]:
         graph.class_names = source.class_names
     matched = take_initial_weights(config, graph)
@@ -119,10 +123,11 @@ def _new_learner(
         display.say(str(matched))
     with CompileNotice(display.compiling):
         learner = make_learner(config, graph, profile)
+        del graph  # here, as compiling takes memory, too
         learner.prepare()  # compiles, and checks the memory budget, before there is a run folder
     if learner.sparsity is not None:
         display.say(f"sparsity {config.methods.sparsity}: {learner.topology.beginning}")
-    return learner
+    return learner, source
 
 
 def _baseline(session: StreamSession, profile: DeviceProfile) -> dict[str, Any]:
@@ -130,7 +135,7 @@ def _baseline(session: StreamSession, profile: DeviceProfile) -> dict[str, Any]:
     display, stop, source = session.display, session.stop, session.source
 
     def begin_anew(run: Run, config: Config, began: float) -> StreamSession:
-        learner = _new_learner(config, stream_graph(config), source, profile, display)
+        learner, _ = _new_learner(config, profile, display, source)
         return StreamSession(run, learner, config, display, stop, source, began, judges=True)
 
     return train_baseline(session, lambda run, config, began: _taken_up(run, config, display, stop, began), begin_anew)

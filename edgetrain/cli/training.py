@@ -66,17 +66,7 @@ def fit_command(flags: Mapping[str, Any]) -> None:
             fit_stream(flags, config, profile, display, began)
             return
         training, validation, held_out = load_splits(config)
-        graph = make_graph(config, training)
-        check_classes(graph, training)
-        for dataset in (training, validation):
-            check_fits(graph, dataset)
-        _check_augmentation(config, training)
-        matched = take_initial_weights(config, graph)
-        if matched is not None:
-            display.say(str(matched))
-        with CompileNotice(display.compiling):
-            learner = make_learner(config, graph, profile)
-            learner.prepare()  # compiles, and checks the memory budget, before there is a run folder
+        learner = _new_learner(config, training, validation, profile, display)
         with StopOnSignal(display) as stop:
             run = create_run(flags["out"], "fit")
             save_checkpoint(learner, run.last)
@@ -88,15 +78,34 @@ def fit_command(flags: Mapping[str, Any]) -> None:
             session.tell(flags["json"], _baseline(session, profile) if flags["baseline"] else None)
 
 
+def _new_learner(
+    config: Config, training: Dataset, validation: Dataset, profile: DeviceProfile, display: Display
+) -> Learner:
+    """Return the learner of a new run; the graph that it is made from goes, for that has all weights once more.
+
+    Raises:
+        UsageError, DataError, ModelError, MemoryBudgetError: model, data and settings do not fit together.
+    """
+    graph = make_graph(config, training)
+    check_classes(graph, training)
+    for dataset in (training, validation):
+        check_fits(graph, dataset)
+    _check_augmentation(config, training)
+    matched = take_initial_weights(config, graph)
+    if matched is not None:
+        display.say(str(matched))
+    with CompileNotice(display.compiling):
+        learner = make_learner(config, graph, profile)
+        del graph  # here, as compiling takes memory, too
+        learner.prepare()  # compiles, and checks the memory budget, before there is a run folder
+    return learner
+
+
 def _baseline(session: _Session, profile: DeviceProfile) -> dict[str, Any]:
     """Train the same run densely, or go on with that; return times and accuracy, and draw both runs."""
 
     def begin_anew(run: Run, config: Config, began: float) -> _Session:
-        graph = make_graph(config, session.training)
-        take_initial_weights(config, graph)
-        with CompileNotice(session.display.compiling):
-            learner = make_learner(config, graph, profile)
-            learner.prepare()
+        learner = _new_learner(config, session.training, session.validation, profile, session.display)
         return replace(session, run=run, learner=learner, config=config, began=began)
 
     def go_on(run: Run, config: Config, began: float) -> _Session:

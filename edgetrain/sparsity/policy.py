@@ -208,8 +208,9 @@ class CompactPolicy(SparsityPolicy):
         """Return a random pattern or that of the largest weights, or the given one where there is one."""
         count = entries(layer.size, density)
         if self._pattern(trained) == "magnitude" or 0 < np.count_nonzero(array) <= count:
-            fillers = rng.random(layer.shape, np.float32)  # zeros that may become weights, when there are too many
-            return largest(np.where(array == 0, fillers - 2, np.abs(array)), count), 1.0
+            scores = rng.random(layer.shape, np.float32)  # zeros that may become weights, when there are too many
+            scores -= 2
+            return largest(np.abs(array, out=scores, where=array != 0), count), 1.0
         mask = np.zeros(layer.size, bool)
         mask[rng.choice(layer.size, count, replace=False, shuffle=False)] = True
         return mask.reshape(layer.shape), 1 / math.sqrt(density)

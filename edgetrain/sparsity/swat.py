@@ -172,7 +172,10 @@ class SWAT(SparsityPolicy):
     ) -> tuple[Mask, float]:
         """Return the pattern of the largest weights, and what gives them the norm that all weights had."""
         mask = self._mask(layer, array, density)
-        whole, kept = (float(np.square(a, dtype=np.float64).sum()) for a in (array, np.where(mask, array, 0)))
+        squares = np.square(array, dtype=np.float64)
+        whole = float(squares.sum())
+        squares[~mask] = 0
+        kept = float(squares.sum())
         return mask, math.sqrt(whole / kept) if self._rescales(trained) and kept else 1.0
 
     def beginning(self, trained: bool) -> str:

@@ -30,11 +30,11 @@ SPARSITY, DENSITIES = "edgetrain.sparsity", "edgetrain.densities"
 class Topology:
     """Which weights of a network exist; without a policy all of them do.
 
-    Making it chooses the initial pattern and changes the graph's arrays to it. Layers that a policy wants dense are not
-    among ``layers``.
+    Making it chooses the initial pattern; ``attach`` brings the values. Layers that a policy wants dense are not among
+    ``layers``.
 
     Args:
-        graph: the network; the arrays of compact layers are changed.
+        graph: the network; its arrays are read.
         policy: what decides, or ``None``.
         optimizer: refused if the policy cannot work with it.
         seed: of random patterns.
@@ -64,6 +64,7 @@ class Topology:
         self.records: dict[str, int] = {}
         self.indices: dict[str, SparseIndex] = {}
         self.densities: dict[str, float] = {}
+        self._scales: dict[str, np.float32] = {}
         self.version, self.changes, self.seconds, self.beginning = 0, 0, 0.0, ""
         _check_values(graph)
         if policy is not None:
@@ -90,9 +91,7 @@ class Topology:
             if mask.all() and (policy.compact or density >= 1):
                 continue  # dense: the kernels and the storage of any dense layer
             self._add(policy, layer, density).set(mask)
-            if policy.compact or scale != 1:
-                kept = mask if policy.compact else True
-                graph.arrays[layer.weight] = np.where(kept, array * np.float32(scale), np.float32(0))
+            self._scales[layer.weight] = np.float32(scale)
 
     def _add(self, policy: SparsityPolicy, layer: SparseLayer, density: float) -> SparseIndex:
         """Make a layer sparse; its pattern is still to come."""
@@ -115,8 +114,14 @@ class Topology:
         return self.policy is not None and self.policy.prunes_activations(self.candidates)
 
     def attach(self, parameters: Parameters) -> None:
-        """Say where the values are stored."""
+        """Take the place where the values are stored, as the graph has them: they are scaled where the policy does.
+
+        Here, as scaling the graph's arrays would take a second dense copy of all weights, if only for a moment.
+        """
         self._parameters = parameters
+        for name, scale in self._scales.items():
+            if scale != 1:
+                parameters.view(name)[...] *= scale
 
     # --- what policies read and write ---
 
