@@ -239,13 +239,13 @@ def test_a_signal_while_the_last_files_are_written_leaves_them_whole(inside, cap
 @pytest.mark.parametrize("flags", [STREAM, CHANNELS], ids=["stream", "epochs"])
 def test_a_signal_during_the_estimate_of_dense_time_ends_it(inside, capsys, monkeypatch, flags):
     with monkeypatch.context() as signals:
-        signalled(signals, "cli.savings._dense_twin", signal.SIGTERM)
+        signalled(signals, "cli.estimate._dense_twin", signal.SIGTERM)
         code, _, err = run(capsys, *flags, "--quiet")
     assert code == 5
     assert err.endswith("go on with: edgetrain resume runs/fit-1\n")
     assert open_run("runs/fit-1").status() == "finished"
     with monkeypatch.context() as signals:
-        signalled(signals, "cli.savings._dense_twin", signal.SIGINT)
+        signalled(signals, "cli.estimate._dense_twin", signal.SIGINT)
         assert run(capsys, "resume", "runs/fit-1", "--quiet")[0] == 5
     assert run(capsys, "resume", "runs/fit-1", "--quiet")[0] == 0
     assert open_run("runs/fit-1").account()

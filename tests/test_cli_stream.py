@@ -194,8 +194,8 @@ def test_instances_that_wait_save_nothing(inside, capsys, tmp_path):
 
 def test_dense_training_is_not_charged_for_instances_that_wait(inside, capsys, tmp_path, monkeypatch):
     timed = []
-    monkeypatch.setattr("edgetrain.cli.streaming.time_dense", lambda _, instances, *others, **more: (
-        timed.append(instances) or {"seconds": 1.0, "how": "not at all"}))  # fmt: skip
+    monkeypatch.setattr("edgetrain.cli.streaming.time_dense", lambda _, work, *others: (
+        timed.append(work.instances) or {"seconds": 1.0, "how": "not at all"}))  # fmt: skip
     images = stored_data()
     np.savez(tmp_path / "a.npz", x=images["x_train"][:70], y=images["y_train"][:70])
     code, _, _ = run(capsys, "fit", "--stream", "--data", tmp_path / "a.npz", "--out", tmp_path, "--batch-size", "64",

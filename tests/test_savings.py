@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-import time
+import itertools
+import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 import edgetrain as et
-from edgetrain.cli.savings import itself, random_batches, savings_of, savings_text, time_dense
+from edgetrain.accounting import StepResult
+from edgetrain.cli import estimate
+from edgetrain.cli.estimate import Work, random_batches, time_dense
+from edgetrain.cli.savings import itself, savings_of, savings_text
+from edgetrain.fitting import block_size
 from edgetrain.graph import Normalization
 from edgetrain.history import Totals
 from tests import test_filters
@@ -21,86 +27,198 @@ def learner(**options) -> et.Learner:
     return made
 
 
+def worked(made: et.Learner, seconds: float = 1.0, instances: int = 1000, **others) -> Work:
+    """Return a run of so many instances, all trained on."""
+    return Work(seconds, instances * made.plans.dense_macs, instances, block_size(made), **others)
+
+
+def batches_of(made: et.Learner):
+    return lambda size: random_batches(made, size)
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Leave out the steps that only warm up."""
+    monkeypatch.setattr(estimate, "_WARM_STEPS", 1)
+
+
 @pytest.mark.parametrize("optimizer", [
     et.SGD(lr=1e6, momentum=0.9, nesterov=True, weight_decay=5e-4),
     et.AdamW(lr=1e6, weight_decay=0.1, schedule=et.Schedule("cosine", total_steps=5)),
 ], ids=["sgd", "adamw"])  # fmt: skip
 def test_dense_steps_are_timed_at_any_learning_rate(optimizer):
     made = learner(optimizer=optimizer)
-    dense = time_dense(made, 1000, lambda: random_batches(made))
-    assert dense["how"] == "estimated from the median of 10 dense steps"
+    dense = time_dense(made, worked(made), batches_of(made))
+    assert dense["how"] == "estimated from 200 dense steps, side by side with the run's own"
     assert dense["seconds"] > 0
 
 
-def test_the_time_of_dense_steps_that_are_not_finite_is_unknown():
+def test_the_time_of_dense_steps_that_are_not_finite_is_unknown(quick):
     made = learner()
     made.graph.normalization = Normalization(np.zeros(1, np.float32), np.full(1, 1e-30, np.float32))
-    dense = time_dense(made, 1000, lambda: random_batches(made))
+    dense = time_dense(made, worked(made), batches_of(made))
     account = savings_of(Totals(instances_seen=1000).counts(), 2.0, 3.0, dense)
     assert account["dense"]["seconds"] is account["time_saved"] is None
     assert savings_text(account).endswith(
-        "training time 2.0 s (whole run 3.0 s); what dense training takes is unknown (dense steps with random weights "
-        "were not finite)"
+        "training time 2.0 s (whole run 3.0 s); what dense training takes is unknown (a step of the comparison, with "
+        "random dense weights, was not finite)"
     )
 
 
 def test_very_few_steps_are_not_compared():
     made = learner()
     made.step_count = 19
-    assert time_dense(made, 1000, batches_of(made)) == {
+    assert time_dense(made, worked(made), batches_of(made)) == {
         "seconds": None, "how": "too few steps to compare: 19 steps, a comparison takes 20"
     }  # fmt: skip
 
 
-# ---- the estimate does what the run did, within its memory
+# ---- the estimate does what the run did, side by side with it, within its memory
 
 
-def batches_of(made: et.Learner):
-    return lambda: random_batches(made)
+METHODS = {
+    "error pruning": {"error_pruning": "channels:keep=0.7"},
+    "rigl": {"sparsity": "rigl:weights=0.8,refresh=3"},
+    "swat": {"sparsity": "swat:weights=0.8", "optimizer": et.AdamW(averaging=0.9)},
+    "filter": {"instance_filter": "eif:rate=0.5"},
+}
 
 
-def test_the_estimate_of_a_run_that_predicts_first_predicts_first(monkeypatch):
+@pytest.mark.parametrize("predicts", [None, True], ids=["epochs", "stream"])
+@pytest.mark.parametrize("options", METHODS.values(), ids=METHODS)
+def test_the_estimate_leaves_the_run_as_it_is(quick, options, predicts):
+    made = learner(**options)
+    for x, y in itertools.islice(random_batches(made, 16), 5):
+        made.observe(x, y)
+    tensors, meta = made.state()
+    optimizer, weights = made.optimizer, made.parameters()
+    assert time_dense(made, worked(made, predicts=predicts), batches_of(made))["seconds"] > 0
+    after, meta_after = made.state()
+    assert meta_after == meta
+    assert made.optimizer is optimizer
+    assert made.stream.position == 80
+    assert tensors.keys() == after.keys()
+    for name, array in {**tensors, **weights}.items():
+        np.testing.assert_array_equal({**after, **made.parameters()}[name], array)
+
+
+def test_the_learner_is_put_back_where_the_estimate_is_interrupted(quick):
+    made = learner()
+    made.partial_fit(*next(random_batches(made, 16)))
+    _, meta = made.state()
+
+    def interrupted(size):
+        yield from itertools.islice(random_batches(made, size), 7)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        time_dense(made, worked(made), interrupted)
+    assert made.state()[1] == meta
+    assert made.optimizer.lr == 0.05
+
+
+def test_the_estimate_of_a_run_that_predicts_first_predicts_first(quick, monkeypatch):
     made, predicted = learner(), []
     real = et.Learner.logits
-    monkeypatch.setattr(et.Learner, "logits", lambda self, x: predicted.append(len(x)) or real(self, x))
-    time_dense(made, 1000, batches_of(made))
+    monkeypatch.setattr(et.Learner, "logits", lambda self, x: predicted.append(self is made) or real(self, x))
+    for predicts in (None, False):
+        time_dense(made, worked(made, predicts=predicts), batches_of(made))
     assert predicted == []
-    time_dense(made, 1000, batches_of(made), predict=True)
-    assert predicted == [16] * 20
+    time_dense(made, worked(made, predicts=True), batches_of(made))
+    assert predicted.count(True) == 250
+    assert predicted.count(False) == 251
 
 
-def test_few_batches_are_used_again():
+def test_few_batches_are_used_again(quick):
     made, given = learner(), []
-    x, y = next(iter(random_batches(made)))
-    dense = time_dense(made, 1600, lambda: given.append(1) or [(x, y), (x[:8], y[:8])])
-    assert len(given) == 10
+    x, y = next(iter(random_batches(made, 16)))
+    dense = time_dense(made, worked(made), lambda size: given.append(size) or [(x, y), (x[:8], y[:8])])
+    assert given == 251 * [16]
     assert dense["seconds"] > 0
-    assert "the data are gone" in time_dense(made, 1600, list)["how"]
+    assert "the data are gone" in time_dense(made, worked(made), lambda _: [])["how"]
 
 
-def test_one_slow_step_does_not_change_the_estimate(monkeypatch):
-    made, steps = learner(), []
-    real = et.Learner.partial_fit
+class Clock:
+    """A clock that goes on by what steps are said to take.
 
-    def step(self, x, y):
-        steps.append(1)
-        if len(steps) == 15:
-            time.sleep(0.5)
-        return real(self, x, y)
+    Args:
+        monkeypatch: of the test.
+        seconds: of a step, of the learner, its result, and the number of the step.
+    """
 
-    monkeypatch.setattr(et.Learner, "partial_fit", step)
-    dense = time_dense(made, 16, batches_of(made))
-    assert len(steps) == 20
-    assert dense["seconds"] < 0.05  # the mean of ten would be above
+    def __init__(self, monkeypatch, seconds) -> None:
+        self.now, self._steps, real = 0.0, itertools.count(), et.Learner.partial_fit
+
+        def step(made, x, y):
+            result = real(made, x, y)
+            self.now += seconds(made, result, next(self._steps))
+            return result
+
+        monkeypatch.setattr(et.Learner, "partial_fit", step)
+        monkeypatch.setattr(estimate, "time", self)
+
+    def thread_time(self) -> float:
+        return self.now
+
+    perf_counter = thread_time
 
 
-def test_the_estimate_stays_within_what_the_run_leaves_of_its_memory_budget(monkeypatch):
+@pytest.mark.parametrize("load", [1.0, 3.0], ids=["idle", "busy"])
+def test_the_estimate_does_not_depend_on_what_else_the_machine_does_at_the_end(quick, monkeypatch, load):
+    made = learner()
+    Clock(monkeypatch, lambda who, *_: load * (0.001 if who is made else 0.003))
+    assert time_dense(made, worked(made, 7.0), batches_of(made))["seconds"] == pytest.approx(21.0)
+
+
+def test_slow_steps_do_not_change_the_estimate(quick, monkeypatch):
+    made = learner()
+    Clock(monkeypatch, lambda who, _, step: 0.1 if step % 37 == 5 else 0.001 if who is made else 0.003)
+    assert time_dense(made, worked(made, 7.0), batches_of(made))["seconds"] == pytest.approx(21.0)
+
+
+def test_the_time_of_topology_changes_is_not_stretched(quick, monkeypatch):
+    made = learner(sparsity="rigl:weights=0.8")
+    made.topology.seconds = 2.0
+    Clock(monkeypatch, lambda who, *_: 0.001 if who is made else 0.003)
+    step = made.partial_fit(*next(random_batches(made, 16)))
+    dense = time_dense(made, replace(worked(made, 9.0), macs=1000 * step.macs_done // 16), batches_of(made))
+    assert dense["seconds"] == pytest.approx(21.0, rel=1e-3)
+
+
+def test_a_filter_that_let_more_pass_at_its_start_is_estimated_by_operations(quick, monkeypatch):
+    made = learner(instance_filter="random:rate=0.5,start=1000")
+    Clock(monkeypatch, lambda _, result, __: 1e-9 * result.macs_done)
+    made.stream.offer(*next(random_batches(made, 1000)))  # the next ones are filtered
+    # 1,000 instances passed, half of another 1,000: all on a machine as fast, or half as fast, as it is now.
+    macs = 1500 * made.plans.dense_macs
+    for slowness in (1.0, 2.0):
+        dense = time_dense(made, Work(slowness * 1e-9 * macs, macs, 2000, block_size(made)), batches_of(made))
+        assert dense["seconds"] == pytest.approx(slowness * 2000e-9 * made.plans.dense_macs)
+
+
+def test_a_filter_that_lets_nothing_pass_tells_no_time(quick, monkeypatch):
+    made = learner(instance_filter="random:rate=0.5")
+    monkeypatch.setattr(type(made.stream), "offer", lambda *_: StepResult(math.nan, 0, 32, 0, 0, 0, 1e-6))
+    dense = time_dense(made, worked(made), batches_of(made))
+    assert dense == {"seconds": None, "how": "the filter let nothing pass beside the dense steps"}
+
+
+@pytest.mark.parametrize(("seconds", "steps"), [(0.011, 76), (0.06, 15), (0.15, 4), (9.0, 3)])
+def test_the_estimate_of_long_steps_takes_fewer(quick, monkeypatch, seconds, steps):
+    made = learner()
+    clock = Clock(monkeypatch, lambda *_: seconds)
+    dense = time_dense(made, worked(made), batches_of(made))
+    assert dense["how"].startswith(f"estimated from {steps} dense steps")
+    assert clock.now < 3 or seconds == 9
+
+
+def test_the_estimate_stays_within_what_the_run_leaves_of_its_memory_budget(quick):
     need = learner().memory_plan().peak_bytes
     roomy = learner(memory_budget=3 * need)
-    assert time_dense(roomy, 1000, batches_of(roomy))["seconds"] > 0
+    assert time_dense(roomy, worked(roomy), batches_of(roomy))["seconds"] > 0
     for budget in (need, round(1.5 * need)):
         tight = learner(memory_budget=budget)
-        dense = time_dense(tight, 1000, batches_of(tight))
+        dense = time_dense(tight, worked(tight), batches_of(tight))
         assert dense["seconds"] is None
         assert "does not fit into the memory budget; --baseline measures it" in dense["how"]
 

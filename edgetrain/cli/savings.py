@@ -2,19 +2,11 @@
 
 from __future__ import annotations
 
-import itertools
-import statistics
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from edgetrain.accounting import METHODS
-from edgetrain.cli.output import count, duration, table
-from edgetrain.data.batches import Batch
-from edgetrain.errors import DataError, MemoryBudgetError, NumericalError
-from edgetrain.kernels.registry import working_clock
+from edgetrain.cli.output import duration, table
 from edgetrain.layer_report import layer_report
 
 if TYPE_CHECKING:
@@ -22,8 +14,6 @@ if TYPE_CHECKING:
 
 _NAMES = {"filter": "the instance filter", "error_maps": "error pruning", "weights": "sparse weights",
           "activations": "sparse activations"}  # fmt: skip
-# Dense steps that are timed when no baseline was trained, after as many to warm up.
-_TIMED_STEPS = 10
 
 
 def savings_of(
@@ -155,93 +145,6 @@ def layers_text(layers: Sequence[Mapping[str, Any]], topology: Mapping[str, Any]
         lines.append(f"the topology changed {topology['changes']:,} times, in {topology['seconds']:.3f} s: "
                      f"{each:.2f} ms per change")  # fmt: skip
     return "\n".join(lines)
-
-
-def random_batches(learner: Learner) -> Iterator[Batch]:
-    """Yield batches of random images, where those of the run are gone."""
-    rng = np.random.default_rng(0)
-    size, graph = learner.batch_size, learner.graph
-    while True:
-        yield rng.random((size, *graph.input_shape), np.float32), rng.integers(0, graph.output_shape[0], size)
-
-
-def time_dense(
-    learner: Learner, instances: int, batches: Callable[[], Iterable[Batch]], predict: bool = False
-) -> dict[str, Any]:
-    """Estimate the training time of dense training on so many instances on this machine, from a few steps.
-
-    The steps are taken at learning rate 0: at that of the run, weights drawn at random may grow without bound, which
-    says nothing about the run.
-
-    Args:
-        learner: of the run; it stays as it is, and so does the memory it takes.
-        instances: that the run has trained on or skipped.
-        batches: returns batches (x, y) prepared as the run does; the first few are used, again where they are few.
-        predict: whether the run predicts every instance before it learns from it.
-
-    Returns:
-        ``seconds``, ``None`` where they cannot be told, and ``how`` that is known or why not.
-    """
-    if not instances:
-        return {"seconds": None, "how": "no instance was trained on or skipped yet"}
-    if learner.step_count < 2 * _TIMED_STEPS:
-        # The first steps of a process are slow, those of the estimate are not.
-        found = f"{count(learner.step_count, 'step')}, a comparison takes {2 * _TIMED_STEPS}"
-        return {"seconds": None, "how": f"too few steps to compare: {found}"}
-    try:
-        seconds = _seconds_per_instance(_dense_twin(learner), batches, predict)
-    except NumericalError:
-        return {"seconds": None, "how": "dense steps with random weights were not finite"}
-    except MemoryBudgetError:
-        return {"seconds": None, "how": "a dense network beside the run's does not fit into the memory budget; "
-                                        "--baseline measures it"}  # fmt: skip
-    except DataError as error:
-        return {"seconds": None, "how": str(error)}
-    return {"seconds": seconds * instances, "how": f"estimated from the median of {_TIMED_STEPS} dense steps"}
-
-
-def _dense_twin(learner: Learner) -> Learner:
-    """Return a dense learner of the same network with weights of a usual size, in what the run leaves of its budget.
-
-    Raises:
-        MemoryBudgetError: that is too little.
-    """
-    from edgetrain.learner import Learner
-
-    left = learner.memory_budget - learner.memory_plan().peak_bytes
-    if learner.memory_budget and left <= 0:
-        raise MemoryBudgetError("nothing of the memory budget is left")
-    # Trained weights would do, unless the training went astray: numbers of a usual size take as long. Those of a
-    # sparse learner are not in its graph anyway.
-    graph, rng = learner.graph.copy(), np.random.default_rng(0)
-    trained = {n: a for n, a in graph.arrays.items() if n in graph.trainable}
-    graph.arrays |= {n: rng.normal(0, a[0].size ** -0.5, a.shape).astype(np.float32) for n, a in trained.items()}
-    twin = Learner(
-        graph, learner.profile, batch_size=learner.batch_size, threads=learner.threads,
-        optimizer=replace(learner.optimizer, lr=0.0, schedule=None), loss=learner.loss,
-        label_smoothing=learner.label_smoothing, memory_budget=left if learner.memory_budget else 0,
-    )  # fmt: skip
-    twin.prepare()
-    return twin
-
-
-def _seconds_per_instance(learner: Learner, batches: Callable[[], Iterable[Batch]], predict: bool) -> float:
-    """Return the median over steps, after some to warm up.
-
-    Raises:
-        DataError: there is no batch any more.
-    """
-    found = []
-    again = itertools.chain.from_iterable(batches() for _ in range(2 * _TIMED_STEPS))
-    for x, y in itertools.islice(again, 2 * _TIMED_STEPS):
-        start = working_clock()
-        if predict:
-            learner.predict(x)
-        learner.partial_fit(x, y)
-        found.append((working_clock() - start) / len(y))
-    if not found:
-        raise DataError("the data are gone that dense steps would be timed with")
-    return statistics.median(found[-_TIMED_STEPS:])
 
 
 def _macs(count: int) -> str:

@@ -6,7 +6,7 @@ import functools
 import math
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -27,10 +27,11 @@ from edgetrain.cli.endings import (
     train_baseline,
     until_stopped,
 )
+from edgetrain.cli.estimate import Work, random_batches, time_dense
 from edgetrain.cli.normalizing import STANDS_OUT, normalization_of, standing_out
 from edgetrain.cli.output import count, emit
 from edgetrain.cli.progress import CompileNotice, Display, resident_mib
-from edgetrain.cli.savings import account_of, account_text, itself, layers_of, random_batches, savings_of, time_dense
+from edgetrain.cli.savings import account_of, account_text, itself, layers_of, savings_of
 from edgetrain.cli.signals import StopOnSignal
 from edgetrain.cli.sources import check_several, image_size_of, make_learner, take_initial_weights
 from edgetrain.data import Dataset, available_splits, load_dataset
@@ -238,7 +239,7 @@ class StreamSession:
                 saved.
         """
         learner, stop = self.learner, self.stop
-        size = self.config.stream.block or block_size(learner)
+        size = self._block_size()
         self.display.begin(self.config.training.epochs, "test")
         with CompileNotice(self.display.compiling):
             try:
@@ -273,11 +274,12 @@ class StreamSession:
 
     def result(self, baseline: Mapping[str, Any] | None) -> dict[str, Any]:
         """Return what the run gave; ``baseline``: time and accuracy of the same stream, dense."""
-        learner, stream, metrics = self.learner, self.learner.stream, self.test_metrics()
-        total = stream.totals["predict" if self.config.stream.predict else "train"]
-        whole = self.run.whole_seconds()
-        counts = total.counts() | {"instances_waiting": stream.waiting}
+        learner, metrics, whole = self.learner, self.test_metrics(), self.run.whole_seconds()
+        # A copy, and the stream only afterwards: the estimate observes, too, and then puts the learner's state back.
+        total = replace(learner.stream.totals["predict" if self.config.stream.predict else "train"])
+        counts = total.counts() | {"instances_waiting": learner.stream.waiting}
         account = savings_of(counts, total.seconds, whole, baseline or self._dense(total))
+        stream = learner.stream
         return layers_of(learner) | {
             "run": str(self.run.path), "model": self.config.model.name, "data": self.config.data.source,
             "profile": self.config.device.profile, "instances": stream.position,
@@ -315,13 +317,17 @@ class StreamSession:
             return itself(total.seconds)
         # Those that wait cost nothing yet, so dense training must not be charged for them.
         done = total.instances_seen - self.learner.stream.waiting
-        return time_dense(self.learner, done, self._batches_again, predict=self.config.stream.predict)
+        work = Work(total.seconds, total.macs_done, done, self._block_size(), self.config.stream.predict)
+        return time_dense(self.learner, work, self._batches_again)
 
-    def _batches_again(self) -> Iterable[Batch]:
+    def _batches_again(self, size: int) -> Iterable[Batch]:
         """Return batches of the stream from its beginning, random ones where it cannot be read twice."""
         if self.source.count is None:
-            return until_stopped(self, random_batches(self.learner))
-        return until_stopped(self, self.source.blocks(self.learner.batch_size, 0, self.stop.requested))
+            return until_stopped(self, random_batches(self.learner, size))
+        return until_stopped(self, self.source.blocks(size, 0, self.stop.requested))
+
+    def _block_size(self) -> int:
+        return self.config.stream.block or block_size(self.learner)
 
     def _should_stop(self) -> bool:
         return self._unpredicted is not None or self.stop.requested()

@@ -24,9 +24,10 @@ from edgetrain.cli.endings import (
     train_baseline,
     until_stopped,
 )
+from edgetrain.cli.estimate import Work, time_dense
 from edgetrain.cli.output import count, emit
 from edgetrain.cli.progress import CompileNotice, Display, choose_display, resident_mib
-from edgetrain.cli.savings import account_of, account_text, itself, layers_of, savings_of, time_dense
+from edgetrain.cli.savings import account_of, account_text, itself, layers_of, savings_of
 from edgetrain.cli.signals import StopOnSignal
 from edgetrain.cli.sources import (
     check_classes,
@@ -274,7 +275,7 @@ class _Session:
         seconds, whole = sum(history.column("seconds")), self.run.whole_seconds()
         counts = {name: sum(history.column(name)) for name in COUNTED}
         counts["instances_waiting"] = self.learner.stream.waiting
-        savings = savings_of(counts, seconds, whole, baseline or self._dense(seconds, counts["instances_seen"]))
+        savings = savings_of(counts, seconds, whole, baseline or self._dense(seconds, counts))
         return layers_of(self.learner) | {
             "savings": savings,
             "run": str(self.run.path),
@@ -294,16 +295,17 @@ class _Session:
             "files": {"model": str(self.run.model), "last": str(self.run.last), "best": str(self.run.best)},
         }
 
-    def _dense(self, seconds: float, instances: int) -> dict[str, Any]:
+    def _dense(self, seconds: float, counts: Mapping[str, int]) -> dict[str, Any]:
         """Estimate how long the same run takes densely; a run that skips nothing is that dense run."""
         if self.config.methods == MethodSettings():
             return itself(seconds)
-        return time_dense(self.learner, instances, self._batches_again)
+        work = Work(seconds, counts["macs_done"], counts["instances_seen"], block_size(self.learner))
+        return time_dense(self.learner, work, self._batches_again)
 
-    def _batches_again(self) -> Iterable[Batch]:
-        """Return batches prepared as those of the run."""
+    def _batches_again(self, size: int) -> Iterable[Batch]:
+        """Return batches of so many instances, prepared as those of the run."""
         augmentation = Augmentation.parse(self.config.data.augment)
-        batches = training_batches(self.learner, self.training, self.learner.batch_size, augmentation=augmentation)
+        batches = training_batches(self.learner, self.training, size, augmentation=augmentation)
         return until_stopped(self, batches)
 
 
