@@ -45,8 +45,12 @@ def today() -> str:
     return datetime.datetime.now(datetime.UTC).date().isoformat()
 
 
+def described(machine: dict) -> str:
+    """Return a machine in words."""
+    return f"{machine['cpu']} ({machine['architecture']}, {machine['simd']}), {machine['cores']} processors"
+
+
 def chapter(machine: dict, dates: set[str], text: str) -> str:
     """Return a machine's part of a document: who measured when, and ``text`` with its headings a level down."""
     span = " to ".join(dict.fromkeys([min(dates), max(dates)])) if dates else "never"
-    who = f"{machine['cpu']} ({machine['architecture']}, {machine['simd']}), {machine['cores']} processors"
-    return f"## {who}\n\nMeasured: {span}.\n\n" + re.sub(r"^#", "##", text, flags=re.MULTILINE)
+    return f"## {described(machine)}\n\nMeasured: {span}.\n\n" + re.sub(r"^#", "##", text, flags=re.MULTILINE)

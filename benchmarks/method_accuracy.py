@@ -1,6 +1,7 @@
 """Accuracy of every method on the full Fashion-MNIST, against dense training for fewer steps.
 
 Usage:
+    python benchmarks/method_accuracy.py all lenet5         run what is missing, time, document
     python benchmarks/method_accuracy.py run lenet5 [--only dense-20 rigl-90] [--seeds 3] [--limit 600]
     python benchmarks/method_accuracy.py run resnet8 --seeds 2
     python benchmarks/method_accuracy.py time lenet5        seconds of every setting, on a quiet machine
@@ -9,12 +10,14 @@ Usage:
 
 Every training is one file in benchmarks/results/method_accuracy/; what is there is not done again, so the work can
 be interrupted and continued anywhere, also by several processes with different ``--only``. ``--limit``: start no
-training after so many seconds.
+training after so many seconds. ``all`` takes hours where nothing is stored; accuracies are stored with the project, so
+it takes minutes there and leaves the accuracies, the times of this machine, and the plots of accuracy over operations
+and over seconds. ``--data``: a folder with the files of Fashion-MNIST, if they are not in ``/usr/share/datasets``.
 
 The judge is dense training for fewer steps with a schedule fitted to that length: its accuracy over the number of
 epochs, interpolated in log(epochs), is compared at the same operations and at the same seconds. Seconds are batches
-offered times the median time of a batch, measured side by side (``time``), as a shared machine would make those of a
-training meaningless; changes of topology and the choice of instances are in it.
+offered times the time of a batch, measured side by side with dense training (``time``, see ``method_times.py``), as a
+shared machine would make those of a training meaningless; changes of topology and the choice of instances are in it.
 
 docs/sparse_accuracy.md has the methods that thin out weights, docs/learning_accuracy.md those that choose instances or
 thin out the backward pass.
@@ -28,10 +31,12 @@ import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import machines
 import numpy as np
+from method_times import Feed, contradictions, seconds_per_batch
 
 import edgetrain as et
-from edgetrain.data import Dataset, batches, load_dataset
+from edgetrain.data import Dataset, load_dataset
 from edgetrain.policies import describe_policy, parse_policy
 
 RESULTS = Path(__file__).parent / "results" / "method_accuracy"
@@ -87,6 +92,8 @@ LEARNING = {
 
 # Step at which batches are timed: SWAT chooses more often before the 3,200th.
 LATER = 10_000
+# Images that times are measured with, in turn: with few, networks would know them all and pass nothing on.
+MEASURED = 12_800
 
 
 RECIPE = """Full Fashion-MNIST (60,000 training, 10,000 test images), batch size 32, SGD with Nesterov momentum
@@ -98,7 +105,7 @@ of LeNet-5 for up to 5 epochs, and the better of both means is the judge's.
 
 Operations are the multiply-accumulates executed in the forward pass and for both gradients, relative to dense training
 for as many epochs. Exact zeros, which kernels skip in LeNet-5's second convolution, are credited to nobody's
-operations, but to everybody's seconds. Seconds are batches offered times the median time of a batch.
+operations, but to everybody's seconds. Seconds are batches offered times the time of a batch.
 "Better than dense": in points, against dense training for fewer steps with a schedule fitted to that length,
 interpolated in log(epochs)."""
 INTRODUCTIONS = {
@@ -111,6 +118,14 @@ structured variants) as vectors of the samples that lie in the lanes; those of f
 cost of choosing is in the operations and in the seconds. The number is the share that is kept in percent, for gradients
 the paper's p.""",
 }
+PUBLISHED = """Evci et al. (RigL, ICML 2020) report static < SET <= RigL. Here, with 90 % zeros (accuracy in percent;
+differences in points, in brackets their standard error over the seeds):"""
+REASONS = """So here RigL is not ahead of SET: the gradient chooses no better than chance what grows. Nothing here tells
+why. It may be that the networks and images are small; that 100 steps between changes give new weights little time to
+show what they are worth (Liu et al., ITOP, ICML 2021, take 1,500 with SET, 4,000 with RigL); that RigL's choice hangs
+on the gradient of one batch of 32 samples."""
+# Points above dense training with as many operations.
+AIM = 0.3
 METHODS = {"sparse": SPARSE, "learning": LEARNING}
 TITLES = {"sparse": "Accuracy of sparse training", "learning": "Accuracy of learning from less"}
 COLUMNS = ("setting", "seeds", "epochs", "accuracy", "sd", "density", "operations", "ms per batch", "seconds",
@@ -186,9 +201,9 @@ def train(
     }  # fmt: skip
 
 
-def run(model: str, only: list[str] | None, seeds: int, threads: int, limit: float) -> None:
+def run(model: str, only: list[str] | None, seeds: int, threads: int, limit: float, source: str) -> None:
     """Do what is missing."""
-    data = tuple(load_dataset(DATA, split=split) for split in ("train", "test"))
+    data = tuple(load_dataset(source, split=split) for split in ("train", "test"))
     RESULTS.mkdir(parents=True, exist_ok=True)
     start = time.monotonic()
     for seed in range(seeds):
@@ -203,9 +218,9 @@ def run(model: str, only: list[str] | None, seeds: int, threads: int, limit: flo
             print(f"{path.stem}: {100 * result['accuracies'][-1]:.2f} % in {result['seconds']:.0f} s", flush=True)
 
 
-def compare_rates(model: str, only: list[str] | None, seeds: int, threads: int) -> None:
+def compare_rates(model: str, only: list[str] | None, seeds: int, threads: int, source: str) -> None:
     """Print the accuracy on 10,000 training images that were held out, at once, twice and four times the rate."""
-    images = load_dataset(DATA, split="train")
+    images = load_dataset(source, split="train")
     order = np.random.default_rng(123).permutation(len(images))
     data = images.subset(np.sort(order[10_000:])), images.subset(np.sort(order[:10_000]))
     for name in only or [f"dense-{MODELS[model]['epochs']}", "rigl-90", "swat-erk-80", "swat-erk-90"]:
@@ -214,53 +229,56 @@ def compare_rates(model: str, only: list[str] | None, seeds: int, threads: int) 
             print(f"{model} {name} at {found[0]['lr']}: {mean_accuracy(found):.2f} %", flush=True)
 
 
-def measure(model: str, threads: int, rounds: int = 40, steps: int = 10) -> None:
-    """Store the seconds that a batch of offered instances takes in every setting.
+def measure(model: str, threads: int, rounds: int, source: str) -> None:
+    """Store the seconds that a batch of offered instances takes in every setting, changes of the topology included.
 
-    All settings take turns of a few batches, as the machine's speed swings within seconds; the median over the turns,
-    plus the time that changes of the topology took, per batch. With a filter a turn is eight times as long, as how many
-    steps fall into one varies. Turns count in which dense training, at their beginning and at the next one's, took at
-    most a quarter longer than in its fastest: for minutes at a time a virtual machine may get one of two processors.
+    Raises:
+        SystemExit: the machine is not quiet, or a filter took longer than the dense training that it leaves out.
     """
-    training = load_dataset(DATA, split="train")
-    names = ["dense-1", *SPARSE, *LEARNING]
-    learners = {name: make_learner(model, training, settings_of(model)[name], 0, threads) for name in names}
-    for learner in learners.values():
+    training = load_dataset(source, split="train")
+    x, y = training.take(np.arange(min(len(training), MEASURED)))
+    feeds = {}
+    for name in ("dense-1", *SPARSE, *LEARNING):
+        learner = make_learner(model, training, settings_of(model)[name], 0, threads)
         learner.optimizer = learner.optimizer.with_total_steps(10**6)
         learner.topology.total_steps = 10**6
         learner.step_count = LATER
-    work = [batch for _, batch in zip(range(steps), batches(training, BATCH, seed=0, epoch=0), strict=False)]
-    for learner in learners.values():
         if learner.instance_filter is not None:
-            learner.observe(*training.take(np.arange(4096)))  # at the beginning everything passes
-    seconds: dict[str, list[float]] = {name: [] for name in names}
-    for _ in range(rounds):
-        for name, learner in learners.items():
-            start = time.perf_counter()
-            repeats = 1 if learner.instance_filter is None else 8
-            for _ in range(repeats):
-                if learner.instance_filter is not None:
-                    learner.observe(*(np.concatenate(parts) for parts in zip(*work, strict=True)))
-                    continue
-                for x, y in work:
-                    learner.partial_fit(x, y)
-            seconds[name].append((time.perf_counter() - start) / (repeats * steps))
+            learner.observe(x[:4096], y[:4096])  # at the beginning everything passes
+        feeds[name] = Feed(learner, x, y)
+    table = seconds_per_batch(feeds, rounds)
     # A filter trains on a part of what it is offered, so its topology changes less often.
-    shares = {name: 1.0 if learner.instance_filter is None else learner.instance_filter.rate
-              for name, learner in learners.items()}  # fmt: skip
-    changing = {name: learner.topology.seconds / (learner.step_count - LATER) * shares[name]
-                for name, learner in learners.items()}  # fmt: skip
-    dense = seconds[names[0]]
-    calm = [turn for turn in range(2, rounds - 1) if max(dense[turn : turn + 2]) <= 1.25 * min(dense[2:])]
-    print(f"{len(calm)} of {rounds} turns count")
-    if len(calm) < 8:
-        raise SystemExit("too few: the machine is not quiet; nothing is stored, run this again")
-    table = {name: statistics.median(values[turn] for turn in calm) + changing[name]
-             for name, values in seconds.items()}  # fmt: skip
-    result = {"threads": threads, "batch_size": BATCH, "seconds_per_batch": table, "of_which_topology": changing}
-    (RESULTS / f"seconds-{model}.json").write_text(json.dumps(result, indent=1) + "\n")
+    changing = {name: feed.learner.topology.seconds / (feed.learner.step_count - LATER) * kept_share(name)
+                for name, feed in feeds.items()}  # fmt: skip
+    table = {name: seconds + changing[name] for name, seconds in table.items()}
     for name, value in table.items():
-        print(f"{name:20s} {1e3 * value:7.3f} ms   dense / it = {table['dense-1'] / value:.2f}")
+        print(f"{name:26s} {1e3 * value:7.3f} ms   dense / it = {table['dense-1'] / value:.2f}")
+    dense_macs = feeds["dense-1"].macs / feeds["dense-1"].batches
+    operations = {name: feed.macs / feed.batches / dense_macs for name, feed in feeds.items()}
+    wrong = contradictions(table, operations, only_filters())
+    if wrong:
+        raise SystemExit(f"longer than dense training, which they leave out a part of: {', '.join(wrong)}; nothing is "
+                         "stored, run this again")  # fmt: skip
+    machines.write(seconds_file(model), {
+        "machine": machines.facts(), "date": machines.today(), "threads": threads, "batch_size": BATCH,
+        "seconds_per_batch": table, "of_which_topology": changing,
+    })  # fmt: skip
+
+
+def seconds_file(model: str) -> Path:
+    """Return where the times of a model are stored."""
+    return RESULTS / f"seconds-{model}.json"
+
+
+def only_filters() -> list[str]:
+    """Return the settings that are a filter and nothing else."""
+    return [name for name, (_, error_pruning, sparsity) in LEARNING.items() if error_pruning == sparsity == "none"]
+
+
+def kept_share(name: str) -> float:
+    """Return the share of the instances that a setting trains on."""
+    chosen = parse_policy("filter", LEARNING[name][0]) if name in LEARNING else None
+    return 1.0 if chosen is None else chosen.rate
 
 
 # --- the document ---
@@ -304,22 +322,25 @@ def write_documents() -> None:
     for kind, methods in METHODS.items():
         lines = [f"# {TITLES[kind]}", "", "Generated by `benchmarks/method_accuracy.py document`; do not edit.", "",
                  *INTRODUCTIONS[kind].splitlines(), "", *RECIPE.splitlines(), ""]  # fmt: skip
+        names = {model: [*dense_settings(model), *methods] for model in MODELS}
+        if kind == "sparse":
+            lines += findings(names)
         for model in MODELS:
-            lines += _model_lines(kind, model, [*dense_settings(model), *methods])
+            lines += _model_lines(kind, model, names[model])
         (DOCUMENTS / f"{kind}_accuracy.md").write_text("\n".join(lines))
 
 
+def _found(model: str, names: list[str]) -> dict[str, list[dict]]:
+    return {name: results for name, results in stored(model).items() if name in names}
+
+
 def _model_lines(kind: str, model: str, names: list[str]) -> list[str]:
-    found = {name: results for name, results in stored(model).items() if name in names}
-    judge = Judge(found)
-    path = RESULTS / f"seconds-{model}.json"
-    timing = json.loads(path.read_text()) if path.exists() else {"seconds_per_batch": {}, "threads": None}
-    lines = [f"## {model}", ""]
-    if timing["threads"]:
-        lines += [f"Time of a batch: {timing['threads']} threads, median over turns of a few batches.", ""]
-    lines += [f"| {' | '.join(COLUMNS)} |", "|" + "---|" * len(COLUMNS)]
+    found = _found(model, names)
+    judge, path = Judge(found), seconds_file(model)
+    timing = json.loads(path.read_text()) if path.exists() else {"seconds_per_batch": {}}
     rows = {name: _row(name, results, judge, timing["seconds_per_batch"]) for name, results in found.items()}
-    lines += [row["text"] for row in rows.values()]
+    lines = [f"## {model}", "", *_timing_lines(model, timing)]
+    lines += [f"| {' | '.join(COLUMNS)} |", "|" + "---|" * len(COLUMNS), *(row["text"] for row in rows.values())]
     seeds = MODELS[model]["seeds"]
     missing = [f"{name} ({seeds - len(found.get(name, []))} seeds)" for name in names
                if len(found.get(name, [])) < seeds]  # fmt: skip
@@ -328,28 +349,113 @@ def _model_lines(kind: str, model: str, names: list[str]) -> list[str]:
     return lines + ([f"![accuracy over operations and seconds]({plot})", ""] if _plot(plot, model, rows) else [])
 
 
+def _timing_lines(model: str, timing: dict) -> list[str]:
+    """Return on what machine times were measured, and whether they can be."""
+    seconds = timing["seconds_per_batch"]
+    if not seconds:
+        return []
+    where = f"{machines.described(timing['machine'])}, {timing['date']}" if "machine" in timing else "not recorded"
+    lines = [f"Time of a batch: {timing['threads']} threads; machine: {where}."]
+    operations = {name: operations_of(results) for name, results in stored(model).items()}
+    wrong = contradictions(seconds, operations, only_filters())
+    if wrong:
+        lines += ["", f"**Times not to be trusted**: longer than dense training, which they leave out a part of: "
+                      f"{', '.join(wrong)}. Others may be as wrong."]  # fmt: skip
+    return [*lines, ""]
+
+
 def _row(name: str, results: list[dict], judge: Judge, seconds_per_batch: dict[str, float]) -> dict:
     epochs = results[0]["epochs"]
     count = epochs * math.ceil(60_000 / BATCH)
-    accuracy, spread = mean_accuracy(results), 0.0
-    if len(results) > 1:
-        spread = 100 * statistics.stdev(r["accuracies"][-1] for r in results)
-    operations = statistics.mean(r["macs_done"] / r["macs_dense"] for r in results)
+    accuracy, operations = mean_accuracy(results), operations_of(results)
     dense = seconds_per_batch.get("dense-1")
     batch = dense if name.startswith("dense-") else seconds_per_batch.get(name)
     by_operations = judge.at(operations * epochs)
     by_time = judge.at(epochs * batch / dense) if batch and dense else None
     density = statistics.mean(r["density"] for r in results)
-    cells = [name, len(results), epochs, f"{accuracy:.2f}", f"{spread:.2f}", f"{density:.3f}", f"{operations:.3f}",
-             *("-" if batch is None else text for text in (f"{1e3 * (batch or 0):.2f}", f"{count * (batch or 0):.0f}")),
+    cells = [name, len(results), epochs, f"{accuracy:.2f}", f"{spread(results):.2f}", f"{density:.3f}",
+             f"{operations:.3f}", *(["-", "-"] if batch is None else [f"{1e3 * batch:.2f}", _seconds(count * batch)]),
              *("-" if name.startswith("dense-") or j is None else f"{accuracy - j:+.2f}"
                for j in (by_operations, by_time))]  # fmt: skip
     return {"text": f"| {' | '.join(map(str, cells))} |", "accuracy": accuracy, "operations": operations * epochs,
             "seconds": None if batch is None else count * batch}  # fmt: skip
 
 
+def _seconds(value: float) -> str:
+    return f"{value:.1f}" if value < 100 else f"{value:.0f}"
+
+
+def spread(results: list[dict]) -> float:
+    """Return the standard deviation of the last accuracies in points; 0 of one."""
+    return 100 * statistics.stdev(r["accuracies"][-1] for r in results) if len(results) > 1 else 0.0
+
+
+def operations_of(results: list[dict]) -> float:
+    """Return the mean share of dense training's operations that were executed."""
+    return statistics.mean(r["macs_done"] / r["macs_dense"] for r in results)
+
+
+def findings(names: dict[str, list[str]]) -> list[str]:
+    """Return what the sparse results say about published ones, and about the aim; ``names``: settings by model."""
+    lines = ["## What was published, and the aim", "", *PUBLISHED.splitlines(), ""]
+    lines += ["| network, densities | static | SET | RigL | SET less static | RigL less static | RigL less SET |",
+              "|" + "---|" * 7]  # fmt: skip
+    verdicts: dict[str, list[str]] = {}
+    for model in MODELS:
+        for kind, ending in (("ERK", "-90"), ("uniform", "-90-uniform")):
+            found = [stored(model).get(f"{policy}{ending}", []) for policy in ("static", "set", "rigl")]
+            if all(found):
+                static, by_set, rigl = found
+                cells = [f"{mean_accuracy(results):.2f}" for results in found]
+                cells += [_gap(by_set, static), _gap(rigl, static), _gap(rigl, by_set)]
+                lines.append(f"| {model}, {kind} | {' | '.join(cells)} |")
+                verdicts.setdefault(_verdict(by_set, rigl), []).append(f"{model}, {kind}")
+    lines.append("")
+    if verdicts:
+        lines += [*(f"- {verdict}: {'; '.join(where)}" for verdict, where in verdicts.items()), ""]
+    if verdicts and "RigL is ahead" not in verdicts:
+        lines += [*REASONS.splitlines(), ""]
+    return lines + [line for model in MODELS for line in _aim(model, names[model])]
+
+
+def _difference(high: list[dict], low: list[dict]) -> tuple[float, float]:
+    """Return the difference of two means in points, and its standard error over the seeds."""
+    error = math.hypot(*(spread(results) / math.sqrt(len(results)) for results in (high, low)))
+    return mean_accuracy(high) - mean_accuracy(low), error
+
+
+def _gap(high: list[dict], low: list[dict]) -> str:
+    return "{:+.2f} ({:.2f})".format(*_difference(high, low))
+
+
+def _verdict(by_set: list[dict], rigl: list[dict]) -> str:
+    difference, error = _difference(rigl, by_set)
+    if abs(difference) <= 2 * error:
+        return "RigL and SET are equal within the seeds (twice the error)"
+    return f"{'RigL' if difference > 0 else 'SET'} is ahead"
+
+
+def _aim(model: str, names: list[str]) -> list[str]:
+    """Return which settings with 90 % zeros are above dense training with as many operations by the aim."""
+    found = _found(model, names)
+    judge = Judge(found)
+    parts: dict[str, list[str]] = {"reach it": [], "do not": [], "take fewer than the shortest dense training": []}
+    for name, results in found.items():
+        if "-90" in name:
+            dense = judge.at(operations_of(results) * results[0]["epochs"])
+            gain = None if dense is None else round(mean_accuracy(results) - dense, 2)
+            reached = "take fewer than the shortest dense training" if gain is None else (
+                "reach it" if gain >= AIM else "do not")  # fmt: skip
+            parts[reached].append(name if gain is None else f"{name} ({gain:+.2f})")
+    lines = [f"- {text}: {', '.join(found)}" for text, found in parts.items() if found]
+    head = f"With 90 % zeros of {model}, {AIM} points above dense training with as many operations is the aim:"
+    return [head, "", *lines, ""] if lines else []
+
+
 def _plot(file: str, model: str, rows: dict[str, dict]) -> bool:
-    """Draw accuracy over operations and over seconds; False without matplotlib."""
+    """Draw accuracy over operations and over seconds; False without matplotlib, or with nothing to compare with."""
+    if not any(name.startswith("dense-") for name in rows):
+        return False
     try:
         import matplotlib
     except ImportError:
@@ -375,26 +481,29 @@ def _plot(file: str, model: str, rows: dict[str, dict]) -> bool:
     axes[0].legend()
     figure.tight_layout()
     figure.savefig(DOCUMENTS / file, metadata={"Date": None})
+    pyplot.close(figure)
     return True
 
 
 def main() -> None:
     """Run, measure or write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("run", "time", "rates", "document"))
+    parser.add_argument("what", choices=("all", "run", "time", "rates", "document"))
     parser.add_argument("model", nargs="?", choices=tuple(MODELS), default="lenet5")
     parser.add_argument("--only", nargs="*")
     parser.add_argument("--seeds", type=int)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--limit", type=float, default=math.inf)
-    arguments = parser.parse_args()
-    if arguments.what == "run":
-        seeds = arguments.seeds or MODELS[arguments.model]["seeds"]
-        run(arguments.model, arguments.only, seeds, arguments.threads, arguments.limit)
-    elif arguments.what == "rates":
-        compare_rates(arguments.model, arguments.only, arguments.seeds or 1, arguments.threads)
-    elif arguments.what == "time":
-        measure(arguments.model, arguments.threads)
+    parser.add_argument("--rounds", type=int, default=20, help="turns of every setting that is timed")
+    parser.add_argument("--data", default=DATA)
+    given = parser.parse_args()
+    if given.what in ("all", "run"):
+        seeds = given.seeds or MODELS[given.model]["seeds"]
+        run(given.model, given.only, seeds, given.threads, given.limit, given.data)
+    if given.what == "rates":
+        compare_rates(given.model, given.only, given.seeds or 1, given.threads, given.data)
+    if given.what in ("all", "time"):
+        measure(given.model, given.threads, given.rounds, given.data)
     write_documents()
 
 
