@@ -34,6 +34,7 @@ from edgetrain.cli.progress import CompileNotice, Display, resident_mib
 from edgetrain.cli.savings import account_of, account_text, itself, layers_of, savings_of
 from edgetrain.cli.signals import StopOnSignal
 from edgetrain.cli.sources import check_several, image_size_of, make_learner, take_initial_weights
+from edgetrain.cli.stream_lines import last_line, stream_line
 from edgetrain.data import Dataset, available_splits, load_dataset
 from edgetrain.data.batches import Batch
 from edgetrain.data.streaming import STANDARD_INPUT, InstanceSource, open_stream
@@ -47,7 +48,6 @@ from edgetrain.runs import Run, create_run
 if TYPE_CHECKING:
     from edgetrain.graph import Graph
     from edgetrain.learner import Learner
-    from edgetrain.stream import InstanceStream
 
 # Rows in memory, about a kilobyte each; a checkpoint writes them sooner unless windows are small.
 _MOST_UNWRITTEN = 1000
@@ -309,7 +309,7 @@ class StreamSession:
         result = self.result(baseline)
         self.run.log("account", **account_of(result))
         self.display.close()
-        emit(result, f"{account_text(result)}\n{_last_line(result)}", as_json)
+        emit(result, f"{account_text(result)}\n{last_line(result)}", as_json)
 
     def _dense(self, total: Totals) -> dict[str, Any]:
         """Estimate how long the same stream takes densely; a run that skips nothing is that dense run."""
@@ -565,39 +565,3 @@ def _can_predict(learner: Learner) -> bool:
     except NumericalError:
         return False
     return True
-
-
-def stream_line(stream: InstanceStream, length: int | None, record: EpochRecord, predict: bool) -> str:
-    """Return a line about a window of a stream of so many instances, ``None`` when that is unknown."""
-    parts = [f"{stream.position:,}" if length is None else f"{stream.position:,}/{length:,}"]
-    if math.isnan(record.loss):
-        parts.append(f"no step, {_waiting(stream.waiting)}")
-    else:
-        what = "accuracy before learning" if predict else "accuracy of those trained on"
-        parts += [f"loss {record.loss:.4f}", f"{what} {record.accuracy:.4f}"]
-    parts.append(f"kept {record.instances_kept / max(record.instances_seen, 1):.0%}")
-    if record.macs_dense:
-        parts.append(f"computed {record.macs_done / record.macs_dense:.0%}")
-    return "  ".join([*parts, f"{record.images_per_second:,.0f} images/s"])
-
-
-def _waiting(number: int) -> str:
-    return f"{count(number, 'instance')} waiting for a full micro-batch"
-
-
-def _last_line(result: dict[str, Any]) -> str:
-    parts = [f"{count(result['instances'], 'instance')}, {result['mode']}"]
-    if result["mode"] == "predict and train":
-        running, recent = result["running_accuracy"], result["recent_accuracy"]
-        parts.append(f"accuracy before learning {running:.4f}, of late {recent:.4f}")
-    if result["accuracy"] is not None:
-        parts.append(f"test accuracy {result['accuracy']:.4f}")
-    if result["instances_waiting"]:
-        parts.append(_waiting(result["instances_waiting"]))
-    if not result["steps"]:
-        parts[-1] = (
-            f"nothing was learned yet: {count(result['instances_waiting'], 'instance')} kept, a micro-batch takes "
-            f"{result['batch_size']}; use a smaller --batch-size, or when there are more instances go on with: "
-            f"edgetrain resume {result['run']}"
-        )
-    return "; ".join([*parts, f"model: {result['files']['model']}, run: {result['run']}"])
