@@ -6,13 +6,14 @@ import importlib
 import itertools
 import json
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from edgetrain.data import Dataset
-from tests.cli_support import ROOT
 
+ROOT = Path(__file__).parents[1]
 MACHINE = {"cpu": "A Processor", "architecture": "x86_64", "simd": "avx2", "cores": 2, "ram_mib": 1}
 
 
