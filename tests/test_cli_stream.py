@@ -718,6 +718,19 @@ def test_boards_learn_streams_with_edge_where_the_network_knows_its_data(tmp_pat
         assert methods(profile=str(path)) == RECIPES["dense"] | {"filter": "random:rate=0.5"}
 
 
+@pytest.mark.parametrize(("model", "recipe", "methods", "told"), [
+    ({}, None, {}, True), ({"initial_weights": "a.onnx"}, None, {}, False), ({}, "dense", {}, False),
+    ({}, None, {"filter": "none"}, False),
+])  # fmt: skip
+def test_a_run_says_why_nothing_is_skipped_where_a_board_would(model, recipe, methods, told):
+    from edgetrain.cli.config import effective, why_dense
+
+    given = {"device": {"profile": "raspberrypi4"}, "stream": {"enabled": True}, "model": model, "methods": methods}
+    config, profile, by_recipe = effective(given, recipe)
+    sentences = why_dense(config, profile, recipe, by_recipe)
+    assert [("begins untrained" in text and "--recipe edge" in text) for text in sentences] == [True] * told
+
+
 def test_a_stream_has_a_constant_and_smaller_learning_rate():
     from edgetrain.cli.config import effective
 

@@ -16,7 +16,7 @@ from edgetrain.ops import get_op
 from edgetrain.ops.conv import ProductOp
 from edgetrain.sparse_index import SparseIndex
 from edgetrain.sparsity import RigL, StaticSparse
-from tests.engine import assert_all_close, assert_close, assert_same, learner, poison, wide_host
+from tests.engine import PROFILE, assert_all_close, assert_close, assert_same, learner, poison, wide_host
 from tests.op_cases import Case, Net, combinations, convolutions, dense
 
 TOLERANCE = 1e-5  # float32 against float64, relative to the largest entry, as in test_ops
@@ -340,3 +340,16 @@ def test_no_two_jobs_store_the_same_pixels_of_a_list_in_parts():
         stored = [{int(run) + i * step for run in chunk for i in range(columns)} for chunk in chunks]
         assert len(stored) > 1
         assert sum(map(len, stored)) == len(set().union(*stored)) == 17 * 17
+
+
+@pytest.mark.parametrize(("batch", "density", "listed"), [
+    (32, 0.05, True), (32, 0.3, False), (128, 0.3, True), (128, 0.6, False),
+])  # fmt: skip
+def test_fully_connected_layers_have_lists_by_how_many_vectors_of_samples_there_are(batch, density, listed):
+    """An entry costs as much for two vectors as for eight."""
+    net = Net((64, 1, 1))
+    net.graph.set_outputs([net.Gemm(net.Flatten("input"), net.parameter(64, 64), transB=1)])
+    policy = StaticSparse(weights=1 - density, distribution="uniform", dense_first=False)
+    made = Learner(net.graph, PROFILE, batch_size=batch, loss="mse", sparsity=policy)
+    assert made.plans.lanes == 16
+    assert ("multiply_csr" in [row.kernel[0] for row in made.training_plan().rows]) == listed

@@ -169,6 +169,22 @@ def test_sparse_weights_keep_their_own_kernels():
     assert not POOLED & operators(made)
 
 
+@pytest.mark.parametrize("policy", [
+    et.StaticSparse(weights=0.5, distribution="uniform"), et.RigL(weights=0.5, distribution="uniform", refresh=1),
+])  # fmt: skip
+def test_sparse_weights_that_run_on_dense_kernels_have_lists_of_exact_zeros(policy):
+    made = learner(network("lenet5"), 16, sparsity=policy)
+    x, y = batch(made.graph, 16)
+    made.partial_fit(x, y)
+    assert operators(made) >= POOLED
+    got, twin = made.gradients(x, y), made.graph.copy()
+    twin.arrays |= made.parameters()
+    wanted = learner(twin, 16).gradients(x, y)
+    for layer in made.topology.layers:
+        wanted[layer.weight] = wanted[layer.weight] * made.topology.indices[layer.weight].mask()
+    assert_all_close(got, wanted, TOLERANCE)
+
+
 def test_operations_are_those_of_the_dense_products(monkeypatch):
     """As with Winograd's kernels: the same gradients are found in less time, and nothing is called saved."""
     graph = network("lenet5")
