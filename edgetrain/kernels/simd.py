@@ -130,6 +130,7 @@ def _scalar_store(element: ir.Type, kind: types.Type) -> Callable[..., Any]:
 
 load_f32 = _scalar_load(F32, types.float32)
 load_i32 = _scalar_load(I32, types.int32)
+load_u16 = _scalar_load(ir.IntType(16), types.uint16)
 load_f64 = _scalar_load(ir.DoubleType(), types.float64)
 load_i64 = _scalar_load(I64, types.int64)
 store_f32 = _scalar_store(F32, types.float32)
@@ -360,6 +361,73 @@ def select_same(typingctx: Any, a: Any, b: Any, yes: Any, no: Any) -> Any:
         return builder.select(same, args[2], args[3])
 
     return yes(a, a, yes, yes), codegen
+
+
+# --- a bit per lane ---------------------------------------------------------
+
+
+def _lanes_of_bits(builder: Any, bits: ir.Value, lanes: int) -> ir.Value:
+    return builder.bitcast(builder.trunc(bits, ir.IntType(lanes)), ir.VectorType(ir.IntType(1), lanes))
+
+
+@intrinsic
+def count_bits(typingctx: Any, bits: Any) -> Any:
+    """Return how many bits of an int64 are 1."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        return call_llvm(builder, "llvm.ctpop.i64", args[0])
+
+    return types.int64(types.int64), codegen
+
+
+@intrinsic(prefer_literal=True)
+def load_expanded(typingctx: Any, address: Any, bits: Any, width: Any) -> Any:
+    """Return a vector with the numbers that follow ``address`` in the lanes whose bit is 1, in order, and 0 elsewhere.
+
+    No more numbers are read than there are such lanes.
+    """
+    lanes = literal(width)
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        vector = ir.VectorType(F32, lanes)
+        zeros = ir.Constant(vector, [0.0] * lanes)
+        places = pointer(builder, args[0], F32), _lanes_of_bits(builder, args[1], lanes)
+        return call_llvm(builder, f"llvm.masked.expandload.{suffix(vector)}", *places, zeros, result=vector)
+
+    return Vec(lanes)(types.int64, types.int64, width), codegen
+
+
+@intrinsic
+def store_where(typingctx: Any, address: Any, vector: Any, bits: Any) -> Any:
+    """Store at ``address`` the lanes whose bit is 1, each in its place; the others' memory is not touched."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        kind = args[1].type
+        place, mask = pointer(builder, args[0], kind), _lanes_of_bits(builder, args[2], kind.count)
+        name = f"llvm.masked.store.{suffix(kind)}.p0{suffix(kind)}"
+        call_llvm(builder, name, args[1], place, ir.Constant(I32, 4), mask, result=ir.VoidType())
+        return context.get_dummy_value()
+
+    return types.void(types.int64, vector, types.int64), codegen
+
+
+@intrinsic(prefer_literal=True)
+def load_compressed(typingctx: Any, address: Any, bits: Any, width: Any) -> Any:
+    """Return a vector whose first lanes hold those of the numbers at ``address`` whose bit is 1, in order; then 0.
+
+    Where a bit is 0 no memory is touched. On x86 in a register: a store that compresses is slow on some machines.
+    """
+    lanes = literal(width)
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        vector = ir.VectorType(F32, lanes)
+        zeros, mask = ir.Constant(vector, [0.0] * lanes), _lanes_of_bits(builder, args[1], lanes)
+        place = pointer(builder, args[0], vector)
+        name = f"llvm.masked.load.{suffix(vector)}.p0{suffix(vector)}"
+        read = call_llvm(builder, name, place, ir.Constant(I32, 4), mask, zeros, result=vector)
+        return call_llvm(builder, f"llvm.x86.avx512.mask.compress.{suffix(vector)}", read, zeros, mask, result=vector)
+
+    return Vec(lanes)(types.int64, types.int64, width), codegen
 
 
 # --- threads and machine state ----------------------------------------------
