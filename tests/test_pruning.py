@@ -314,8 +314,8 @@ def test_operations_are_counted():
 # ---- gradients by chance ---------------------------------------------------------------------------------------------
 
 
-def run_kernel(name: str, lanes: int, jobs: int, **given: Any) -> None:
-    """Run a compiled kernel on arrays and numbers."""
+def run_kernel(name: str, sizes: int | tuple[int, ...], jobs: int, **given: Any) -> None:
+    """Run a compiled kernel on arrays and numbers; ``sizes``: the lanes, or all that is known when it is compiled."""
     arguments = []
     for argument in argument_names(name):
         value = given[argument]
@@ -323,7 +323,8 @@ def run_kernel(name: str, lanes: int, jobs: int, **given: Any) -> None:
             value = value.ctypes.data
         arguments.append(int(np.float32(value).view(np.uint32)) if argument.startswith("f_") else int(value))
     table = np.array(arguments, np.int64)
-    address = compile_kernels([(name, (lanes,))])[name, (lanes,)]
+    key = (name, (sizes,) if isinstance(sizes, int) else sizes)
+    address = compile_kernels([key])[key]
     ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * 3)(address)(table.ctypes.data, 0, jobs)
 
 
@@ -389,6 +390,51 @@ def test_products_from_lists_equal_the_dense_ones(norm, count):
     made = learner(graph, error_pruning=GradientPruning(rate=0.9, group="lanes"))  # the first five steps keep all
     assert {"multiply_lists", "correlate_lists"} <= {row.kernel[0] for row in made.training_plan().rows}
     assert_all_close(made.gradients(x, y), reference.gradients(graph, x, y)[1], TOLERANCE)
+
+
+def pooled_network(pool: dict[str, list[int]], conv: dict[str, list[int]]) -> Graph:
+    net = Net((1, 14, 13))
+    h = net.MaxPool(net.Relu(net.conv("input", 5, 1, 3, 3, **conv)), **pool)
+    weight = net.parameter(5, int(np.prod(net.shape(h))), spread=0.2)
+    net.graph.set_outputs([net.Gemm(net.Flatten(h), weight, transB=1)])
+    return net.graph
+
+
+@pytest.mark.parametrize("lanes", [4, 8, 16])
+@pytest.mark.parametrize(("count", "pool", "conv", "without_map"), [
+    (6, {"kernel_shape": [2, 2], "strides": [2, 2]}, {}, True),
+    (9, {"kernel_shape": [3, 2], "strides": [4, 3]}, {"pads": SAME, "strides": [1, 2]}, True),
+    (1, {"kernel_shape": [2, 2], "strides": [2, 2]}, {"pads": [0, 2, 1, 0], "dilations": [2, 1]}, True),
+    (7, {"kernel_shape": [3, 3], "strides": [2, 2]}, {}, False),
+    (7, {"kernel_shape": [2, 2], "strides": [2, 2], "pads": [1, 0, 0, 1]}, {}, False),
+], ids=str)  # fmt: skip
+def test_lists_behind_a_pool_are_those_of_the_map_not_written(count, pool, conv, without_map, lanes, monkeypatch):
+    (x, y), graph = batch(count, (1, 14, 13)), pooled_network(pool, conv)
+    policy, optimizer = "gradients:rate=0.6,group=lanes", et.SGD(lr=0.0, momentum=0.0)
+    made = learner(graph, lanes, error_pruning=policy, optimizer=optimizer)
+    used = {row.kernel[0] for row in made.training_plan().rows}
+    assert ("list_pool_vectors" in used, "max_pool_gradient" in used) == (without_map, not without_map)
+    assert_all_close(made.gradients(x, y), reference.gradients(graph, x, y)[1], TOLERANCE)
+    with monkeypatch.context() as patch:
+        patch.setattr("edgetrain.pruning._pool_behind", lambda graph, error_map: None)
+        twin = learner(graph, lanes, error_pruning=policy, optimizer=optimizer)
+        assert "list_pixels" in {row.kernel[0] for row in twin.training_plan().rows}
+    steps = [[each.partial_fit(x, y) for _ in range(8)][-1] for each in (made, twin)]
+    assert steps[0].macs_done == steps[1].macs_done < steps[0].macs_dense
+    assert_all_close(made.gradients(x, y), twin.gradients(x, y), TOLERANCE)
+
+
+def test_a_number_that_is_not_finite_is_listed_behind_a_pool():
+    """So that the step's check meets it in the gradients of the weights."""
+    grad, positions, values = aligned(2 * 4), aligned(4, np.uint32), aligned(2 * 4 * 4)
+    grad[5], positions[:] = np.nan, 0b0100  # of the second window the second pixel, in every sample
+    segments, pairs = aligned(2, np.int64), aligned(2 * 2 * 8, np.int64)
+    run_kernel("list_pool_vectors", (4, 4, 2), 1, positions=positions, grad_out=grad, segments=segments, pairs=pairs,
+               values=values, corners=np.array([0, 100]), taps=np.array([0, 16, 32, 48]), blocks=1, capacity=8,
+               out_rows=1, out_columns=2, positions_block=0, positions_channel=0, grad_block=0, grad_channel=0,
+               grad_row=0, x_block=0)  # fmt: skip
+    assert segments.tolist() == [0, 1] and pairs[:2].tolist() == [116, 0]
+    np.testing.assert_array_equal(values[:4], [0, np.nan, 0, 0])
 
 
 @pytest.mark.parametrize("group", ["element", "lanes"])
@@ -786,5 +832,8 @@ def test_every_kernel_of_pruning_is_used():
     modules = [f"edgetrain.kernels.{name}" for name in PRUNING_KERNELS]
     ours = {name for name, (made, _) in load_factories().items() if made.__module__ in modules}
     policies = [*POLICIES, Compressed(0.5), Masked(0.5), Compressed(0.2, group="element")]
-    plans = [learner(network(), error_pruning=policy).training_plan() for policy in policies]
+    made = [learner(network(), error_pruning=policy) for policy in policies]
+    pooled = pooled_network({"kernel_shape": [2, 2], "strides": [2, 2]}, {})
+    made.append(learner(pooled, error_pruning=GradientPruning(group="lanes")))
+    plans = [each.training_plan() for each in made]
     assert ours <= {row.kernel[0] for plan in plans for row in plan.rows}

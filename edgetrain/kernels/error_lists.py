@@ -1,7 +1,8 @@
 """Lists of the vectors of an error map that are not zero, and the products that skip the others.
 
 Two lists of the same vectors: of every channel the pixels (for the weight gradient, see ``vector_lists``), and of every
-pixel the channels (for the input gradient: a pixel of it gathers from few pixels of the error map).
+pixel the channels (for the input gradient: a pixel of it gathers from few pixels of the error map). Where a max pool
+lies behind and nobody wants the input gradient, the first is made without the map, with copies of the vectors.
 """
 
 from __future__ import annotations
@@ -18,29 +19,34 @@ from edgetrain.kernels.simd import (
     I32,
     I64,
     arguments,
+    broadcast,
     intrinsic,
     literal,
+    load,
     load_i32,
     load_i64,
     pointer,
+    select_same,
+    store,
     store_i32,
     store_i64,
+    unpack,
+    whole,
 )
 from edgetrain.kernels.tiles import _accumulators, _fma, _offsets, _vector_load, _weights
 
 
-@intrinsic(prefer_literal=True)
-def is_nonzero(typingctx: Any, address: Any, width: Any) -> Any:
-    """Return 1 if any of ``width`` float32 is not 0 (a NaN is not), else 0."""
-    lanes = literal(width)
+@intrinsic
+def is_nonzero(typingctx: Any, vector: Any) -> Any:
+    """Return 1 if any lane is not 0 (a NaN is not), else 0."""
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        vector = _vector_load(builder, args[0], lanes)
-        different = builder.fcmp_unordered("!=", vector, ir.Constant(vector.type, [0.0] * lanes))
+        lanes = args[0].type.count
+        different = builder.fcmp_unordered("!=", args[0], ir.Constant(args[0].type, [0.0] * lanes))
         bits = builder.bitcast(different, ir.IntType(lanes))
         return builder.zext(builder.icmp_unsigned("!=", bits, ir.Constant(bits.type, 0)), I64)
 
-    return types.int64(types.int64, width), codegen
+    return types.int64(vector), codegen
 
 
 @kernel(
@@ -65,7 +71,7 @@ def list_pixels(lanes: int, flagged: int) -> Body:
                 flag = flags + 4 * (block * channels + channel) * pixel_count
                 for i in range(pixel_count):
                     offset = load_i64(pixels + 16 * i + 8)
-                    found = is_nonzero(source + offset, lanes)
+                    found = is_nonzero(load(source + offset, lanes))
                     store_i64(at, load_i64(pixels + 16 * i) + block * x_block)
                     store_i64(at + 8, offset + block * grad_block)
                     at += 16 * found
@@ -73,6 +79,49 @@ def list_pixels(lanes: int, flagged: int) -> Body:
                         store_i32(flag + 4 * i, found)
             store_i64(segments + 16 * channel, start)
             store_i64(segments + 16 * channel + 8, (at - pairs) // 16 - start)
+
+    return body
+
+
+@kernel(
+    "positions", "grad_out", "segments", "pairs", "values", "corners", "taps", "blocks", "capacity", "out_rows",
+    "out_columns", "positions_block", "positions_channel", "grad_block", "grad_channel", "grad_row", "x_block",
+)  # fmt: skip
+def list_pool_vectors(lanes: int, tap_count: int, bits: int) -> Body:
+    """Do the work of ``list_pixels`` on what a max pool's gradient would write, which is copied to ``values``.
+
+    Job: channel, with room for ``capacity`` vectors. ``grad_out`` comes to the pool, whose windows do not overlap;
+    ``positions`` as for ``pooling.max_pool_gradient``. ``corners``: table of the int64 offset in x of every window's
+    first pixel; ``taps``: of every pixel of a window, from there.
+    """
+    step, per_word = 4 * lanes, 32 // bits
+
+    def body(args: int, first: int, last: int) -> None:
+        (positions, grad_out, segments, pairs, values, corners, taps, blocks, capacity, out_rows, out_columns,
+         positions_block, positions_channel, grad_block, grad_channel, grad_row, x_block) = arguments(args, 17)
+        zero = broadcast(0.0, lanes)
+        for channel in range(first, last):
+            at = channel * capacity
+            for block in range(blocks):
+                source, corner = grad_out + block * grad_block + channel * grad_channel, corners
+                packed, place = 0, positions + block * positions_block + channel * positions_channel
+                for row in range(out_rows):
+                    for column in range(out_columns):
+                        grad = load(source + row * grad_row + column * step, lanes)
+                        if is_nonzero(grad):
+                            position = unpack(load(place, lanes), packed * bits, bits)
+                            for k in range(tap_count):
+                                share = select_same(position, whole(k, lanes), grad, zero)
+                                store(values + at * step, share)
+                                store_i64(pairs + 16 * at, load_i64(corner) + load_i64(taps + 8 * k) + block * x_block)
+                                store_i64(pairs + 16 * at + 8, at * step)
+                                at += is_nonzero(share)
+                        corner += 8
+                        packed += 1
+                        if packed == per_word:
+                            packed, place = 0, place + step
+            store_i64(segments + 16 * channel, channel * capacity)
+            store_i64(segments + 16 * channel + 8, at - channel * capacity)
 
     return body
 

@@ -110,8 +110,8 @@ def prune_vectors(lanes: int) -> Body:
         limit = _threshold(record, load_f32(args + 128))
         key = stream_key(load_i64(state + 16), load_i64(state + 8), stream)
         zero = broadcast(0.0, lanes)
+        block, channel = first // channels, first % channels
         for job in range(first, last):
-            block, channel = job // channels, job % channels
             total, kept, before = 0.0, 0, 0
             for row in range(rows):
                 source = grad + block * grad_block + channel * grad_channel + row * grad_row
@@ -132,6 +132,9 @@ def prune_vectors(lanes: int) -> Body:
             store_f64(magnitudes + 8 * job, total)
             store_i64(counts + 16 * job, kept)
             store_i64(counts + 16 * job + 8, before)
+            channel += 1
+            if channel == channels:
+                block, channel = block + 1, 0
 
     return body
 

@@ -2,6 +2,7 @@
 
 - ``PrunedGradient``: a gradient -> the same, thinned out by chance without changing its expectation;
 - ``ErrorLists``: an error map -> lists of its vectors of samples that are not zero;
+- ``PooledErrorLists``: what comes to a max pool -> lists of the vectors that are not zero in the map before it;
 - ``ListedInputGrad``, ``ListedWeightGrad``: the dense operators with the lists as one more input. They compute the
   same; how much they skip is seen at run time. Counted as saved is what pruning adds: not the vectors that are zero
   without it.
@@ -13,7 +14,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from edgetrain.graph import Node, Shape
-from edgetrain.ops.conv import Product, ProductGrad, ProductInputGrad, ProductWeightGrad
+from edgetrain.ops.conv import Conv, Product, ProductGrad, ProductInputGrad, ProductWeightGrad
+from edgetrain.ops.pooling import MaxPoolGrad
 from edgetrain.ops.registry import NO_BORDER, Array, Border, Op, register
 
 if TYPE_CHECKING:
@@ -79,6 +81,31 @@ class ErrorLists(Op):
 
 
 @register
+class PooledErrorLists(MaxPoolGrad):
+    """(positions, grad_out of the pool) -> lists of the vectors that are not zero in the error map before it, copied.
+
+    The map is never written. Attributes: those of ``MaxPoolGrad``; ``conv``, the node whose output was pooled;
+    ``record`` and ``pruned`` as in ``ErrorLists``.
+    """
+
+    name = "PooledErrorLists"
+    opaque = (0,)
+    attributes = (*MaxPoolGrad.attributes, "conv", "record", "pruned")
+
+    def infer(self, node: Node) -> Sequence[tuple[Shape, bool]]:
+        """An opaque array, whose size depends on the number of samples; its readable twin is the error map."""
+        return [((1,), False)]
+
+    def product(self, node: Node) -> Product:
+        """Return the sizes of the convolution."""
+        return Conv().product(node.get("conv"))
+
+    def lower(self, node: Node, low: Lowering) -> None:
+        """One pass."""
+        low.pooled_error_lists(node, self.product(node), self.pool(node))
+
+
+@register
 class ListedInputGrad(ProductInputGrad):
     """(grad_out, weights, lists) -> grad_x."""
 
@@ -101,11 +128,14 @@ class ListedInputGrad(ProductInputGrad):
 
 @register
 class ListedWeightGrad(ProductWeightGrad):
-    """(x, grad_out, lists) -> grad_w."""
+    """(x, grad_out, lists) -> grad_w, or (x, lists) where the lists hold the vectors (``PooledErrorLists``).
+
+    Attribute ``windows``: in the second case, how many pixels of a channel the windows of the pool cover.
+    """
 
     name = "ListedWeightGrad"
-    arity = (3, 3)
-    attributes = (*ProductWeightGrad.attributes, "record")
+    arity = (2, 3)
+    attributes = (*ProductWeightGrad.attributes, "record", "windows")
 
     def reference(self, node: Node, *inputs: Array) -> tuple[Array, ...]:
         """As the dense gradient."""
@@ -113,7 +143,7 @@ class ListedWeightGrad(ProductWeightGrad):
 
     def borders(self, node: Node) -> Sequence[Border]:
         """The padding that windows touch."""
-        return [*super().borders(node), NO_BORDER]
+        return [*super().borders(node), NO_BORDER][: len(node.inputs)]
 
     def lower(self, node: Node, low: Lowering) -> None:
         """See ``lowering_listed``."""
