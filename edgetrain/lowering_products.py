@@ -102,7 +102,7 @@ class ProductLowering(SparseLowering):
         nbytes = 4 * index.size
         whole = self.kept(whole_gradient(weight.name), nbytes) if self.whole_gradients else self.workspace(nbytes)
         yield whole
-        bits = self._bits(weight, g)
+        bits = self.bits(weight, g)
         kernel, sizes = ("gather_bits", (WORD,)) if bits else ("gather_sparse", ())
         self.emit(kernel, sizes, index.rows, values=self.address(node.y), dense=whole,
                   **(bits or self._stored(weight, g)))  # fmt: skip
@@ -142,20 +142,22 @@ class ProductLowering(SparseLowering):
         if index is None:
             return self.address(weight)
         dense = self.workspace(4 * index.size + ALIGNMENT)  # a tile may read behind the last row
-        bits = self._bits(weight, g)
+        bits = self.bits(weight, g)
         kernel, sizes = ("expand_bits", (WORD,)) if bits else ("expand_sparse", ())
         self.emit(kernel, sizes, index.rows, values=self.address(weight), dense=dense, row_size=index.row_size,
                   **(bits or self._stored(weight, g)))  # fmt: skip
         return dense
 
-    def _bits(self, weight: Value, g: Product) -> dict[str, int | Ref]:
+    def bits(self, weight: Value, g: Product) -> dict[str, int | Ref]:
         """Return where the bits of a sparse weight are, and how rows lie, if whole vectors move by them; else nothing.
 
         Half of 48,000 weights are written out in 6 us so, 21 number by number; gathered in 7 us, not 20 (one thread).
         """
-        index = self.sparse[weight.name]
+        index = self.sparse.get(weight.name)
+        if index is None or index.bits is None or simd_lanes() != WORD:
+            return {}
         stored = self._stored(weight, g)
-        if index.bits is None or stored["dense_column"] != 4 or simd_lanes() != WORD:
+        if stored["dense_column"] != 4:
             return {}
         name = f"index:{weight.name}:bits"
         self.plan.fixed[name] = index.bits

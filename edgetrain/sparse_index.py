@@ -17,7 +17,7 @@ from edgetrain.errors import UsageError
 WORD = 16  # weights that a word of ``SparseIndex.bits`` tells of
 # Of fewer weights bits take more memory than they are worth: writing out a tenth of 30,720 takes 4.4 us by bits and 5.4
 # number by number, gathering 5.1 and 3.9 (one thread).
-_BITS_SHARE = 0.125
+_BITS_SHARE = 0.0625
 Mask = NDArray[np.bool_]
 Positions = NDArray[np.int64]
 Floats = NDArray[np.float32]
@@ -49,7 +49,7 @@ class SparseIndex:
             output channel, for the input gradient: ``input_columns`` is the output channel within the group times
             ``taps`` plus tap.
         bits: uint16 ``(rows * row_words,)``: which columns of a row exist, a bit each, the first one lowest; ``None``
-            where places are needed (not compact, ``inputs_first``) or fewer than an eighth of the weights can exist.
+            where places are needed (not compact, ``inputs_first``) or fewer than a sixteenth of the weights can exist.
         row_words: words of a row in ``bits``.
 
     The arrays keep their addresses and sizes for life; what stands behind ``count`` is 0.

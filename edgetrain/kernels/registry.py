@@ -34,7 +34,7 @@ Factory = Callable[..., Body]
 on_compile: list[Callable[[str, int, int], None]] = []
 
 _MODULES = (
-    "channels", "clock", "csr", "dense", "element_lists", "elementwise", "error_lists", "layout", "loss",
+    "bits", "channels", "clock", "csr", "dense", "element_lists", "elementwise", "error_lists", "layout", "loss",
     "normalization", "pooled_errors", "pooling", "pruned", "random", "sparse_storage", "stochastic", "update",
     "vector_lists", "winograd",
 )  # fmt: skip

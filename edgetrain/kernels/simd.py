@@ -412,22 +412,33 @@ def store_where(typingctx: Any, address: Any, vector: Any, bits: Any) -> Any:
 
 
 @intrinsic(prefer_literal=True)
-def load_compressed(typingctx: Any, address: Any, bits: Any, width: Any) -> Any:
-    """Return a vector whose first lanes hold those of the numbers at ``address`` whose bit is 1, in order; then 0.
-
-    Where a bit is 0 no memory is touched. On x86 in a register: a store that compresses is slow on some machines.
-    """
+def load_where(typingctx: Any, address: Any, bits: Any, width: Any) -> Any:
+    """Return a vector with the numbers at ``address`` in the lanes whose bit is 1, 0 elsewhere; no others are read."""
     lanes = literal(width)
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         vector = ir.VectorType(F32, lanes)
         zeros, mask = ir.Constant(vector, [0.0] * lanes), _lanes_of_bits(builder, args[1], lanes)
-        place = pointer(builder, args[0], vector)
         name = f"llvm.masked.load.{suffix(vector)}.p0{suffix(vector)}"
-        read = call_llvm(builder, name, place, ir.Constant(I32, 4), mask, zeros, result=vector)
-        return call_llvm(builder, f"llvm.x86.avx512.mask.compress.{suffix(vector)}", read, zeros, mask, result=vector)
+        operands = pointer(builder, args[0], vector), ir.Constant(I32, 4), mask, zeros
+        return call_llvm(builder, name, *operands, result=vector)
 
     return Vec(lanes)(types.int64, types.int64, width), codegen
+
+
+@intrinsic
+def compress(typingctx: Any, vector: Any, bits: Any) -> Any:
+    """Return the lanes whose bit is 1, in order, in the first lanes, and 0 behind; 16 lanes of AVX-512.
+
+    In a register: a store that compresses is slow on some machines.
+    """
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        kind = args[0].type
+        zeros, mask = ir.Constant(kind, [0.0] * kind.count), _lanes_of_bits(builder, args[1], kind.count)
+        return call_llvm(builder, f"llvm.x86.avx512.mask.compress.{suffix(kind)}", args[0], zeros, mask)
+
+    return vector(vector, types.int64), codegen
 
 
 # --- threads and machine state ----------------------------------------------

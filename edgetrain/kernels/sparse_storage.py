@@ -8,19 +8,7 @@ gathered in 9.5 us so instead of 13.0, and written out in 11.7 instead of 12.4 (
 from __future__ import annotations
 
 from edgetrain.kernels.registry import Body, kernel
-from edgetrain.kernels.simd import (
-    arguments,
-    broadcast,
-    count_bits,
-    load_compressed,
-    load_expanded,
-    load_f32,
-    load_i32,
-    load_u16,
-    store,
-    store_f32,
-    store_where,
-)
+from edgetrain.kernels.simd import arguments, broadcast, load_f32, load_i32, store, store_f32
 
 _WIDTH = 8  # floats that are cleared at once
 _INDEX = ("starts", "columns", "places", "dense_row", "dense_column")
@@ -75,49 +63,5 @@ def gather_sparse() -> Body:
                 for k in range(begin, end):
                     value = load_f32(line + load_i32(columns + 4 * k) * dense_column)
                     store_f32(values + 4 * load_i32(places + 4 * k), value)
-
-    return body
-
-
-# Two kernels for rows whose columns lie side by side, on machines with an instruction that spreads numbers over lanes.
-# ``bits``: of a ``SparseIndex``, ``row_words`` of them a row.
-
-
-@kernel("values", "dense", "row_size", "starts", "bits", "row_words", "dense_row")
-def expand_bits(lanes: int) -> Body:
-    """Do the work of ``expand_sparse`` a vector at a time. Job: row. ``lanes``: 16, as many as a word has bits."""
-
-    def body(args: int, first: int, last: int) -> None:
-        values, dense, row_size, starts, bits, row_words, dense_row = arguments(args, 7)
-        rest = (1 << row_size % lanes) - 1
-        for row in range(first, last):
-            at, line = values + 4 * load_i32(starts + 4 * row), dense + row * dense_row
-            word = bits + 2 * row * row_words
-            for vector in range(row_size // lanes):
-                exist = load_u16(word + 2 * vector)
-                store(line + 4 * lanes * vector, load_expanded(at, exist, lanes))
-                at += 4 * count_bits(exist)
-            if rest != 0:
-                exist = load_u16(word + 2 * row_words - 2)
-                store_where(line + 4 * lanes * (row_words - 1), load_expanded(at, exist, lanes), rest)
-
-    return body
-
-
-@kernel("values", "dense", "starts", "bits", "row_words", "dense_row")
-def gather_bits(lanes: int) -> Body:
-    """Do the work of ``gather_sparse`` a vector at a time. Job: row; see ``expand_bits``."""
-
-    def body(args: int, first: int, last: int) -> None:
-        values, dense, starts, bits, row_words, dense_row = arguments(args, 6)
-        for row in range(first, last):
-            at, line = values + 4 * load_i32(starts + 4 * row), dense + row * dense_row
-            word = bits + 2 * row * row_words
-            for vector in range(row_words):
-                exist = load_u16(word + 2 * vector)
-                found = count_bits(exist)
-                # Never more than there are: what follows in ``values`` may be another thread's.
-                store_where(at, load_compressed(line + 4 * lanes * vector, exist, lanes), (1 << found) - 1)
-                at += 4 * found
 
     return body

@@ -1,0 +1,162 @@
+"""Sparse weights by a bit each: whole vectors of a row, whose columns lie side by side, at a time.
+
+For machines with instructions that spread numbers over the lanes of a vector and gather them again (AVX-512). The
+values lie in the order of the entries; a word of ``bits`` (``sparse_index.SparseIndex``) tells which of 16 columns
+exist, so reading a row needs no column numbers. ``expand_bits`` and ``gather_bits`` stand between such weights and
+dense kernels. With few samples, in lanes that hold channels, that copy would take longer than the product; there fully
+connected layers multiply what they read (``multiply_bits`` and the two behind it).
+
+Half of 48,000 weights are written out in 6.4 us, number by number in 21; gathered in 6.5 us and 18 (one thread).
+"""
+
+from __future__ import annotations
+
+from edgetrain.kernels.registry import Body, kernel
+from edgetrain.kernels.simd import (
+    arguments,
+    broadcast,
+    compress,
+    count_bits,
+    fma,
+    load,
+    load_expanded,
+    load_f32,
+    load_i32,
+    load_i64,
+    load_u16,
+    load_where,
+    store,
+    store_f32,
+    store_where,
+    sum_lanes,
+)
+
+# starts: int32, first entry of every row; bits: uint16, ``row_words`` a row; lanes: 16, as many as a word has bits.
+
+
+@kernel("values", "dense", "row_size", "starts", "bits", "row_words", "dense_row")
+def expand_bits(lanes: int) -> Body:
+    """Write a dense array of weights, ``dense_row`` bytes a row: the values where they exist, 0 elsewhere. Job: row."""
+
+    def body(args: int, first: int, last: int) -> None:
+        values, dense, row_size, starts, bits, row_words, dense_row = arguments(args, 7)
+        rest = (1 << row_size % lanes) - 1
+        for row in range(first, last):
+            at, line = values + 4 * load_i32(starts + 4 * row), dense + row * dense_row
+            word = bits + 2 * row * row_words
+            for vector in range(row_size // lanes):
+                exist = load_u16(word + 2 * vector)
+                store(line + 4 * lanes * vector, load_expanded(at, exist, lanes))
+                at += 4 * count_bits(exist)
+            if rest != 0:
+                exist = load_u16(word + 2 * row_words - 2)
+                store_where(line + 4 * lanes * (row_words - 1), load_expanded(at, exist, lanes), rest)
+
+    return body
+
+
+@kernel("values", "dense", "starts", "bits", "row_words", "dense_row")
+def gather_bits(lanes: int) -> Body:
+    """Take the entries of a dense array into sparse storage. Job: row; see ``expand_bits``."""
+
+    def body(args: int, first: int, last: int) -> None:
+        values, dense, starts, bits, row_words, dense_row = arguments(args, 6)
+        for row in range(first, last):
+            at, line = values + 4 * load_i32(starts + 4 * row), dense + row * dense_row
+            word = bits + 2 * row * row_words
+            for vector in range(row_words):
+                exist = load_u16(word + 2 * vector)
+                found = count_bits(exist)
+                # Never more than there are: what follows in ``values`` may be another thread's.
+                wanted = compress(load_where(line + 4 * lanes * vector, exist, lanes), exist)
+                store_where(at, wanted, (1 << found) - 1)
+                at += 4 * found
+
+    return body
+
+
+@kernel(
+    "values", "x", "y", "bias", "starts", "bits", "row_words", "rows", "samples", "x_block", "y_block", "row_chunk",
+    "padded",
+)  # fmt: skip
+def multiply_bits(lanes: int) -> Body:
+    """Write ``y[sample][row] = bias[row] + sum over columns of weight[row][column] * x[sample][column]``.
+
+    Job: ``row_chunk`` rows of ``padded``; those that do not exist get 0. Vectors of ``x`` are read whole: behind the
+    last column it must hold finite numbers.
+    """
+
+    def body(args: int, first: int, last: int) -> None:
+        (values, x, y, bias, starts, bits, row_words, rows, samples, x_block, y_block, row_chunk,
+         padded) = arguments(args, 13)  # fmt: skip
+        for row in range(first * row_chunk, min(padded, last * row_chunk)):
+            for sample in range(samples):
+                if row >= rows:
+                    store_f32(y + sample * y_block + 4 * row, 0.0)
+                    continue
+                at, word = values + 4 * load_i32(starts + 4 * row), bits + 2 * row * row_words
+                source, total = x + sample * x_block, broadcast(0.0, lanes)
+                for vector in range(row_words):
+                    exist = load_u16(word + 2 * vector)
+                    total = fma(load_expanded(at, exist, lanes), load(source + 4 * lanes * vector, lanes), total)
+                    at += 4 * count_bits(exist)
+                store_f32(y + sample * y_block + 4 * row, sum_lanes(total) + load_f32(bias + 4 * row))
+
+    return body
+
+
+@kernel(
+    "values", "grad_out", "grad_x", "starts", "bits", "row_words", "rows", "samples", "grad_block", "grad_x_block",
+    "word_chunk",
+)  # fmt: skip
+def multiply_bits_back(lanes: int) -> Body:
+    """Write ``grad_x[sample][column] = sum over rows of grad_out[sample][row] * weight[row][column]``.
+
+    Job: ``word_chunk`` words of every row, a multiple of 4. Vectors are written whole, with 0 behind the last column.
+    """
+
+    def body(args: int, first: int, last: int) -> None:
+        (values, grad_out, grad_x, starts, bits, row_words, rows, samples, grad_block, grad_x_block,
+         word_chunk) = arguments(args, 11)  # fmt: skip
+        begin, end = first * word_chunk, min(row_words, last * word_chunk)
+        for sample in range(samples):
+            target = grad_x + sample * grad_x_block
+            for vector in range(begin, end):
+                store(target + 4 * lanes * vector, broadcast(0.0, lanes))
+            for row in range(rows):
+                at, word = values + 4 * load_i32(starts + 4 * row), bits + 2 * row * row_words
+                for before in range(0, begin, 4):
+                    at += 4 * count_bits(load_i64(word + 2 * before))
+                error = broadcast(load_f32(grad_out + sample * grad_block + 4 * row), lanes)
+                for vector in range(begin, end):
+                    exist, place = load_u16(word + 2 * vector), target + 4 * lanes * vector
+                    store(place, fma(error, load_expanded(at, exist, lanes), load(place, lanes)))
+                    at += 4 * count_bits(exist)
+
+    return body
+
+
+@kernel(
+    "values", "x", "grad_out", "starts", "bits", "row_words", "rows", "samples", "x_block", "grad_block", "row_chunk",
+)  # fmt: skip
+def correlate_bits(lanes: int) -> Body:
+    """Write the gradients of the weights that exist: sums over samples of ``grad_out[row] * x[column]``.
+
+    Job: ``row_chunk`` rows. Vectors of ``x`` are read whole.
+    """
+
+    def body(args: int, first: int, last: int) -> None:
+        (values, x, grad_out, starts, bits, row_words, rows, samples, x_block, grad_block,
+         row_chunk) = arguments(args, 11)  # fmt: skip
+        for row in range(first * row_chunk, min(rows, last * row_chunk)):
+            at, word = values + 4 * load_i32(starts + 4 * row), bits + 2 * row * row_words
+            for vector in range(row_words):
+                exist = load_u16(word + 2 * vector)
+                found, total = count_bits(exist), broadcast(0.0, lanes)
+                for sample in range(samples):
+                    error = broadcast(load_f32(grad_out + sample * grad_block + 4 * row), lanes)
+                    total = fma(error, load(x + sample * x_block + 4 * lanes * vector, lanes), total)
+                store_where(at, compress(total, exist), (1 << found) - 1)
+                at += 4 * found
+
+    return body

@@ -1,0 +1,182 @@
+"""Sparse weights by a bit each: kernels against their twins, and fully connected layers of few samples in training."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+import edgetrain as et
+from edgetrain import reference
+from edgetrain.arrays import aligned
+from edgetrain.choice import simd_lanes
+from edgetrain.graph import Graph
+from edgetrain.learner import Learner
+from edgetrain.sparse_index import SparseIndex
+from tests.engine import assert_all_close, assert_close, channel_learner, learner, poison, wide_host
+from tests.op_cases import Net
+from tests.test_pruning import run_kernel
+
+TOLERANCE = 1e-5
+pytestmark = [
+    pytest.mark.usefixtures(wide_host.__name__),
+    pytest.mark.skipif(simd_lanes() < 16, reason="these kernels are for AVX-512"),
+]
+
+
+def random_index(rows: int, row_size: int, density: float, seed: int = 0) -> SparseIndex:
+    """Return an index with an empty row, a full one, and room for more entries."""
+    mask = np.random.default_rng(seed).random((rows, row_size)) < density
+    mask[0], mask[-1] = False, True
+    index = SparseIndex((rows, row_size), capacity=rows * row_size)
+    index.set(mask)
+    return index
+
+
+@pytest.mark.parametrize(("rows", "row_size"), [(2, 1), (5, 15), (4, 16), (7, 17), (6, 25), (3, 96), (9, 400)])
+def test_rows_are_written_out_and_gathered(rows, row_size):
+    index, rng = random_index(rows, row_size, 0.4), np.random.default_rng(1)
+    values, dense = aligned(index.capacity), aligned(rows * row_size + 16)
+    values[:], dense[:] = rng.normal(size=values.size), 7
+    stored = {"starts": index.starts, "bits": index.bits, "row_words": index.row_words, "dense_row": 4 * row_size}
+    run_kernel("expand_bits", 16, rows, values=values, dense=dense, row_size=row_size, **stored)
+    np.testing.assert_array_equal(dense[: index.size].reshape(index.shape), index.dense(values))
+    assert (dense[index.size :] == 7).all()
+    dense[: index.size] = rng.normal(size=index.size)
+    values[:] = 7
+    run_kernel("gather_bits", 16, rows, values=values, dense=dense, **stored)
+    np.testing.assert_array_equal(values[: index.count], index.values_of(dense[: index.size].reshape(index.shape)))
+    assert (values[index.count :] == 7).all()
+
+
+def test_bits_follow_the_topology_at_the_same_address():
+    index = random_index(5, 40, 0.3)
+    address = index.bits.ctypes.data
+    index.set(mask := np.random.default_rng(2).random((5, 40)) < 0.5)
+    assert index.bits.ctypes.data == address
+    padded = np.pad(mask, ((0, 0), (0, 8)))
+    np.testing.assert_array_equal(index.bits, np.packbits(padded, axis=1, bitorder="little").view(np.uint16).ravel())
+
+
+@pytest.mark.parametrize(("options", "kept"), [
+    ({}, True), ({"capacity": 25}, True), ({"capacity": 24}, False), ({"compact": False}, False),
+    ({"inputs_first": True}, False),
+], ids=str)  # fmt: skip
+def test_bits_are_kept_where_they_are_of_use(options, kept):
+    index = SparseIndex((10, 40), **options)
+    assert (index.bits is not None) == kept
+    assert index.nbytes == sum(array.nbytes for array in vars(index).values() if isinstance(array, np.ndarray))
+
+
+def network() -> Graph:
+    """Fully connected layers of odd sizes behind a convolution, with and without biases, and one of both orientations.
+
+    A convolution of the only pixel is one, too.
+    """
+    net = Net((3, 5, 5))
+    h = net.Flatten(net.Relu(net.conv("input", 7, 3, 3, 3)))  # 63
+    h = net.Relu(net.Gemm(h, net.parameter(41, 63), net.parameter(41), transB=1))
+    h = net.Relu(net.MatMul(h, net.parameter(41, 20)))
+    h = net.conv(net.Reshape(h, shape=[20, 1, 1]), 18, 20, 1, 1)
+    h = net.Relu(net.conv(net.Relu(h), 18, 1, 1, 1, group=18))
+    net.graph.set_outputs([net.Gemm(net.Flatten(h), net.parameter(5, 18), transB=1)])
+    return net.graph
+
+
+class Case:
+    """A learner with sparse weights in compact storage, and the same network with zeros."""
+
+    def __init__(self, made: Learner, dense: Graph) -> None:
+        self.made, self.dense, self.original = made, dense, dict(dense.arrays)
+
+    def take(self, seed: int, density: float) -> None:
+        """Take a random topology with an empty and a full row in every layer."""
+        for name, index in self.made._parameters.sparse.items():
+            mask = np.random.default_rng(seed).random((index.rows, index.row_size)) < density
+            mask[seed % index.rows], mask[-1 - seed % index.rows] = True, False
+            mask = mask.T if index.inputs_first else mask.reshape(index.shape)
+            index.set(mask)
+            values = self.made._parameters.view(name)
+            values[:] = np.nan
+            values[: index.count] = index.values_of(self.original[name])
+            self.dense.arrays[name] = np.where(mask, self.original[name], 0).astype(np.float32)
+
+    def check(self, count: int) -> None:
+        """Compare outputs and gradients with the twins', twice: the second time with memory full of NaN."""
+        rng = np.random.default_rng(count)
+        x, y = rng.normal(size=(count, 3, 5, 5)).astype(np.float32), rng.integers(0, 5, count)
+        wanted = reference.gradients(self.dense, x, y)[1]
+        for name, index in self.made._parameters.sparse.items():
+            wanted[name] = index.values_of(wanted[name])
+        for _ in range(2):
+            assert_close(self.made.logits(x), reference.evaluate(self.dense, x), TOLERANCE, "output")
+            found = self.made.gradients(x, y)
+            for name, index in self.made._parameters.sparse.items():
+                found[name] = self.made._parameters.view(name, "gradients")[: index.count]
+            assert_all_close(found, wanted, TOLERANCE)
+            poison(self.made)
+
+
+def sparse_case(make) -> Case:
+    """Return a case in which all products with more than one weight of a row are sparse."""
+    made = make(network())
+    for node in made.graph.nodes:
+        if node.op_type in ("Conv", "Gemm", "MatMul"):
+            weight = node.input(1)
+            inputs_first = node.op_type != "Conv" and not node.get("transB", 0)
+            made._parameters.sparse[weight.name] = SparseIndex(
+                weight.shape, inputs_first=inputs_first, groups=int(node.get("group", 1))
+            )
+    return Case(made, network())
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_few_samples_meet_weights_as_they_are_stored(count, threads):
+    case = sparse_case(lambda graph: channel_learner(graph, threads))
+    for seed, density in ((1, 0.5), (2, 0.2), (3, 0.9)):
+        case.take(seed, density)
+        case.check(count)
+    kernels = [row.kernel[0] for row in case.made.plans.plan(True, count).rows]
+    by_bits = [kernels.count(name) for name in ("multiply_bits", "multiply_bits_back", "correlate_bits")]
+    # A Gemm, a convolution of the only pixel, the last Gemm; not MatMul (inputs first), nor the depthwise one.
+    assert by_bits == ([3, 3, 3] if count <= 2 else [0, 0, 0])
+
+
+@pytest.mark.parametrize("count", [4, 9, 16])
+def test_more_samples_meet_weights_that_are_written_out(count, monkeypatch):
+    monkeypatch.setattr("edgetrain.lowering_sparse._DIRECT_SHARES", (0.0,) * 5)
+    case = sparse_case(lambda graph: learner(graph, 16))
+    for seed, density in ((1, 0.5), (2, 0.2)):
+        case.take(seed, density)
+        case.check(count)
+    assert {"expand_bits", "gather_bits", "expand_sparse"} <= {row.kernel[0] for row in case.made.training_plan().rows}
+
+
+def test_gradients_of_all_weights_are_wanted_now_and_then():
+    """RigL grows by the gradients of weights that do not exist: then the weight gradient is a dense one."""
+    made = channel_learner(network(), sparsity=et.RigL(weights=0.5, refresh=3, distribution="uniform"))
+    x, y = np.random.default_rng(0).normal(size=(1, 3, 5, 5)).astype(np.float32), np.array([1])
+    before = {name: index.mask() for name, index in made.topology.indices.items()}
+    for _ in range(4):
+        made.partial_fit(x, y)
+    assert any((index.mask() != before[name]).any() for name, index in made.topology.indices.items())
+    usual, whole = ({row.kernel[0] for row in made.plans.plan(True, 1, kind).rows} for kind in (False, True))
+    assert "correlate_bits" in usual and "correlate_bits" not in whole and "multiply_bits" in whole
+
+
+def test_a_learner_of_density_one_half_trains_as_the_network_with_zeros():
+    graph = network()
+    sparse = channel_learner(graph, sparsity=et.StaticSparse(weights=0.5, distribution="uniform"),
+                             optimizer=et.SGD(lr=0.05, momentum=0.9))  # fmt: skip
+    masks = {name: index.mask() for name, index in sparse.topology.indices.items()}
+    zeros = network()
+    for name, index in sparse.topology.indices.items():
+        zeros.arrays[name] = index.dense(sparse._parameters.view(name))
+    dense = channel_learner(zeros, optimizer=et.SGD(lr=0.05, momentum=0.9))
+    rng = np.random.default_rng(5)
+    for _ in range(5):
+        x, y = rng.normal(size=(1, 3, 5, 5)).astype(np.float32), rng.integers(0, 5, 1)
+        losses = [made.partial_fit(x, y).loss for made in (sparse, dense)]
+        assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+        for name, mask in masks.items():
+            dense._parameters.view(name)[...] *= mask
