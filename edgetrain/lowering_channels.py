@@ -37,8 +37,6 @@ _PLAIN = (
 
 # Of fully connected layers: vectors in registers, and samples that a tile takes at once.
 _ACCUMULATORS, _MOST_SAMPLES = 8, 4
-# Sparse ones read each word of bits once a sample; with more samples weights are written out first.
-_MOST_BIT_SAMPLES = 2
 _ROWS_PER_JOB, _WORDS_PER_JOB = 16, 16
 _COPIES = ("ChannelSlice", "Concat", "Flatten", "Reshape")
 
@@ -115,7 +113,7 @@ class ChannelLowering(Lowering):
         bias, y = node.optional(2), self.layout(node.y)
         padded = y.maps * y.lanes
         self.emit(
-            "multiply_bits", (WORD,), -(-padded // _ROWS_PER_JOB), values=self.address(node.input(1)),
+            "multiply_bits", (WORD, self.blocks), -(-padded // _ROWS_PER_JOB), values=self.address(node.input(1)),
             x=self.address(node.x), y=self.address(node.y), padded=padded, x_block=self.layout(node.x).block,
             y_block=y.block, bias=self.zeros(g.channels_out) if bias is None else self.address(bias),
             row_chunk=_ROWS_PER_JOB, **rows,
@@ -129,7 +127,7 @@ class ChannelLowering(Lowering):
             return
         words = self.sparse[node.input(1).name].row_words
         self.emit(
-            "multiply_bits_back", (WORD,), -(-words // _WORDS_PER_JOB), values=self.address(node.input(1)),
+            "multiply_bits_back", (WORD, self.blocks), -(-words // _WORDS_PER_JOB), values=self.address(node.input(1)),
             grad_out=self.address(node.x), grad_x=self.address(node.y), grad_block=self.layout(node.x).block,
             grad_x_block=self.layout(node.y).block, word_chunk=_WORDS_PER_JOB, **rows,
         )  # fmt: skip
@@ -141,7 +139,7 @@ class ChannelLowering(Lowering):
             super().product_weight_grad(node, g)
             return
         self.emit(
-            "correlate_bits", (WORD,), -(-g.channels_out // _ROWS_PER_JOB), values=self.address(node.y),
+            "correlate_bits", (WORD, self.blocks), -(-g.channels_out // _ROWS_PER_JOB), values=self.address(node.y),
             x=self.address(node.x), grad_out=self.address(node.input(1)), x_block=self.layout(node.x).block,
             grad_block=self.layout(node.input(1)).block, row_chunk=_ROWS_PER_JOB, **rows,
         )  # fmt: skip
@@ -149,12 +147,12 @@ class ChannelLowering(Lowering):
     def _rows_of_bits(self, weight: Value, g: Product, x: Value, y: Value) -> dict[str, int | Ref]:
         """Return where the rows of a fully connected layer's weights are, if few samples read them by bits."""
         bits, layouts = self.bits(weight, g), (self.layout(x), self.layout(y))
-        if not bits or self.blocks > _MOST_BIT_SAMPLES or g.groups > 1 or layouts[0].lanes != WORD:
+        if not bits or self.blocks > _MOST_SAMPLES or g.groups > 1 or layouts[0].lanes != WORD:
             return {}
         if not all(_is_vector(layout) for layout in layouts):
             return {}
         rows = {name: bits[name] for name in ("starts", "bits", "row_words")}
-        return {**rows, "rows": g.channels_out, "samples": self.blocks}
+        return {**rows, "rows": g.channels_out}
 
     def multiply(self, x: Ref, x_layout: Layout, y: Ref, y_layout: Layout, *, pixels: list[Pair], terms: list[int],
                  weight: Ref, sources: list[int], weight_channel: int, weight_group: int, groups: int, inputs: int,

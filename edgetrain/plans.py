@@ -32,7 +32,7 @@ from edgetrain.parameters import Parameters
 from edgetrain.plan import KernelKey, Plan, Ref
 from edgetrain.pooled_errors import list_pooled_errors
 from edgetrain.pruning import ErrorPruning, check_error_maps
-from edgetrain.sparse_index import SparseIndex
+from edgetrain.sparse_index import WORD, SparseIndex
 
 # Plans kept for other batch sizes: full and last batch, training and prediction, and some for a stream.
 _KEPT_PLANS = 8
@@ -41,14 +41,16 @@ _LISTED = ("ListedInputGrad", "ListedWeightGrad", "PooledInputGrad", "PooledWeig
 # Lanes hold channels when this many batches would fit into one vector of samples.
 _SMALL_BATCH = 4
 # Batches so small nevertheless have lists of weights, and mostly empty lanes, where the lists leave at most this share
-# of the operations, by batch size (a step at batch 1, lists and written out against dense: ResNet-8 with 0.10 left 1.60
-# and 1.07, with 0.02 0.91 and 1.06; at batch 2 0.87 and 1.04; at batch 4 with 0.18 0.70 and 1.02). Or, where a weight
-# has so few operations that writing it out costs as much as they do, at most this share of the weights (LeNet-5 with
-# 0.1, 0.05 and 0.01 of them: at batch 1 lists 1.23, 0.98, 0.66 and written out 1.02, 0.98, 0.95, at batch 2 0.92, 0.74,
-# 0.50 and 0.98, 0.96, 0.94). Layers with a larger share of their weights count as dense: about there lists stop being
-# faster (``lowering_sparse``).
+# of the operations, by batch size (a step against dense, lists and channels in the lanes, a tenth of ResNet-8's
+# weights: at batch 1 1.70 and 0.93, 2 0.94 and 0.99, 3 0.66 and 0.98, 4 0.50 and 0.98; a hundredth at batch 1 0.84 and
+# 0.92). Or, where weights have few operations each, at most this share of the weights (LeNet-5 with a tenth, a
+# twentieth and a hundredth of them: at batch 1 1.35, 1.05, 0.79 and 0.84, 0.82, 0.82, at batch 2 0.97, 0.74, 0.55 and
+# 0.86, 0.84, 0.85; a fifth at batch 3 0.90 and 0.89, three tenths at batch 4 0.83 and 0.93). Layers with a larger share
+# of their weights count as dense: about there lists stop being faster (``lowering_sparse``). So do fully connected ones
+# that are read by bits: four of them, 512 wide, with a tenth of their weights took 0.90 by lists and 0.51 (batch 4).
 _LISTED_SHARE = 0.3
-_LEFT, _FEW_OPERATIONS, _FEW_WEIGHTS = {1: 0.02, 2: 0.1, 3: 0.75, 4: 0.75}, 10, {1: 0.05, 2: 0.1}
+_LEFT, _FEW_OPERATIONS = {1: 0.02, 2: 0.1, 3: 0.57, 4: 0.7}, 10
+_FEW_WEIGHTS = {1: 0.01, 2: 0.07, 3: 0.2, 4: 0.3}
 
 
 @dataclass(frozen=True)
@@ -305,6 +307,9 @@ class Plans:
             train = self.training if whole_gradients else self._combined
         graph = train.graph if train else self.graph
         keep = {train.logits, train.losses, train.correct} if train else set(graph.outputs)
+        if self.by_channel and simd_lanes() == WORD:
+            for index in self.parameters.sparse.values():
+                index.keep_bits()
         lowering = ChannelLowering if self.by_channel else Lowering
         low = lowering(graph, graph.nodes, self.lanes, self._blocks(count), self.parameters, keep,
                        sparse=self.parameters.sparse, whole_gradients=whole_gradients)  # fmt: skip
@@ -429,12 +434,14 @@ def _lists_pay(graph: Graph, sparse: Mapping[str, SparseIndex], batch_size: int)
                 return False
             # By the capacity: what a resumed run computes must not depend on how many weights there are now.
             share = 1.0 if index is None else index.capacity / index.size
+            by_bits = simd_lanes() == WORD and g.out == g.size == (1, 1) and g.groups == 1
             operations += g.macs
-            left += g.macs * (share if share <= _LISTED_SHARE else 1.0)
+            left += g.macs * (1.0 if share > _LISTED_SHARE or by_bits else share)
             weights += node.input(1).size
             existing += share * node.input(1).size
-    few = operations <= _FEW_OPERATIONS * weights and existing <= _FEW_WEIGHTS.get(batch_size, 1.0) * weights
-    return left < operations and (few or left <= _LEFT.get(batch_size, 1.0) * operations)
+    size = min(batch_size, max(_LEFT))
+    few = operations <= _FEW_OPERATIONS * weights and existing <= _FEW_WEIGHTS[size] * weights
+    return left < operations and (few or left <= _LEFT[size] * operations)
 
 
 def _skipped_weights(plan: Plan) -> int:

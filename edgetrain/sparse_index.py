@@ -49,7 +49,8 @@ class SparseIndex:
             output channel, for the input gradient: ``input_columns`` is the output channel within the group times
             ``taps`` plus tap.
         bits: uint16 ``(rows * row_words,)``: which columns of a row exist, a bit each, the first one lowest; ``None``
-            where places are needed (not compact, ``inputs_first``) or fewer than a sixteenth of the weights can exist.
+            where places are needed (not compact, ``inputs_first``), or fewer than a sixteenth of the weights can exist
+            and ``keep_bits`` was not called.
         row_words: words of a row in ``bits``.
 
     The arrays keep their addresses and sizes for life; what stands behind ``count`` is 0.
@@ -86,15 +87,16 @@ class SparseIndex:
             raise UsageError(f"sparse index: {self.rows} output channels, not divisible by groups={groups}")
         self.input_rows = groups * self.row_size // self.taps
         self.count = 0  # read for every layer in every step
-        wanted = compact and not inputs_first and self.capacity >= _BITS_SHARE * self.size > 0
-        self.row_words = -(-self.row_size // WORD)
-        self.bits = aligned(self.rows * self.row_words, np.uint16) if wanted else None
         self.starts, self.columns, self.places = (
             aligned(size, np.int32) for size in (self.rows + 1, self.capacity, self.capacity)
         )
         self.input_starts, self.input_columns, self.input_places = (
             aligned(size, np.int32) for size in (self.input_rows + 1, self.capacity, self.capacity)
         )
+        self.row_words = -(-self.row_size // WORD)
+        self.bits: NDArray[np.uint16] | None = None
+        if self.capacity >= _BITS_SHARE * self.size:
+            self.keep_bits()
 
     @property
     def density(self) -> float:
@@ -106,6 +108,12 @@ class SparseIndex:
         """Bytes of the arrays."""
         words = 0 if self.bits is None else int(self.bits.nbytes)
         return 4 * (self.rows + 1 + self.input_rows + 1 + 4 * self.capacity) + words
+
+    def keep_bits(self) -> None:
+        """Keep ``bits`` from now on, however few weights can exist, unless places are needed."""
+        if self.bits is None and self.compact and not self.inputs_first:
+            self.bits = aligned(self.rows * self.row_words, np.uint16)
+            self._write_bits(self.bits, np.repeat(np.arange(self.rows), np.diff(self.starts)))
 
     def set(self, mask: ArrayLike) -> None:
         """Take another topology; the values are the caller's business.

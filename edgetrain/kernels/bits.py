@@ -76,78 +76,90 @@ def gather_bits(lanes: int) -> Body:
 
 
 @kernel(
-    "values", "x", "y", "bias", "starts", "bits", "row_words", "rows", "samples", "x_block", "y_block", "row_chunk",
-    "padded",
+    "values", "x", "y", "bias", "starts", "bits", "row_words", "rows", "x_block", "y_block", "row_chunk", "padded",
 )  # fmt: skip
-def multiply_bits(lanes: int) -> Body:
+def multiply_bits(lanes: int, samples: int) -> Body:
     """Write ``y[sample][row] = bias[row] + sum over columns of weight[row][column] * x[sample][column]``.
 
     Job: ``row_chunk`` rows of ``padded``; those that do not exist get 0. Vectors of ``x`` are read whole: behind the
-    last column it must hold finite numbers.
+    last column it must hold finite numbers. ``samples``: 1 to 4, each with sums in registers of its own.
     """
+    step = 4 * lanes
 
     def body(args: int, first: int, last: int) -> None:
-        (values, x, y, bias, starts, bits, row_words, rows, samples, x_block, y_block, row_chunk,
-         padded) = arguments(args, 13)  # fmt: skip
+        (values, x, y, bias, starts, bits, row_words, rows, x_block, y_block, row_chunk,
+         padded) = arguments(args, 12)  # fmt: skip
         for row in range(first * row_chunk, min(padded, last * row_chunk)):
-            for sample in range(samples):
-                if row >= rows:
-                    store_f32(y + sample * y_block + 4 * row, 0.0)
-                    continue
+            a, b, c, d = broadcast(0.0, lanes), broadcast(0.0, lanes), broadcast(0.0, lanes), broadcast(0.0, lanes)
+            shift = 0.0
+            if row < rows:
                 at, word = values + 4 * load_i32(starts + 4 * row), bits + 2 * row * row_words
-                source, total = x + sample * x_block, broadcast(0.0, lanes)
+                shift = load_f32(bias + 4 * row)
                 for vector in range(row_words):
-                    exist = load_u16(word + 2 * vector)
-                    total = fma(load_expanded(at, exist, lanes), load(source + 4 * lanes * vector, lanes), total)
+                    exist, source = load_u16(word + 2 * vector), x + step * vector
+                    weights = load_expanded(at, exist, lanes)
+                    a = fma(weights, load(source, lanes), a)
+                    if samples > 1:
+                        b = fma(weights, load(source + x_block, lanes), b)
+                    if samples > 2:
+                        c = fma(weights, load(source + 2 * x_block, lanes), c)
+                    if samples > 3:
+                        d = fma(weights, load(source + 3 * x_block, lanes), d)
                     at += 4 * count_bits(exist)
-                store_f32(y + sample * y_block + 4 * row, sum_lanes(total) + load_f32(bias + 4 * row))
+            target = y + 4 * row
+            store_f32(target, sum_lanes(a) + shift)
+            if samples > 1:
+                store_f32(target + y_block, sum_lanes(b) + shift)
+            if samples > 2:
+                store_f32(target + 2 * y_block, sum_lanes(c) + shift)
+            if samples > 3:
+                store_f32(target + 3 * y_block, sum_lanes(d) + shift)
 
     return body
 
 
 @kernel(
-    "values", "grad_out", "grad_x", "starts", "bits", "row_words", "rows", "samples", "grad_block", "grad_x_block",
-    "word_chunk",
+    "values", "grad_out", "grad_x", "starts", "bits", "row_words", "rows", "grad_block", "grad_x_block", "word_chunk",
 )  # fmt: skip
-def multiply_bits_back(lanes: int) -> Body:
+def multiply_bits_back(lanes: int, samples: int) -> Body:
     """Write ``grad_x[sample][column] = sum over rows of grad_out[sample][row] * weight[row][column]``.
 
     Job: ``word_chunk`` words of every row, a multiple of 4. Vectors are written whole, with 0 behind the last column.
     """
+    step = 4 * lanes
 
     def body(args: int, first: int, last: int) -> None:
-        (values, grad_out, grad_x, starts, bits, row_words, rows, samples, grad_block, grad_x_block,
-         word_chunk) = arguments(args, 11)  # fmt: skip
+        (values, grad_out, grad_x, starts, bits, row_words, rows, grad_block, grad_x_block,
+         word_chunk) = arguments(args, 10)  # fmt: skip
         begin, end = first * word_chunk, min(row_words, last * word_chunk)
         for sample in range(samples):
-            target = grad_x + sample * grad_x_block
             for vector in range(begin, end):
-                store(target + 4 * lanes * vector, broadcast(0.0, lanes))
-            for row in range(rows):
-                at, word = values + 4 * load_i32(starts + 4 * row), bits + 2 * row * row_words
-                for before in range(0, begin, 4):
-                    at += 4 * count_bits(load_i64(word + 2 * before))
-                error = broadcast(load_f32(grad_out + sample * grad_block + 4 * row), lanes)
-                for vector in range(begin, end):
-                    exist, place = load_u16(word + 2 * vector), target + 4 * lanes * vector
-                    store(place, fma(error, load_expanded(at, exist, lanes), load(place, lanes)))
-                    at += 4 * count_bits(exist)
+                store(grad_x + sample * grad_x_block + step * vector, broadcast(0.0, lanes))
+        for row in range(rows):
+            at, word, error = values + 4 * load_i32(starts + 4 * row), bits + 2 * row * row_words, grad_out + 4 * row
+            for before in range(0, begin, 4):
+                at += 4 * count_bits(load_i64(word + 2 * before))
+            for vector in range(begin, end):
+                exist, place = load_u16(word + 2 * vector), grad_x + step * vector
+                weights = load_expanded(at, exist, lanes)
+                for sample in range(samples):
+                    own, factor = place + sample * grad_x_block, load_f32(error + sample * grad_block)
+                    store(own, fma(broadcast(factor, lanes), weights, load(own, lanes)))
+                at += 4 * count_bits(exist)
 
     return body
 
 
-@kernel(
-    "values", "x", "grad_out", "starts", "bits", "row_words", "rows", "samples", "x_block", "grad_block", "row_chunk",
-)  # fmt: skip
-def correlate_bits(lanes: int) -> Body:
+@kernel("values", "x", "grad_out", "starts", "bits", "row_words", "rows", "x_block", "grad_block", "row_chunk")
+def correlate_bits(lanes: int, samples: int) -> Body:
     """Write the gradients of the weights that exist: sums over samples of ``grad_out[row] * x[column]``.
 
     Job: ``row_chunk`` rows. Vectors of ``x`` are read whole.
     """
 
     def body(args: int, first: int, last: int) -> None:
-        (values, x, grad_out, starts, bits, row_words, rows, samples, x_block, grad_block,
-         row_chunk) = arguments(args, 11)  # fmt: skip
+        (values, x, grad_out, starts, bits, row_words, rows, x_block, grad_block,
+         row_chunk) = arguments(args, 10)  # fmt: skip
         for row in range(first * row_chunk, min(rows, last * row_chunk)):
             at, word = values + 4 * load_i32(starts + 4 * row), bits + 2 * row * row_words
             for vector in range(row_words):
