@@ -134,9 +134,9 @@ class LoweringCore:
         return Ref(name)
 
     def index(self, weight: Value) -> dict[str, Ref]:
-        """Return where kernels find the index of a sparse weight: ``starts``, ``columns``, ``places``."""
+        """Return where kernels find the rows of a sparse weight: ``starts``, ``columns``."""
         refs = {}
-        for part in ("starts", "columns", "places"):
+        for part in ("starts", "columns"):
             name = f"index:{weight.name}:{part}"
             self.plan.fixed[name] = getattr(self.sparse[weight.name], part)
             refs[part] = Ref(name)

@@ -40,6 +40,7 @@ _PIXELS_PER_JOB = 64
 _PIXELS_PER_SUM = 256
 # A vector per pixel is wasted on maps smaller than this: there the pixels of all blocks form one list.
 _SMALL_MAP = 16
+_WORDS_PER_JOB = 128  # of copying weights by bits
 # Terms are left out where at most this share of them remains.
 _WORTHWHILE = 0.9
 # Numbers of all samples that one job moves before an outer product.
@@ -142,6 +143,10 @@ class ProductLowering(SparseLowering):
         if index is None:
             return self.address(weight)
         dense = self.workspace(4 * index.size + ALIGNMENT)  # a tile may read behind the last row
+        if not index.compact:
+            self.emit("mask_bits", (WORD,), -(-index.size // (_WORDS_PER_JOB * WORD)), values=self.address(weight),
+                      dense=dense, size=index.size, bits=self._bits(weight), word_chunk=_WORDS_PER_JOB)  # fmt: skip
+            return dense
         bits = self.bits(weight, g)
         kernel, sizes = ("expand_bits", (WORD,)) if bits else ("expand_sparse", ())
         self.emit(kernel, sizes, index.rows, values=self.address(weight), dense=dense, row_size=index.row_size,
@@ -149,25 +154,26 @@ class ProductLowering(SparseLowering):
         return dense
 
     def bits(self, weight: Value, g: Product) -> dict[str, int | Ref]:
-        """Return where the bits of a sparse weight are, and how rows lie, if whole vectors move by them; else nothing.
-
-        Half of 48,000 weights are written out in 6 us so, 21 number by number; gathered in 7 us, not 20 (one thread).
-        """
+        """Return where the bits of compact weights are, and how rows lie; nothing if no vectors can move by them."""
         index = self.sparse.get(weight.name)
-        if index is None or index.bits is None or simd_lanes() != WORD:
+        if index is None or index.bits is None or not index.compact or simd_lanes() != WORD:
             return {}
         stored = self._stored(weight, g)
         if stored["dense_column"] != 4:
             return {}
-        name = f"index:{weight.name}:bits"
-        self.plan.fixed[name] = index.bits
-        return {"starts": stored["starts"], "bits": Ref(name), "row_words": index.row_words,
+        return {"starts": stored["starts"], "bits": self._bits(weight), "row_words": index.row_words,
                 "dense_row": stored["dense_row"]}  # fmt: skip
 
+    def _bits(self, weight: Value) -> Ref:
+        name, bits = f"index:{weight.name}:bits", self.sparse[weight.name].bits
+        assert bits is not None
+        self.plan.fixed[name] = bits
+        return Ref(name)
+
     def _stored(self, weight: Value, g: Product) -> dict[str, int | Ref]:
-        """Return where a sparse weight's index is, and the strides of a dense array of its weights."""
+        """Return where the index of compact weights is, and the strides of a dense array of them."""
         strides = {"dense_row": g.weight_out, "dense_column": g.weight_tap if len(g.taps) > 1 else g.weight_in}
-        return self.index(weight) | ({"places": 0} if self.sparse[weight.name].compact else {}) | strides
+        return self.index(weight) | strides
 
     def _direct_weight_grad(self, node: Node, g: Product, target: Ref) -> None:
         """One gather-correlate, or an outer product where there is one pixel."""

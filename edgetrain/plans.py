@@ -23,7 +23,7 @@ from edgetrain.graph import Graph
 from edgetrain.kernels.codes import UPDATE_JOB
 from edgetrain.lowering import Lowering
 from edgetrain.lowering_channels import ChannelLowering, fits
-from edgetrain.lowering_sparse import SKIPS_WEIGHTS, keeps_within, most_entries, suits_lists, vectors_of
+from edgetrain.lowering_sparse import SKIPS_WEIGHTS, keeps_within, most_entries, vectors_of
 from edgetrain.memory import Lifetime, place
 from edgetrain.ops import get_op
 from edgetrain.ops.conv import Product, ProductOp, weights_of
@@ -270,13 +270,16 @@ class Plans:
     def _stays_listed(self, weight: str, g: Product) -> bool:
         """Return whether a product's gradients are to be made from lists of its weights.
 
-        Also where their number may change. Lists of exact zeros leave about as much as Winograd's kernels do.
+        Also where their number may change (SWAT's momentum variant); else it goes by how many there can be. Lists of
+        exact zeros leave about as much as Winograd's kernels do.
         """
         index = self.parameters.sparse.get(weight)
-        if index is None or not index.compact:
-            return index is not None
+        if index is None:
+            return False
+        if not index.compact and index.capacity == index.size:
+            return True
         vectors = vectors_of(math.prod(g.out), self._blocks(self._batch_size), self.lanes)
-        return suits_lists(index, True, vectors)
+        return index.capacity <= most_entries(index, True, vectors) * index.rows
 
     def _limits(self, blocks: int) -> Iterator[tuple[SparseIndex, float]]:
         """Yield index and most entries of the products with weights whose number of non-zeros may change."""

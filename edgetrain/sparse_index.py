@@ -49,8 +49,8 @@ class SparseIndex:
             output channel, for the input gradient: ``input_columns`` is the output channel within the group times
             ``taps`` plus tap.
         bits: uint16 ``(rows * row_words,)``: which columns of a row exist, a bit each, the first one lowest; ``None``
-            where places are needed (not compact, ``inputs_first``), or fewer than a sixteenth of the weights can exist
-            and ``keep_bits`` was not called.
+            where columns do not lie side by side (``inputs_first``), or fewer than a sixteenth of the weights can exist
+            and ``keep_bits`` was not called. If not compact: which weights of the flat ONNX array exist.
         row_words: words of a row in ``bits``.
 
     The arrays keep their addresses and sizes for life; what stands behind ``count`` is 0.
@@ -95,7 +95,7 @@ class SparseIndex:
         )
         self.row_words = -(-self.row_size // WORD)
         self.bits: NDArray[np.uint16] | None = None
-        if self.capacity >= _BITS_SHARE * self.size:
+        if not compact or self.capacity >= _BITS_SHARE * self.size:
             self.keep_bits()
 
     @property
@@ -110,9 +110,10 @@ class SparseIndex:
         return 4 * (self.rows + 1 + self.input_rows + 1 + 4 * self.capacity) + words
 
     def keep_bits(self) -> None:
-        """Keep ``bits`` from now on, however few weights can exist, unless places are needed."""
-        if self.bits is None and self.compact and not self.inputs_first:
-            self.bits = aligned(self.rows * self.row_words, np.uint16)
+        """Keep ``bits`` from now on, however few weights can exist, if that is possible."""
+        if self.bits is None and not (self.compact and self.inputs_first):
+            words = self.rows * self.row_words if self.compact else -(-self.size // WORD)
+            self.bits = aligned(words, np.uint16)
             self._write_bits(self.bits, np.repeat(np.arange(self.rows), np.diff(self.starts)))
 
     def set(self, mask: ArrayLike) -> None:
@@ -180,9 +181,12 @@ class SparseIndex:
 
     def _write_bits(self, bits: NDArray[np.uint16], owners: Positions) -> None:
         """Write the bit of every entry; ``owners``: the rows of all entries."""
-        word, bit = np.divmod(self.columns[: self.count], WORD)
+        flat = self.places[: self.count]
+        if self.compact:
+            flat = owners * (WORD * self.row_words) + self.columns[: self.count]
+        word, bit = np.divmod(flat, WORD)
         bits[:] = 0
-        np.bitwise_or.at(bits, owners * self.row_words + word, np.left_shift(1, bit).astype(np.uint16))
+        np.bitwise_or.at(bits, word, np.left_shift(1, bit).astype(np.uint16))
 
     def mask(self) -> Mask:
         """Return which weights exist, bool in the weight's ONNX shape."""

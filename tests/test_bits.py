@@ -48,6 +48,20 @@ def test_rows_are_written_out_and_gathered(rows, row_size):
     assert (values[index.count :] == 7).all()
 
 
+@pytest.mark.parametrize("size", [1, 15, 16, 17, 5000])
+@pytest.mark.parametrize("inputs_first", [False, True])
+def test_a_dense_array_is_copied_without_weights_that_do_not_exist(size, inputs_first):
+    index = SparseIndex((size, 3), compact=False, inputs_first=inputs_first)
+    index.set(np.random.default_rng(size).random((size, 3)) < 0.4)
+    values, dense = aligned(index.size), aligned(index.size + 16)
+    values[:], dense[:] = np.random.default_rng(1).normal(size=index.size), 7
+    values[~index.mask().reshape(-1)] = np.nan
+    run_kernel("mask_bits", 16, -(-index.size // (16 * 3)), values=values, dense=dense, size=index.size,
+               bits=index.bits, word_chunk=3)  # fmt: skip
+    np.testing.assert_array_equal(dense[: index.size], np.where(index.mask().reshape(-1), values, 0))
+    assert (dense[index.size :] == 7).all()
+
+
 def test_bits_follow_the_topology_at_the_same_address():
     index = random_index(5, 40, 0.3)
     address = index.bits.ctypes.data
@@ -58,8 +72,8 @@ def test_bits_follow_the_topology_at_the_same_address():
 
 
 @pytest.mark.parametrize(("options", "kept"), [
-    ({}, True), ({"capacity": 25}, True), ({"capacity": 24}, False), ({"compact": False}, False),
-    ({"inputs_first": True}, False),
+    ({}, True), ({"capacity": 25}, True), ({"capacity": 24}, False), ({"inputs_first": True}, False),
+    ({"compact": False}, True), ({"compact": False, "inputs_first": True, "capacity": 24}, True),
 ], ids=str)  # fmt: skip
 def test_bits_are_kept_where_they_are_of_use(options, kept):
     index = SparseIndex((10, 40), **options)

@@ -161,8 +161,8 @@ def test_density_one_is_dense_bit_for_bit(compact):
     case = Case("density-one", (8, 8, 8), build)
     x, y = case.batch(9)
     plain, sparse = learner(case.graph(), 8, loss=case.loss), learner(case.graph(), 8, loss=case.loss)
-    for name, index in products(case).items():
-        index.compact = compact
+    for name, compacted in products(case).items():
+        index = SparseIndex(compacted.shape, inputs_first=compacted.inputs_first, compact=compact)
         index.set(np.ones(index.shape, bool))
         sparse._parameters.view(name).reshape(-1)[:] = index.values_of(plain.graph.arrays[name]) if compact else 0
         if not compact:

@@ -427,6 +427,18 @@ def load_where(typingctx: Any, address: Any, bits: Any, width: Any) -> Any:
 
 
 @intrinsic
+def keep_where(typingctx: Any, vector: Any, bits: Any) -> Any:
+    """Return the lanes whose bit is 1, in their places, and 0 elsewhere."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        kind = args[0].type
+        mask = _lanes_of_bits(builder, args[1], kind.count)
+        return builder.select(mask, args[0], ir.Constant(kind, [0.0] * kind.count))
+
+    return vector(vector, types.int64), codegen
+
+
+@intrinsic
 def compress(typingctx: Any, vector: Any, bits: Any) -> Any:
     """Return the lanes whose bit is 1, in order, in the first lanes, and 0 behind; 16 lanes of AVX-512.
 

@@ -1,8 +1,7 @@
-"""Between sparse storage and dense arrays; the readable twins are ``SparseIndex.dense`` and ``values_of``.
+"""Between compact storage and dense arrays; the readable twins are ``SparseIndex.dense`` and ``values_of``.
 
-``starts``, ``columns``, ``places``: int32 arrays of a ``sparse_index.SparseIndex``, read anew at every call. Without
-places (address 0) the values lie in the order of the entries: half of 30,720 weights of a fully connected layer are
-gathered in 9.5 us so instead of 13.0, and written out in 11.7 instead of 12.4 (one thread).
+``starts``, ``columns``: int32 arrays of a ``sparse_index.SparseIndex``, read anew at every call; the values lie in the
+order of the entries. See ``bits`` for machines that can do it a vector at a time.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ from edgetrain.kernels.registry import Body, kernel
 from edgetrain.kernels.simd import arguments, broadcast, load_f32, load_i32, store, store_f32
 
 _WIDTH = 8  # floats that are cleared at once
-_INDEX = ("starts", "columns", "places", "dense_row", "dense_column")
+_INDEX = ("starts", "columns", "dense_row", "dense_column")
 
 
 @kernel("values", "dense", "row_size", *_INDEX)
@@ -22,7 +21,7 @@ def expand_sparse() -> Body:
     """
 
     def body(args: int, first: int, last: int) -> None:
-        values, dense, row_size, starts, columns, places, dense_row, dense_column = arguments(args, 8)
+        values, dense, row_size, starts, columns, dense_row, dense_column = arguments(args, 7)
         for row in range(first, last):
             line = dense + row * dense_row
             if dense_column == 4:
@@ -35,14 +34,8 @@ def expand_sparse() -> Body:
             else:
                 for column in range(row_size):
                     store_f32(line + column * dense_column, 0.0)
-            begin, end = load_i32(starts + 4 * row), load_i32(starts + 4 * row + 4)
-            if places == 0:
-                for k in range(begin, end):
-                    store_f32(line + load_i32(columns + 4 * k) * dense_column, load_f32(values + 4 * k))
-            else:
-                for k in range(begin, end):
-                    value = load_f32(values + 4 * load_i32(places + 4 * k))
-                    store_f32(line + load_i32(columns + 4 * k) * dense_column, value)
+            for k in range(load_i32(starts + 4 * row), load_i32(starts + 4 * row + 4)):
+                store_f32(line + load_i32(columns + 4 * k) * dense_column, load_f32(values + 4 * k))
 
     return body
 
@@ -52,16 +45,10 @@ def gather_sparse() -> Body:
     """Take the entries of a dense array into sparse storage. Job: row; strides as for ``expand_sparse``."""
 
     def body(args: int, first: int, last: int) -> None:
-        values, dense, starts, columns, places, dense_row, dense_column = arguments(args, 7)
+        values, dense, starts, columns, dense_row, dense_column = arguments(args, 6)
         for row in range(first, last):
             line = dense + row * dense_row
-            begin, end = load_i32(starts + 4 * row), load_i32(starts + 4 * row + 4)
-            if places == 0:
-                for k in range(begin, end):
-                    store_f32(values + 4 * k, load_f32(line + load_i32(columns + 4 * k) * dense_column))
-            else:
-                for k in range(begin, end):
-                    value = load_f32(line + load_i32(columns + 4 * k) * dense_column)
-                    store_f32(values + 4 * load_i32(places + 4 * k), value)
+            for k in range(load_i32(starts + 4 * row), load_i32(starts + 4 * row + 4)):
+                store_f32(values + 4 * k, load_f32(line + load_i32(columns + 4 * k) * dense_column))
 
     return body
