@@ -127,7 +127,7 @@ class Learner:
         self.plans = Plans(
             self.graph, self._parameters, self._optimizer, objective, self.batch_size, self.memory_budget,
             self._allowed(threads), self.error_pruning, self.topology.wants_gradients,
-            self.topology.rewrite if self.topology.prunes_activations else None,
+            self.topology.rewrite if self.topology.prunes_activations else None, self.topology.needs_lists,
         )  # fmt: skip
         self._start_stream()
 

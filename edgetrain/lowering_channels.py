@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from edgetrain.arrays import Layout, map_sizes
 from edgetrain.choice import Sizes, channel_lanes
 from edgetrain.errors import GraphError
@@ -30,9 +32,9 @@ _PLAIN = (
     "ActivationGrad", "AveragePool", "AveragePoolGrad", "BatchNormalization", "BatchNormalizationAgain",
     "BatchNormalizationGrad", "BatchNormalizationGradAgain", "BatchNormalizationTraining", "ChannelSlice", "Clip",
     "Concat", "Dropout", "DropoutTraining", "Flatten", "GlobalAveragePool", "HardSigmoid", "HardSwish", "Identity",
-    "LeakyRelu", "MaxPool", "MaxPoolGrad", "MaxPoolTraining", "MeanSquaredErrorLoss", "MeanSquaredErrorLossGrad",
-    "Pad", "Relu", "ReluMask", "ReluMaskGrad", "Reshape", "ResidualNormalizationGrad", "Sigmoid",
-    "SoftmaxCrossEntropyLoss", "SoftmaxCrossEntropyLossGrad", "Tanh",
+    "LeakyRelu", "MaskActivation", "MaxPool", "MaxPoolGrad", "MaxPoolTraining", "MeanSquaredErrorLoss",
+    "MeanSquaredErrorLossGrad", "Pad", "Relu", "ReluMask", "ReluMaskGrad", "Reshape", "ResidualNormalizationGrad",
+    "Sigmoid", "SoftmaxCrossEntropyLoss", "SoftmaxCrossEntropyLossGrad", "Tanh",
 )  # fmt: skip
 
 # Of fully connected layers: vectors in registers, and samples that a tile takes at once.
@@ -104,38 +106,45 @@ class ChannelLowering(Lowering):
             y_row=y.row,
         )  # fmt: skip
 
+    def alive(self, x: Layout) -> dict[str, int | Ref]:
+        """See ``ElementLowering.alive``: lanes that hold a channel count, in every sample."""
+        numbers = np.zeros(x.maps * x.lanes + x.maps * x.lanes % 2, np.float32)
+        numbers[: x.channels] = 1
+        return {"mask": self.table(numbers.view(np.int64)), "mask_block": 0, "mask_channel": x.pixel}
+
     def product(self, node: Node, g: Product) -> None:
         """See ``ProductLowering.product``; few samples meet sparse weights as they are stored."""
-        rows = self._rows_of_bits(node.input(1), g, node.x, node.y)
+        rows = self._few(node.input(1), g, node.x, node.y)
         if not rows:
             super().product(node, g)
             return
         bias, y = node.optional(2), self.layout(node.y)
         padded = y.maps * y.lanes
         self.emit(
-            "multiply_bits", (WORD, self.blocks), -(-padded // _ROWS_PER_JOB), values=self.address(node.input(1)),
-            x=self.address(node.x), y=self.address(node.y), padded=padded, x_block=self.layout(node.x).block,
-            y_block=y.block, bias=self.zeros(g.channels_out) if bias is None else self.address(bias),
-            row_chunk=_ROWS_PER_JOB, **rows,
+            "multiply_bits", self._sizes(node.input(1)), -(-padded // _ROWS_PER_JOB), x=self.address(node.x),
+            values=self.address(node.input(1)), y=self.address(node.y), padded=padded,
+            x_block=self.layout(node.x).block, y_block=y.block, row_chunk=_ROWS_PER_JOB, row_size=g.inputs,
+            bias=self.zeros(g.channels_out) if bias is None else self.address(bias), **rows,
         )  # fmt: skip
 
     def product_input_grad(self, node: Node, g: Product) -> None:
         """See ``product``."""
-        rows = self._rows_of_bits(node.input(1), g, node.y, node.x)
+        rows = self._few(node.input(1), g, node.y, node.x)
         if not rows:
             super().product_input_grad(node, g)
             return
         words = self.sparse[node.input(1).name].row_words
         self.emit(
-            "multiply_bits_back", (WORD, self.blocks), -(-words // _WORDS_PER_JOB), values=self.address(node.input(1)),
-            grad_out=self.address(node.x), grad_x=self.address(node.y), grad_block=self.layout(node.x).block,
-            grad_x_block=self.layout(node.y).block, word_chunk=_WORDS_PER_JOB, **rows,
+            "multiply_bits_back", self._sizes(node.input(1)), -(-words // _WORDS_PER_JOB), row_size=g.inputs,
+            values=self.address(node.input(1)), grad_out=self.address(node.x), grad_x=self.address(node.y),
+            grad_block=self.layout(node.x).block, grad_x_block=self.layout(node.y).block, word_chunk=_WORDS_PER_JOB,
+            **rows,
         )  # fmt: skip
 
     def product_weight_grad(self, node: Node, g: Product) -> None:
         """See ``product``."""
-        rows = self._rows_of_bits(node.get("like"), g, node.x, node.input(1))
-        if not rows or self.whole_gradients:
+        rows = self._few(node.get("like"), g, node.x, node.input(1))
+        if not rows or self.whole_gradients or not self.sparse[node.get("like").name].compact:
             super().product_weight_grad(node, g)
             return
         self.emit(
@@ -144,15 +153,17 @@ class ChannelLowering(Lowering):
             grad_block=self.layout(node.input(1)).block, row_chunk=_ROWS_PER_JOB, **rows,
         )  # fmt: skip
 
-    def _rows_of_bits(self, weight: Value, g: Product, x: Value, y: Value) -> dict[str, int | Ref]:
+    def _few(self, weight: Value, g: Product, x: Value, y: Value) -> dict[str, int | Ref]:
         """Return where the rows of a fully connected layer's weights are, if few samples read them by bits."""
-        bits, layouts = self.bits(weight, g), (self.layout(x), self.layout(y))
+        bits, layouts = self.rows_of_bits(weight, g), (self.layout(x), self.layout(y))
         if not bits or self.blocks > _MOST_SAMPLES or g.groups > 1 or layouts[0].lanes != WORD:
             return {}
         if not all(_is_vector(layout) for layout in layouts):
             return {}
-        rows = {name: bits[name] for name in ("starts", "bits", "row_words")}
-        return {**rows, "rows": g.channels_out}
+        return {**bits, "rows": g.channels_out}
+
+    def _sizes(self, weight: Value) -> tuple[int, int, int]:
+        return WORD, self.blocks, int(self.sparse[weight.name].compact)
 
     def multiply(self, x: Ref, x_layout: Layout, y: Ref, y_layout: Layout, *, pixels: list[Pair], terms: list[int],
                  weight: Ref, sources: list[int], weight_channel: int, weight_group: int, groups: int, inputs: int,

@@ -85,30 +85,34 @@ class ElementLowering(PrunedLowering):
         x, y = self.layout(node.x), self.layout(node.y)
         _, threshold = self._element_threshold(node, x.lanes * x.columns * x.rows * x.planes)
         self.emit(
-            "keep_elements", (self.lanes,), x.planes, x=self.address(node.x), y=self.address(node.y),
-            threshold=threshold, channels=x.channels, rows=x.rows, columns=x.columns, x_block=x.block,
+            "keep_elements", (x.lanes,), x.planes, x=self.address(node.x), y=self.address(node.y),
+            threshold=threshold, channels=x.maps, rows=x.rows, columns=x.columns, x_block=x.block,
             x_channel=x.channel, x_row=x.row, y_block=y.block, y_channel=y.channel, y_row=y.row,
         )  # fmt: skip
 
     def _element_threshold(self, node: Node, capacity: int) -> tuple[Ref, Ref]:
         """Emit the choice; return where every channel's numbers go, and the threshold."""
         x, record = self.layout(node.x), self.record_of(node)
-        counts, starts = self.workspace(8 * x.planes), self.workspace(8 * (x.channels + 1))
+        counts, starts = self.workspace(8 * x.planes), self.workspace(8 * (x.maps + 1))
         threshold = self.kept(f"threshold:{node.y.name}", ALIGNMENT)
-        maps = {"channels": x.channels, "rows": x.rows, "columns": x.columns, "x_block": x.block,
+        maps = {"channels": x.maps, "rows": x.rows, "columns": x.columns, "x_block": x.block,
                 "x_channel": x.channel, "x_row": x.row}  # fmt: skip
         shared: dict[str, int | Ref] = {
-            "x": self.address(node.x), "counts": counts, "record": record, "mask": Ref("mask"), **maps
+            "x": self.address(node.x), "counts": counts, "record": record, **self.alive(x), **maps
         }
-        self.emit("count_elements", (self.lanes,), x.planes, **shared)
+        self.emit("count_elements", (x.lanes,), x.planes, **shared)
         self.emit(
-            "element_threshold", (self.lanes,), 1, **shared, starts=starts, threshold=threshold, capacity=capacity,
+            "element_threshold", (x.lanes,), 1, **shared, starts=starts, threshold=threshold, capacity=capacity,
             magnitudes=self.workspace(4 * x.lanes * x.columns * x.rows * x.planes), counters=self.workspace(_COUNTERS),
             tally=Ref("tally", TALLY_BYTES * int(node.get("record"))), state=Ref("state"), blocks=self.blocks,
-            refresh=int(node.get("refresh")),
+            refresh=int(node.get("refresh")), per_sample=x.channels * x.rows * x.columns,
         )  # fmt: skip
         self.remember_threshold(record, threshold)
         return starts, threshold
+
+    def alive(self, x: Layout) -> dict[str, int | Ref]:
+        """Return where a 1 stands for every lane that holds what counts, else 0, and how a plane finds its lanes."""
+        return {"mask": Ref("mask"), "mask_block": x.pixel, "mask_channel": 0}
 
     def element_weight_grad(self, node: Node, g: Product) -> None:
         """Emit the turned error map, and a correlation per phase of the stride, which meets positions of its own."""

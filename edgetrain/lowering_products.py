@@ -40,7 +40,6 @@ _PIXELS_PER_JOB = 64
 _PIXELS_PER_SUM = 256
 # A vector per pixel is wasted on maps smaller than this: there the pixels of all blocks form one list.
 _SMALL_MAP = 16
-_WORDS_PER_JOB = 128  # of copying weights by bits
 # Terms are left out where at most this share of them remains.
 _WORTHWHILE = 0.9
 # Numbers of all samples that one job moves before an outer product.
@@ -103,10 +102,10 @@ class ProductLowering(SparseLowering):
         nbytes = 4 * index.size
         whole = self.kept(whole_gradient(weight.name), nbytes) if self.whole_gradients else self.workspace(nbytes)
         yield whole
-        bits = self.bits(weight, g)
+        bits = self.rows_of_bits(weight, g)
         kernel, sizes = ("gather_bits", (WORD,)) if bits else ("gather_sparse", ())
-        self.emit(kernel, sizes, index.rows, values=self.address(node.y), dense=whole,
-                  **(bits or self._stored(weight, g)))  # fmt: skip
+        stored = {**bits, "dense_row": g.weight_out} if bits else self._stored(weight, g)
+        self.emit(kernel, sizes, index.rows, values=self.address(node.y), dense=whole, **stored)
 
     def _winograd(self, g: Product, weight: Value, size: Pair) -> bool:
         """Whether a product over output maps of ``size`` needs fewer multiplications so."""
@@ -144,25 +143,24 @@ class ProductLowering(SparseLowering):
             return self.address(weight)
         dense = self.workspace(4 * index.size + ALIGNMENT)  # a tile may read behind the last row
         if not index.compact:
-            self.emit("mask_bits", (WORD,), -(-index.size // (_WORDS_PER_JOB * WORD)), values=self.address(weight),
-                      dense=dense, size=index.size, bits=self._bits(weight), word_chunk=_WORDS_PER_JOB)  # fmt: skip
+            lines, size = (index.row_size, index.rows) if index.inputs_first else (index.rows, index.row_size)
+            self.emit("mask_bits", (WORD,), lines, values=self.address(weight), dense=dense, row_size=size,
+                      bits=self._bits(weight), row_words=index.row_words)  # fmt: skip
             return dense
-        bits = self.bits(weight, g)
+        bits = self.rows_of_bits(weight, g)
         kernel, sizes = ("expand_bits", (WORD,)) if bits else ("expand_sparse", ())
+        stored = {**bits, "dense_row": g.weight_out} if bits else self._stored(weight, g)
         self.emit(kernel, sizes, index.rows, values=self.address(weight), dense=dense, row_size=index.row_size,
-                  **(bits or self._stored(weight, g)))  # fmt: skip
+                  **stored)  # fmt: skip
         return dense
 
-    def bits(self, weight: Value, g: Product) -> dict[str, int | Ref]:
-        """Return where the bits of compact weights are, and how rows lie; nothing if no vectors can move by them."""
+    def rows_of_bits(self, weight: Value, g: Product) -> dict[str, int | Ref]:
+        """Return where the rows of a sparse weight are and their bits, if vectors can move by them; else nothing."""
         index = self.sparse.get(weight.name)
-        if index is None or index.bits is None or not index.compact or simd_lanes() != WORD:
+        side_by_side = (g.weight_tap if len(g.taps) > 1 else g.weight_in) == 4
+        if index is None or index.bits is None or index.inputs_first or not side_by_side or simd_lanes() != WORD:
             return {}
-        stored = self._stored(weight, g)
-        if stored["dense_column"] != 4:
-            return {}
-        return {"starts": stored["starts"], "bits": self._bits(weight), "row_words": index.row_words,
-                "dense_row": stored["dense_row"]}  # fmt: skip
+        return {"starts": self.index(weight)["starts"], "bits": self._bits(weight), "row_words": index.row_words}
 
     def _bits(self, weight: Value) -> Ref:
         name, bits = f"index:{weight.name}:bits", self.sparse[weight.name].bits

@@ -99,7 +99,8 @@ class Plans:
         budget: bytes that a training step may need; 0 for no limit.
         threads: of the team that runs the plans.
         whole_gradients: whether some training steps keep the gradients of weights that do not exist.
-        rewrite: changes the training graph that autodiff made.
+        rewrite: changes the training graph that autodiff made, told whether it may make lists of activations.
+        needs_lists: whether it must.
         error_pruning: rewrites the training graph so that error maps are thinned out.
 
     Attributes:
@@ -113,14 +114,14 @@ class Plans:
     def __init__(
         self, graph: Graph, parameters: Parameters, optimizer: Optimizer, objective: Objective, batch_size: int,
         budget: int, threads: int, error_pruning: ErrorPruning | None = None, whole_gradients: bool = False,
-        rewrite: Callable[[TrainingGraph], None] | None = None,
+        rewrite: Callable[[TrainingGraph, bool], None] | None = None, needs_lists: bool = False,
     ) -> None:  # fmt: skip
         self.graph, self.parameters, self._optimizer, self._objective = graph, parameters, optimizer, objective
         self._batch_size, self._budget, self._error_pruning = batch_size, budget, error_pruning
         if error_pruning is not None:
             check_error_maps(error_pruning, training_graph(graph, objective.loss))
         self.arena, self.team, self._whole_gradients = Arena(), Team(threads), whole_gradients
-        self._rewrite = rewrite
+        self._rewrite, self._needs_lists = rewrite, needs_lists
         self.beside: HasMemory | None = None
         self.latest: Executor | None = None
         self._executors: dict[tuple[bool, int, bool, str, tuple[bool, ...]], Executor] = {}
@@ -149,7 +150,7 @@ class Plans:
         """
         small = self._batch_size * _SMALL_BATCH <= simd_lanes()
         pruned = self._error_pruning is not None and not self._error_pruning.idle
-        if not small or self._rewrite is not None or pruned or not fits(self.graph.nodes):
+        if not small or self._needs_lists or pruned or not fits(self.graph.nodes):
             return False
         return not _lists_pay(self.graph, self.parameters.sparse, self._batch_size)
 
@@ -161,7 +162,7 @@ class Plans:
         self._macs["dense"] = _macs(made)
         made.densities = {name: index.capacity / index.size for name, index in self.parameters.sparse.items()}
         if self._rewrite is not None:
-            self._rewrite(made)
+            self._rewrite(made, not self.by_channel)
         if self._error_pruning is not None:
             self._error_pruning.rewrite(made)
         if not self.by_channel:

@@ -456,7 +456,7 @@ _DENSEST_LIST, _FEWEST_PIXELS = 0.4, 16
 
 def compress_activations(
     train: TrainingGraph, densities: Mapping[str, float], refresh: int = 100, capacity: float | None = None,
-    group: str = "lanes",
+    group: str = "lanes", lists: bool = True,
 ) -> dict[str, int]:  # fmt: skip
     """Let convolutions compute their weight gradient from the largest part of their input alone (SWAT).
 
@@ -474,6 +474,8 @@ def compress_activations(
             will be set later.
         group: ``"lanes"``: a vector, one pixel of the samples that lie in the lanes together, is kept or dropped as a
             whole; ``"element"``: every number for itself.
+        lists: false to make copies with zeros as ``mask_activations`` does, of the same layers and with the same
+            records: where lanes hold channels no kernel reads lists.
 
     Returns:
         The number of every pruned weight's record. ``Parameters.buffers["records"]`` is float32
@@ -488,12 +490,15 @@ def compress_activations(
             density = densities.get(weight.name, 0.0)
             room = min(1.0, _SLACK * density if capacity is None else capacity)
             if density and (group == "lanes" or (room <= _DENSEST_LIST and _pixels(node.x) >= _FEWEST_PIXELS)):
+                records[weight.name] = train.records
+                if not lists:
+                    _mask(train, node, density, refresh)
+                    continue
                 attributes = {
                     **node.attributes, "unit": group, "density": density, "capacity": room, "refresh": refresh,
                     "record": train.records, "grad_out": error_map.value,
                 }  # fmt: skip
                 _compress(train, node, attributes)
-                records[weight.name] = train.records
                 train.records += 1
     return records
 
@@ -511,14 +516,19 @@ def mask_activations(train: TrainingGraph, densities: Mapping[str, float], refre
     graph, records = train.graph, {}
     for node in [n for n in graph.nodes if n.op_type == "ProductWeightGrad"]:
         if (name := node.get("like").name) in densities:
-            masked = Value(f"{node.y.name}.masked", node.x.shape)
-            graph.add_value(masked)
-            graph.nodes[graph.nodes.index(node)] = replace(node, inputs=(masked, node.input(1)))
-            attributes = {"density": densities[name], "refresh": refresh, "record": train.records}
-            _insert_behind(train, node.x, Node("MaskActivation", masked.name, (node.x,), (masked,), attributes))
             records[name] = train.records
-            train.records += 1
+            _mask(train, node, densities[name], refresh)
     return records
+
+
+def _mask(train: TrainingGraph, node: Node, density: float, refresh: int) -> None:
+    """Let a weight gradient read a copy of its input with zeros."""
+    masked = Value(f"{node.y.name}.masked", node.x.shape)
+    train.graph.add_value(masked)
+    train.graph.nodes[train.graph.nodes.index(node)] = replace(node, inputs=(masked, node.input(1)))
+    attributes = {"density": density, "refresh": refresh, "record": train.records}
+    _insert_behind(train, node.x, Node("MaskActivation", masked.name, (node.x,), (masked,), attributes))
+    train.records += 1
 
 
 def _compress(train: TrainingGraph, node: Node, attributes: Mapping[str, Any]) -> None:

@@ -50,7 +50,7 @@ class SparseIndex:
             ``taps`` plus tap.
         bits: uint16 ``(rows * row_words,)``: which columns of a row exist, a bit each, the first one lowest; ``None``
             where columns do not lie side by side (``inputs_first``), or fewer than a sixteenth of the weights can exist
-            and ``keep_bits`` was not called. If not compact: which weights of the flat ONNX array exist.
+            and ``keep_bits`` was not called. If not compact, the rows are those of the ONNX array in any case.
         row_words: words of a row in ``bits``.
 
     The arrays keep their addresses and sizes for life; what stands behind ``count`` is 0.
@@ -93,7 +93,8 @@ class SparseIndex:
         self.input_starts, self.input_columns, self.input_places = (
             aligned(size, np.int32) for size in (self.input_rows + 1, self.capacity, self.capacity)
         )
-        self.row_words = -(-self.row_size // WORD)
+        self._line = self.rows if inputs_first else self.row_size  # numbers side by side in the ONNX array
+        self.row_words = -(-self._line // WORD)
         self.bits: NDArray[np.uint16] | None = None
         if not compact or self.capacity >= _BITS_SHARE * self.size:
             self.keep_bits()
@@ -112,8 +113,7 @@ class SparseIndex:
     def keep_bits(self) -> None:
         """Keep ``bits`` from now on, however few weights can exist, if that is possible."""
         if self.bits is None and not (self.compact and self.inputs_first):
-            words = self.rows * self.row_words if self.compact else -(-self.size // WORD)
-            self.bits = aligned(words, np.uint16)
+            self.bits = aligned(self.size // self._line * self.row_words, np.uint16)
             self._write_bits(self.bits, np.repeat(np.arange(self.rows), np.diff(self.starts)))
 
     def set(self, mask: ArrayLike) -> None:
@@ -181,12 +181,10 @@ class SparseIndex:
 
     def _write_bits(self, bits: NDArray[np.uint16], owners: Positions) -> None:
         """Write the bit of every entry; ``owners``: the rows of all entries."""
-        flat = self.places[: self.count]
-        if self.compact:
-            flat = owners * (WORD * self.row_words) + self.columns[: self.count]
-        word, bit = np.divmod(flat, WORD)
+        line, column = np.divmod(self._flat(owners, self.columns[: self.count].astype(np.int64)), self._line)
+        word, bit = np.divmod(column, WORD)
         bits[:] = 0
-        np.bitwise_or.at(bits, word, np.left_shift(1, bit).astype(np.uint16))
+        np.bitwise_or.at(bits, line * self.row_words + word, np.left_shift(1, bit).astype(np.uint16))
 
     def mask(self) -> Mask:
         """Return which weights exist, bool in the weight's ONNX shape."""

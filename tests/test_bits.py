@@ -48,16 +48,16 @@ def test_rows_are_written_out_and_gathered(rows, row_size):
     assert (values[index.count :] == 7).all()
 
 
-@pytest.mark.parametrize("size", [1, 15, 16, 17, 5000])
+@pytest.mark.parametrize("row_size", [1, 3, 15, 16, 17, 500])
 @pytest.mark.parametrize("inputs_first", [False, True])
-def test_a_dense_array_is_copied_without_weights_that_do_not_exist(size, inputs_first):
-    index = SparseIndex((size, 3), compact=False, inputs_first=inputs_first)
-    index.set(np.random.default_rng(size).random((size, 3)) < 0.4)
+def test_a_dense_array_is_copied_without_weights_that_do_not_exist(row_size, inputs_first):
+    index = SparseIndex((7, row_size), compact=False, inputs_first=inputs_first)
+    index.set(np.random.default_rng(row_size).random((7, row_size)) < 0.4)
     values, dense = aligned(index.size), aligned(index.size + 16)
     values[:], dense[:] = np.random.default_rng(1).normal(size=index.size), 7
     values[~index.mask().reshape(-1)] = np.nan
-    run_kernel("mask_bits", 16, -(-index.size // (16 * 3)), values=values, dense=dense, size=index.size,
-               bits=index.bits, word_chunk=3)  # fmt: skip
+    run_kernel("mask_bits", 16, 7, values=values, dense=dense, row_size=row_size, bits=index.bits,
+               row_words=index.row_words)  # fmt: skip
     np.testing.assert_array_equal(dense[: index.size], np.where(index.mask().reshape(-1), values, 0))
     assert (dense[index.size :] == 7).all()
 

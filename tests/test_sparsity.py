@@ -23,6 +23,7 @@ from edgetrain.sparsity import SparseLayer, sparse_layers
 from edgetrain.sparsity.layers import entries, shapes_of
 from edgetrain.sparsity.policy import largest, largest_missing
 from edgetrain.torch_network import TorchNetwork
+from tests.op_cases import Net
 from tests.sparse_networks import (
     CLASSES,
     PROFILE,
@@ -366,7 +367,10 @@ def test_without_zeros_a_single_sample_is_trained_as_densely(policy, monkeypatch
     ("policy", "batch_size", "by_channel"),
     [
         (et.StaticSparse(0.9), 1, True), (et.StaticSparse(0.5, distribution="uniform"), 4, True),
-        (et.StaticSparse(0.9), 4, False), (et.StaticSparse(0.99), 2, False), (et.SWAT(0.9), 1, False),
+        (et.StaticSparse(0.9), 4, False), (et.StaticSparse(0.99), 2, False), (et.SWAT(0.9, activations=0.9), 1, True),
+        (et.SWAT(0.5, activations=0.5, linear=True), 4, True), (et.SWAT(0.9, activations=0.9), 4, False),
+        (et.SWAT(0.5, activations=0.5, variant="momentum"), 2, True),
+        (et.SWAT(0.9, activations=0.9, group="lanes"), 1, False),
     ],
 )  # fmt: skip
 def test_a_few_samples_are_computed_as_is_faster(policy, batch_size, by_channel, monkeypatch):
@@ -379,6 +383,28 @@ def test_a_few_samples_are_computed_as_is_faster(policy, batch_size, by_channel,
     got, wanted = made.gradients(x, y), other.gradients(x, y)
     for name, array in wanted.items():
         np.testing.assert_allclose(got[name], array, atol=1e-4 * np.abs(array).max(), err_msg=name)
+    assert made.topology.records == other.topology.records  # as in checkpoints of other machines
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_activations_are_pruned_alike_where_lanes_hold_channels(count, monkeypatch):
+    """Behind the last of 7 channels lanes hold one half, the sigmoid of 0: that is no activation."""
+    monkeypatch.setattr("edgetrain.plans.simd_lanes", lambda: 16)
+    net = Net((3, 6, 6))
+    h = net.Sigmoid(net.conv("input", 7, 3, 3, 3, bias=False))
+    h = net.Sigmoid(net.conv(h, 20, 7, 3, 3, pads=[1, 0, 0, 1]))
+    net.graph.set_outputs([net.Gemm(net.Flatten(h), net.parameter(CLASSES, 20 * 9, spread=0.1), transB=1)])
+    rng = np.random.default_rng(count)
+    x, y = rng.normal(size=(count, 3, 6, 6)).astype(np.float32), rng.integers(0, CLASSES, count)
+    policy = et.SWAT(0.4, activations=0.6, linear=True, dense_first=False)
+    made = [et.Learner(net.graph, PROFILE, batch_size=count, threads=1, sparsity=policy) for _ in range(2)]
+    made[1].plans.__dict__["by_channel"] = False
+    assert made[0].plans.by_channel
+    got, wanted = (each.gradients(x, y) for each in made)
+    for name, array in wanted.items():
+        np.testing.assert_allclose(got[name], array, atol=1e-5 * np.abs(array).max(), err_msg=name)
+    tallies = [each._parameters.buffers["tally"] for each in made]
+    np.testing.assert_array_equal(*tallies)
 
 
 # ---- memory ----------------------------------------------------------------------------------------------------------

@@ -12,7 +12,10 @@ Half of 48,000 weights are written out in 6.4 us, number by number in 21; gather
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
+from numba import njit
 
 from edgetrain.kernels.registry import Body, kernel
 from edgetrain.kernels.simd import (
@@ -38,22 +41,23 @@ from edgetrain.kernels.simd import (
 # starts: int32, first entry of every row; bits: uint16, ``row_words`` a row; lanes: 16, as many as a word has bits.
 
 
-@kernel("values", "dense", "size", "bits", "word_chunk")
+@kernel("values", "dense", "row_size", "bits", "row_words")
 def mask_bits(lanes: int) -> Body:
-    """Copy a dense array of ``size`` weights, 0 instead of those that do not exist. Job: ``word_chunk`` words.
+    """Copy a dense array of weights, 0 instead of those that do not exist. Job: row.
 
-    ``bits``: of the flat array. Half of 48,000 weights took 17.7 us by their numbers (one thread), and take 4.2 so.
+    Half of 48,000 weights took 17.7 us by their numbers and take 5.0 so (one thread).
     """
 
     def body(args: int, first: int, last: int) -> None:
-        values, dense, size, bits, word_chunk = arguments(args, 5)
-        words = (size + lanes - 1) // lanes
-        for word in range(first * word_chunk, min(words, last * word_chunk)):
-            exist, place = load_u16(bits + 2 * word), 4 * lanes * word
-            if (word + 1) * lanes <= size:
-                store(dense + place, keep_where(load(values + place, lanes), exist))
-                continue
-            for lane in range(size - word * lanes):
+        values, dense, row_size, bits, row_words = arguments(args, 5)
+        for row in range(first, last):
+            word, place = bits + 2 * row * row_words, 4 * row * row_size
+            for vector in range(row_size // lanes):
+                kept = keep_where(load(values + place, lanes), load_u16(word + 2 * vector))
+                store(dense + place, kept)
+                place += 4 * lanes
+            exist = load_u16(word + 2 * row_words - 2)
+            for lane in range(row_size % lanes):
                 value = load_f32(values + place + 4 * lane) if (exist >> lane) & 1 else np.float32(0.0)
                 store_f32(dense + place + 4 * lane, value)
 
@@ -101,10 +105,32 @@ def gather_bits(lanes: int) -> Body:
     return body
 
 
+# Rows of weights in compact storage, or (``compact`` is 0) of a dense array of which some weights count.
+
+
+@njit
+def _row(values: Any, starts: Any, row: Any, row_size: Any, compact: Any) -> Any:
+    """Return where a row's weights begin."""
+    return values + 4 * (load_i32(starts + 4 * row) if compact else row * row_size)
+
+
+@njit
+def _weights(at: Any, exist: Any, compact: Any, lanes: Any) -> Any:
+    """Return the next vector of a row's weights."""
+    return load_expanded(at, exist, lanes) if compact else load_where(at, exist, lanes)
+
+
+@njit
+def _step(exist: Any, compact: Any, lanes: Any) -> Any:
+    """Return the bytes of the weights that a word tells of."""
+    return 4 * (count_bits(exist) if compact else lanes)
+
+
 @kernel(
     "values", "x", "y", "bias", "starts", "bits", "row_words", "rows", "x_block", "y_block", "row_chunk", "padded",
+    "row_size",
 )  # fmt: skip
-def multiply_bits(lanes: int, samples: int) -> Body:
+def multiply_bits(lanes: int, samples: int, compact: int) -> Body:
     """Write ``y[sample][row] = bias[row] + sum over columns of weight[row][column] * x[sample][column]``.
 
     Job: ``row_chunk`` rows of ``padded``; those that do not exist get 0. Vectors of ``x`` are read whole: behind the
@@ -113,17 +139,17 @@ def multiply_bits(lanes: int, samples: int) -> Body:
     step = 4 * lanes
 
     def body(args: int, first: int, last: int) -> None:
-        (values, x, y, bias, starts, bits, row_words, rows, x_block, y_block, row_chunk,
-         padded) = arguments(args, 12)  # fmt: skip
+        (values, x, y, bias, starts, bits, row_words, rows, x_block, y_block, row_chunk, padded,
+         row_size) = arguments(args, 13)  # fmt: skip
         for row in range(first * row_chunk, min(padded, last * row_chunk)):
             a, b, c, d = broadcast(0.0, lanes), broadcast(0.0, lanes), broadcast(0.0, lanes), broadcast(0.0, lanes)
             shift = 0.0
             if row < rows:
-                at, word = values + 4 * load_i32(starts + 4 * row), bits + 2 * row * row_words
+                at, word = _row(values, starts, row, row_size, compact), bits + 2 * row * row_words
                 shift = load_f32(bias + 4 * row)
                 for vector in range(row_words):
                     exist, source = load_u16(word + 2 * vector), x + step * vector
-                    weights = load_expanded(at, exist, lanes)
+                    weights = _weights(at, exist, compact, lanes)
                     a = fma(weights, load(source, lanes), a)
                     if samples > 1:
                         b = fma(weights, load(source + x_block, lanes), b)
@@ -131,7 +157,7 @@ def multiply_bits(lanes: int, samples: int) -> Body:
                         c = fma(weights, load(source + 2 * x_block, lanes), c)
                     if samples > 3:
                         d = fma(weights, load(source + 3 * x_block, lanes), d)
-                    at += 4 * count_bits(exist)
+                    at += _step(exist, compact, lanes)
             target = y + 4 * row
             store_f32(target, sum_lanes(a) + shift)
             if samples > 1:
@@ -146,8 +172,9 @@ def multiply_bits(lanes: int, samples: int) -> Body:
 
 @kernel(
     "values", "grad_out", "grad_x", "starts", "bits", "row_words", "rows", "grad_block", "grad_x_block", "word_chunk",
+    "row_size",
 )  # fmt: skip
-def multiply_bits_back(lanes: int, samples: int) -> Body:
+def multiply_bits_back(lanes: int, samples: int, compact: int) -> Body:
     """Write ``grad_x[sample][column] = sum over rows of grad_out[sample][row] * weight[row][column]``.
 
     Job: ``word_chunk`` words of every row, a multiple of 4. Vectors are written whole, with 0 behind the last column.
@@ -155,30 +182,34 @@ def multiply_bits_back(lanes: int, samples: int) -> Body:
     step = 4 * lanes
 
     def body(args: int, first: int, last: int) -> None:
-        (values, grad_out, grad_x, starts, bits, row_words, rows, grad_block, grad_x_block,
-         word_chunk) = arguments(args, 10)  # fmt: skip
+        (values, grad_out, grad_x, starts, bits, row_words, rows, grad_block, grad_x_block, word_chunk,
+         row_size) = arguments(args, 11)  # fmt: skip
         begin, end = first * word_chunk, min(row_words, last * word_chunk)
         for sample in range(samples):
             for vector in range(begin, end):
                 store(grad_x + sample * grad_x_block + step * vector, broadcast(0.0, lanes))
         for row in range(rows):
-            at, word, error = values + 4 * load_i32(starts + 4 * row), bits + 2 * row * row_words, grad_out + 4 * row
-            for before in range(0, begin, 4):
-                at += 4 * count_bits(load_i64(word + 2 * before))
+            at, word = _row(values, starts, row, row_size, compact), bits + 2 * row * row_words
+            error = grad_out + 4 * row
+            if compact:
+                for before in range(0, begin, 4):
+                    at += 4 * count_bits(load_i64(word + 2 * before))
+            else:
+                at += step * begin
             for vector in range(begin, end):
                 exist, place = load_u16(word + 2 * vector), grad_x + step * vector
-                weights = load_expanded(at, exist, lanes)
+                weights = _weights(at, exist, compact, lanes)
                 for sample in range(samples):
                     own, factor = place + sample * grad_x_block, load_f32(error + sample * grad_block)
                     store(own, fma(broadcast(factor, lanes), weights, load(own, lanes)))
-                at += 4 * count_bits(exist)
+                at += _step(exist, compact, lanes)
 
     return body
 
 
 @kernel("values", "x", "grad_out", "starts", "bits", "row_words", "rows", "x_block", "grad_block", "row_chunk")
 def correlate_bits(lanes: int, samples: int) -> Body:
-    """Write the gradients of the weights that exist: sums over samples of ``grad_out[row] * x[column]``.
+    """Write the gradients of weights in compact storage: sums over samples of ``grad_out[row] * x[column]``.
 
     Job: ``row_chunk`` rows. Vectors of ``x`` are read whole.
     """

@@ -62,16 +62,20 @@ def _count_plane(x: Any, limit: Any, alive: Any, rows: Any, columns: Any, x_row:
     return count
 
 
-@kernel("x", "counts", "record", "mask", *_MAPS)
+@kernel("x", "counts", "record", "mask", "mask_block", "mask_channel", *_MAPS)
 def count_elements(lanes: int) -> Body:
-    """Write how many numbers of every plane reach the record's threshold, int64. Job: (block, channel)."""
+    """Write how many numbers of every plane reach the record's threshold, int64. Job: (block, channel).
+
+    ``mask``: 1 for lanes that count, else 0, of every block or channel.
+    """
 
     def body(args: int, first: int, last: int) -> None:
-        x, counts, record, mask, channels, rows, columns, x_block, x_channel, x_row = arguments(args, 10)
+        (x, counts, record, mask, mask_block, mask_channel, channels, rows, columns, x_block, x_channel,
+         x_row) = arguments(args, 12)  # fmt: skip
         limit = broadcast(load_f32(record + 4 * THRESHOLD), lanes)
         for job in range(first, last):
             block, channel = job // channels, job % channels
-            alive = load(mask + block * 4 * lanes, lanes)
+            alive = load(mask + block * mask_block + channel * mask_channel, lanes)
             plane = x + block * x_block + channel * x_channel
             store_i64(counts + 8 * job, _count_plane(plane, limit, alive, rows, columns, x_row, lanes))
 
@@ -79,30 +83,32 @@ def count_elements(lanes: int) -> Body:
 
 
 @kernel(
-    "x", "magnitudes", "counts", "starts", "counters", "record", "mask", "threshold", "tally", "state", "blocks",
-    *_MAPS, "capacity", "refresh",
+    "x", "magnitudes", "counts", "starts", "counters", "record", "mask", "mask_block", "mask_channel", "threshold",
+    "tally", "state", "blocks", *_MAPS, "capacity", "refresh", "per_sample",
 )  # fmt: skip
 def element_threshold(lanes: int) -> Body:
     """Do as ``vector_lists.choose_threshold`` for single numbers, whose sizes it computes only when it needs them.
 
     That is one job of up to five passes over all numbers, once in ``refresh`` steps; else it adds up the counts.
 
-    ``magnitudes``: scratch for all of them. ``starts`` has one entry more than there are channels. One job.
+    ``magnitudes``: scratch for all of them. ``starts`` has one entry more than there are channels. ``per_sample``:
+    numbers of a sample. One job.
     """
     step = 4 * lanes
 
     def body(args: int, first: int, last: int) -> None:
-        (x, magnitudes, counts, starts, counters, record, mask, threshold, tally, state, blocks, channels, rows,
-         columns, x_block, x_channel, x_row, capacity, refresh) = arguments(args, 19)  # fmt: skip
+        (x, magnitudes, counts, starts, counters, record, mask, mask_block, mask_channel, threshold, tally, state,
+         blocks, channels, rows, columns, x_block, x_channel, x_row, capacity, refresh,
+         per_sample) = arguments(args, 22)  # fmt: skip
         planes = blocks * channels
         total, limit, room = 0, load_f32(record + 4 * THRESHOLD), planes * rows * columns * lanes
-        numbers = load_i64(state) * channels * rows * columns  # without those of lanes that hold no sample
+        numbers = load_i64(state) * per_sample  # without those of lanes that hold no sample
         for plane in range(planes):
             total += load_i64(counts + 8 * plane)
         if limit <= 0.0 or total > capacity or load_i64(state + 8) % refresh == 0:
             target = magnitudes
             for plane in range(planes):
-                alive = load(mask + plane // channels * step, lanes)
+                alive = load(mask + plane // channels * mask_block + plane % channels * mask_channel, lanes)
                 for row in range(rows):
                     source = x + plane // channels * x_block + plane % channels * x_channel + row * x_row
                     for i in range(columns):
@@ -113,7 +119,7 @@ def element_threshold(lanes: int) -> Body:
             for more in range(2):  # what is as large as the last one is kept too, if there is room for all of it
                 limit, total = float_of(bits + more, counters), 0
                 for plane in range(planes):
-                    alive = load(mask + plane // channels * step, lanes)
+                    alive = load(mask + plane // channels * mask_block + plane % channels * mask_channel, lanes)
                     source = x + plane // channels * x_block + plane % channels * x_channel
                     count = _count_plane(source, broadcast(limit, lanes), alive, rows, columns, x_row, lanes)
                     store_i64(counts + 8 * plane, count)

@@ -115,9 +115,17 @@ class SparsityPolicy:
             UsageError: it lacks what the policy reads.
         """
 
-    def rewrite(self, train: TrainingGraph, layers: Sequence[SparseLayer]) -> dict[str, int]:
-        """Change the training graph of a network with these layers; return the records that this made, by weight."""
+    def rewrite(self, train: TrainingGraph, layers: Sequence[SparseLayer], lists: bool) -> dict[str, int]:
+        """Change the training graph of a network with these layers; return the records that this made, by weight.
+
+        ``lists``: whether lists of activations may be made, for which there are kernels where lanes hold samples only.
+        """
         return {}
+
+    @property
+    def needs_lists(self) -> bool:
+        """Whether ``rewrite`` can do nothing else than make lists."""
+        return False
 
     def prunes_activations(self, layers: Sequence[SparseLayer]) -> bool:
         """Whether ``rewrite`` changes the training graph of a network with these layers."""

@@ -187,15 +187,20 @@ class SWAT(SparsityPolicy):
     def _rescales(self, trained: bool) -> bool:
         return not trained if self.rescale is None else self.rescale
 
-    def rewrite(self, train: TrainingGraph, layers: Sequence[SparseLayer]) -> dict[str, int]:
+    @property
+    def needs_lists(self) -> bool:
+        """Whether activations are pruned by vectors of samples."""
+        return self.group == "lanes"
+
+    def rewrite(self, train: TrainingGraph, layers: Sequence[SparseLayer], lists: bool) -> dict[str, int]:
         """Let weight gradients read pruned activations."""
         densities = {n: d for n, d in self.activation_densities(layers).items() if d < 1}
         densest = 1.0 if self.variant == "momentum" else None
-        records = compress_activations(train, densities, self.refresh, densest, self.group)
+        records = compress_activations(train, densities, self.refresh, densest, self.group, lists)
         if self.group == "element":
             records |= mask_activations(train, {n: d for n, d in densities.items() if n not in records}, self.refresh)
         if records:  # of Relus' outputs that no weight gradient reads any more, bits are enough
-            for keep in (keep_masks, keep_residual_masks):
+            for keep in (keep_masks, keep_residual_masks) if lists else (keep_masks,):
                 train.forward_count += keep(train.graph, train.forward_count)
         return records
 

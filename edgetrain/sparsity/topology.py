@@ -103,10 +103,15 @@ class Topology:
         self.indices[layer.weight], self.densities[layer.weight] = index, density
         return index
 
-    def rewrite(self, train: TrainingGraph) -> None:
-        """Let the policy change the training graph that autodiff made."""
+    def rewrite(self, train: TrainingGraph, lists: bool) -> None:
+        """Let the policy change the training graph that autodiff made; ``lists``: whether it may make any."""
         if self.policy is not None:
-            self.records = self.policy.rewrite(train, self.candidates)
+            self.records = self.policy.rewrite(train, self.candidates, lists)
+
+    @property
+    def needs_lists(self) -> bool:
+        """Whether ``rewrite`` makes lists, for which lanes must hold samples."""
+        return self.prunes_activations and self.policy is not None and self.policy.needs_lists
 
     @property
     def prunes_activations(self) -> bool:
