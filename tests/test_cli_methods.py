@@ -45,7 +45,7 @@ def test_a_method_of_a_recipe_without_a_layer_is_left_out_and_the_run_says_so_fi
     first, *others = out.splitlines()
     assert first.startswith("error pruning channels:keep=0.7 of the recipe is left out: ErrorMapPruning: ")
     assert REFUSAL in first
-    assert "eif:rate=0.25,power=1.25" in "".join(others)
+    assert "eif:rate=0.33,power=1.5" in "".join(others)
     assert "channels" not in "".join(others)
     assert open_run("runs/fit-1").read_config()["methods"]["error_pruning"] == "none"
     assert et.Learner.load("runs/fit-1/last.safetensors").error_pruning is None
@@ -57,7 +57,7 @@ def test_the_plan_of_a_recipe_leaves_it_out_too(inside, capsys):
     assert code == 0
     assert REFUSAL in out.splitlines()[0]
     methods = json.loads(run(capsys, *plan, "--json")[1])["methods"]
-    assert methods == {"filter": "eif:rate=0.25,power=1.25", "sparsity": "none", "error_pruning": "none"}
+    assert methods == {"filter": "eif:rate=0.33,power=1.5", "sparsity": "none", "error_pruning": "none"}
 
 
 @pytest.mark.parametrize("command", [
@@ -88,7 +88,7 @@ def test_a_filter_of_a_recipe_that_is_too_large_is_left_out(inside, capsys):
     code, out, _ = run(capsys, "plan", "tiny.onnx", "--stream", "--profile", "raspberrypi4")
     assert code == 0
     first, second, third = out.splitlines()[:3]
-    assert first.startswith("instance filter eif:rate=0.25,power=1.25 of the recipe is left out: EarlyInstanceFilter")
+    assert first.startswith("instance filter eif:rate=0.33,power=1.5 of the recipe is left out: EarlyInstanceFilter")
     assert second.startswith("error pruning")
     assert third == "tiny.onnx, batch size 64"  # and no method
 
