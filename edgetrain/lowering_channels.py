@@ -20,6 +20,7 @@ from edgetrain.kernels.codes import CHANNELS, DEPTHWISE, SAMPLES
 from edgetrain.lowering import Lowering, Place, maps_of, strides
 from edgetrain.lowering_core import Pair
 from edgetrain.lowering_products import lanes_of
+from edgetrain.lowering_sparse import is_read_by_bits
 from edgetrain.ops import Border, describe, get_op
 from edgetrain.ops.conv import ProductGrad, ProductOp
 from edgetrain.plan import Ref
@@ -114,8 +115,8 @@ class ChannelLowering(Lowering):
 
     def product(self, node: Node, g: Product) -> None:
         """See ``ProductLowering.product``; few samples meet sparse weights as they are stored."""
-        rows = self._few(node.input(1), g, node.x, node.y)
-        if not rows:
+        read = self._few(node.input(1), g, node.x, node.y)
+        if not read:
             super().product(node, g)
             return
         bias, y = node.optional(2), self.layout(node.y)
@@ -124,13 +125,13 @@ class ChannelLowering(Lowering):
             "multiply_bits", self._sizes(node.input(1)), -(-padded // _ROWS_PER_JOB), x=self.address(node.x),
             values=self.address(node.input(1)), y=self.address(node.y), padded=padded,
             x_block=self.layout(node.x).block, y_block=y.block, row_chunk=_ROWS_PER_JOB, row_size=g.inputs,
-            bias=self.zeros(g.channels_out) if bias is None else self.address(bias), **rows,
+            bias=self.zeros(g.channels_out) if bias is None else self.address(bias), **read,
         )  # fmt: skip
 
     def product_input_grad(self, node: Node, g: Product) -> None:
         """See ``product``."""
-        rows = self._few(node.input(1), g, node.y, node.x)
-        if not rows:
+        read = self._few(node.input(1), g, node.y, node.x)
+        if not read:
             super().product_input_grad(node, g)
             return
         words = self.sparse[node.input(1).name].row_words
@@ -138,29 +139,27 @@ class ChannelLowering(Lowering):
             "multiply_bits_back", self._sizes(node.input(1)), -(-words // _WORDS_PER_JOB), row_size=g.inputs,
             values=self.address(node.input(1)), grad_out=self.address(node.x), grad_x=self.address(node.y),
             grad_block=self.layout(node.x).block, grad_x_block=self.layout(node.y).block, word_chunk=_WORDS_PER_JOB,
-            **rows,
+            **read,
         )  # fmt: skip
 
     def product_weight_grad(self, node: Node, g: Product) -> None:
         """See ``product``."""
-        rows = self._few(node.get("like"), g, node.x, node.input(1))
-        if not rows or self.whole_gradients or not self.sparse[node.get("like").name].compact:
+        read = self._few(node.get("like"), g, node.x, node.input(1))
+        if not read or self.whole_gradients or not self.sparse[node.get("like").name].compact:
             super().product_weight_grad(node, g)
             return
         self.emit(
             "correlate_bits", (WORD, self.blocks), -(-g.channels_out // _ROWS_PER_JOB), values=self.address(node.y),
             x=self.address(node.x), grad_out=self.address(node.input(1)), x_block=self.layout(node.x).block,
-            grad_block=self.layout(node.input(1)).block, row_chunk=_ROWS_PER_JOB, **rows,
+            grad_block=self.layout(node.input(1)).block, row_chunk=_ROWS_PER_JOB, **read,
         )  # fmt: skip
 
     def _few(self, weight: Value, g: Product, x: Value, y: Value) -> dict[str, int | Ref]:
         """Return where the rows of a fully connected layer's weights are, if few samples read them by bits."""
-        bits, layouts = self.rows_of_bits(weight, g), (self.layout(x), self.layout(y))
-        if not bits or self.blocks > _MOST_SAMPLES or g.groups > 1 or layouts[0].lanes != WORD:
+        bits, source, out = self.rows_of_bits(weight, g), self.layout(x), self.layout(y)
+        if not bits or not is_read_by_bits(g) or self.blocks > _MOST_SAMPLES or source.lanes != WORD:
             return {}
-        if not all(_is_vector(layout) for layout in layouts):
-            return {}
-        return {**bits, "rows": g.channels_out}
+        return {**bits, "rows": g.channels_out} if _is_vector(source) and _is_vector(out) else {}
 
     def _sizes(self, weight: Value) -> tuple[int, int, int]:
         return WORD, self.blocks, int(self.sparse[weight.name].compact)

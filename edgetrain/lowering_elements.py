@@ -105,7 +105,7 @@ class ElementLowering(PrunedLowering):
             "element_threshold", (x.lanes,), 1, **shared, starts=starts, threshold=threshold, capacity=capacity,
             magnitudes=self.workspace(4 * x.lanes * x.columns * x.rows * x.planes), counters=self.workspace(_COUNTERS),
             tally=Ref("tally", TALLY_BYTES * int(node.get("record"))), state=Ref("state"), blocks=self.blocks,
-            refresh=int(node.get("refresh")), per_sample=x.channels * x.rows * x.columns,
+            refresh=int(node.get("refresh")), sample_numbers=x.channels * x.rows * x.columns,
         )  # fmt: skip
         self.remember_threshold(record, threshold)
         return starts, threshold

@@ -139,7 +139,7 @@ class ListedLowering(PooledLowering):
 
         In LeNet-5 at batch 32 and rate 0.8 the map of 6,912 vectors took 15.8 us to write and 12.4 to read again.
         """
-        x, positions, grad = self.layout(node.get("conv").x), self.layout(node.x), self.layout(node.input(1))
+        x, positions, grad = self.layout(node.get("x")), self.layout(node.x), self.layout(node.input(1))
         base, (down, right) = self.address(node.y), g.strides
         lists = self._pooled_vectors(g, len(pool.taps) * grad.rows * grad.columns)
         self.plan.sizes[self.plan.buffer(node.y.name)] = lists.nbytes
@@ -196,7 +196,7 @@ class ListedLowering(PooledLowering):
             pairs, values = base + self._error_lists(g).pairs, self.address(node.input(1))
             value_channel = self.layout(node.input(1)).channel
         else:
-            copies = self._pooled_vectors(g, int(node.get("windows")))
+            copies = self._pooled_vectors(g, int(node.get("covered")))
             pairs, values, value_channel = base + copies.pairs, base + copies.values, 0
         terms = list(zip(g.forward_terms(x), g.forward_sources(), strict=True))
         width = min(_ACCUMULATORS[target().registers], len(terms))

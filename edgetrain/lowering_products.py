@@ -17,7 +17,7 @@ from edgetrain.choice import Sizes, simd_lanes
 from edgetrain.graph import Node, Value
 from edgetrain.kernels.codes import CHANNELS, ROWS, SAMPLES
 from edgetrain.lowering_core import Pair, widened
-from edgetrain.lowering_sparse import SparseLowering
+from edgetrain.lowering_sparse import SparseLowering, moves_by_bits
 from edgetrain.plan import Ref
 from edgetrain.sparse_index import WORD
 
@@ -158,7 +158,7 @@ class ProductLowering(SparseLowering):
         """Return where the rows of a sparse weight are and their bits, if vectors can move by them; else nothing."""
         index = self.sparse.get(weight.name)
         side_by_side = (g.weight_tap if len(g.taps) > 1 else g.weight_in) == 4
-        if index is None or index.bits is None or index.inputs_first or not side_by_side or simd_lanes() != WORD:
+        if index is None or index.bits is None or index.inputs_first or not side_by_side or not moves_by_bits():
             return {}
         return {"starts": self.index(weight)["starts"], "bits": self._bits(weight), "row_words": index.row_words}
 

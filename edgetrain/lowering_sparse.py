@@ -18,7 +18,7 @@ from edgetrain.graph import Node, Value
 from edgetrain.kernels.codes import ABSENT, ALL_COUNT, FLAGGED_COLUMNS, FLAGGED_ROWS, SAMPLES
 from edgetrain.lowering_core import LoweringCore, Pair
 from edgetrain.plan import Ref
-from edgetrain.sparse_index import SparseIndex
+from edgetrain.sparse_index import WORD, SparseIndex
 
 if TYPE_CHECKING:
     from edgetrain.ops.conv import Phase, Product
@@ -201,6 +201,16 @@ def most_entries(index: SparseIndex, winograd: bool, vectors: float) -> float:
 def keeps_within(index: SparseIndex, most: float) -> bool:
     """Whether a row has at most so many entries: as many as there is room for, where that cannot change."""
     return (index.capacity if index.compact else index.count) <= most * index.rows
+
+
+def moves_by_bits() -> bool:
+    """Whether the machine spreads numbers over the lanes of a vector that a word of bits tells of: with AVX-512."""
+    return simd_lanes() == WORD
+
+
+def is_read_by_bits(g: Product) -> bool:
+    """Whether few samples read a product's sparse weights by bits: it is fully connected, its rows lie side by side."""
+    return moves_by_bits() and g.out == g.size == (1, 1) and g.groups == 1 and g.weight_in == 4
 
 
 class SparseLowering(LoweringCore):

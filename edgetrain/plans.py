@@ -23,7 +23,14 @@ from edgetrain.graph import Graph
 from edgetrain.kernels.codes import UPDATE_JOB
 from edgetrain.lowering import Lowering
 from edgetrain.lowering_channels import ChannelLowering, fits
-from edgetrain.lowering_sparse import SKIPS_WEIGHTS, keeps_within, most_entries, vectors_of
+from edgetrain.lowering_sparse import (
+    SKIPS_WEIGHTS,
+    is_read_by_bits,
+    keeps_within,
+    most_entries,
+    moves_by_bits,
+    vectors_of,
+)
 from edgetrain.memory import Lifetime, place
 from edgetrain.ops import get_op
 from edgetrain.ops.conv import Product, ProductOp, weights_of
@@ -32,7 +39,7 @@ from edgetrain.parameters import Parameters
 from edgetrain.plan import KernelKey, Plan, Ref
 from edgetrain.pooled_errors import list_pooled_errors
 from edgetrain.pruning import ErrorPruning, check_error_maps
-from edgetrain.sparse_index import WORD, SparseIndex
+from edgetrain.sparse_index import SparseIndex
 
 # Plans kept for other batch sizes: full and last batch, training and prediction, and some for a stream.
 _KEPT_PLANS = 8
@@ -49,6 +56,9 @@ _SMALL_BATCH = 4
 # of their weights count as dense: about there lists stop being faster (``lowering_sparse``). So do fully connected ones
 # that are read by bits: four of them, 512 wide, with a tenth of their weights took 0.90 by lists and 0.51 (batch 4).
 _LISTED_SHARE = 0.3
+# Of fewer weights bits take more memory than they are worth, but where few samples read weights by them: writing out a
+# tenth of 30,720 takes 4.4 us by bits and 5.4 number by number, gathering 5.1 and 3.9 (one thread).
+_BITS_SHARE = 0.0625
 _LEFT, _FEW_OPERATIONS = {1: 0.02, 2: 0.1, 3: 0.57, 4: 0.7}, 10
 _FEW_WEIGHTS = {1: 0.01, 2: 0.07, 3: 0.2, 4: 0.3}
 
@@ -146,7 +156,7 @@ class Plans:
         """Whether lanes hold channels: for batches that would leave most sample lanes empty.
 
         Kernels that skip something exist for lanes of samples only; with channels in the lanes sparse weights are
-        written out.
+        written out, or read whole by bits.
         """
         small = self._batch_size * _SMALL_BATCH <= simd_lanes()
         pruned = self._error_pruning is not None and not self._error_pruning.idle
@@ -311,9 +321,10 @@ class Plans:
             train = self.training if whole_gradients else self._combined
         graph = train.graph if train else self.graph
         keep = {train.logits, train.losses, train.correct} if train else set(graph.outputs)
-        if self.by_channel and simd_lanes() == WORD:
+        if moves_by_bits():
             for index in self.parameters.sparse.values():
-                index.keep_bits()
+                if self.by_channel or index.capacity >= _BITS_SHARE * index.size:
+                    index.keep_bits()
         lowering = ChannelLowering if self.by_channel else Lowering
         low = lowering(graph, graph.nodes, self.lanes, self._blocks(count), self.parameters, keep,
                        sparse=self.parameters.sparse, whole_gradients=whole_gradients)  # fmt: skip
@@ -438,9 +449,8 @@ def _lists_pay(graph: Graph, sparse: Mapping[str, SparseIndex], batch_size: int)
                 return False
             # By the capacity: what a resumed run computes must not depend on how many weights there are now.
             share = 1.0 if index is None else index.capacity / index.size
-            by_bits = simd_lanes() == WORD and g.out == g.size == (1, 1) and g.groups == 1
             operations += g.macs
-            left += g.macs * (1.0 if share > _LISTED_SHARE or by_bits else share)
+            left += g.macs * (1.0 if share > _LISTED_SHARE or is_read_by_bits(g) else share)
             weights += node.input(1).size
             existing += share * node.input(1).size
     size = min(batch_size, max(_LEFT))

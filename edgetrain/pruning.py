@@ -314,27 +314,29 @@ _LISTED = {"ProductInputGrad": "ListedInputGrad", "ProductWeightGrad": "ListedWe
 
 
 def list_errors(train: TrainingGraph, error_map: ErrorMap, pruned: Value) -> None:
-    """Let both gradients of a convolution skip the vectors of its error map that are zero.
+    """Let the gradients of a convolution skip the vectors of its error map that are zero.
 
     They count as saved what is zero because ``pruned`` is, the output of a ``PrunedGradient``.
     """
     graph, conv = train.graph, error_map.conv
     lists = Value(f"{error_map.value.name}.{conv.name}.lists", (1,), batched=False)
     graph.add_value(lists)
-    readers = [i for i, node in enumerate(graph.nodes) if error_map.read_by(node) and node.op_type in _LISTED]
-    more = {"record": train.records, "pruned": pruned}
+    counted = {"record": train.records, "pruned": pruned}
     train.records += 1
     if (node := _pool_behind(graph, error_map)) is not None:
-        _list_at_pool(graph, error_map, node, lists, more)
+        _list_at_pool(graph, error_map, node, lists, counted)
         return
+    readers = [i for i, node in enumerate(graph.nodes) if error_map.read_by(node) and node.op_type in _LISTED]
+    # Places in the lists are those of what the weight gradient reads: a copy of the input may have another border.
+    x = next((graph.nodes[i].x for i in readers if graph.nodes[i].op_type == "ProductWeightGrad"), conv.x)
+    by_pixel = any(graph.nodes[i].op_type == "ProductInputGrad" for i in readers)
     for i in readers:
         node = graph.nodes[i]
         graph.nodes[i] = replace(
             node, op_type=_LISTED[node.op_type], inputs=(*node.inputs, lists),
-            attributes={**node.attributes, "record": more["record"]},
+            attributes={**node.attributes, "record": counted["record"]},
         )  # fmt: skip
-    by_pixel = any(graph.nodes[i].op_type == "ListedInputGrad" for i in readers)
-    attributes = {**conv.attributes, "forward": conv.op_type, "like": conv.x, "by_pixel": by_pixel, **more}
+    attributes = {**conv.attributes, "forward": conv.op_type, "like": x, "by_pixel": by_pixel, **counted}
     made = Node("ErrorLists", lists.name, (error_map.value, conv.input(1)), (lists,), attributes)
     graph.nodes.insert(readers[0], made)
 
@@ -350,19 +352,20 @@ def _pool_behind(graph: Graph, error_map: ErrorMap) -> Node | None:
     return made if pool.inside and apart and served else None
 
 
-def _list_at_pool(graph: Graph, error_map: ErrorMap, node: Node, lists: Value, more: Mapping[str, Any]) -> None:
+def _list_at_pool(graph: Graph, error_map: ErrorMap, node: Node, lists: Value, counted: Mapping[str, Any]) -> None:
     """Make the lists instead of the error map; the bias gets the sum of what comes to the pool."""
-    attributes, pool = {**node.attributes, "conv": error_map.conv, **more}, MaxPoolGrad().pool(node)
+    pool, x = MaxPoolGrad().pool(node), error_map.conv.x
     for reader in graph.consumers(error_map.value.name):
         place = graph.nodes.index(reader)
         if reader.op_type == "SumTo":
             graph.nodes[place] = replace(reader, inputs=(node.input(1),))
             continue
-        covered = math.prod(pool.out) * len(pool.taps)
+        x, covered = reader.x, math.prod(pool.out) * len(pool.taps)
         graph.nodes[place] = replace(
             reader, op_type=_LISTED[reader.op_type], inputs=(reader.x, lists),
-            attributes={**reader.attributes, "record": more["record"], "windows": covered},
+            attributes={**reader.attributes, "record": counted["record"], "covered": covered},
         )  # fmt: skip
+    attributes = {**node.attributes, "conv": error_map.conv, "x": x, **counted}
     graph.nodes[graph.nodes.index(node)] = Node("PooledErrorLists", node.name, node.inputs, (lists,), attributes)
 
 
@@ -456,7 +459,7 @@ _DENSEST_LIST, _FEWEST_PIXELS = 0.4, 16
 
 def compress_activations(
     train: TrainingGraph, densities: Mapping[str, float], refresh: int = 100, capacity: float | None = None,
-    group: str = "lanes", lists: bool = True,
+    group: str = "lanes", may_list: bool = True,
 ) -> dict[str, int]:  # fmt: skip
     """Let convolutions compute their weight gradient from the largest part of their input alone (SWAT).
 
@@ -474,7 +477,7 @@ def compress_activations(
             will be set later.
         group: ``"lanes"``: a vector, one pixel of the samples that lie in the lanes together, is kept or dropped as a
             whole; ``"element"``: every number for itself.
-        lists: false to make copies with zeros as ``mask_activations`` does, of the same layers and with the same
+        may_list: false to make copies with zeros as ``mask_activations`` does, of the same layers and with the same
             records: where lanes hold channels no kernel reads lists.
 
     Returns:
@@ -491,7 +494,7 @@ def compress_activations(
             room = min(1.0, _SLACK * density if capacity is None else capacity)
             if density and (group == "lanes" or (room <= _DENSEST_LIST and _pixels(node.x) >= _FEWEST_PIXELS)):
                 records[weight.name] = train.records
-                if not lists:
+                if not may_list:
                     _mask(train, node, density, refresh)
                     continue
                 attributes = {

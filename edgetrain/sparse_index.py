@@ -15,9 +15,6 @@ from edgetrain.arrays import aligned
 from edgetrain.errors import UsageError
 
 WORD = 16  # weights that a word of ``SparseIndex.bits`` tells of
-# Of fewer weights bits take more memory than they are worth: writing out a tenth of 30,720 takes 4.4 us by bits and 5.4
-# number by number, gathering 5.1 and 3.9 (one thread).
-_BITS_SHARE = 0.0625
 Mask = NDArray[np.bool_]
 Positions = NDArray[np.int64]
 Floats = NDArray[np.float32]
@@ -48,9 +45,8 @@ class SparseIndex:
         input_starts, input_columns, input_places: the same entries ordered by input channel (over all groups) and
             output channel, for the input gradient: ``input_columns`` is the output channel within the group times
             ``taps`` plus tap.
-        bits: uint16 ``(rows * row_words,)``: which columns of a row exist, a bit each, the first one lowest; ``None``
-            where columns do not lie side by side (``inputs_first``), or fewer than a sixteenth of the weights can exist
-            and ``keep_bits`` was not called. If not compact, the rows are those of the ONNX array in any case.
+        bits: uint16 ``(rows * row_words,)``: which columns of a row exist, a bit each, the first one lowest. If not
+            compact, the rows are those of the ONNX array in any case; of compact weights ``None`` until ``keep_bits``.
         row_words: words of a row in ``bits``.
 
     The arrays keep their addresses and sizes for life; what stands behind ``count`` is 0.
@@ -65,6 +61,7 @@ class SparseIndex:
         ([0, 2, 3], [0, 2, 1, 0], [0, 1, 2, 0], 0.5)
         >>> index.input_starts.tolist(), index.input_columns.tolist(), index.input_places.tolist()
         ([0, 1, 2, 3], [0, 1, 0, 0], [0, 2, 1, 0])
+        >>> index.keep_bits()
         >>> index.bits.tolist()
         [5, 2]
     """
@@ -96,7 +93,7 @@ class SparseIndex:
         self._line = self.rows if inputs_first else self.row_size  # numbers side by side in the ONNX array
         self.row_words = -(-self._line // WORD)
         self.bits: NDArray[np.uint16] | None = None
-        if not compact or self.capacity >= _BITS_SHARE * self.size:
+        if not compact:
             self.keep_bits()
 
     @property
@@ -111,7 +108,7 @@ class SparseIndex:
         return 4 * (self.rows + 1 + self.input_rows + 1 + 4 * self.capacity) + words
 
     def keep_bits(self) -> None:
-        """Keep ``bits`` from now on, however few weights can exist, if that is possible."""
+        """Keep ``bits`` from now on; not where columns do not lie side by side (compact, ``inputs_first``)."""
         if self.bits is None and not (self.compact and self.inputs_first):
             self.bits = aligned(self.size // self._line * self.row_words, np.uint16)
             self._write_bits(self.bits, np.repeat(np.arange(self.rows), np.diff(self.starts)))

@@ -17,10 +17,8 @@ from tests.op_cases import Net
 from tests.test_pruning import run_kernel
 
 TOLERANCE = 1e-5
-pytestmark = [
-    pytest.mark.usefixtures(wide_host.__name__),
-    pytest.mark.skipif(simd_lanes() < 16, reason="these kernels are for AVX-512"),
-]
+pytestmark = pytest.mark.usefixtures(wide_host.__name__)
+by_vectors = pytest.mark.skipif(simd_lanes() < 16, reason="these kernels are for AVX-512")
 
 
 def random_index(rows: int, row_size: int, density: float, seed: int = 0) -> SparseIndex:
@@ -29,9 +27,11 @@ def random_index(rows: int, row_size: int, density: float, seed: int = 0) -> Spa
     mask[0], mask[-1] = False, True
     index = SparseIndex((rows, row_size), capacity=rows * row_size)
     index.set(mask)
+    index.keep_bits()
     return index
 
 
+@by_vectors
 @pytest.mark.parametrize(("rows", "row_size"), [(2, 1), (5, 15), (4, 16), (7, 17), (6, 25), (3, 96), (9, 400)])
 def test_rows_are_written_out_and_gathered(rows, row_size):
     index, rng = random_index(rows, row_size, 0.4), np.random.default_rng(1)
@@ -71,28 +71,43 @@ def test_bits_follow_the_topology_at_the_same_address():
     np.testing.assert_array_equal(index.bits, np.packbits(padded, axis=1, bitorder="little").view(np.uint16).ravel())
 
 
-@pytest.mark.parametrize(("options", "kept"), [
-    ({}, True), ({"capacity": 25}, True), ({"capacity": 24}, False), ({"inputs_first": True}, False),
-    ({"compact": False}, True), ({"compact": False, "inputs_first": True, "capacity": 24}, True),
+@pytest.mark.parametrize(("options", "at_once", "later"), [
+    ({}, False, True), ({"inputs_first": True}, False, False), ({"compact": False}, True, True),
+    ({"compact": False, "inputs_first": True}, True, True),
 ], ids=str)  # fmt: skip
-def test_bits_are_kept_where_they_are_of_use(options, kept):
+def test_bits_are_kept_at_once_or_when_asked_for(options, at_once, later):
     index = SparseIndex((10, 40), **options)
-    assert (index.bits is not None) == kept
+    assert (index.bits is not None) == at_once
+    index.keep_bits()
+    assert (index.bits is not None) == later
     assert index.nbytes == sum(array.nbytes for array in vars(index).values() if isinstance(array, np.ndarray))
+
+
+@by_vectors
+@pytest.mark.parametrize(("density", "batch_size", "kept"), [(0.1, 32, True), (0.04, 32, False), (0.04, 1, True)])
+def test_plans_ask_for_bits_where_they_are_of_use(density, batch_size, kept, monkeypatch):
+    monkeypatch.setattr("edgetrain.plans._SMALL_BATCH", 4)
+    policy = et.StaticSparse(weights=1 - density, distribution="uniform")
+    made = et.Learner(network(), batch_size=batch_size, threads=1, sparsity=policy)
+    made.training_plan()
+    largest = max(made.topology.indices.values(), key=lambda index: index.size)
+    assert (largest.bits is not None) == kept
 
 
 def network() -> Graph:
     """Fully connected layers of odd sizes behind a convolution, with and without biases, and one of both orientations.
 
-    A convolution of the only pixel is one, too.
+    A convolution of the only pixel is one, too; not where its kernel is larger than that.
     """
-    net = Net((3, 5, 5))
-    h = net.Flatten(net.Relu(net.conv("input", 7, 3, 3, 3)))  # 63
-    h = net.Relu(net.Gemm(h, net.parameter(41, 63), net.parameter(41), transB=1))
-    h = net.Relu(net.MatMul(h, net.parameter(41, 20)))
+    net = Net((3, 9, 9))
+    h = net.Flatten(net.Relu(net.conv("input", 7, 3, 3, 3)))  # 343 inputs, more than one job
+    h = net.Relu(net.Gemm(h, net.parameter(41, 343, spread=0.1), net.parameter(41), transB=1))
+    h = net.Relu(net.MatMul(h, net.parameter(41, 20, spread=0.3)))
     h = net.conv(net.Reshape(h, shape=[20, 1, 1]), 18, 20, 1, 1)
     h = net.Relu(net.conv(net.Relu(h), 18, 1, 1, 1, group=18))
-    net.graph.set_outputs([net.Gemm(net.Flatten(h), net.parameter(5, 18), transB=1)])
+    h = net.Relu(net.conv(h, 18, 18, 3, 3, pads=[1] * 4, strides=[2, 2]))
+    h = net.Relu(net.Gemm(net.Flatten(h), net.parameter(6, 18, spread=0.3), transB=1))
+    net.graph.set_outputs([net.Gemm(h, net.parameter(5, 6, spread=0.5), transB=1)])
     return net.graph
 
 
@@ -117,7 +132,7 @@ class Case:
     def check(self, count: int) -> None:
         """Compare outputs and gradients with the twins', twice: the second time with memory full of NaN."""
         rng = np.random.default_rng(count)
-        x, y = rng.normal(size=(count, 3, 5, 5)).astype(np.float32), rng.integers(0, 5, count)
+        x, y = rng.normal(size=(count, 3, 9, 9)).astype(np.float32), rng.integers(0, 5, count)
         wanted = reference.gradients(self.dense, x, y)[1]
         for name, index in self.made._parameters.sparse.items():
             wanted[name] = index.values_of(wanted[name])
@@ -143,6 +158,7 @@ def sparse_case(make) -> Case:
     return Case(made, network())
 
 
+@by_vectors
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 5])
 def test_few_samples_meet_weights_as_they_are_stored(count, threads):
@@ -152,10 +168,12 @@ def test_few_samples_meet_weights_as_they_are_stored(count, threads):
         case.check(count)
     kernels = [row.kernel[0] for row in case.made.plans.plan(True, count).rows]
     by_bits = [kernels.count(name) for name in ("multiply_bits", "multiply_bits_back", "correlate_bits")]
-    # A Gemm, a convolution of the only pixel, the last Gemm; not MatMul (inputs first), nor the depthwise one.
+    # Two Gemms and a convolution of the only pixel; not MatMul (inputs first), what is depthwise, larger than the pixel
+    # or has fewer inputs than a vector.
     assert by_bits == ([3, 3, 3] if count <= 4 else [0, 0, 0])
 
 
+@by_vectors
 @pytest.mark.parametrize("count", [4, 9, 16])
 def test_more_samples_meet_weights_that_are_written_out(count, monkeypatch):
     monkeypatch.setattr("edgetrain.lowering_sparse._DIRECT_SHARES", (0.0,) * 5)
@@ -166,10 +184,11 @@ def test_more_samples_meet_weights_that_are_written_out(count, monkeypatch):
     assert {"expand_bits", "gather_bits", "expand_sparse"} <= {row.kernel[0] for row in case.made.training_plan().rows}
 
 
+@by_vectors
 def test_gradients_of_all_weights_are_wanted_now_and_then():
     """RigL grows by the gradients of weights that do not exist: then the weight gradient is a dense one."""
     made = channel_learner(network(), sparsity=et.RigL(weights=0.5, refresh=3, distribution="uniform"))
-    x, y = np.random.default_rng(0).normal(size=(1, 3, 5, 5)).astype(np.float32), np.array([1])
+    x, y = np.random.default_rng(0).normal(size=(1, 3, 9, 9)).astype(np.float32), np.array([1])
     before = {name: index.mask() for name, index in made.topology.indices.items()}
     for _ in range(4):
         made.partial_fit(x, y)
@@ -178,6 +197,7 @@ def test_gradients_of_all_weights_are_wanted_now_and_then():
     assert "correlate_bits" in usual and "correlate_bits" not in whole and "multiply_bits" in whole
 
 
+@by_vectors
 def test_a_learner_of_density_one_half_trains_as_the_network_with_zeros():
     graph = network()
     sparse = channel_learner(graph, sparsity=et.StaticSparse(weights=0.5, distribution="uniform"),
@@ -189,8 +209,20 @@ def test_a_learner_of_density_one_half_trains_as_the_network_with_zeros():
     dense = channel_learner(zeros, optimizer=et.SGD(lr=0.05, momentum=0.9))
     rng = np.random.default_rng(5)
     for _ in range(5):
-        x, y = rng.normal(size=(1, 3, 5, 5)).astype(np.float32), rng.integers(0, 5, 1)
+        x, y = rng.normal(size=(1, 3, 9, 9)).astype(np.float32), rng.integers(0, 5, 1)
         losses = [made.partial_fit(x, y).loss for made in (sparse, dense)]
         assert losses[0] == pytest.approx(losses[1], rel=1e-4)
         for name, mask in masks.items():
             dense._parameters.view(name)[...] *= mask
+
+
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("policy", [et.SWAT(0.5, activations=0.0, dense_first=False),
+                                    et.StaticSparse(0.5, distribution="uniform")], ids=["swat", "static"])  # fmt: skip
+def test_few_samples_train_as_where_lanes_hold_samples(policy, count):
+    made = channel_learner(network(), 2, sparsity=policy), learner(network(), sparsity=policy)
+    rng = np.random.default_rng(count)
+    x, y = rng.normal(size=(count, 3, 9, 9)).astype(np.float32), rng.integers(0, 5, count)
+    kernels = {row.kernel[0] for row in made[0].plans.plan(True, count).rows}
+    assert ("multiply_bits_back" in kernels) == (simd_lanes() == 16)
+    assert_all_close(*(each.gradients(x, y) for each in made), TOLERANCE)

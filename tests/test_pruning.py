@@ -424,6 +424,39 @@ def test_lists_behind_a_pool_are_those_of_the_map_not_written(count, pool, conv,
     assert_all_close(made.gradients(x, y), twin.gradients(x, y), TOLERANCE)
 
 
+def test_an_error_map_of_two_convolutions_behind_a_pool_is_written():
+    net = Net((2, 12, 12))
+    both = net.Add(net.conv("input", 6, 2, 3, 3), net.conv("input", 6, 2, 3, 3))
+    h = net.MaxPool(net.Relu(both), kernel_shape=[2, 2], strides=[2, 2])
+    net.graph.set_outputs([net.Gemm(net.Flatten(h), net.parameter(5, 150, spread=0.2), transB=1)])
+    (x, y), made = batch(6, (2, 12, 12)), learner(net.graph, error_pruning="gradients:rate=0.6,group=lanes")
+    assert "list_pool_vectors" not in {row.kernel[0] for row in made.training_plan().rows}
+    assert_all_close(made.gradients(x, y), reference.gradients(net.graph, x, y)[1], TOLERANCE)
+
+
+@pytest.mark.parametrize("pooled", [False, True])
+def test_lists_have_the_places_of_what_the_weight_gradient_reads(pooled):
+    """A copy of the input without the smaller half of it needs no border where the input has one."""
+
+    def branch(size: int, **options: Any) -> str:
+        h = net.Relu(net.conv("input", 6, 2, size, size, **options))
+        return net.MaxPool(h, kernel_shape=[2, 2], strides=[2, 2]) if pooled else h
+
+    net = Net((2, 12, 12))
+    h = net.Add(branch(1), branch(3, pads=SAME))
+    h = net.Relu(net.conv(h, 6, 6, 3, 3))
+    weight = net.parameter(5, int(np.prod(net.shape(h))), spread=0.2)
+    net.graph.set_outputs([net.Gemm(net.Flatten(h), weight, transB=1)])
+    (x, y), sparsity = batch(20, (2, 12, 12)), et.SWAT(0.0, activations=0.5, dense_first=False)
+    made = [learner(net.graph, 16, sparsity=sparsity, error_pruning=policy)
+            for policy in (None, "gradients:rate=0.6,group=lanes")]  # fmt: skip
+    plan = made[1].training_plan()
+    borders = {name: layout.border for name, layout in plan.layouts.items() if name.endswith("masked")}
+    assert plan.layouts["input"].border != (0, 0, 0, 0) and (0, 0, 0, 0) in borders.values()
+    assert ("list_pool_vectors" in {row.kernel[0] for row in plan.rows}) == pooled
+    assert_all_close(*(each.gradients(x, y) for each in made), TOLERANCE)
+
+
 def test_a_number_that_is_not_finite_is_listed_behind_a_pool():
     """So that the step's check meets it in the gradients of the weights."""
     grad, positions, values = aligned(2 * 4), aligned(4, np.uint32), aligned(2 * 4 * 4)

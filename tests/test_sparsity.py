@@ -386,17 +386,37 @@ def test_a_few_samples_are_computed_as_is_faster(policy, batch_size, by_channel,
     assert made.topology.records == other.topology.records  # as in checkpoints of other machines
 
 
+@pytest.mark.parametrize(("width", "weights", "batch_size", "by_channel"), [
+    (64, 0.9, 4, True), (64, 0.99, 2, True), (0, 0.9, 4, False), (0, 0.7, 3, True),
+])  # fmt: skip
+def test_fully_connected_layers_do_not_speak_for_lists(width, weights, batch_size, by_channel, monkeypatch):
+    """Few samples read them by bits, faster than by lists (``width``: of four such layers, 0 for LeNet-5)."""
+    for module in ("plans", "lowering_sparse"):
+        monkeypatch.setattr(f"edgetrain.{module}.simd_lanes", lambda: 16)
+    graph = et.models.lenet5()
+    if width:
+        net, h = Net((width,)), "input"
+        for outputs in (width, width, width, CLASSES):
+            h = net.Gemm(h, net.parameter(outputs, width), transB=1)
+        net.graph.set_outputs([h])
+        graph = net.graph
+    policy = et.StaticSparse(weights, distribution="uniform")
+    made = et.Learner(graph, PROFILE, batch_size=batch_size, threads=1, sparsity=policy)
+    assert made.plans.by_channel == by_channel
+
+
 @pytest.mark.parametrize("count", [1, 3])
 def test_activations_are_pruned_alike_where_lanes_hold_channels(count, monkeypatch):
-    """Behind the last of 7 channels lanes hold one half, the sigmoid of 0: that is no activation."""
+    """Behind the last of 7 or 20 channels lanes hold one half, the sigmoid of 0: that is no activation."""
     monkeypatch.setattr("edgetrain.plans.simd_lanes", lambda: 16)
     net = Net((3, 6, 6))
     h = net.Sigmoid(net.conv("input", 7, 3, 3, 3, bias=False))
-    h = net.Sigmoid(net.conv(h, 20, 7, 3, 3, pads=[1, 0, 0, 1]))
-    net.graph.set_outputs([net.Gemm(net.Flatten(h), net.parameter(CLASSES, 20 * 9, spread=0.1), transB=1)])
+    h = net.Sigmoid(net.conv(h, 20, 7, 3, 3, pads=[1, 0, 0, 1], bias=False))
+    h = net.Sigmoid(net.conv(h, 6, 20, 2, 2))
+    net.graph.set_outputs([net.Gemm(net.Flatten(h), net.parameter(CLASSES, 6 * 4, spread=0.1), transB=1)])
     rng = np.random.default_rng(count)
     x, y = rng.normal(size=(count, 3, 6, 6)).astype(np.float32), rng.integers(0, CLASSES, count)
-    policy = et.SWAT(0.4, activations=0.6, linear=True, dense_first=False)
+    policy = et.SWAT(0.4, activations=0.3, linear=True, dense_first=False)  # one half is among the kept
     made = [et.Learner(net.graph, PROFILE, batch_size=count, threads=1, sparsity=policy) for _ in range(2)]
     made[1].plans.__dict__["by_channel"] = False
     assert made[0].plans.by_channel

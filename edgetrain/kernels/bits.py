@@ -1,11 +1,11 @@
 """Sparse weights by a bit each: whole vectors of a row, whose columns lie side by side, at a time.
 
 A word of ``bits`` (``sparse_index.SparseIndex``) tells which of 16 columns exist, so reading a row needs no column
-numbers. ``mask_bits`` is for dense arrays of which some weights count; all others are for compact storage, whose values
-lie in the order of the entries, and for machines with instructions that spread numbers over the lanes of a vector and
-gather them again (AVX-512). ``expand_bits`` and ``gather_bits`` stand between such weights and
-dense kernels. With few samples, in lanes that hold channels, that copy would take longer than the product; there fully
-connected layers multiply what they read (``multiply_bits`` and the two behind it).
+numbers. Values lie in compact storage, in the order of the entries, or in a dense array of which some weights count.
+All kernels but ``mask_bits`` are for machines with instructions that spread numbers over the lanes of a vector and
+gather them again (AVX-512). The first three stand between sparse weights and dense kernels. With few samples, in lanes
+that hold channels, that copy would take longer than the product; there fully connected layers multiply what they read
+(``multiply_bits`` and the two behind it).
 
 Half of 48,000 weights are written out in 6.4 us, number by number in 21; gathered in 6.5 us and 18 (one thread).
 """

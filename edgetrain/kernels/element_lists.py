@@ -84,25 +84,25 @@ def count_elements(lanes: int) -> Body:
 
 @kernel(
     "x", "magnitudes", "counts", "starts", "counters", "record", "mask", "mask_block", "mask_channel", "threshold",
-    "tally", "state", "blocks", *_MAPS, "capacity", "refresh", "per_sample",
+    "tally", "state", "blocks", *_MAPS, "capacity", "refresh", "sample_numbers",
 )  # fmt: skip
 def element_threshold(lanes: int) -> Body:
     """Do as ``vector_lists.choose_threshold`` for single numbers, whose sizes it computes only when it needs them.
 
     That is one job of up to five passes over all numbers, once in ``refresh`` steps; else it adds up the counts.
 
-    ``magnitudes``: scratch for all of them. ``starts`` has one entry more than there are channels. ``per_sample``:
-    numbers of a sample. One job.
+    ``magnitudes``: scratch for all of them. ``starts`` has one entry more than there are channels. ``sample_numbers``:
+    how many a sample has. One job.
     """
     step = 4 * lanes
 
     def body(args: int, first: int, last: int) -> None:
         (x, magnitudes, counts, starts, counters, record, mask, mask_block, mask_channel, threshold, tally, state,
          blocks, channels, rows, columns, x_block, x_channel, x_row, capacity, refresh,
-         per_sample) = arguments(args, 22)  # fmt: skip
+         sample_numbers) = arguments(args, 22)  # fmt: skip
         planes = blocks * channels
         total, limit, room = 0, load_f32(record + 4 * THRESHOLD), planes * rows * columns * lanes
-        numbers = load_i64(state) * per_sample  # without those of lanes that hold no sample
+        numbers = load_i64(state) * sample_numbers  # without those of lanes that hold no sample
         for plane in range(planes):
             total += load_i64(counts + 8 * plane)
         if limit <= 0.0 or total > capacity or load_i64(state + 8) % refresh == 0:

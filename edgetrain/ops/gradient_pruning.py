@@ -53,8 +53,8 @@ class PrunedGradient(Op):
 class ErrorLists(Op):
     """An error map -> lists of its vectors that are not zero.
 
-    Attributes: those of the product; ``like``, its x; ``record``; ``pruned``, the gradient that zeros come from;
-    ``by_pixel``: whether an input gradient will read them, which goes by the channels of every pixel.
+    Attributes: those of the product; ``like``, the x of its weight gradient; ``record``; ``pruned``, the gradient that
+    zeros come from; ``by_pixel``: whether an input gradient will read them, which goes by the channels of every pixel.
     """
 
     name = "ErrorLists"
@@ -84,13 +84,13 @@ class ErrorLists(Op):
 class PooledErrorLists(MaxPoolGrad):
     """(positions, grad_out of the pool) -> lists of the vectors that are not zero in the error map before it, copied.
 
-    The map is never written. Attributes: those of ``MaxPoolGrad``; ``conv``, the node whose output was pooled;
-    ``record`` and ``pruned`` as in ``ErrorLists``.
+    The map is never written. Attributes: those of ``MaxPoolGrad``; ``conv``, the node whose output was pooled, and
+    ``x``, what its weight gradient reads; ``record`` and ``pruned`` as in ``ErrorLists``.
     """
 
     name = "PooledErrorLists"
     opaque = (0,)
-    attributes = (*MaxPoolGrad.attributes, "conv", "record", "pruned")
+    attributes = (*MaxPoolGrad.attributes, "conv", "x", "record", "pruned")
 
     def infer(self, node: Node) -> Sequence[tuple[Shape, bool]]:
         """An opaque array, whose size depends on the number of samples; its readable twin is the error map."""
@@ -130,12 +130,12 @@ class ListedInputGrad(ProductInputGrad):
 class ListedWeightGrad(ProductWeightGrad):
     """(x, grad_out, lists) -> grad_w, or (x, lists) where the lists hold the vectors (``PooledErrorLists``).
 
-    Attribute ``windows``: in the second case, how many pixels of a channel the windows of the pool cover.
+    Attribute ``covered``: in the second case, how many pixels of a channel the windows of the pool cover.
     """
 
     name = "ListedWeightGrad"
     arity = (2, 3)
-    attributes = (*ProductWeightGrad.attributes, "record", "windows")
+    attributes = (*ProductWeightGrad.attributes, "record", "covered")
 
     def reference(self, node: Node, *inputs: Array) -> tuple[Array, ...]:
         """As the dense gradient."""

@@ -115,10 +115,10 @@ class SparsityPolicy:
             UsageError: it lacks what the policy reads.
         """
 
-    def rewrite(self, train: TrainingGraph, layers: Sequence[SparseLayer], lists: bool) -> dict[str, int]:
+    def rewrite(self, train: TrainingGraph, layers: Sequence[SparseLayer], may_list: bool) -> dict[str, int]:
         """Change the training graph of a network with these layers; return the records that this made, by weight.
 
-        ``lists``: whether lists of activations may be made, for which there are kernels where lanes hold samples only.
+        ``may_list``: whether lists of activations may be made: there are kernels for them where lanes hold samples.
         """
         return {}
 

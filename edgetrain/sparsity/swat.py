@@ -192,15 +192,16 @@ class SWAT(SparsityPolicy):
         """Whether activations are pruned by vectors of samples."""
         return self.group == "lanes"
 
-    def rewrite(self, train: TrainingGraph, layers: Sequence[SparseLayer], lists: bool) -> dict[str, int]:
+    def rewrite(self, train: TrainingGraph, layers: Sequence[SparseLayer], may_list: bool) -> dict[str, int]:
         """Let weight gradients read pruned activations."""
         densities = {n: d for n, d in self.activation_densities(layers).items() if d < 1}
         densest = 1.0 if self.variant == "momentum" else None
-        records = compress_activations(train, densities, self.refresh, densest, self.group, lists)
+        records = compress_activations(train, densities, self.refresh, densest, self.group, may_list)
         if self.group == "element":
             records |= mask_activations(train, {n: d for n, d in densities.items() if n not in records}, self.refresh)
         if records:  # of Relus' outputs that no weight gradient reads any more, bits are enough
-            for keep in (keep_masks, keep_residual_masks) if lists else (keep_masks,):
+            # Where lanes hold channels, residual normalisations have no kernels for bits.
+            for keep in (keep_masks, keep_residual_masks) if may_list else (keep_masks,):
                 train.forward_count += keep(train.graph, train.forward_count)
         return records
 

@@ -103,10 +103,10 @@ class Topology:
         self.indices[layer.weight], self.densities[layer.weight] = index, density
         return index
 
-    def rewrite(self, train: TrainingGraph, lists: bool) -> None:
-        """Let the policy change the training graph that autodiff made; ``lists``: whether it may make any."""
+    def rewrite(self, train: TrainingGraph, may_list: bool) -> None:
+        """Let the policy change the training graph that autodiff made; ``may_list``: whether it may make lists."""
         if self.policy is not None:
-            self.records = self.policy.rewrite(train, self.candidates, lists)
+            self.records = self.policy.rewrite(train, self.candidates, may_list)
 
     @property
     def needs_lists(self) -> bool:
