@@ -163,6 +163,13 @@ def test_lists_of_kept_channels_are_the_pruned_products(importance, monkeypatch)
     assert step.macs_done == direct.partial_fit(x, y).macs_done < step.macs_dense
 
 
+@pytest.mark.parametrize(("variant", "listed"), [("unstructured", True), ("momentum", False)])
+def test_lists_of_exact_zeros_beside_swat_where_the_number_of_weights_stays(variant, listed):
+    """The momentum variant moves weights between layers, and a layer may come to run on lists of its weights."""
+    made = learner(network("lenet5"), 16, sparsity=et.SWAT(0.5, activations=0.0, variant=variant))
+    assert ("list_pooled" in {row.kernel[0] for row in made.training_plan().rows}) == listed
+
+
 def test_sparse_weights_keep_their_own_kernels():
     made = learner(network("lenet5"), 16, sparsity=et.StaticSparse(weights=0.9))
     made.partial_fit(*batch(made.graph, 16))
