@@ -463,7 +463,7 @@ def test_a_number_that_is_not_finite_is_listed_behind_a_pool():
     grad[5], positions[:] = np.nan, 0b0100  # of the second window the second pixel, in every sample
     segments, pairs = aligned(2, np.int64), aligned(2 * 2 * 8, np.int64)
     run_kernel("list_pool_vectors", (4, 4, 2), 1, positions=positions, grad_out=grad, segments=segments, pairs=pairs,
-               values=values, corners=np.array([0, 100]), taps=np.array([0, 16, 32, 48]), blocks=1, capacity=8,
+               values=values, corners=np.array([0, 100]), taps=np.array([0, 16, 32, 48]), channels=1, capacity=8,
                out_rows=1, out_columns=2, positions_block=0, positions_channel=0, grad_block=0, grad_channel=0,
                grad_row=0, x_block=0)  # fmt: skip
     assert segments.tolist() == [0, 1] and pairs[:2].tolist() == [116, 0]
@@ -868,5 +868,5 @@ def test_every_kernel_of_pruning_is_used():
     made = [learner(network(), error_pruning=policy) for policy in policies]
     pooled = pooled_network({"kernel_shape": [2, 2], "strides": [2, 2]}, {})
     made.append(learner(pooled, error_pruning=GradientPruning(group="lanes")))
-    plans = [each.training_plan() for each in made]
+    plans = [each.plans.plan(True, 9) for each in made]  # more than one block
     assert ours <= {row.kernel[0] for plan in plans for row in plan.rows}

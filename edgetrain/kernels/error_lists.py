@@ -84,44 +84,44 @@ def list_pixels(lanes: int, flagged: int) -> Body:
 
 
 @kernel(
-    "positions", "grad_out", "segments", "pairs", "values", "corners", "taps", "blocks", "capacity", "out_rows",
+    "positions", "grad_out", "segments", "pairs", "values", "corners", "taps", "channels", "capacity", "out_rows",
     "out_columns", "positions_block", "positions_channel", "grad_block", "grad_channel", "grad_row", "x_block",
 )  # fmt: skip
 def list_pool_vectors(lanes: int, tap_count: int, bits: int) -> Body:
     """Do the work of ``list_pixels`` on what a max pool's gradient would write, which is copied to ``values``.
 
-    Job: channel, with room for ``capacity`` vectors. ``grad_out`` comes to the pool, whose windows do not overlap;
-    ``positions`` as for ``pooling.max_pool_gradient``. ``corners``: table of the int64 offset in x of every window's
-    first pixel; ``taps``: of every pixel of a window, from there.
+    Job: (block, channel), with room for ``capacity`` vectors; segments are ``[block][channel]``, so that who lists a
+    block may multiply it. ``grad_out`` comes to the pool, whose windows do not overlap; ``positions`` as for
+    ``pooling.max_pool_gradient``. ``corners``: table of the int64 offset in x of every window's first pixel; ``taps``:
+    of every pixel of a window, from there.
     """
     step, per_word = 4 * lanes, 32 // bits
 
     def body(args: int, first: int, last: int) -> None:
-        (positions, grad_out, segments, pairs, values, corners, taps, blocks, capacity, out_rows, out_columns,
+        (positions, grad_out, segments, pairs, values, corners, taps, channels, capacity, out_rows, out_columns,
          positions_block, positions_channel, grad_block, grad_channel, grad_row, x_block) = arguments(args, 17)
         zero = broadcast(0.0, lanes)
-        for channel in range(first, last):
-            at = channel * capacity
-            for block in range(blocks):
-                source, corner = grad_out + block * grad_block + channel * grad_channel, corners
-                packed, place = 0, positions + block * positions_block + channel * positions_channel
-                for row in range(out_rows):
-                    for column in range(out_columns):
-                        grad = load(source + row * grad_row + column * step, lanes)
-                        if is_nonzero(grad):
-                            position = unpack(load(place, lanes), packed * bits, bits)
-                            for k in range(tap_count):
-                                share = select_same(position, whole(k, lanes), grad, zero)
-                                store(values + at * step, share)
-                                store_i64(pairs + 16 * at, load_i64(corner) + load_i64(taps + 8 * k) + block * x_block)
-                                store_i64(pairs + 16 * at + 8, at * step)
-                                at += is_nonzero(share)
-                        corner += 8
-                        packed += 1
-                        if packed == per_word:
-                            packed, place = 0, place + step
-            store_i64(segments + 16 * channel, channel * capacity)
-            store_i64(segments + 16 * channel + 8, at - channel * capacity)
+        for job in range(first, last):
+            block, channel, at = job // channels, job % channels, job * capacity
+            source, corner = grad_out + block * grad_block + channel * grad_channel, corners
+            packed, place = 0, positions + block * positions_block + channel * positions_channel
+            for row in range(out_rows):
+                for column in range(out_columns):
+                    grad = load(source + row * grad_row + column * step, lanes)
+                    if is_nonzero(grad):
+                        position = unpack(load(place, lanes), packed * bits, bits)
+                        for k in range(tap_count):
+                            share = select_same(position, whole(k, lanes), grad, zero)
+                            store(values + at * step, share)
+                            store_i64(pairs + 16 * at, load_i64(corner) + load_i64(taps + 8 * k) + block * x_block)
+                            store_i64(pairs + 16 * at + 8, at * step)
+                            at += is_nonzero(share)
+                    corner += 8
+                    packed += 1
+                    if packed == per_word:
+                        packed, place = 0, place + step
+            store_i64(segments + 16 * job, job * capacity)
+            store_i64(segments + 16 * job + 8, at - job * capacity)
 
     return body
 
@@ -152,11 +152,12 @@ def list_channels() -> Body:
 
 
 @njit
-def _listed(segments: Any, first: Any, last: Any) -> Any:
-    """Return how many vectors are listed of some channels."""
+def _listed(segments: Any, channels: Any, parts: Any, first: Any, last: Any) -> Any:
+    """Return how many vectors are listed of some channels, in all parts."""
     total = 0
-    for channel in range(first, last):
-        total += load_i64(segments + 16 * channel + 8)
+    for part in range(parts):
+        for channel in range(first, last):
+            total += load_i64(segments + 16 * (part * channels + channel) + 8)
     return total
 
 
@@ -171,9 +172,11 @@ def _counted(counts: Any, planes: Any, blocks: Any, first: Any, last: Any) -> An
     return kept, before
 
 
-@kernel("segments", "counts", "tally", "channels", "planes", "groups", "blocks", "vectors")
+@kernel("segments", "counts", "tally", "channels", "planes", "groups", "blocks", "vectors", "parts")
 def count_listed() -> Body:
     """Write how many vectors there are, less those that are zero because of pruning, and how many there are. One job.
+
+    Segments are ``[part][channel]``.
 
     ``counts``: of the gradient that was pruned, see ``stochastic``, which has ``planes`` in a block. Both are cut into
     ``groups`` that belong together. Where an activation lies between, vectors may be zero anyway: as large a share of
@@ -184,14 +187,14 @@ def count_listed() -> Body:
     """
 
     def body(args: int, first: int, last: int) -> None:
-        segments, counts, tally, channels, planes, groups, blocks, vectors = arguments(args, 8)
+        segments, counts, tally, channels, planes, groups, blocks, vectors, parts = arguments(args, 9)
         wide, high = channels // groups, planes // groups
-        total = _listed(segments, 0, channels)
+        total = _listed(segments, channels, parts, 0, channels)
         everywhere = total / max(1, _counted(counts, planes, blocks, 0, planes)[0])
         pruned = 0.0
         for group in range(groups):
             kept, before = _counted(counts, planes, blocks, group * high, (group + 1) * high)
-            listed = _listed(segments, group * wide, (group + 1) * wide)
+            listed = _listed(segments, channels, parts, group * wide, (group + 1) * wide)
             pruned += (before - kept) * (listed + everywhere) / (kept + 1)
         store_i64(tally, vectors - min(int(pruned), vectors - total))
         store_i64(tally + 8, vectors)
