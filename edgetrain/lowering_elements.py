@@ -83,7 +83,8 @@ class ElementLowering(PrunedLowering):
     def mask_activation(self, node: Node) -> None:
         """Emit the choice of a threshold, and the copy of the numbers that reach it."""
         x, y = self.layout(node.x), self.layout(node.y)
-        _, threshold = self._element_threshold(node, x.lanes * x.columns * x.rows * x.planes)
+        numbers = self.plan.capacity * x.channels * x.rows * x.columns
+        _, threshold = self._element_threshold(node, max(1, math.ceil(float(node.get("capacity")) * numbers)))
         self.emit(
             "keep_elements", (x.lanes,), x.planes, x=self.address(node.x), y=self.address(node.y),
             threshold=threshold, channels=x.maps, rows=x.rows, columns=x.columns, x_block=x.block,

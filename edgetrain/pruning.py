@@ -495,7 +495,7 @@ def compress_activations(
             if density and (group == "lanes" or (room <= _DENSEST_LIST and _pixels(node.x) >= _FEWEST_PIXELS)):
                 records[weight.name] = train.records
                 if not may_list:
-                    _mask(train, node, density, refresh)
+                    _mask(train, node, density, refresh, room)
                     continue
                 attributes = {
                     **node.attributes, "unit": group, "density": density, "capacity": room, "refresh": refresh,
@@ -524,12 +524,12 @@ def mask_activations(train: TrainingGraph, densities: Mapping[str, float], refre
     return records
 
 
-def _mask(train: TrainingGraph, node: Node, density: float, refresh: int) -> None:
-    """Let a weight gradient read a copy of its input with zeros."""
+def _mask(train: TrainingGraph, node: Node, density: float, refresh: int, capacity: float = 1.0) -> None:
+    """Let a weight gradient read a copy of its input with zeros; ``capacity``: what a list would have room for."""
     masked = Value(f"{node.y.name}.masked", node.x.shape)
     train.graph.add_value(masked)
     train.graph.nodes[train.graph.nodes.index(node)] = replace(node, inputs=(masked, node.input(1)))
-    attributes = {"density": density, "refresh": refresh, "record": train.records}
+    attributes = {"density": density, "capacity": capacity, "refresh": refresh, "record": train.records}
     _insert_behind(train, node.x, Node("MaskActivation", masked.name, (node.x,), (masked,), attributes))
     train.records += 1
 

@@ -427,6 +427,27 @@ def test_activations_are_pruned_alike_where_lanes_hold_channels(count, monkeypat
     np.testing.assert_array_equal(*tallies)
 
 
+def test_equal_activations_that_no_list_could_hold_are_left_out_of_a_copy_too(monkeypatch):
+    """Of 16 channels 14 are one half everywhere, the sigmoid of nothing: more than a tenth and a quarter of it."""
+    monkeypatch.setattr("edgetrain.plans.simd_lanes", lambda: 16)
+    net = Net((3, 8, 8))
+    h = net.Sigmoid(net.conv("input", 16, 3, 3, 3, pads=[1] * 4, bias=False))
+    net.graph.arrays["p0"][2:] = 0
+    h = net.Relu(net.conv(h, 8, 16, 3, 3, pads=[1] * 4))
+    net.graph.set_outputs([net.Gemm(net.Flatten(h), net.parameter(CLASSES, 512, spread=0.1), transB=1)])
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(2, 3, 8, 8)).astype(np.float32), rng.integers(0, CLASSES, 2)
+    x[:] = np.abs(x) * np.where(net.graph.arrays["p0"][0].sum() > 0, -1, 1)  # the two channels stay below one half
+    policy = et.SWAT(0.0, activations=0.8, dense_first=False)
+    made = [et.Learner(net.graph, PROFILE, batch_size=2, threads=1, sparsity=policy) for _ in range(2)]
+    for each, by_channel in zip(made, (True, False), strict=True):
+        each.plans.__dict__["by_channel"] = by_channel
+    got, wanted = (each.gradients(x, y) for each in made)
+    for name, array in wanted.items():
+        np.testing.assert_allclose(got[name], array, atol=1e-5 * np.abs(array).max(), err_msg=name)
+    np.testing.assert_array_equal(*(each._parameters.buffers["tally"] for each in made))
+
+
 # ---- memory ----------------------------------------------------------------------------------------------------------
 
 

@@ -315,7 +315,7 @@ class MaskActivation(Op):
 
     name = "MaskActivation"
     training_only = True
-    attributes = ("density", "refresh", "record")
+    attributes = ("density", "capacity", "refresh", "record")
 
     def infer(self, node: Node) -> Sequence[tuple[Shape, bool]]:
         """Same shape."""
