@@ -62,13 +62,19 @@ def test_a_dense_array_is_copied_without_weights_that_do_not_exist(row_size, inp
     assert (dense[index.size :] == 7).all()
 
 
-def test_bits_follow_the_topology_at_the_same_address():
-    index = random_index(5, 40, 0.3)
+@pytest.mark.parametrize("block", [1, 100, 1 << 20])
+@pytest.mark.parametrize(("compact", "inputs_first"), [(True, False), (False, False), (False, True)])
+def test_bits_follow_the_topology_at_the_same_address(compact, inputs_first, block, monkeypatch):
+    monkeypatch.setattr("edgetrain.sparse_index._BLOCK", block)
+    index = SparseIndex((5, 40), compact=compact, inputs_first=inputs_first)
+    index.keep_bits()
     address = index.bits.ctypes.data
-    index.set(mask := np.random.default_rng(2).random((5, 40)) < 0.5)
+    for seed, density in ((2, 0.5), (3, 0.1), (4, 0.0), (5, 1.0)):
+        index.set(mask := np.random.default_rng(seed).random((5, 40)) < density)
+        padded = np.pad(mask, ((0, 0), (0, 8)))
+        wanted = np.packbits(padded, axis=1, bitorder="little").view(np.uint16).ravel()
+        np.testing.assert_array_equal(index.bits, wanted)
     assert index.bits.ctypes.data == address
-    padded = np.pad(mask, ((0, 0), (0, 8)))
-    np.testing.assert_array_equal(index.bits, np.packbits(padded, axis=1, bitorder="little").view(np.uint16).ravel())
 
 
 @pytest.mark.parametrize(("options", "at_once", "later"), [

@@ -130,7 +130,7 @@ METHODS = tuple(ARGUMENTS)
 # everything to learn: after 60,000 instances seen once LeNet-5 had 76 % with edge, 86 % with all of them. Epochs from
 # scratch stay dense too: there no method clearly beat dense training for fewer steps at equal time
 # (docs/learning_accuracy.md, docs/sparse_accuracy.md).
-# One filter for every network: about 70 % of the operations saved, as published. With rate=0.25 and power=1.25 LeNet-5
+# One filter for every network, which saves about 70 % of the operations. With rate=0.25 and power=1.25 LeNet-5
 # learned 5.7 and ResNet-8 7.4 points less of the rotated images than from everything, so 4.0 and 5.0 (other seeds than
 # the reported ones); more power forgets more than a point of the old images (LeNet-5, dark).
 RECIPES = {
