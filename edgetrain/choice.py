@@ -75,10 +75,17 @@ class Choice:
 
 @dataclass(frozen=True)
 class Target:
-    """What tiles are chosen for: the SIMD width in float32, at least 4, and the number of vector registers."""
+    """What kernels are chosen for.
+
+    Attributes:
+        lanes: SIMD width in float32, at least 4.
+        registers: vector registers.
+        l2_kib: a core's share of the second-level cache, 0 if unknown.
+    """
 
     lanes: int
     registers: int
+    l2_kib: int = 0
 
 
 _TARGET: ContextVar[Target | None] = ContextVar("target", default=None)
@@ -110,8 +117,7 @@ def trial(tiles: Callable[[Sizes], Tile | None]) -> Iterator[None]:
 @contextmanager
 def planning_for(profile: DeviceProfile) -> Iterator[None]:
     """Choose for another device, in this thread: what it would do, to be looked at and not run."""
-    registers = _registers(profile.architecture, profile.simd_float32_lanes)
-    before = _TARGET.set(Target(max(4, profile.simd_float32_lanes), registers))
+    before = _TARGET.set(_target(profile, profile.architecture))
     try:
         yield
     finally:
@@ -140,8 +146,12 @@ def channel_lanes(channels: int, widest: int, narrowest: int = 1) -> int:
 
 @functools.cache
 def _host() -> Target:
-    lanes = max(4, detect_host().simd_float32_lanes)
-    return Target(lanes, _registers(platform.machine(), lanes))
+    return _target(detect_host(), platform.machine())
+
+
+def _target(profile: DeviceProfile, architecture: str) -> Target:
+    lanes, share = max(4, profile.simd_float32_lanes), (profile.l2_kib or 0) // (profile.l2_shared_by_cores or 1)
+    return Target(lanes, _registers(architecture, lanes), share)
 
 
 def _registers(architecture: str, lanes: int) -> int:

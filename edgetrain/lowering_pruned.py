@@ -22,7 +22,6 @@ from edgetrain.kernels.codes import (
     SUMS,
     TALLY_BYTES,
     THRESHOLD,
-    WHOLE,
 )
 from edgetrain.lowering_products import ProductLowering, lanes_of
 from edgetrain.ops.pruning import IMPORTANCE
@@ -48,17 +47,14 @@ class PrunedLowering(ProductLowering):
                     sources=g.forward_sources())  # fmt: skip
         self._choose(scores, node.y, g.channels_out)
 
-    def in_stages(self, node: Node, channels: int, kept: Value | None, emit: Callable[..., None]) -> None:
-        """Call ``emit`` with the stage of a normalisation's gradient and its arguments for a choice: once, or twice.
+    def in_stages(self, node: Node, channels: int, kept: Value, emit: Callable[..., None]) -> None:
+        """Call ``emit`` with the stages of a normalisation's gradient and their arguments for a choice of channels.
 
-        With ``kept`` the channels are chosen by the sums. Those of the last step get their input gradient along with
+        They are chosen by the sums. Those of the last step get their input gradient along with
         their sums, while their maps are in the cache, and those that the choice adds get it after it: the
         normalisations of ResNet-20 took 1.40 ms so and 1.54 when all waited for the choice (batch 32, keep 0.7, one
         thread).
         """
-        if kept is None:
-            emit(WHOLE, scores=0, kept=0, kept_count=0)
-            return
         scores, chosen = self.workspace(8 * channels), self.address(kept)
         if IMPORTANCE[node.get("importance")] == BY_CHANCE:  # needs no sums
             self._score(node, node.x, scores)

@@ -1,5 +1,6 @@
-"""Batch normalisation. One job is one channel: its sums never leave the thread, so results do not depend on threads.
+"""Batch normalisation. One job is one channel, of all samples or, by blocks (``PARTS`` and ``REST``), of one block.
 
+Sums are made block by block in either case and put together in the same order: the results are the same bit for bit.
 ``mask`` holds one vector per block, 1 where a lane has a sample and 0 where it has
 none; ``state`` starts with the number of samples (int64).
 """
@@ -12,7 +13,7 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from edgetrain.kernels.codes import ERRORS, SUMS, WHOLE
+from edgetrain.kernels.codes import ERRORS, PARTS, REST, SUMS
 from edgetrain.kernels.pruned import is_kept
 from edgetrain.kernels.registry import Body, kernel
 from edgetrain.kernels.simd import (
@@ -21,6 +22,7 @@ from edgetrain.kernels.simd import (
     fma,
     load,
     load_f32,
+    load_f64,
     load_i64,
     maximum,
     minimum,
@@ -28,6 +30,7 @@ from edgetrain.kernels.simd import (
     select_same,
     store,
     store_f32,
+    store_f64,
     sum_lanes,
     unpack,
     whole,
@@ -85,19 +88,32 @@ def _write_gradient(
             store(target + i * step, zero)
 
 
+@njit(inline="always")
+def _share(stage: Any, job: Any, channels: Any, blocks: Any) -> Any:
+    """Return a job's channel, its first block and the one behind its last."""
+    if stage in (PARTS, REST):
+        return job % channels, job // channels, job // channels + 1
+    return job, 0, blocks
+
+
 @njit
 def _settled(
-    stage: Any, grad_scale: Any, grad_bias: Any, scores: Any, channel: Any, scale: Any, inverse: Any, total: Any,
-    product: Any, squares: Any, count: Any,
+    stage: Any, grad_scale: Any, grad_bias: Any, scores: Any, parts: Any, channel: Any, begin: Any, blocks: Any,
+    scale: Any, inverse: Any, total: Any, product: Any, squares: Any, count: Any,
 ) -> Any:  # fmt: skip
     """Write a channel's gradients of scale and bias, and return (total, product); with ``ERRORS`` read these instead.
 
+    With ``REST`` they are the sums of the blocks' in ``parts``, and the job of block 0 alone writes the gradients.
     With ``SUMS`` the two are rounded, so that ``grad_x`` has the same bits in both stages.
     With ``SUMS`` also writes the L2 norm of its ``grad_x``. This is ``(grad - mean(grad) - xhat * mean(grad * xhat)) *
     scale * inverse``, of which the two means are orthogonal parts: the norm follows from the sum of the squares of
     ``grad``. Scores as in ``channel_scores``.
     """
-    if stage != ERRORS:
+    if stage == REST:
+        for block in range(blocks):
+            total += load_f64(parts + 16 * block)
+            product += load_f64(parts + 16 * block + 8)
+    if stage != ERRORS and begin == 0:
         store_f32(grad_bias + 4 * channel, total)
         store_f32(grad_scale + 4 * channel, product * inverse)
     if stage == SUMS:
@@ -105,7 +121,7 @@ def _settled(
         norm = 0.0 if energy < 0.0 else math.sqrt(energy)  # what is not finite stays so
         store_f32(scores + 8 * channel, norm * abs(load_f32(scale + 4 * channel) * inverse))
         store_f32(scores + 8 * channel + 4, 0.0)
-    if stage != WHOLE:
+    if stage in (SUMS, ERRORS):
         return float(load_f32(grad_bias + 4 * channel)), load_f32(grad_scale + 4 * channel) / inverse
     return total, product
 
@@ -149,47 +165,56 @@ def _map_statistics(x: Any, alive: Any, rows: Any, columns: Any, x_row: Any, wid
 
 
 @kernel(
-    "x", "y", "addend", "scale", "bias", "mean", "variance", "inverse_std", "mask", "state", *_MAPS,
+    "x", "y", "addend", "scale", "bias", "mean", "variance", "inverse_std", "mask", "parts", "channels", *_MAPS,
     "x_block", "x_channel", "x_row", "y_block", "y_channel", "y_row", "addend_block", "addend_channel", "addend_row",
     *_BORDER, "f_epsilon", "f_low", "f_high",
 )  # fmt: skip
-def batch_norm(lanes: int, adds: int) -> Body:
+def batch_norm(lanes: int, adds: int, stage: int) -> Body:
     """Normalise with the batch's own statistics, add ``addend`` if ``adds``, and clip to ``low``, ``high``.
 
     So a residual branch and a Relu or Clip behind a normalisation are done in its pass. Also writes mean, biased
-    variance and ``1 / sqrt(variance + epsilon)``.
+    variance and ``1 / sqrt(variance + epsilon)``. ``parts``: a mean and a sum of squares around it, float64, by channel
+    and block; ``PARTS`` writes them and nothing else, ``REST`` reads them.
     """
     step = 4 * lanes
 
     def body(args: int, first: int, last: int) -> None:
-        (x, y, addend, scale, bias, mean, variance, inverse_std, mask, _state, blocks, rows, columns, x_block,
+        (x, y, addend, scale, bias, mean, variance, inverse_std, mask, parts, channels, blocks, rows, columns, x_block,
          x_channel, x_row, y_block, y_channel, y_row, addend_block, addend_channel, addend_row, top, left, bottom,
-         right) = arguments(args, 26)  # fmt: skip
-        epsilon = load_f32(args + 208)
-        low, high = broadcast(load_f32(args + 216), lanes), broadcast(load_f32(args + 224), lanes)
-        for channel in range(first, last):
+         right) = arguments(args, 27)  # fmt: skip
+        epsilon = load_f32(args + 216)
+        low, high = broadcast(load_f32(args + 224), lanes), broadcast(load_f32(args + 232), lanes)
+        for job in range(first, last):
+            channel, begin, end = _share(stage, job, channels, blocks)
+            part = parts + 16 * blocks * channel
+            if stage != REST:
+                for block in range(begin, end):
+                    source, alive = x + block * x_block + channel * x_channel, load(mask + block * step, lanes)
+                    own, squares = _map_statistics(source, alive, rows, columns, x_row, lanes)
+                    store_f64(part + 16 * block, own)
+                    store_f64(part + 16 * block + 8, squares)
+            if stage == PARTS:
+                continue
             count, centre, total = 0.0, 0.0, 0.0
             # Blocks are put together as in Chan, Golub and LeVeque, Algorithms for computing the sample variance
             # (1983), equation 2.1.
             for block in range(blocks):
-                alive = load(mask + block * step, lanes)
-                source = x + block * x_block + channel * x_channel
-                own, squares = _map_statistics(source, alive, rows, columns, x_row, lanes)
-                more = sum_lanes(alive) * float(rows * columns)
-                apart, both = own - centre, count + more
-                total += squares + apart * apart * count * more / both
+                more = sum_lanes(load(mask + block * step, lanes)) * float(rows * columns)
+                apart, both = load_f64(part + 16 * block) - centre, count + more
+                total += load_f64(part + 16 * block + 8) + apart * apart * count * more / both
                 centre, count = centre + apart * more / both, both
             spread = total / count
             # An overflow would give 1 / inf = 0: a finite loss, and running statistics that are lost for good.
             inverse = 1.0 / math.sqrt(spread + epsilon) if spread < math.inf else math.nan
-            store_f32(mean + 4 * channel, centre)
-            store_f32(variance + 4 * channel, spread)
-            store_f32(inverse_std + 4 * channel, inverse)
+            if begin == 0:
+                store_f32(mean + 4 * channel, centre)
+                store_f32(variance + 4 * channel, spread)
+                store_f32(inverse_std + 4 * channel, inverse)
             # As stored, in float32: the backward pass computes y again and must find the same bits.
             middle = broadcast(centre, lanes)
-            factor = broadcast(load_f32(scale + 4 * channel) * load_f32(inverse_std + 4 * channel), lanes)
+            factor = broadcast(load_f32(scale + 4 * channel) * np.float32(inverse), lanes)
             offset = broadcast(load_f32(bias + 4 * channel), lanes)
-            for block in range(blocks):
+            for block in range(begin, end):
                 _write_normalised(
                     x + block * x_block + channel * x_channel, y + block * y_block + channel * y_channel,
                     addend + block * addend_block + channel * addend_channel, adds, middle, factor, offset, low, high,
@@ -233,34 +258,37 @@ def batch_norm_inference(lanes: int, inverted: int) -> Body:
 
 @kernel(
     "x", "y", "grad_out", "grad_x", "scale", "bias", "mean", "inverse_std", "grad_scale", "grad_bias", "mask", "state",
-    *_MAPS, "x_block", "x_channel", "x_row", "y_block", "y_channel", "y_row", "grad_block", "grad_channel", "grad_row",
-    "grad_x_block", "grad_x_channel", "grad_x_row", *_BORDER, *(f"y_{side}" for side in _BORDER), *_CHOICE, "f_low",
-    "f_high",
+    "parts", "channels", *_MAPS, "x_block", "x_channel", "x_row", "y_block", "y_channel", "y_row", "grad_block",
+    "grad_channel", "grad_row", "grad_x_block", "grad_x_channel", "grad_x_row", *_BORDER,
+    *(f"y_{side}" for side in _BORDER), *_CHOICE, "f_low", "f_high",
 )  # fmt: skip
 def batch_norm_gradient(lanes: int, again: int, stage: int) -> Body:
     """Write the gradients of input, scale and bias (Ioffe and Szegedy 2015, section 3), and y if ``again``.
 
     Where the output was clipped the gradient stops; that is found out again from ``x``, so
     nothing but ``x`` is kept. ``grad_x`` is 0 in lanes without a sample, as every gradient must be.
-    ``stage``, see ``codes``: but for ``WHOLE``, ``grad_x`` is written for the channels that are ``kept`` alone.
+    ``stage``, see ``codes``: with ``SUMS`` and ``ERRORS``, ``grad_x`` is written for the channels that are ``kept``
+    alone. ``parts``: two sums, float64, by channel and block, which ``PARTS`` writes and ``REST`` reads.
     """
     step = 4 * lanes
 
     def body(args: int, first: int, last: int) -> None:
-        (x, y, grad_out, grad_x, scale, bias, mean, inverse_std, grad_scale, grad_bias, mask, state, blocks, rows,
-         columns, x_block, x_channel, x_row, y_block, y_channel, y_row, grad_block, grad_channel, grad_row,
-         grad_x_block, grad_x_channel, grad_x_row, top, left, bottom, right, y_top, y_left, y_bottom,
-         y_right, scores, kept, kept_count) = arguments(args, 38)  # fmt: skip
-        low, high = broadcast(load_f32(args + 304), lanes), broadcast(load_f32(args + 312), lanes)
+        (x, y, grad_out, grad_x, scale, bias, mean, inverse_std, grad_scale, grad_bias, mask, state, parts, channels,
+         blocks, rows, columns, x_block, x_channel, x_row, y_block, y_channel, y_row, grad_block, grad_channel,
+         grad_row, grad_x_block, grad_x_channel, grad_x_row, top, left, bottom, right, y_top, y_left, y_bottom,
+         y_right, scores, kept, kept_count) = arguments(args, 40)  # fmt: skip
+        low, high = broadcast(load_f32(args + 320), lanes), broadcast(load_f32(args + 328), lanes)
         zero = broadcast(0.0, lanes)
         count = load_i64(state) * rows * columns
-        for channel in range(first, last):
+        for job in range(first, last):
+            channel, begin, end = _share(stage, job, channels, blocks)
+            own = parts + 16 * blocks * channel
             middle = broadcast(load_f32(mean + 4 * channel), lanes)
             inverse = load_f32(inverse_std + 4 * channel)
             factor = broadcast(load_f32(scale + 4 * channel) * inverse, lanes)
             offset = broadcast(load_f32(bias + 4 * channel), lanes)
             total, product, squares = 0.0, 0.0, 0.0
-            for block in range(0 if stage == ERRORS else blocks):
+            for block in range(begin, begin if stage in (ERRORS, REST) else end):
                 summed, wholly, square = zero, zero, zero
                 # y is written here, where the vectors of x are at hand.
                 for row in range(-y_top if again else 0, rows + y_bottom if again else rows):
@@ -291,14 +319,19 @@ def batch_norm_gradient(lanes: int, again: int, stage: int) -> Body:
                 product += sum_lanes(wholly)
                 if stage == SUMS:
                     squares += sum_lanes(square)
+            if stage == PARTS:
+                store_f64(own + 16 * begin, total)
+                store_f64(own + 16 * begin + 8, product)
+                continue
             total, product = _settled(
-                stage, grad_scale, grad_bias, scores, channel, scale, inverse, total, product, squares, count
-            )
-            if stage != WHOLE and not is_kept(kept, kept_count, channel):
+                stage, grad_scale, grad_bias, scores, own, channel, begin, blocks, scale, inverse, total, product,
+                squares, count,
+            )  # fmt: skip
+            if stage in (SUMS, ERRORS) and not is_kept(kept, kept_count, channel):
                 continue
             shift = broadcast(total / count, lanes)
             slope = broadcast(product * inverse * inverse / count, lanes)
-            for block in range(blocks):
+            for block in range(begin, end):
                 _write_gradient(
                     x + block * x_block + channel * x_channel, grad_out + block * grad_block + channel * grad_channel,
                     grad_x + block * grad_x_block + channel * grad_x_channel, middle, factor, offset, low, high,
@@ -311,9 +344,10 @@ def batch_norm_gradient(lanes: int, again: int, stage: int) -> Body:
 
 @kernel(
     "x", "y", "grad_out", "more", "grad_sum", "grad_x", "scale", "mean", "inverse_std", "grad_scale", "grad_bias",
-    "mask", "state", *_MAPS, "x_block", "x_channel", "x_row", "y_block", "y_channel", "y_row", "grad_block",
-    "grad_channel", "grad_row", "more_block", "more_channel", "more_row", "grad_sum_block", "grad_sum_channel",
-    "grad_sum_row", "grad_x_block", "grad_x_channel", "grad_x_row", *_BORDER, *_CHOICE, "f_low", "f_high",
+    "mask", "state", "parts", "channels", *_MAPS, "x_block", "x_channel", "x_row", "y_block", "y_channel", "y_row",
+    "grad_block", "grad_channel", "grad_row", "more_block", "more_channel", "more_row", "grad_sum_block",
+    "grad_sum_channel", "grad_sum_row", "grad_x_block", "grad_x_channel", "grad_x_row", *_BORDER, *_CHOICE, "f_low",
+    "f_high",
 )  # fmt: skip
 def residual_norm_gradient(lanes: int, sums: int, bits: int, stage: int) -> Body:
     """Write the gradients of ``y = clip(norm(x) + addend)``: of the addend (``grad_sum``), input, scale and bias.
@@ -324,20 +358,22 @@ def residual_norm_gradient(lanes: int, sums: int, bits: int, stage: int) -> Body
     step = 4 * lanes
 
     def body(args: int, first: int, last: int) -> None:
-        (x, y, grad_out, more, grad_sum, grad_x, scale, mean, inverse_std, grad_scale, grad_bias, mask, state, blocks,
-         rows, columns, x_block, x_channel, x_row, y_block, y_channel, y_row, grad_block, grad_channel, grad_row,
-         more_block, more_channel, more_row, grad_sum_block, grad_sum_channel, grad_sum_row, grad_x_block,
-         grad_x_channel, grad_x_row, top, left, bottom, right, scores, kept,
-         kept_count) = arguments(args, 41)  # fmt: skip
-        low, high = broadcast(load_f32(args + 328), lanes), broadcast(load_f32(args + 336), lanes)
+        (x, y, grad_out, more, grad_sum, grad_x, scale, mean, inverse_std, grad_scale, grad_bias, mask, state, parts,
+         channels, blocks, rows, columns, x_block, x_channel, x_row, y_block, y_channel, y_row, grad_block,
+         grad_channel, grad_row, more_block, more_channel, more_row, grad_sum_block, grad_sum_channel, grad_sum_row,
+         grad_x_block, grad_x_channel, grad_x_row, top, left, bottom, right, scores, kept,
+         kept_count) = arguments(args, 43)  # fmt: skip
+        low, high = broadcast(load_f32(args + 344), lanes), broadcast(load_f32(args + 352), lanes)
         zero, least, most = broadcast(0.0, lanes), broadcast(-math.inf, lanes), broadcast(math.inf, lanes)
         none = whole(0, lanes)
         count = load_i64(state) * rows * columns
-        for channel in range(first, last):
+        for job in range(first, last):
+            channel, begin, end = _share(stage, job, channels, blocks)
+            own = parts + 16 * blocks * channel
             middle = broadcast(load_f32(mean + 4 * channel), lanes)
             inverse = load_f32(inverse_std + 4 * channel)
             total, product, squares = 0.0, 0.0, 0.0
-            for block in range(0 if stage == ERRORS else blocks):
+            for block in range(begin, begin if stage in (ERRORS, REST) else end):
                 summed, wholly, square = zero, zero, zero
                 packed, place = 0, y + block * y_block + channel * y_channel
                 word = load(place, lanes)
@@ -372,15 +408,20 @@ def residual_norm_gradient(lanes: int, sums: int, bits: int, stage: int) -> Body
                 product += sum_lanes(wholly)
                 if stage == SUMS:
                     squares += sum_lanes(square)
+            if stage == PARTS:
+                store_f64(own + 16 * begin, total)
+                store_f64(own + 16 * begin + 8, product)
+                continue
             total, product = _settled(
-                stage, grad_scale, grad_bias, scores, channel, scale, inverse, total, product, squares, count
-            )
-            if stage != WHOLE and not is_kept(kept, kept_count, channel):
+                stage, grad_scale, grad_bias, scores, own, channel, begin, blocks, scale, inverse, total, product,
+                squares, count,
+            )  # fmt: skip
+            if stage in (SUMS, ERRORS) and not is_kept(kept, kept_count, channel):
                 continue
             factor = broadcast(load_f32(scale + 4 * channel) * inverse, lanes)
             shift = broadcast(total / count, lanes)
             slope = broadcast(product * inverse * inverse / count, lanes)
-            for block in range(blocks):
+            for block in range(begin, end):
                 _write_gradient(
                     x + block * x_block + channel * x_channel,
                     grad_sum + block * grad_sum_block + channel * grad_sum_channel,
