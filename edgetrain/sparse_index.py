@@ -167,10 +167,10 @@ class SparseIndex:
 
     def _transpose(self, owners: Positions, count: int) -> None:
         """Write the entries by input channel; ``owners``: the row of every entry."""
-        group, output = np.divmod(owners, self.rows // self.groups)
-        channel, tap = np.divmod(self.columns[:count], self.taps)
-        inputs = (group * (self.row_size // self.taps) + channel).astype(np.int32)
-        order = np.argsort(inputs, kind="stable")  # entries are ascending by output channel already
+        group, output = _divided(owners, self.rows // self.groups)
+        channel, tap = _divided(self.columns[:count], self.taps)
+        inputs = group * (self.row_size // self.taps) + channel
+        order = _order(inputs, self.input_rows)  # entries are ascending by output channel already
         self.input_starts[0] = 0
         self.input_starts[1:] = np.cumsum(np.bincount(inputs, minlength=self.input_rows))
         self.input_columns[:count] = (output * self.taps + tap)[order]
@@ -225,11 +225,24 @@ class SparseIndex:
     def _by_row(self, positions: Positions) -> tuple[Positions, Positions]:
         """Return row and column of ascending positions, in the order of the entries."""
         if not self.inputs_first:
-            owners, columns = np.divmod(positions, self.row_size)
-            return owners, columns
-        columns, owners = np.divmod(positions, self.rows)
-        order = np.argsort(owners, kind="stable")  # within a row they are ascending by column already
+            return _divided(positions, self.row_size)
+        columns, owners = _divided(positions, self.rows)
+        order = _order(owners, self.rows)  # within a row they are ascending by column already
         return owners[order], columns[order]
 
     def _flat(self, rows: Positions, columns: Positions) -> Positions:
         return columns * self.rows + rows if self.inputs_first else rows * self.row_size + columns
+
+
+def _divided(numbers: Positions, by: int) -> tuple[Positions, Positions]:
+    """Return whole quotients and remainders: without ``divmod``, as NumPy has vectors for divisions by one number."""
+    quotients = numbers // numbers.dtype.type(by)
+    return quotients, numbers - quotients * numbers.dtype.type(by)
+
+
+def _order(numbers: Positions, below: int) -> Positions:
+    """Return what sorts numbers from 0 to ``below``; equal ones stay in their order.
+
+    NumPy sorts numbers of 16 bits by their digits: 24,000 below 400 take 0.16 ms, as int32 1.4 ms.
+    """
+    return np.argsort(numbers.astype(np.uint16 if below <= 1 << 16 else np.int64), kind="stable")

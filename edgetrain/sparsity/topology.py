@@ -176,10 +176,11 @@ class Topology:
         moved = {n: _moved(old, self._parameters.view(layer.weight, n)[order], positions) for n in buffers}
         index.set_positions(positions)
         self.version += 1
-        _, order = index.ascending()
-        for name, values in moved.items():
-            view = self._parameters.view(layer.weight, name)
-            view[order], view[index.count :] = values, 0
+        if moved:
+            _, order = index.ascending()
+            for name, values in moved.items():
+                view = self._parameters.view(layer.weight, name)
+                view[order], view[index.count :] = values, 0
 
     # --- what the learner calls ---
 
