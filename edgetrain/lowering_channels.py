@@ -209,7 +209,8 @@ class ChannelLowering(Lowering):
             pixels=self.table(vectors), terms=self.table(samples + samples[-1:] * (-self.blocks % width)),
             pixel_count=len(vectors), term_count=self.blocks, channel_count=outputs, x_block=0, grad_block=0, x_group=0,
             grad_group=0, weight_group=0, grad_channel=weight_channel, weight_channel=4, blocks=1, groups=1,
-            pixel_chunk=len(vectors), term_chunk=width, term_chunks=chunks, channel_tiles=tiles,
+            pixel_chunk=len(vectors), term_chunk=width, term_chunks=chunks, channel_tiles=tiles, parts=1, part_bytes=0,
+            keep=0,
         )  # fmt: skip
         self.emit(
             "add_bias_channels", (y_layout.lanes,), self.blocks * y_layout.maps, y=y, maps=y_layout.maps,

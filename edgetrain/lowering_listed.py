@@ -21,7 +21,6 @@ _PIXELS_PER_JOB = 64
 # Accumulators of a tile: one vector per term, or per channel. The 16 registers of AVX2 hold 12 of them.
 _ACCUMULATORS = {32: 16, 16: 12}
 _PARTS = 4  # parts of a channel's terms that different threads may take
-_NUMBERS_PER_JOB = 512  # of adding up the blocks' gradients
 
 
 @dataclass(frozen=True)
@@ -205,9 +204,7 @@ class ListedLowering(PooledLowering):
         sums = place if self.blocks == 1 else self.workspace(self.blocks * part_bytes)
         self._correlate_lists(node, g, sums, lists, lists + copies.pairs, lists + copies.values, copies.planes, 0)
         if self.blocks > 1:
-            size = part_bytes // 4
-            self.emit("sum_parts", (), -(-size // _NUMBERS_PER_JOB), parts=sums, target=place, count=self.blocks,
-                      part_bytes=part_bytes, size=size, chunk=_NUMBERS_PER_JOB)  # fmt: skip
+            self.sum_parts(sums, place, self.blocks, part_bytes)
 
     def _correlate_lists(
         self, node: Node, g: Product, place: Ref, segments: Ref, pairs: Ref, values: Ref, count: int,

@@ -134,18 +134,19 @@ class PrunedLowering(ProductLowering):
         if self.keeps_lists(node.get("like"), g, winograd.suits(self, few, g.out)):
             self.sparse_weight_grad(node, g, node.input(2))
             return
-        with self.whole_gradient(node, g) as target:
-            self._pruned_weight_grad(node, g, target)
-
-    def _pruned_weight_grad(self, node: Node, g: Product, target: Ref) -> None:
-        x, grad, kept = self.layout(node.x), self.layout(node.input(1)), node.input(2)
-        sources = g.forward_sources()
+        kept, sources = node.input(2), g.forward_sources()
         lanes = lanes_of(sources) or 1
-        self.emit(
-            "zero_unlisted", (lanes,), g.channels_out, target=target, kept=self.address(kept), kept_count=kept.size,
-            weight_channel=g.weight_out, sources=self.table(sources[::lanes]), source_count=len(sources) // lanes,
-        )  # fmt: skip
-        few = replace(g, channels_out=kept.size)
+        with self.whole_gradient(node, g) as target:
+            self._pruned_weight_grad(node, g, few, target)
+            self.emit(
+                "zero_unlisted", (lanes,), g.channels_out, target=target, kept=self.address(kept),
+                kept_count=kept.size, weight_channel=g.weight_out, sources=self.table(sources[::lanes]),
+                source_count=len(sources) // lanes,
+            )  # fmt: skip
+
+    def _pruned_weight_grad(self, node: Node, g: Product, few: Product, target: Ref) -> None:
+        """Emit the gradients of the channels that are kept, ``few``; what stands for the others means nothing."""
+        x, grad, kept, sources = self.layout(node.x), self.layout(node.input(1)), node.input(2), g.forward_sources()
         if self._winograd(few, node.get("like"), g.out):
             winograd.weight_grad(self, node, few, target, self.address(kept))
             return
@@ -156,6 +157,7 @@ class PrunedLowering(ProductLowering):
                 self.address(node.x), x, self.address(node.input(1)), grad, target, pixels, terms, tile,
                 lanes=lanes, kind=SAMPLES, blocks=blocks, groups=1, channel_count=kept.size, kernel="correlate_listed",
                 kept=self.address(kept), weight_channel=g.weight_out, area=math.prod(g.strides),
+                nbytes=g.channels_out * g.weight_out,
             )  # fmt: skip
 
     def pruned_bias_grad(self, node: Node) -> None:

@@ -52,10 +52,10 @@ def cache(monkeypatch):
 
 
 @pytest.mark.parametrize("pruning", [None, "channels:keep=0.5"])
+@pytest.mark.parametrize("policy", [None, et.StaticSparse(weights=0.8)], ids=["dense", "static"])
 @pytest.mark.parametrize("threads", [2, 3, 4])
-def test_blocks_change_no_bit(cache, threads, pruning):
+def test_blocks_change_no_bit(cache, threads, policy, pruning):
     cache(4096)
-    policy = et.StaticSparse(weights=0.8)
     alone, together = (learner(t, policy, error_pruning=pruning) for t in (1, threads))
     assert stages(alone).isdisjoint({PARTS, REST})
     assert {PARTS, REST} <= stages(together)
@@ -74,11 +74,10 @@ def test_blocks_change_no_bit(cache, threads, pruning):
         (4096, 2, et.StaticSparse(weights=0.8), 4, {PARTS, REST}),
         (4096, 1, et.StaticSparse(weights=0.8), 4, {WHOLE}),
         (4096, 4, et.StaticSparse(weights=0.8), 2, {WHOLE}),  # a block for two threads
-        (4096, 2, None, 4, {WHOLE}),
-        (4096, 2, et.SWAT(weights=0.8, activations=0), 4, {WHOLE}),  # its weight gradients are dense
+        (4096, 2, None, 4, {PARTS, REST}),
         (0, 2, et.StaticSparse(weights=0.8), 4, {WHOLE}),
     ],
-    ids=["keeps-to-blocks", "one-thread", "few-blocks", "dense", "swat", "unknown-cache"],
+    ids=["keeps-to-blocks", "one-thread", "few-blocks", "dense", "unknown-cache"],
 )
 def test_when_threads_keep_to_their_blocks(cache, kib, threads, sparsity, blocks, wanted):
     cache(kib)

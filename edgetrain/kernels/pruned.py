@@ -169,31 +169,34 @@ def zero_unlisted(lanes: int) -> Body:
 @kernel(
     "x", "grad_out", "grad_weight", "kept", "pixels", "terms", "pixel_count", "term_count", "channel_count",
     "x_block", "grad_block", "grad_channel", "weight_channel", "blocks", "groups", "pixel_chunk", "term_chunk",
-    "term_chunks", "channel_tiles",
+    "term_chunks", "channel_tiles", "parts", "part_bytes",
 )  # fmt: skip
 def correlate_listed(lanes: int, channels: int, width: int, kind: int) -> Body:
     """Do as ``dense.correlate`` for the channels whose numbers ``kept`` holds; lanes hold samples.
 
-    Job: (tile of listed channels, chunk of terms).
+    Job: (part of the blocks, tile of listed channels, chunk of terms).
     """
 
     def body(args: int, first: int, last: int) -> None:
         (x, grad_out, grad_weight, kept, pixels, terms, pixel_count, term_count, channel_count, x_block, grad_block,
-         grad_channel, weight_channel, blocks, _groups, pixel_chunk, term_chunk, term_chunks,
-         _channel_tiles) = arguments(args, 19)  # fmt: skip
-        for block in range(blocks):
-            source, grad = x + block * x_block, grad_out + block * grad_block
-            for p in range(0, pixel_count, pixel_chunk):
-                count = min(pixel_chunk, pixel_count - p)
-                for job in range(first, last):
-                    chunk_k, c = job % term_chunks, job // term_chunks * channels
-                    last_term = min(term_count, (chunk_k + 1) * term_chunk)
-                    for k in range(chunk_k * term_chunk, last_term, width):
-                        correlate_listed_tile(
-                            source, grad, grad_weight, kept + 4 * c, pixels + 16 * p, terms + 16 * k, count,
-                            grad_channel, weight_channel, min(channels, channel_count - c), last_term - k, block + p,
-                            channels, width, lanes,
-                        )  # fmt: skip
+         grad_channel, weight_channel, blocks, _groups, pixel_chunk, term_chunk, term_chunks, channel_tiles, parts,
+         part_bytes) = arguments(args, 21)  # fmt: skip
+        jobs = channel_tiles * term_chunks
+        for part in range(first // jobs, (last - 1) // jobs + 1):
+            begin, target = part * blocks // parts, grad_weight + part * part_bytes
+            for block in range(begin, (part + 1) * blocks // parts):
+                source, grad = x + block * x_block, grad_out + block * grad_block
+                for p in range(0, pixel_count, pixel_chunk):
+                    count = min(pixel_chunk, pixel_count - p)
+                    for job in range(max(0, first - part * jobs), min(jobs, last - part * jobs)):
+                        chunk_k, c = job % term_chunks, job // term_chunks * channels
+                        last_term = min(term_count, (chunk_k + 1) * term_chunk)
+                        for k in range(chunk_k * term_chunk, last_term, width):
+                            correlate_listed_tile(
+                                source, grad, target, kept + 4 * c, pixels + 16 * p, terms + 16 * k, count,
+                                grad_channel, weight_channel, min(channels, channel_count - c), last_term - k,
+                                block - begin + p, channels, width, lanes,
+                            )  # fmt: skip
 
     return body
 
