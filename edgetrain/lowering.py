@@ -7,13 +7,13 @@ Products (convolutions and fully connected layers) are in ``lowering_products.py
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from edgetrain.arrays import Layout, map_sizes
 from edgetrain.choice import target
 from edgetrain.graph import Node, Value
-from edgetrain.kernels.codes import ERRORS, PARTS, REST, WHOLE
+from edgetrain.kernels.codes import ERRORS, KEPT, PARTS, REST, WHOLE
 from edgetrain.lowering_core import Pair
 from edgetrain.lowering_listed import ListedLowering
 from edgetrain.ops import get_op
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 Place = tuple[int, int, int]
 _LARGEST_UNROLLED = 9  # pixels of a pool's window
-_PART_BYTES = 16  # of a channel and block in a normalisation that goes by blocks: two float64
+_PART_BYTES, _GRADIENT_PART_BYTES = 16, 24  # of a channel and block in a normalisation and its gradient: float64
 
 
 class Lowering(ListedLowering):
@@ -270,23 +270,34 @@ class Lowering(ListedLowering):
         out, arguments = self.layout(node.y), self.gradient_arguments(node, bounds, again)
         borders = border_of(out) | border_of(self.layout(again) if again is not None else out, "y_")
 
-
         def emit(stage: int, jobs: int, **choice: Ref | int) -> None:
-            repeats = int(again is not None and stage not in (ERRORS, REST))  # written along with the sums
+            repeats = int(again is not None and stage not in (ERRORS, REST, KEPT))  # written along with the sums
             self.emit("batch_norm_gradient", (self.lanes, repeats, stage), jobs, mask=Ref("mask"), state=Ref("state"),
                       **borders, **arguments, **choice)  # fmt: skip
 
-        self._emit_gradient(node, kept, emit)
+        self._emit_gradient(node, node.outputs[1:3], kept, emit)
 
-    def _emit_gradient(self, node: Node, kept: Value | None, emit: Callable[..., None]) -> None:
-        """Call ``emit`` with each stage of a normalisation's gradient, its jobs and the arguments that go with it."""
-        x = self.layout(node.x)
-        own = {"parts": self.workspace(_PART_BYTES * x.planes), "channels": x.channels}
-        if kept is not None:
-            self.in_stages(node, x.channels, kept, lambda stage, **choice: emit(stage, x.channels, **own, **choice))
-            return
-        for stage in (PARTS, REST) if self._by_blocks(x) else (WHOLE,):
-            emit(stage, x.channels if stage == WHOLE else x.planes, scores=0, kept=0, kept_count=0, **own)
+    def _emit_gradient(
+        self, node: Node, grads: Sequence[Value], kept: Value | None, emit: Callable[..., None]
+    ) -> None:
+        """Call ``emit`` with each stage of a normalisation's gradient, its jobs and the arguments that go with it.
+
+        ``grads``: of scale and bias; ``kept`` as for ``batch_norm_gradient``.
+        """
+        x, by_blocks = self.layout(node.x), self._by_blocks(self.layout(node.x))
+        parts, none = self.workspace(_GRADIENT_PART_BYTES * x.planes), {"scores": 0, "kept": 0, "kept_count": 0}
+
+        def emit_stage(stage: int, **choice: Ref | int) -> None:
+            jobs = x.planes if stage in (PARTS, REST, KEPT) else x.channels
+            emit(stage, jobs, parts=parts, channels=x.channels, **(choice or none))
+
+        if kept is None:
+            for stage in (PARTS, REST) if by_blocks else (WHOLE,):
+                emit_stage(stage)
+        elif by_blocks:
+            self.in_blocks(node, grads, kept, parts, emit_stage)
+        else:
+            self.in_stages(node, x.channels, kept, emit_stage)
 
     def _by_blocks(self, x: Layout) -> bool:
         """Whether threads keep to their blocks of samples in a normalisation, which takes two passes over ``x``.
@@ -323,11 +334,11 @@ class Lowering(ListedLowering):
 
 
         def emit(stage: int, jobs: int, **choice: Ref | int) -> None:
-            variant = (0, 0) if stage in (ERRORS, REST) else (sums, bits)  # which play no part then
+            variant = (0, 0) if stage in (ERRORS, REST, KEPT) else (sums, bits)  # which play no part then
             self.emit("residual_norm_gradient", (self.lanes, *variant, stage), jobs, mask=Ref("mask"),
                       state=Ref("state"), **border_of(out), **arguments, **choice)  # fmt: skip
 
-        self._emit_gradient(node, kept, emit)
+        self._emit_gradient(node, node.outputs[2:4], kept, emit)
 
     def residual_arguments(self, node: Node, bounds: tuple[float, float]) -> dict[str, float | Ref]:
         """Return what the kernels of both kinds of lanes share."""

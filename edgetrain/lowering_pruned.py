@@ -17,6 +17,8 @@ from edgetrain.kernels.codes import (
     BY_CHANCE,
     BY_ERROR_AND_WEIGHTS,
     ERRORS,
+    KEPT,
+    PARTS,
     RECORD,
     SAMPLES,
     SUMS,
@@ -50,10 +52,9 @@ class PrunedLowering(ProductLowering):
     def in_stages(self, node: Node, channels: int, kept: Value, emit: Callable[..., None]) -> None:
         """Call ``emit`` with the stages of a normalisation's gradient and their arguments for a choice of channels.
 
-        They are chosen by the sums. Those of the last step get their input gradient along with
-        their sums, while their maps are in the cache, and those that the choice adds get it after it: the
-        normalisations of ResNet-20 took 1.40 ms so and 1.54 when all waited for the choice (batch 32, keep 0.7, one
-        thread).
+        They are chosen by the sums. Those of the last step get their input gradient along with their sums, while their
+        maps are in the cache, and those that the choice adds get it after it: the normalisations of ResNet-20 took
+        1.40 ms so and 1.54 when all waited for the choice (batch 32, keep 0.7, one thread).
         """
         scores, chosen = self.workspace(8 * channels), self.address(kept)
         if IMPORTANCE[node.get("importance")] == BY_CHANCE:  # needs no sums
@@ -67,6 +68,24 @@ class PrunedLowering(ProductLowering):
         emit(SUMS, scores=scores, kept=expected, kept_count=kept.size)
         self._choose(scores, kept, channels, expected, missed)
         emit(ERRORS, scores=scores, kept=missed, kept_count=kept.size)
+
+    def in_blocks(self, node: Node, grads: Sequence[Value], kept: Value, parts: Ref, emit: Callable[..., None]) -> None:
+        """Do as ``in_stages`` by blocks: all sums first, then the choice.
+
+        ``grads``: of scale and bias. ``parts``: where the sums of blocks belong.
+        """
+        x, scores = self.layout(node.x), self.workspace(8 * self.layout(node.x).channels)
+        emit(PARTS)
+        self.emit(
+            "settle_channels", (), x.channels, parts=parts, scale=self.address(node.input(2)),
+            inverse_std=self.address(node.input(5)), grad_scale=self.address(grads[0]),
+            grad_bias=self.address(grads[1]), scores=scores, state=Ref("state"), blocks=self.blocks,
+            pixels=x.rows * x.columns,
+        )  # fmt: skip
+        if IMPORTANCE[node.get("importance")] == BY_CHANCE:
+            self._score(node, node.x, scores)
+        self._choose(scores, kept, x.channels)
+        emit(KEPT, scores=scores, kept=self.address(kept), kept_count=kept.size)
 
     def _score(self, node: Node, grad_out: Value, scores: Ref, weight: Ref | int = 0, weight_channel: int = 0,
                sources: Sequence[int] = ()) -> None:  # fmt: skip

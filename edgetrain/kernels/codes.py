@@ -13,9 +13,9 @@ ABSENT = -(2**31)  # in place of a byte offset: this column of a sparse weight t
 # Which part of a sparse weight only counts where its output channel is kept.
 ALL_COUNT, FLAGGED_ROWS, FLAGGED_COLUMNS = range(3)
 # What of a normalisation or of its gradient to compute: all; or the sums, and with them the input gradient of some
-# channels; or that of some channels from sums that are there; or the sums of each block of samples by itself; or what
-# follows from these, block by block.
-WHOLE, SUMS, ERRORS, PARTS, REST = range(5)
+# channels; or that of some channels from sums that are there. By blocks of samples: the sums of each block by itself;
+# or what follows from these; or the input gradient of some channels.
+WHOLE, SUMS, ERRORS, PARTS, REST, KEPT = range(6)
 
 # A program: bytes of a row; sync words, one cache line each so that spinning threads do not disturb their neighbours.
 ROW_BYTES = 32

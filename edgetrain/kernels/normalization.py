@@ -1,4 +1,4 @@
-"""Batch normalisation. One job is one channel, of all samples or, by blocks (``PARTS`` and ``REST``), of one block.
+"""Batch normalisation. One job is one channel, of all samples or, by blocks (``PARTS`` and on), of one block.
 
 Sums are made block by block in either case and put together in the same order: the results are the same bit for bit.
 ``mask`` holds one vector per block, 1 where a lane has a sample and 0 where it has
@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from edgetrain.kernels.codes import ERRORS, PARTS, REST, SUMS
+from edgetrain.kernels.codes import ERRORS, KEPT, PARTS, REST, SUMS
 from edgetrain.kernels.pruned import is_kept
 from edgetrain.kernels.registry import Body, kernel
 from edgetrain.kernels.simd import (
@@ -91,9 +91,39 @@ def _write_gradient(
 @njit(inline="always")
 def _share(stage: Any, job: Any, channels: Any, blocks: Any) -> Any:
     """Return a job's channel, its first block and the one behind its last."""
-    if stage in (PARTS, REST):
+    if stage in (PARTS, REST, KEPT):
         return job % channels, job // channels, job // channels + 1
     return job, 0, blocks
+
+
+@njit
+def _settle(
+    stage: Any, grad_scale: Any, grad_bias: Any, scores: Any, channel: Any, scale: Any, inverse: Any, total: Any,
+    product: Any, squares: Any, count: Any,
+) -> None:  # fmt: skip
+    """Write a channel's gradients of scale and bias, and with ``SUMS`` the L2 norm of its ``grad_x``.
+
+    This is ``(grad - mean(grad) - xhat * mean(grad * xhat)) * scale * inverse``, of which the two means are orthogonal
+    parts: the norm follows from the sum of the squares of ``grad``. Scores as in ``channel_scores``.
+    """
+    store_f32(grad_bias + 4 * channel, total)
+    store_f32(grad_scale + 4 * channel, product * inverse)
+    if stage == SUMS:
+        energy = squares - (total * total + product * product * inverse * inverse) / count
+        norm = 0.0 if energy < 0.0 else math.sqrt(energy)  # what is not finite stays so
+        store_f32(scores + 8 * channel, norm * abs(load_f32(scale + 4 * channel) * inverse))
+        store_f32(scores + 8 * channel + 4, 0.0)
+
+
+@njit
+def _combined(parts: Any, channel: Any, blocks: Any) -> Any:
+    """Return the sums of all blocks: three numbers."""
+    total, product, squares = 0.0, 0.0, 0.0
+    for part in range(channel * blocks, channel * blocks + blocks):
+        total += load_f64(parts + 24 * part)
+        product += load_f64(parts + 24 * part + 8)
+        squares += load_f64(parts + 24 * part + 16)
+    return total, product, squares
 
 
 @njit
@@ -101,29 +131,33 @@ def _settled(
     stage: Any, grad_scale: Any, grad_bias: Any, scores: Any, parts: Any, channel: Any, begin: Any, blocks: Any,
     scale: Any, inverse: Any, total: Any, product: Any, squares: Any, count: Any,
 ) -> Any:  # fmt: skip
-    """Write a channel's gradients of scale and bias, and return (total, product); with ``ERRORS`` read these instead.
+    """Do as ``_settle`` if that is not done, and return the sums (total, product) that ``grad_x`` is made from.
 
-    With ``REST`` they are the sums of the blocks' in ``parts``, and the job of block 0 alone writes the gradients.
-    With ``SUMS`` the two are rounded, so that ``grad_x`` has the same bits in both stages.
-    With ``SUMS`` also writes the L2 norm of its ``grad_x``. This is ``(grad - mean(grad) - xhat * mean(grad * xhat)) *
-    scale * inverse``, of which the two means are orthogonal parts: the norm follows from the sum of the squares of
-    ``grad``. Scores as in ``channel_scores``.
+    With ``REST`` they are those of the blocks in ``parts``, and the job of block 0 alone writes. Where channels are
+    chosen the two are rounded, so that ``grad_x`` has the same bits in all stages.
     """
     if stage == REST:
-        for block in range(blocks):
-            total += load_f64(parts + 16 * block)
-            product += load_f64(parts + 16 * block + 8)
-    if stage != ERRORS and begin == 0:
-        store_f32(grad_bias + 4 * channel, total)
-        store_f32(grad_scale + 4 * channel, product * inverse)
-    if stage == SUMS:
-        energy = squares - (total * total + product * product * inverse * inverse) / count
-        norm = 0.0 if energy < 0.0 else math.sqrt(energy)  # what is not finite stays so
-        store_f32(scores + 8 * channel, norm * abs(load_f32(scale + 4 * channel) * inverse))
-        store_f32(scores + 8 * channel + 4, 0.0)
-    if stage in (SUMS, ERRORS):
+        total, product, squares = _combined(parts, channel, blocks)
+    if stage not in (ERRORS, KEPT) and begin == 0:
+        _settle(stage, grad_scale, grad_bias, scores, channel, scale, inverse, total, product, squares, count)
+    if stage in (SUMS, ERRORS, KEPT):
         return float(load_f32(grad_bias + 4 * channel)), load_f32(grad_scale + 4 * channel) / inverse
     return total, product
+
+
+@kernel("parts", "scale", "inverse_std", "grad_scale", "grad_bias", "scores", "state", "blocks", "pixels")
+def settle_channels() -> Body:
+    """Write gradients of scale and bias and the score of every channel from the sums of its blocks. Job: channel."""
+
+    def body(args: int, first: int, last: int) -> None:
+        parts, scale, inverse_std, grad_scale, grad_bias, scores, state, blocks, pixels = arguments(args, 9)
+        count = load_i64(state) * pixels
+        for channel in range(first, last):
+            total, product, squares = _combined(parts, channel, blocks)
+            _settle(SUMS, grad_scale, grad_bias, scores, channel, scale, load_f32(inverse_std + 4 * channel), total,
+                    product, squares, count)  # fmt: skip
+
+    return body
 
 
 # Squares around a pivot that cancel more than this share when they are moved to the mean are summed up anew.
@@ -267,8 +301,8 @@ def batch_norm_gradient(lanes: int, again: int, stage: int) -> Body:
 
     Where the output was clipped the gradient stops; that is found out again from ``x``, so
     nothing but ``x`` is kept. ``grad_x`` is 0 in lanes without a sample, as every gradient must be.
-    ``stage``, see ``codes``: with ``SUMS`` and ``ERRORS``, ``grad_x`` is written for the channels that are ``kept``
-    alone. ``parts``: two sums, float64, by channel and block, which ``PARTS`` writes and ``REST`` reads.
+    ``stage``, see ``codes``: with ``SUMS``, ``ERRORS`` and ``KEPT``, ``grad_x`` is written for the channels that are
+    ``kept`` alone. ``parts``: three sums, float64, by channel and block, which ``PARTS`` writes.
     """
     step = 4 * lanes
 
@@ -282,13 +316,12 @@ def batch_norm_gradient(lanes: int, again: int, stage: int) -> Body:
         count = load_i64(state) * rows * columns
         for job in range(first, last):
             channel, begin, end = _share(stage, job, channels, blocks)
-            own = parts + 16 * blocks * channel
             middle = broadcast(load_f32(mean + 4 * channel), lanes)
             inverse = load_f32(inverse_std + 4 * channel)
             factor = broadcast(load_f32(scale + 4 * channel) * inverse, lanes)
             offset = broadcast(load_f32(bias + 4 * channel), lanes)
             total, product, squares = 0.0, 0.0, 0.0
-            for block in range(begin, begin if stage in (ERRORS, REST) else end):
+            for block in range(begin, begin if stage in (ERRORS, REST, KEPT) else end):
                 summed, wholly, square = zero, zero, zero
                 # y is written here, where the vectors of x are at hand.
                 for row in range(-y_top if again else 0, rows + y_bottom if again else rows):
@@ -307,7 +340,7 @@ def batch_norm_gradient(lanes: int, again: int, stage: int) -> Body:
                         grad = select_gt(value, low, select_gt(high, value, grad, zero), zero)
                         part = part + grad
                         along = fma(grad, away, along)
-                        if stage == SUMS:
+                        if stage in (SUMS, PARTS):
                             square = fma(grad, grad, square)
                         if again:
                             store(result + i * step, minimum(maximum(value, low), high))
@@ -317,17 +350,19 @@ def batch_norm_gradient(lanes: int, again: int, stage: int) -> Body:
                     summed, wholly = summed + part, wholly + along
                 total += sum_lanes(summed)
                 product += sum_lanes(wholly)
-                if stage == SUMS:
+                if stage in (SUMS, PARTS):
                     squares += sum_lanes(square)
             if stage == PARTS:
-                store_f64(own + 16 * begin, total)
-                store_f64(own + 16 * begin + 8, product)
+                own = parts + 24 * (channel * blocks + begin)
+                store_f64(own, total)
+                store_f64(own + 8, product)
+                store_f64(own + 16, squares)
                 continue
             total, product = _settled(
-                stage, grad_scale, grad_bias, scores, own, channel, begin, blocks, scale, inverse, total, product,
+                stage, grad_scale, grad_bias, scores, parts, channel, begin, blocks, scale, inverse, total, product,
                 squares, count,
             )  # fmt: skip
-            if stage in (SUMS, ERRORS) and not is_kept(kept, kept_count, channel):
+            if stage in (SUMS, ERRORS, KEPT) and not is_kept(kept, kept_count, channel):
                 continue
             shift = broadcast(total / count, lanes)
             slope = broadcast(product * inverse * inverse / count, lanes)
@@ -369,11 +404,10 @@ def residual_norm_gradient(lanes: int, sums: int, bits: int, stage: int) -> Body
         count = load_i64(state) * rows * columns
         for job in range(first, last):
             channel, begin, end = _share(stage, job, channels, blocks)
-            own = parts + 16 * blocks * channel
             middle = broadcast(load_f32(mean + 4 * channel), lanes)
             inverse = load_f32(inverse_std + 4 * channel)
             total, product, squares = 0.0, 0.0, 0.0
-            for block in range(begin, begin if stage in (ERRORS, REST) else end):
+            for block in range(begin, begin if stage in (ERRORS, REST, KEPT) else end):
                 summed, wholly, square = zero, zero, zero
                 packed, place = 0, y + block * y_block + channel * y_channel
                 word = load(place, lanes)
@@ -401,22 +435,24 @@ def residual_norm_gradient(lanes: int, sums: int, bits: int, stage: int) -> Body
                         store(target + i * step, grad)
                         part = part + grad
                         along = fma(grad, away, along)
-                        if stage == SUMS:
+                        if stage in (SUMS, PARTS):
                             square = fma(grad, grad, square)
                     summed, wholly = summed + part, wholly + along
                 total += sum_lanes(summed)
                 product += sum_lanes(wholly)
-                if stage == SUMS:
+                if stage in (SUMS, PARTS):
                     squares += sum_lanes(square)
             if stage == PARTS:
-                store_f64(own + 16 * begin, total)
-                store_f64(own + 16 * begin + 8, product)
+                own = parts + 24 * (channel * blocks + begin)
+                store_f64(own, total)
+                store_f64(own + 8, product)
+                store_f64(own + 16, squares)
                 continue
             total, product = _settled(
-                stage, grad_scale, grad_bias, scores, own, channel, begin, blocks, scale, inverse, total, product,
+                stage, grad_scale, grad_bias, scores, parts, channel, begin, blocks, scale, inverse, total, product,
                 squares, count,
             )  # fmt: skip
-            if stage in (SUMS, ERRORS) and not is_kept(kept, kept_count, channel):
+            if stage in (SUMS, ERRORS, KEPT) and not is_kept(kept, kept_count, channel):
                 continue
             factor = broadcast(load_f32(scale + 4 * channel) * inverse, lanes)
             shift = broadcast(total / count, lanes)
