@@ -152,7 +152,7 @@ def test_arm_code_correlates(cortex, rows):
         "correlate", x=machine.put(x), grad_out=machine.put(grad), grad_weight=target, pixel_count=pixels,
         pixels=machine.put(np.int64([[16 * p, 16 * p] for p in range(pixels)])), term_count=4, channel_count=rows,
         terms=machine.put(np.int64([[16 * pixels * t, 4 * t] for t in range(4)])), grad_channel=16 * pixels,
-        weight_channel=16, blocks=1, groups=1, pixel_chunk=256, term_chunk=4, term_chunks=1, channel_tiles=1,
+        weight_channel=16, blocks=1, groups=1, pixel_chunk=256, term_chunk=4, term_chunks=1, channel_tiles=1, parts=1,
     ), 1)  # fmt: skip
     wanted = np.einsum("cpl,tpl->ct", grad, x)
     wanted[rows:] = 0
