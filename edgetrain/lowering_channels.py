@@ -205,7 +205,7 @@ class ChannelLowering(Lowering):
         samples = [(sample * x_layout.block, sample * y_layout.block) for sample in range(self.blocks)]
         vectors = [(place, place) for place in range(0, 4 * inputs, 4 * lanes)]
         self.emit(
-            "correlate", (lanes, channels, width, SAMPLES), tiles * chunks, x=x, grad_out=weight, grad_weight=y,
+            "correlate", (lanes, channels, width, SAMPLES, 0), tiles * chunks, x=x, grad_out=weight, grad_weight=y,
             pixels=self.table(vectors), terms=self.table(samples + samples[-1:] * (-self.blocks % width)),
             pixel_count=len(vectors), term_count=self.blocks, channel_count=outputs, x_block=0, grad_block=0, x_group=0,
             grad_group=0, weight_group=0, grad_channel=weight_channel, weight_channel=4, blocks=1, groups=1,

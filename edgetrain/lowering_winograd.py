@@ -178,14 +178,15 @@ def _correlate(
     (channel, v_position, z_position), size = strides, 4 * low.lanes
     rows, width = fuller(g.outputs, (4, 4), _ODD if target().registers > 16 else None)
     vectors, lanes = widened([(t * size, t * size) for t in range(tiles)], low.lanes, simd_lanes())
+    tiles_of_channels = -(-g.outputs // rows)
     low.emit(
-        "correlate", (lanes, rows, width, SAMPLES), groups * _POSITIONS * -(-g.outputs // rows), x=v, grad_out=z,
-        grad_weight=sums, pixels=low.table(vectors), terms=low.table([(c * channel, 4 * c) for c in range(g.inputs)]),
-        pixel_count=len(vectors), term_count=g.inputs, channel_count=g.outputs, x_block=_POSITIONS * v_position,
+        "correlate", (lanes, rows, width, SAMPLES, g.outputs % rows), groups * _POSITIONS * tiles_of_channels, x=v,
+        grad_out=z, grad_weight=sums, pixels=low.table(vectors),
+        terms=low.table([(c * channel, 4 * c) for c in range(g.inputs)]), pixel_count=len(vectors), term_count=g.inputs, channel_count=g.outputs, x_block=_POSITIONS * v_position,
         grad_block=_POSITIONS * z_position, x_group=v_position, grad_group=z_position,
         weight_group=4 * g.inputs * g.outputs, grad_channel=channel, weight_channel=4 * g.inputs, blocks=groups,
         groups=_POSITIONS, pixel_chunk=len(vectors), term_chunk=g.inputs, term_chunks=1,
-        channel_tiles=-(-g.outputs // rows), parts=groups, part_bytes=_POSITIONS * 4 * g.inputs * g.outputs, keep=keep,
+        channel_tiles=tiles_of_channels, parts=groups, part_bytes=_POSITIONS * 4 * g.inputs * g.outputs, keep=keep,
     )  # fmt: skip
 
 

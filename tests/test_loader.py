@@ -146,7 +146,7 @@ def test_arm_code_packs_samples(cortex, count):
 def test_arm_code_correlates(cortex, rows):
     rng, pixels = np.random.default_rng(0), 9
     x, grad = rng.normal(size=(4, pixels, 4)).astype(np.float32), rng.normal(size=(4, pixels, 4)).astype(np.float32)
-    machine = Emulator(arm_kernel(cortex, "correlate", 4, 4, 4, SAMPLES))
+    machine = Emulator(arm_kernel(cortex, "correlate", 4, 4, 4, SAMPLES, rows % 4))
     target = machine.put(np.zeros(16, np.float32))
     machine.run(in_order(
         "correlate", x=machine.put(x), grad_out=machine.put(grad), grad_weight=target, pixel_count=pixels,

@@ -171,11 +171,12 @@ def zero_unlisted(lanes: int) -> Body:
     "x_block", "grad_block", "grad_channel", "weight_channel", "blocks", "groups", "pixel_chunk", "term_chunk",
     "term_chunks", "channel_tiles", "parts", "part_bytes",
 )  # fmt: skip
-def correlate_listed(lanes: int, channels: int, width: int, kind: int) -> Body:
+def correlate_listed(lanes: int, channels: int, width: int, kind: int, few: int) -> Body:
     """Do as ``dense.correlate`` for the channels whose numbers ``kept`` holds; lanes hold samples.
 
     Job: (part of the blocks, tile of listed channels, chunk of terms).
     """
+    fewer = few or channels
 
     def body(args: int, first: int, last: int) -> None:
         (x, grad_out, grad_weight, kept, pixels, terms, pixel_count, term_count, channel_count, x_block, grad_block,
@@ -191,12 +192,20 @@ def correlate_listed(lanes: int, channels: int, width: int, kind: int) -> Body:
                     for job in range(max(0, first - part * jobs), min(jobs, last - part * jobs)):
                         chunk_k, c = job % term_chunks, job // term_chunks * channels
                         last_term = min(term_count, (chunk_k + 1) * term_chunk)
+                        rows = min(channels, channel_count - c)
                         for k in range(chunk_k * term_chunk, last_term, width):
-                            correlate_listed_tile(
-                                source, grad, target, kept + 4 * c, pixels + 16 * p, terms + 16 * k, count,
-                                grad_channel, weight_channel, min(channels, channel_count - c), last_term - k,
-                                block - begin + p, channels, width, lanes,
-                            )  # fmt: skip
+                            if rows == few:
+                                correlate_listed_tile(
+                                    source, grad, target, kept + 4 * c, pixels + 16 * p, terms + 16 * k, count,
+                                    grad_channel, weight_channel, rows, last_term - k, block - begin + p, fewer, width,
+                                    lanes,
+                                )  # fmt: skip
+                            else:
+                                correlate_listed_tile(
+                                    source, grad, target, kept + 4 * c, pixels + 16 * p, terms + 16 * k, count,
+                                    grad_channel, weight_channel, rows, last_term - k, block - begin + p, channels,
+                                    width, lanes,
+                                )  # fmt: skip
 
     return body
 
