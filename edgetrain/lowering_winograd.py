@@ -181,12 +181,13 @@ def _correlate(
     tiles_of_channels = -(-g.outputs // rows)
     low.emit(
         "correlate", (lanes, rows, width, SAMPLES, g.outputs % rows), groups * _POSITIONS * tiles_of_channels, x=v,
-        grad_out=z, grad_weight=sums, pixels=low.table(vectors),
-        terms=low.table([(c * channel, 4 * c) for c in range(g.inputs)]), pixel_count=len(vectors), term_count=g.inputs, channel_count=g.outputs, x_block=_POSITIONS * v_position,
-        grad_block=_POSITIONS * z_position, x_group=v_position, grad_group=z_position,
-        weight_group=4 * g.inputs * g.outputs, grad_channel=channel, weight_channel=4 * g.inputs, blocks=groups,
-        groups=_POSITIONS, pixel_chunk=len(vectors), term_chunk=g.inputs, term_chunks=1,
-        channel_tiles=tiles_of_channels, parts=groups, part_bytes=_POSITIONS * 4 * g.inputs * g.outputs, keep=keep,
+        grad_out=z, grad_weight=sums, pixels=low.table(vectors), pixel_count=len(vectors),
+        terms=low.table([(c * channel, 4 * c) for c in range(g.inputs)]), term_count=g.inputs,
+        channel_count=g.outputs, x_block=_POSITIONS * v_position, grad_block=_POSITIONS * z_position,
+        x_group=v_position, grad_group=z_position, weight_group=4 * g.inputs * g.outputs, grad_channel=channel,
+        weight_channel=4 * g.inputs, blocks=groups, groups=_POSITIONS, pixel_chunk=len(vectors), term_chunk=g.inputs,
+        term_chunks=1, channel_tiles=tiles_of_channels, parts=groups, part_bytes=_POSITIONS * 4 * g.inputs * g.outputs,
+        keep=keep,
     )  # fmt: skip
 
 
