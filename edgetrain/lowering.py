@@ -285,7 +285,8 @@ class Lowering(ListedLowering):
         ``grads``: of scale and bias; ``kept`` as for ``batch_norm_gradient``.
         """
         x, by_blocks = self.layout(node.x), self._by_blocks(self.layout(node.x))
-        parts, none = self.workspace(_GRADIENT_PART_BYTES * x.planes), {"scores": 0, "kept": 0, "kept_count": 0}
+        parts: Ref | int = self.workspace(_GRADIENT_PART_BYTES * x.planes) if by_blocks else 0
+        none = {"scores": 0, "kept": 0, "kept_count": 0}
 
         def emit_stage(stage: int, **choice: Ref | int) -> None:
             jobs = x.planes if stage in (PARTS, REST, KEPT) else x.channels
@@ -303,12 +304,13 @@ class Lowering(ListedLowering):
         """Whether threads keep to their blocks of samples in a normalisation, which takes two passes over ``x``.
 
         As products do; a normalisation that goes by channels hands half of what a thread wrote to another, and back:
-        a step of ResNet-20 with a tenth of its weights took 10.5 ms so, and takes 9.8, dense steps of ResNet-20 take 2
-        % less, of DS-CNN 9 % (batch 32, two threads, Intel, 2 MiB of cache a core). What a thread reads twice must fit
-        its cache: at batch 128 dense steps of ResNet-20 and MobileNetV1 took 3 and 6 % longer without that condition.
+        a step of ResNet-20 with a tenth of its weights took 10.5 ms so, and takes 9.8; dense steps take less, too, of
+        ResNet-20 2 %, of DS-CNN 9 % (batch 32, two threads, Intel, 2 MiB of cache a core). What a thread reads twice,
+        in the backward pass with as many gradients, must fit its cache: at batch 128 dense steps of ResNet-20 and
+        MobileNetV1 took 3 and 6 % longer without that condition.
         """
         share = x.block * self.blocks // self.threads
-        return 1 < self.threads <= self.blocks and share <= target().l2_kib * 512
+        return 1 < self.threads <= self.blocks and 2 * share <= 1024 * target().l2_kib
 
     def gradient_arguments(
         self, node: Node, bounds: tuple[float, float], again: Value | None
@@ -331,7 +333,6 @@ class Lowering(ListedLowering):
         """
         out, sums = self.layout(node.outputs[1]), int(node.optional(6) is not None)
         arguments = self.residual_arguments(node, bounds)
-
 
         def emit(stage: int, jobs: int, **choice: Ref | int) -> None:
             variant = (0, 0) if stage in (ERRORS, REST, KEPT) else (sums, bits)  # which play no part then

@@ -242,7 +242,7 @@ class ChannelLowering(Lowering):
                 self.emit_correlate(
                     x, x_layout, grad, grad_layout, target, pixels, terms, tile, lanes=lanes, kind=CHANNELS,
                     blocks=blocks, groups=1, channel_count=outputs, x_group=0, grad_group=0, weight_group=0,
-                    weight_channel=weight_channel, area=1,
+                    weight_channel=weight_channel, area=1, keep=0,
                 )  # fmt: skip
             return
         whole, rest = divmod(groups, lanes)
@@ -254,7 +254,7 @@ class ChannelLowering(Lowering):
                         target + first * lanes * weight_group, pixels, terms, tile, lanes=lanes, kind=DEPTHWISE,
                         blocks=blocks, groups=maps, channel_count=channels, x_group=x_layout.channel,
                         grad_group=grad_layout.channel, weight_group=lanes * weight_group, weight_channel=weight_group,
-                        area=1,
+                        area=1, keep=0,
                     )  # fmt: skip
 
     def _outer_of_samples(

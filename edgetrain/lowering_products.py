@@ -301,9 +301,9 @@ class ProductLowering(SparseLowering):
         with self.chosen(Sizes("correlate", SAMPLES, lanes, outputs, len(pixels), len(terms), groups)) as tile:
             self.emit_correlate(
                 x, x_layout, grad, grad_layout, target, pixels, terms, tile, lanes=lanes, kind=SAMPLES, blocks=blocks,
-                nbytes=groups * weight_group, groups=groups, channel_count=outputs, x_group=inputs * x_layout.channel,
-                grad_group=outputs * grad_layout.channel, weight_group=weight_group, weight_channel=weight_channel,
-                area=area,
+                nbytes=groups * weight_group, keep=0, groups=groups, channel_count=outputs,
+                x_group=inputs * x_layout.channel, grad_group=outputs * grad_layout.channel, weight_group=weight_group,
+                weight_channel=weight_channel, area=area,
             )  # fmt: skip
 
     def _outer(self, a: Ref, a_layout: Layout, columns: list[int], b: Ref, b_layout: Layout, rows: list[Pair],
@@ -344,8 +344,6 @@ class ProductLowering(SparseLowering):
         term_chunk = _chunk(count, -(-count // -(-_WANTED_JOBS // (parts * groups * tiles))), width)
         term_chunks = -(-count // term_chunk)
         sums = target if parts == 1 else self.workspace(parts * nbytes)
-        if kernel == "correlate":
-            arguments["keep"] = 0
         # A tile of its own for the channels left over: a step of ResNet-20 that keeps the error maps of 11, 22 and 45
         # channels takes 1 to 2 % less (direct kernels, batch 32, two threads).
         few = channel_count % channels if kind == SAMPLES else 0

@@ -69,7 +69,8 @@ class PrunedLowering(ProductLowering):
         self._choose(scores, kept, channels, expected, missed)
         emit(ERRORS, scores=scores, kept=missed, kept_count=kept.size)
 
-    def in_blocks(self, node: Node, grads: Sequence[Value], kept: Value, parts: Ref, emit: Callable[..., None]) -> None:
+    def in_blocks(self, node: Node, grads: Sequence[Value], kept: Value, parts: Ref | int,
+                  emit: Callable[..., None]) -> None:  # fmt: skip
         """Do as ``in_stages`` by blocks: all sums first, then the choice.
 
         ``grads``: of scale and bias. ``parts``: where the sums of blocks belong.

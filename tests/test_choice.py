@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -348,3 +349,10 @@ def test_command_names_a_folder_that_cannot_be_written(capsys, monkeypatch, tmp_
     assert f"{blocked}" in error
     assert "set NUMBA_CACHE_DIR to a folder you may write" in error
     calibration.forget()
+
+
+@pytest.mark.parametrize(("kib", "cores", "share"), [(1024, 4, 256), (512, None, 512), (512, 1, 512), (None, None, 0)])
+def test_a_core_has_its_share_of_the_second_level_cache(kib, cores, share):
+    profile = replace(load_profile("raspberrypi4"), l2_kib=kib, l2_shared_by_cores=cores)
+    with choice.planning_for(profile):
+        assert choice.target().l2_kib == share

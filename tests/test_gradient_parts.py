@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
@@ -19,7 +21,7 @@ LANES = 4
 
 
 def network() -> Graph:
-    """Two 3x3 convolutions, of which the second suits Winograd's kernels, one of stride 2, and 1x1 in two groups."""
+    """Two 3x3 convolutions that may suit Winograd's kernels, one of stride 2, and 1x1 in two groups."""
     net = Net(SHAPE)
     x = net.Relu(net.conv("input", 32, 4, 3, 3, pads=[1] * 4))
     x = net.Relu(net.conv(x, 32, 32, 3, 3, pads=[1] * 4))
@@ -29,12 +31,14 @@ def network() -> Graph:
     return net.graph
 
 
-@pytest.fixture(params=["all", "direct"])
+@pytest.fixture(params=["all", "rows", "direct"])
 def with_parts(request, monkeypatch):
-    """Let gradients have groups however small the maps; with all kernels, or without Winograd's."""
+    """Let gradients have groups however small the maps; with all kernels, in "rows" of tiles, or without Winograd's."""
     asked = lowering_products.ProductLowering.parts_of_batch
     monkeypatch.setattr(lowering_products, "_PART_BYTES", 1)
     monkeypatch.setattr(lowering_products.ProductLowering, "parts_of_batch", lambda low, block, _: asked(low, block, 0))
+    if request.param == "rows":
+        monkeypatch.setattr(lowering_winograd, "_GROUPS_BYTES", 1)
     if request.param == "direct":
         monkeypatch.setattr(lowering_winograd, "suits", lambda *_: False)
 
@@ -44,10 +48,11 @@ def batch(count: int) -> tuple[np.ndarray, np.ndarray]:
     return rng.normal(size=(count, *SHAPE)).astype(np.float32), rng.integers(0, 4, count)
 
 
-def parts_of(made: et.Learner, count: int) -> set[int]:
-    rows = made.plans.plan(True, count).rows
-    names = [row for row in rows if row.kernel[0] in ("correlate", "correlate_listed")]
-    return {dict(zip(argument_names(row.kernel[0]), row.arguments, strict=True))["parts"] for row in names}
+def weight_gradients(made: et.Learner, count: int) -> list[tuple[str, int, int]]:
+    """Return kernel, channels of the last tile if it is not full, and parts of all gather-correlates."""
+    rows = [row for row in made.plans.plan(True, count).rows if row.kernel[0].startswith("correlate")]
+    known = [dict(zip(argument_names(row.kernel[0]), row.arguments, strict=True)) for row in rows]
+    return [(row.kernel[0], row.kernel[1][4], names["parts"]) for row, names in zip(rows, known, strict=True)]
 
 
 @pytest.mark.parametrize(("blocks", "parts"), [(1, 1), (2, 2), (3, 3), (4, 4), (5, 1), (6, 3), (8, 4)])
@@ -55,7 +60,7 @@ def test_gradients_are_right(with_parts, blocks, parts):
     """Also of a batch whose last block is not full."""
     graph, count = network(), LANES * blocks - 1
     made = learner(graph, LANES)
-    assert max(parts_of(made, count)) == parts
+    assert {found for _, _, found in weight_gradients(made, count)} == {parts}
     x, y = batch(count)
     made.gradients(x, y)
     poison(made)
@@ -63,23 +68,43 @@ def test_gradients_are_right(with_parts, blocks, parts):
     assert_all_close(made.gradients(x, y), wanted, 2e-5)
 
 
+@pytest.mark.parametrize("sparsity", [None, "static:weights=0.3", "static:weights=0.9"])
 @pytest.mark.parametrize("policy", [None, "channels:keep=0.7", "channels:keep=0.5,importance=random"])
-def test_results_do_not_depend_on_threads(with_parts, policy):
-    alone, together = (learner(network(), LANES, threads, error_pruning=policy) for threads in (1, 3))
+def test_results_do_not_depend_on_threads(with_parts, policy, sparsity):
+    alone, together = (
+        learner(network(), LANES, threads, error_pruning=policy, sparsity=sparsity) for threads in (1, 3)
+    )
     for count in (LANES * 4, LANES * 6 - 1):
         assert alone.partial_fit(*batch(count)).loss == together.partial_fit(*batch(count)).loss
     assert_same(alone.parameters(), together.parameters())
 
 
-def test_channels_that_are_not_kept_have_no_gradient(with_parts, monkeypatch):
+@pytest.mark.parametrize("sparsity", [None, "static:weights=0.3"])
+def test_channels_that_are_not_kept_have_no_gradient(with_parts, monkeypatch, sparsity):
     """And the others the one that they have without parts."""
     x, y = batch(LANES * 4)
-    made = learner(network(), LANES, error_pruning="channels:keep=0.5")
+    made = learner(network(), LANES, error_pruning="channels:keep=0.5", sparsity=sparsity)
     made.gradients(x, y)
     poison(made)
     got = made.gradients(x, y)
     monkeypatch.setattr(lowering_products, "_MOST_PARTS", 1)
-    wanted = learner(network(), LANES, error_pruning="channels:keep=0.5").gradients(x, y)
+    wanted = learner(network(), LANES, error_pruning="channels:keep=0.5", sparsity=sparsity).gradients(x, y)
     assert_all_close(got, wanted, 2e-5)
     whole = [array for array in got.values() if array.ndim == 4 and array.shape[1] != 5]  # groups keep all channels
     assert [int((np.abs(array).max((1, 2, 3)) == 0).sum()) for array in whole] == [len(array) // 2 for array in whole]
+
+
+def test_channels_left_over_have_a_tile_of_their_size(with_parts):
+    """Of 32 channels 22 are kept and of 10 seven: a last tile of two and one of three."""
+    found = weight_gradients(learner(network(), LANES, error_pruning="channels:keep=0.7"), LANES * 4)
+    assert {(kernel, few) for kernel, few, _ in found if kernel == "correlate_listed"} >= {("correlate_listed", 3)}
+    assert {few for _, few, parts in found if parts == 4} == {2, 3}
+
+
+@pytest.mark.parametrize(
+    ("block", "sums", "parts"),
+    [(1 << 19, 1 << 16, 4), ((1 << 19) - 1, 0, 1), (1 << 20, 1 << 17, 4), ((1 << 20) - 1, 1 << 17, 1)],
+    ids=["large", "small", "large-beside-sums", "small-beside-sums"],
+)
+def test_large_blocks_with_small_sums_have_parts(block, sums, parts):
+    assert lowering_products.ProductLowering.parts_of_batch(SimpleNamespace(blocks=8), block, sums) == parts

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from edgetrain import sparse_index
 from edgetrain.errors import UsageError
 from edgetrain.sparse_index import SparseIndex
 
@@ -96,3 +97,10 @@ def test_entries_by_input_channel_are_the_same_ones(groups, compact):
 def test_groups_must_divide_the_output_channels():
     with pytest.raises(UsageError, match="groups=4"):
         SparseIndex((6, 1, 3, 3), groups=4)
+
+
+@pytest.mark.parametrize("below", [1, 400, 1 << 16, (1 << 16) + 1, 200_000])
+def test_numbers_are_sorted_and_equal_ones_stay_in_order(below):
+    numbers = np.random.default_rng(0).integers(0, below, 3000)
+    numbers[::7] = below - 1
+    np.testing.assert_array_equal(sparse_index._order(numbers, below), np.argsort(numbers, kind="stable"))

@@ -208,7 +208,7 @@ def batch_norm(lanes: int, adds: int, stage: int) -> Body:
 
     So a residual branch and a Relu or Clip behind a normalisation are done in its pass. Also writes mean, biased
     variance and ``1 / sqrt(variance + epsilon)``. ``parts``: a mean and a sum of squares around it, float64, by channel
-    and block; ``PARTS`` writes them and nothing else, ``REST`` reads them.
+    and block; ``PARTS`` writes nothing else, ``REST`` reads what it wrote, ``WHOLE`` does both.
     """
     step = 4 * lanes
 
