@@ -275,7 +275,8 @@ def test_the_operator_cases_use_every_kernel():
                 low.run(len(graph.nodes))
                 used |= {row.kernel[0] for row in low.plan.rows}
     elsewhere = {"sgd", "adam", "average", "sum_of_squares", "check_step", "stamp"}  # the update of a step, and timing
-    elsewhere.add("settle_channels")  # of error maps, where threads keep to their blocks
+    # Where threads keep to their blocks of samples: of error maps, and of large maps.
+    elsewhere |= {"settle_channels", "sum_parts"}
     # Those of methods are tested with the methods.
     methods = ("bits", "csr", "pooled_errors", "sparse_storage", *PRUNING_KERNELS)
     elsewhere |= {name for name, (made, _) in factories().items() if made.__module__.rpartition(".")[2] in methods}

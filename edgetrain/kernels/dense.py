@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from edgetrain.kernels.codes import ROWS, SAMPLES
 from edgetrain.kernels.registry import Body, kernel
-from edgetrain.kernels.simd import arguments, load_f32, load_i64, store_f32
+from edgetrain.kernels.simd import arguments, load, load_f32, load_i64, store, store_f32
 from edgetrain.kernels.tiles import correlate_tile, multiply_tile
 
 # pixels: table of int64 pairs (input, output byte offset); terms: table of int64 byte offsets; ranges: table of int64
@@ -146,5 +146,26 @@ def pack_weights(channels: int) -> Body:
                     store_f32(target + 4 * (k * channels + c), load_f32(source + offset + c * channel_bytes))
                 for c in range(rows, channels):
                     store_f32(target + 4 * (k * channels + c), 0.0)
+
+    return body
+
+
+@kernel("parts", "target", "count", "part_bytes", "size", "chunk")
+def sum_parts(lanes: int) -> Body:
+    """Write the sum of ``count`` arrays of ``size`` float32, ``part_bytes`` apart. Job: ``chunk`` numbers."""
+
+    def body(args: int, first: int, last: int) -> None:
+        parts, target, count, part_bytes, size, chunk = arguments(args, 6)
+        begin, end = first * chunk, min(size, last * chunk)
+        for i in range(begin, end - lanes + 1, lanes):
+            sums = load(parts + 4 * i, lanes)
+            for part in range(1, count):
+                sums = sums + load(parts + part * part_bytes + 4 * i, lanes)
+            store(target + 4 * i, sums)
+        for i in range(end - (end - begin) % lanes, end):
+            total = load_f32(parts + 4 * i)
+            for part in range(1, count):
+                total += load_f32(parts + part * part_bytes + 4 * i)
+            store_f32(target + 4 * i, total)
 
     return body

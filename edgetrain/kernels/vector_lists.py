@@ -214,24 +214,3 @@ def correlate_lists(lanes: int, width: int) -> Body:
                 )  # fmt: skip
 
     return body
-
-
-@kernel("parts", "target", "count", "part_bytes", "size", "chunk")
-def sum_parts(lanes: int) -> Body:
-    """Write the sum of ``count`` arrays of ``size`` float32, ``part_bytes`` apart. Job: ``chunk`` numbers."""
-
-    def body(args: int, first: int, last: int) -> None:
-        parts, target, count, part_bytes, size, chunk = arguments(args, 6)
-        begin, end = first * chunk, min(size, last * chunk)
-        for i in range(begin, end - lanes + 1, lanes):
-            sums = load(parts + 4 * i, lanes)
-            for part in range(1, count):
-                sums = sums + load(parts + part * part_bytes + 4 * i, lanes)
-            store(target + 4 * i, sums)
-        for i in range(end - (end - begin) % lanes, end):
-            total = load_f32(parts + 4 * i)
-            for part in range(1, count):
-                total += load_f32(parts + part * part_bytes + 4 * i)
-            store_f32(target + 4 * i, total)
-
-    return body
