@@ -116,6 +116,14 @@ def _settle(
 
 
 @njit
+def _put(parts: Any, part: Any, total: Any, product: Any, squares: Any) -> None:
+    """Write the sums of a channel in one block."""
+    store_f64(parts + 24 * part, total)
+    store_f64(parts + 24 * part + 8, product)
+    store_f64(parts + 24 * part + 16, squares)
+
+
+@njit
 def _combined(parts: Any, channel: Any, blocks: Any) -> Any:
     """Return the sums of all blocks: three numbers."""
     total, product, squares = 0.0, 0.0, 0.0
@@ -353,10 +361,7 @@ def batch_norm_gradient(lanes: int, again: int, stage: int) -> Body:
                 if stage in (SUMS, PARTS):
                     squares += sum_lanes(square)
             if stage == PARTS:
-                own = parts + 24 * (channel * blocks + begin)
-                store_f64(own, total)
-                store_f64(own + 8, product)
-                store_f64(own + 16, squares)
+                _put(parts, channel * blocks + begin, total, product, squares)
                 continue
             total, product = _settled(
                 stage, grad_scale, grad_bias, scores, parts, channel, begin, blocks, scale, inverse, total, product,
@@ -443,10 +448,7 @@ def residual_norm_gradient(lanes: int, sums: int, bits: int, stage: int) -> Body
                 if stage in (SUMS, PARTS):
                     squares += sum_lanes(square)
             if stage == PARTS:
-                own = parts + 24 * (channel * blocks + begin)
-                store_f64(own, total)
-                store_f64(own + 8, product)
-                store_f64(own + 16, squares)
+                _put(parts, channel * blocks + begin, total, product, squares)
                 continue
             total, product = _settled(
                 stage, grad_scale, grad_bias, scores, parts, channel, begin, blocks, scale, inverse, total, product,
