@@ -147,7 +147,7 @@ def weight_grad(low: ProductLowering, node: Node, g: Product, target: Ref, liste
 
 
 def _parts(blocks: int, groups: int, rows: int, row_bytes: int) -> list[_Part]:
-    """Cut each group's ``blocks`` so that a part of all groups has ``_PART_BYTES`` transformed, or ``_GROUPS_BYTES``."""
+    """Cut each group's ``blocks`` so that a part of all of them takes ``_PART_BYTES``, or ``_GROUPS_BYTES``."""
     together = _PART_BYTES // (rows * row_bytes)
     if together and groups == 1:
         return [_Part(b, min(together, blocks - b), 0, rows) for b in range(0, blocks, together)]
