@@ -48,6 +48,7 @@ class LoweringCore:
         self._stage, self._position = "forward", 0
         self._lifetimes: dict[str, tuple[int, int]] = {}
         self._workspaces = 0
+        self._masked: set[str] = set()  # weights of which a copy lies where their gradient will be
         self._choice: Choice | None = None
         self.threads = 1  # that will run the plan: scratch memory is theirs, results are not
 
@@ -152,6 +153,12 @@ class LoweringCore:
         """Return memory that lasts from step to step, with what it holds before the first."""
         self.plan.fixed[name] = array
         return Ref(name)
+
+    def idle_gradient(self, weight: Value) -> Ref | None:
+        """Return where a weight's gradient will be if a later node makes it: nothing else lies there until then."""
+        name = self._parameters.gradient(weight.name)
+        later = (value.name for node in self._nodes[self._position + 1 :] for value in node.outputs)
+        return Ref("gradients", self.address(weight).offset) if name is not None and name in later else None
 
     def zeros(self, count: int) -> Ref:
         """Return ``count`` float32 zeros."""

@@ -101,6 +101,10 @@ class Parameters:
             return "gradients", 4 * self._starts[self._gradients[value]]
         return None
 
+    def gradient(self, name: str) -> str | None:
+        """Return the name of the gradient value of an array, or ``None`` if it has none."""
+        return next((value for value, of in self._gradients.items() if of == name), None)
+
     def view(self, name: str, buffer: str = "weights") -> NDArray[np.float32]:
         """Return an array of a buffer as a view, float32: in its ONNX shape, or compact ``(capacity,)``."""
         start = self._starts[name]

@@ -26,7 +26,6 @@ from edgetrain.lowering_channels import ChannelLowering, fits
 from edgetrain.lowering_sparse import (
     SKIPS_WEIGHTS,
     is_read_by_bits,
-    keeps_within,
     most_entries,
     moves_by_bits,
     vectors_of,
@@ -144,7 +143,7 @@ class Plans:
         self.team = team
         self._executors.clear()
 
-    @property
+    @functools.cached_property
     def lanes(self) -> int:
         """Samples in a vector: this machine's SIMD width, less for small batches."""
         if self.by_channel:
@@ -276,7 +275,7 @@ class Plans:
         blocks = self._blocks(count)
         if blocks not in self._changing:
             self._changing[blocks] = list(self._limits(blocks))
-        return tuple(keeps_within(index, most) for index, most in self._changing[blocks])
+        return tuple([index.count <= most for index, most in self._changing[blocks]])
 
     def _stays_listed(self, weight: str, g: Product) -> bool:
         """Return whether a product's gradients are to be made from lists of its weights.
@@ -293,14 +292,15 @@ class Plans:
         return index.capacity <= most_entries(index, True, vectors) * index.rows
 
     def _limits(self, blocks: int) -> Iterator[tuple[SparseIndex, float]]:
-        """Yield index and most entries of the products with weights whose number of non-zeros may change."""
+        """Yield index and most weights for lists, of the products with weights whose number may change."""
         for node in self.graph.nodes:
             op = get_op(node.op_type)
             if isinstance(op, ProductOp):
                 index = self.parameters.sparse.get(node.input(1).name)
                 if index is not None and not index.compact:
                     vectors = vectors_of(math.prod(op.product(node).out), blocks, self.lanes)
-                    yield from ((index, most_entries(index, winograd, vectors)) for winograd in (False, True))
+                    for winograd in (False, True):
+                        yield index, index.rows * most_entries(index, winograd, vectors)
 
     def largest(self, count: int) -> Plan:
         """Return the plan of the training step of ``count`` samples that needs most memory."""
