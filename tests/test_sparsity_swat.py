@@ -362,3 +362,22 @@ def test_lists_instead_of_maps_save_memory():
         for policy in (None, et.SWAT(0.9, activations=0.9))
     )
     assert sparse.peak_bytes < 0.85 * dense.peak_bytes
+
+
+@pytest.mark.parametrize("size", (2, 8, 40))
+def test_the_copy_with_zeros_is_written_once_a_step_and_gives_the_gradients_of_a_network_with_zeros(size):
+    """It lies where the weights' gradient will be: nothing that is written there may come before the input gradient."""
+    sparse, dense = (et.Learner(et.models.lenet5(), batch_size=size, **kw)
+                     for kw in ({"sparsity": et.SWAT(weights=0.5, activations=0)}, {}))  # fmt: skip
+    dense.load_parameters(sparse.parameters())
+    rows = sparse.training_plan().rows
+    copies = [row.arguments[1] for row in rows if row.kernel[0] == "mask_bits"]
+    assert copies
+    assert len(set(copies)) == len(copies)
+    assert {copy.buffer for copy in copies} == {"gradients"}
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(size, 1, 28, 28)).astype(np.float32), np.arange(size) % 10
+    for _ in range(2):  # gradients lie there after the first pass
+        found, wanted = sparse.gradients(x, y), dense.gradients(x, y)
+        for name in wanted:
+            np.testing.assert_allclose(found[name], wanted[name], rtol=1e-4, atol=1e-6, err_msg=name)
