@@ -364,7 +364,7 @@ def test_lists_instead_of_maps_save_memory():
     assert sparse.peak_bytes < 0.85 * dense.peak_bytes
 
 
-@pytest.mark.parametrize("size", (2, 8, 40))
+@pytest.mark.parametrize("size", [2, 8, 40])
 def test_the_copy_with_zeros_is_written_once_a_step_and_gives_the_gradients_of_a_network_with_zeros(size):
     """It lies where the weights' gradient will be: nothing that is written there may come before the input gradient."""
     sparse, dense = (et.Learner(et.models.lenet5(), batch_size=size, **kw)
