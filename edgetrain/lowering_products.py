@@ -159,8 +159,9 @@ class ProductLowering(SparseLowering):
     def _masked_weight(self, weight: Value, index: SparseIndex) -> Ref:
         """Return where a copy of dense weights is in which those that do not exist are 0.
 
-        It is written once for the forward pass and the input gradient, where the weights' gradient comes later: LeNet-5
-        at batch 8 with half of its weights (SWAT) took 185 us with a copy each, takes 175 so (2 threads).
+        It is written once for the forward pass and the input gradient, where the weights' gradient comes later: the
+        kernels of LeNet-5 at batch 8 with half of its weights (SWAT) took 185 us with a copy each, take 175 so (where
+        ``executor.Pace`` chooses between one thread and two).
         """
         dense = self.idle_gradient(weight)
         if dense is None:
