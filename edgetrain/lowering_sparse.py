@@ -189,18 +189,14 @@ def suits_lists(index: SparseIndex, winograd: bool, vectors: float) -> bool:
         >>> [suits_lists(index, *case) for case in ((False, 64), (True, 64), (False, 2))]
         [True, False, False]
     """
-    return keeps_within(index, most_entries(index, winograd, vectors))
+    count = index.capacity if index.compact else index.count  # what there is room for, where that cannot change
+    return count <= index.rows * most_entries(index, winograd, vectors)
 
 
 def most_entries(index: SparseIndex, winograd: bool, vectors: float) -> float:
     """Return how many entries a row may have on average for ``suits_lists``."""
     share = float(np.interp(vectors, _VECTORS, _DIRECT_SHARES))
     return (min(share, _WINOGRAD_SHARE) if winograd else share) * index.row_size - _ROW_ENTRIES
-
-
-def keeps_within(index: SparseIndex, most: float) -> bool:
-    """Whether a row has at most so many entries: as many as there is room for, where that cannot change."""
-    return (index.capacity if index.compact else index.count) <= most * index.rows
 
 
 def moves_by_bits() -> bool:
