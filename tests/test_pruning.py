@@ -424,6 +424,36 @@ def test_lists_behind_a_pool_are_those_of_the_map_not_written(count, pool, conv,
     assert_all_close(made.gradients(x, y), twin.gradients(x, y), TOLERANCE)
 
 
+@pytest.mark.parametrize("importance", ["error", "error_and_weights", "random"])
+@pytest.mark.parametrize(("count", "pool", "chosen_from_pool"), [
+    (6, {"kernel_shape": [2, 2], "strides": [2, 2]}, True),
+    (20, {"kernel_shape": [3, 2], "strides": [4, 3]}, True),
+    (1, {"kernel_shape": [1, 2], "strides": [2, 2]}, True),
+    (7, {"kernel_shape": [3, 3], "strides": [2, 2]}, False),
+    (7, {"kernel_shape": [2, 2], "strides": [2, 2], "pads": [1, 0, 0, 1]}, False),
+], ids=str)  # fmt: skip
+def test_channels_are_chosen_from_what_comes_to_a_pool(count, pool, chosen_from_pool, importance):
+    """Where it has the norms of the error map, which is then made of the kept channels alone."""
+    (x, y), graph = batch(count, (1, 14, 13)), pooled_network(pool, {"pads": SAME})
+    made = learner(graph, error_pruning=ErrorMapPruning(keep=0.6, importance=importance))
+    nodes = made.training_plan(count).graph.nodes
+    choice = next(node for node in nodes if node.op_type == "KeptChannels")
+    assert ("PrunedMaxPoolGrad" in {node.op_type for node in nodes}) == chosen_from_pool
+    assert (choice.x.shape[1:] == next(n for n in nodes if n.op_type == "Conv").y.shape[1:]) != chosen_from_pool
+    made.gradients(x, y)
+    poison(made)  # nobody reads the errors of the channels that were left out
+    found = made.gradients(x, y)
+    (name,) = conv_weights(graph)
+    kept = np.flatnonzero(np.abs(found[name]).sum((1, 2, 3)))
+    assert len(kept) == 3
+
+    def drawn(grad: Array, weights: Array, normalised: bool) -> Array:
+        return grad * np.isin(np.arange(5), kept)[:, None, None]
+
+    mask = drawn if importance == "random" else keep_largest(0.6, importance == "error_and_weights")
+    assert_all_close(found, masked_gradients(graph, x, y, mask), TOLERANCE)
+
+
 def test_an_error_map_of_two_convolutions_behind_a_pool_is_written():
     net = Net((2, 12, 12))
     both = net.Add(net.conv("input", 6, 2, 3, 3), net.conv("input", 6, 2, 3, 3))

@@ -12,6 +12,7 @@ from edgetrain.kernels.simd import (
     arguments,
     broadcast,
     load,
+    load_f32,
     load_i64,
     maximum,
     pack,
@@ -71,11 +72,15 @@ def max_pool(lanes: int, height: int, width: int, bits: int) -> Body:
     return body
 
 
-@kernel("positions", "grad_out", "grad_x", "rows", "columns", "grad_x_row", "positions_plane", *_WINDOWS)
+@kernel(
+    "positions", "grad_out", "grad_x", "rows", "columns", "grad_x_row", "positions_plane", "kept", "kept_count",
+    "channels", *_WINDOWS,
+)  # fmt: skip
 def max_pool_gradient(lanes: int, height: int, width: int, bits: int) -> Body:
     """Give each window's gradient to the pixel at its position. Job: plane.
 
-    Here ``x`` is ``grad_x`` and ``y`` is ``grad_out``.
+    Here ``x`` is ``grad_x`` and ``y`` is ``grad_out``. With a ``kept_count`` the planes are those of the channels whose
+    numbers (float32) ``kept`` holds, and the others are not written.
 
     Args:
         lanes: samples in a vector.
@@ -85,10 +90,14 @@ def max_pool_gradient(lanes: int, height: int, width: int, bits: int) -> Body:
     step, per_word = 4 * lanes, 32 // bits
 
     def body(args: int, first: int, last: int) -> None:
-        (positions, grad_out, grad_x, rows, columns, grad_x_row, positions_plane, window_rows, window_columns, out_rows,
-         out_columns, x_plane, y_plane, y_row, tap_row, tap_column) = arguments(args, 16)  # fmt: skip
+        (positions, grad_out, grad_x, rows, columns, grad_x_row, positions_plane, kept, kept_count, channels,
+         window_rows, window_columns, out_rows, out_columns, x_plane, y_plane, y_row, tap_row,
+         tap_column) = arguments(args, 19)  # fmt: skip
         zero = broadcast(0.0, lanes)
-        for plane in range(first, last):
+        for job in range(first, last):
+            plane = job
+            if kept_count:
+                plane = job // kept_count * channels + int(load_f32(kept + 4 * (job % kept_count)))
             if not height:
                 for r in range(rows):
                     for c in range(columns):

@@ -5,6 +5,8 @@ Error maps, by channels (``edgetrain.pruning.ErrorMapPruning``):
 - ``KeptChannels``: (grad_out, weights) -> numbers of the channels to keep;
 - ``PrunedBatchNormalizationGrad`` and its like: where a normalisation's gradient makes the error map, which channels
   to keep follows from its sums; the error map is computed for these alone;
+- ``PrunedMaxPoolGrad``: where the gradient of a pool makes the error map, what comes to the pool is chosen from, and
+  the error map is made of the kept channels alone;
 - ``PrunedInputGrad``, ``PrunedWeightGrad``, ``PrunedBiasGrad``: the gradients of a product from the kept channels
   alone. Each is its dense operator with one more input, the list.
 
@@ -39,6 +41,7 @@ from edgetrain.ops.normalization import (
     ResidualNormalizationGrad,
     bounds_of,
 )
+from edgetrain.ops.pooling import MaxPoolGrad
 from edgetrain.ops.registry import NO_BORDER, Array, Border, Op, describe, register
 
 if TYPE_CHECKING:
@@ -178,6 +181,26 @@ class PrunedBiasGrad(Op):
     def lower(self, node: Node, low: Lowering) -> None:
         """See ``lowering_pruned``."""
         low.pruned_bias_grad(node)
+
+
+@register
+class PrunedMaxPoolGrad(MaxPoolGrad):
+    """Gradient of a max pool's input in the kept channels: (positions, grad_out, kept) -> grad_x.
+
+    The others' is not written.
+    """
+
+    name = "PrunedMaxPoolGrad"
+    arity = (3, 3)
+
+    def reference(self, node: Node, *inputs: Array) -> tuple[Array, ...]:
+        """The whole gradient with zeros in the other channels."""
+        positions, grad_out, kept = inputs
+        return super().reference(node, positions, masked(grad_out, kept))
+
+    def lower(self, node: Node, low: Lowering) -> None:
+        """One pass."""
+        low.max_pool_gradient(node.x, node.input(1), node.y, self.pool(node), node.input(2))
 
 
 class _PrunedNormalization(Op):
