@@ -16,8 +16,8 @@ from edgetrain.errors import GraphError
 from edgetrain.graph import Graph, Node, Value
 from edgetrain.kernels.codes import CHANNELS, SAMPLES
 from edgetrain.kernels.registry import argument_names
-from edgetrain.ops import Border, get_op
-from edgetrain.plan import Plan, Ref, Row, share_memory
+from edgetrain.ops import Border
+from edgetrain.plan import Plan, Ref, Row, borders_to_clear, share_memory
 
 if TYPE_CHECKING:
     from edgetrain.parameters import Parameters
@@ -42,6 +42,8 @@ class LoweringCore:
         for name, value in graph.values.items():
             if name in sharing.root and value.batched and name != LABELS:
                 self.plan.layouts[name] = self.make_layout(value, sharing.border[name])
+        # A kernel for lanes of channels writes no border.
+        self._to_clear = borders_to_clear(nodes, sharing.root) if self.kind == SAMPLES else set(sharing.border)
         self.plan.fixed.update(parameters.buffers)
         for name, size, dtype in (("labels", self.plan.capacity, np.int64), ("mask", self.plan.capacity, np.float32)):
             self.plan.fixed[name] = aligned(size, dtype)
@@ -110,8 +112,7 @@ class LoweringCore:
                 self._reserve(buffer, 4 * value.size)
         else:
             self._reserve(buffer, self.layout(value).nbytes)
-            written = get_op(self.node.op_type).writes_border if self.kind == SAMPLES else ()
-            if not any(value is self.node.outputs[i] for i in written):
+            if self.plan.root[value.name] in self._to_clear:
                 self._clear_border(value)
 
     def _reserve(self, name: str, nbytes: int) -> None:

@@ -7,7 +7,7 @@ and the rows become a program for the interpreter.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -105,6 +105,20 @@ def share_memory(
         if is_reshape:
             reshaped.add(old)
     return Sharing(root, {name: border[root[name]] for name in values})
+
+
+def borders_to_clear(nodes: Sequence[Node], root: Mapping[str, str]) -> set[str]:
+    """Return the roots of memory whose border is read before an operator has written it along with its output."""
+    made: dict[str, int] = {}
+    written: dict[str, int] = {}
+    for position, node in enumerate(nodes):
+        own = get_op(node.op_type).writes_border
+        for i, value in enumerate(node.outputs):
+            made[value.name] = position
+            if i in own:
+                written.setdefault(root[value.name], position)
+    wanted = [name for name, border in _wanted_borders(nodes).items() if any(border)]
+    return {root[name] for name in wanted if made.get(name, -1) < written.get(root[name], len(nodes))}
 
 
 def _takes_over(node: Node) -> Value | None:

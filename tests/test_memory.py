@@ -21,7 +21,7 @@ from edgetrain.catalog import build_model, model_names
 from edgetrain.graph import Graph
 from edgetrain.learner import Learner
 from edgetrain.memory import Lifetime, padded, place
-from edgetrain.plan import share_memory
+from edgetrain.plan import borders_to_clear, share_memory
 
 # --- place: pure functions --------------------------------------------------------------------------------------------
 
@@ -215,6 +215,22 @@ def convolved(*ops: str, pads: tuple[int, int, int, int]) -> Graph:
 def test_shared_memory_has_the_border_that_any_of_its_values_wants():
     border = share_memory(convolved("Relu", "Tanh", pads=(1, 1, 1, 1)).nodes, {"conv"}).border
     assert {name: border[name] for name in ("input", "0", "1")} == dict.fromkeys(("input", "0", "1"), (1, 1, 1, 1))
+
+
+@pytest.mark.parametrize(("ops", "cleared"), [
+    (["BatchNormalization"], False), (["Relu"], True), (["BatchNormalization", "Relu"], False),
+    (["Relu", "BatchNormalization"], False),
+])  # fmt: skip
+def test_a_border_is_cleared_unless_an_operator_writes_it_before_it_is_read(ops, cleared):
+    graph = Graph("borders", input_shape=(4, 6, 6))
+    weight, norm = graph.parameter("w", np.ones((4, 4, 3, 3))), [graph.parameter(f"p{i}", np.ones(4)) for i in range(4)]
+    x = graph.add("Conv", ["input", weight], kernel_shape=[3, 3], pads=[1] * 4, outputs=["first"])
+    for op in ops:
+        x = graph.add(op, [x, *(norm if op == "BatchNormalization" else [])])
+    graph.set_outputs([graph.add("Conv", [x, weight], kernel_shape=[3, 3], pads=[1] * 4)])
+    root = share_memory(graph.nodes, set(graph.outputs)).root
+    assert root[x] == "first"
+    assert borders_to_clear(graph.nodes, root) == {"input"} | ({"first"} if cleared else set())
 
 
 def test_nobody_wants_a_border_around_the_output():
