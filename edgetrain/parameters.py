@@ -31,6 +31,7 @@ class Parameters:
         decayed, trained: floats before the first array that does not decay, and before the first not trained.
         sparse: the indices of weights that are sparse, by name.
         moments: names of the optimizer's buffers, empty before training.
+        patterns: how often an index has changed so far.
     """
 
     def __init__(self, graph: Graph, optimizer: Optimizer, sparse: Mapping[str, SparseIndex] | None = None) -> None:
@@ -40,6 +41,7 @@ class Parameters:
         self._starts: dict[str, int] = {}
         self._gradients: dict[str, str] = {}
         self.moments: tuple[str, ...] = ()
+        self.patterns = 0
         place, ends = 0, [0, 0, 0]
         for name in names:
             self._starts[name] = place

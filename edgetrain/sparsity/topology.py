@@ -47,7 +47,6 @@ class Topology:
         densities: the share of weights that every sparse layer keeps, by weight.
         beginning: what weights exist before the first step, and why, as text; empty without a policy.
         total_steps: length of training, ``None`` when nobody told.
-        version: number of changes of any layer.
         changes, seconds: before or after how many steps a weight came or went, in all processes of a run, and the time
             that these changes took.
 
@@ -65,7 +64,7 @@ class Topology:
         self.indices: dict[str, SparseIndex] = {}
         self.densities: dict[str, float] = {}
         self._scales: dict[str, np.float32] = {}
-        self.version, self.changes, self.seconds, self.beginning = 0, 0, 0.0, ""
+        self.changes, self.seconds, self.beginning = 0, 0.0, ""
         _check_values(graph)
         if policy is not None:
             policy.check(optimizer)
@@ -175,7 +174,7 @@ class Topology:
         buffers = self._parameters.carried if index.compact else ()
         moved = {n: _moved(old, self._parameters.view(layer.weight, n)[order], positions) for n in buffers}
         index.set_positions(positions)
-        self.version += 1
+        self._parameters.patterns += 1
         if moved:
             _, order = index.ascending()
             for name, values in moved.items():
@@ -287,7 +286,7 @@ class Topology:
             raise CheckpointError(f"the state belongs to another network: {error}") from error
         for name, positions in patterns.items():  # only now: a state that does not fit changes nothing
             self.indices[name].set_positions(positions)
-        self.version += 1
+        self._parameters.patterns += 1
         if meta is not None:
             self.total_steps, self.densities = meta["total_steps"], dict(meta["densities"])
             # Not in files from before they were kept.
@@ -304,9 +303,9 @@ class Topology:
 
     def _measure(self, change: Callable[..., None], *arguments: Any) -> None:
         """Call what may change the topology, and count it as one change if it does."""
-        start, version = time.perf_counter(), self.version
+        start, patterns = time.perf_counter(), self._parameters.patterns
         change(self, *arguments)
-        if self.version != version:
+        if self._parameters.patterns != patterns:
             self.changes += 1
             self.seconds += time.perf_counter() - start
 
