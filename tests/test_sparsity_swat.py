@@ -100,6 +100,19 @@ def test_momentum_shares_out_all_weights():
     assert sorted(free, key=counts.get) == sorted(free, key=means.get)
 
 
+def test_products_leave_their_lists_when_a_layer_gets_most_of_the_weights():
+    """Which kernels a step has is found out when a pattern changes, not only before the first step."""
+    made = learner(et.SWAT(weights=0.95, activations=0.0, variant="momentum"), optimizer=et.SGD(lr=0.0, momentum=0.9))
+    made.partial_fit(*batch(8))  # chooses weights; the next nine steps do not
+    layer, used = made.topology.layers[1], []
+    for share in (0.05, 0.9, 0.05):
+        made.topology.set(layer, np.arange(round(share * layer.size)))
+        made.partial_fit(*batch(8))
+        assert made.topology.mask(layer).sum() == round(share * layer.size)
+        used.append([row.kernel[0] for row in made.plans.latest.plan.rows].count("multiply_csr"))
+    assert used[0] == used[2] > used[1]
+
+
 def test_the_momentum_variant_needs_momentum():
     with pytest.raises(UsageError, match="needs an optimizer with momentum"):
         learner(et.SWAT(variant="momentum"), optimizer=et.SGD(lr=0.1))
