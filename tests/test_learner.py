@@ -324,6 +324,18 @@ def test_a_bad_batch_is_refused_and_changes_nothing(shared, x, y, message):
     assert content(shared) == before
 
 
+@pytest.mark.parametrize("samples", [3, 900])
+@pytest.mark.parametrize("number", [np.nan, np.inf, -np.inf])
+def test_one_number_that_is_not_finite_is_found_wherever_it_stands(samples, number):
+    for place in ((0, 0, 0), (samples // 2, 4, 3), (samples - 1, 5, 7)):
+        x = np.zeros((samples, 1, 6, 8), np.float32)
+        x[place[0], 0, *place[1:]] = number
+        with pytest.raises(DataError, match="x: contains NaN or infinite numbers"):
+            batch_of(x, (1, 6, 8))
+    biggest = np.full((samples, 1, 6, 8), np.finfo(np.float32).max, np.float32)
+    assert batch_of(biggest, (1, 6, 8)) is biggest
+
+
 @BATCHES
 @pytest.mark.parametrize("method", ["gradients", "evaluate", "score"])
 def test_every_method_refuses_a_bad_batch(shared, method, x, y, message):
