@@ -91,3 +91,21 @@ def test_what_a_thread_reads_twice_must_fit_half_its_cache(cache):
     assert stages(learner(2, policy)) == {PARTS, REST}
     cache(2 * share - 1)
     assert stages(learner(2, policy)) == {WHOLE}
+
+
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("addends", [False, True])
+def test_lanes_without_a_sample_stay_finite_where_samples_are_alike(count, addends):
+    """A variance of 0 in every layer: what such lanes hold must not grow by 316 a layer."""
+    net = Net((4, 1, 1))
+    x = net.Relu(net.norm(net.conv("input", 6, 4, 1, 1)))
+    for _ in range(16):
+        y = net.norm(net.conv(x, 6, 6, 1, 1))
+        x = net.Relu(net.Add(y, x) if addends else y)
+    net.graph.set_outputs([net.Gemm(net.Flatten(x), net.parameter(6, 3, spread=0.1))])
+    x = np.broadcast_to(np.float32([1, -2, 0.5, 3]).reshape(1, 4, 1, 1), (count, 4, 1, 1))
+    losses = []
+    for size in (count, 4 * choice.simd_lanes()):
+        made = et.Learner(net.graph, PROFILE, batch_size=size, threads=1, optimizer=et.SGD(lr=0.01))
+        losses.append([made.partial_fit(x, np.ones(count, int)).loss for _ in range(3)])
+    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-4)

@@ -257,9 +257,12 @@ def batch_norm(lanes: int, adds: int, stage: int) -> Body:
             factor = broadcast(load_f32(scale + 4 * channel) * np.float32(inverse), lanes)
             offset = broadcast(load_f32(bias + 4 * channel), lanes)
             for block in range(begin, end):
+                # Lanes without a sample get the offset: where samples are alike, 1 / std is 316, and a dozen
+                # normalisations would make infinity of what these lanes hold, and NaN of its product with the mask.
+                own = factor * load(mask + block * step, lanes)
                 _write_normalised(
                     x + block * x_block + channel * x_channel, y + block * y_block + channel * y_channel,
-                    addend + block * addend_block + channel * addend_channel, adds, middle, factor, offset, low, high,
+                    addend + block * addend_block + channel * addend_channel, adds, middle, own, offset, low, high,
                     rows, columns, x_row, y_row, addend_row, top, left, bottom, right, lanes,
                 )  # fmt: skip
 
