@@ -178,6 +178,19 @@ def test_gemm_factors_go_into_the_weights() -> None:
     np.testing.assert_array_equal(outputs(graph, ones(1, 2)), 3 * ones(1, 3))
 
 
+@pytest.mark.parametrize(("layer", "turned"), [
+    ("t = Transpose<perm = [1, 0]>(w) y = MatMul(x, t)", True), ("t = Transpose(w) y = Gemm(x, t)", True),
+    ("t = Transpose(w) y = Gemm<transB = 1>(x, t)", False),
+], ids=str)  # fmt: skip
+def test_weights_turned_in_the_file_keep_name_and_layout(layer: str, turned: bool) -> None:
+    rng = np.random.default_rng(0)
+    w, x = rng.normal(size=(3, 2) if turned else (2, 3)).astype(np.float32), rng.normal(size=(4, 2)).astype(np.float32)
+    graph = load_onnx(net(f"(float[N,2] x) => (float[N,3] y) {{ {layer} }}", w=w))
+    assert [(node.op_type, node.get("transB", 0)) for node in graph.nodes] == [("Gemm", int(turned))]
+    np.testing.assert_array_equal(graph.arrays["w"], w)
+    np.testing.assert_allclose(outputs(graph, x), x @ (w.T if turned else w), rtol=1e-6)
+
+
 @pytest.mark.parametrize("keepdims", [0, 1])
 def test_mean_over_one_spatial_axis_is_a_pool(keepdims: int) -> None:
     text = f"(float[N,2,3,4] x) => (float[N,2,s,4] y) {{ y = ReduceMean<axes = [2], keepdims = {keepdims}>(x) }}"
@@ -301,3 +314,34 @@ def test_dilated_average_pool_needs_a_newer_opset(tmp_path: Path) -> None:
     assert onnx.load(tmp_path / "m.onnx").opset_import[0].version == 19
     x = np.random.default_rng(0).normal(size=(2, 1, 7, 7)).astype(np.float32)
     np.testing.assert_allclose(run(tmp_path / "m.onnx", x), outputs(graph, x), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(7, 7), (6, 8), (7, 8), (7,)])
+@pytest.mark.parametrize("op_type", ["MaxPool", "AveragePool"])
+@pytest.mark.parametrize(("kernel", "stride", "pad"), [(2, 3, 1), (3, 2, 1), (3, 3, 1), (2, 2, 0)])
+def test_pools_leave_out_a_window_that_begins_in_the_padding(
+    op_type: str, shape: tuple[int, ...], kernel: int, stride: int, pad: int, tmp_path: Path
+) -> None:
+    """With ceil_mode PyTorch does, ONNX does not: the file says otherwise what is computed."""
+    rank = len(shape)
+    graph = Graph("rounded", input_shape=(2, *shape))
+    sizes = {"kernel_shape": [kernel] * rank, "strides": [stride] * rank, "pads": [pad] * 2 * rank, "ceil_mode": 1}
+    graph.set_outputs([graph.add(op_type, ["input"], **sizes)])
+    x = np.random.default_rng(0).normal(size=(2, 2, *shape)).astype(np.float32)
+    options = {"ceil_mode": True} | ({"count_include_pad": False} if op_type == "AveragePool" else {})
+    kind = getattr(nn, f"{op_type.replace('Average', 'Avg')}{rank}d")
+    wanted = kind(kernel, stride, pad, **options)(torch.from_numpy(x)).numpy()
+    save_onnx(graph, tmp_path / "m.onnx")
+    np.testing.assert_allclose(run(tmp_path / "m.onnx", x), wanted, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(outputs(load_onnx(tmp_path / "m.onnx"), x), wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_an_average_that_counts_padding_cannot_leave_out_a_window_on_one_axis_and_add_one_on_the_other(
+    tmp_path: Path,
+) -> None:
+    graph = Graph("rounded", input_shape=(1, 6, 8))
+    sizes = {"kernel_shape": [3, 3], "strides": [3, 3], "pads": [1] * 4, "ceil_mode": 1, "count_include_pad": 1}
+    graph.set_outputs([graph.add("AveragePool", ["input"], **sizes)])
+    with pytest.raises(ModelError, match=r"AveragePool.*leaves out a window along one axis"):
+        save_onnx(graph, tmp_path / "m.onnx")
+    assert not list(tmp_path.iterdir())

@@ -30,6 +30,8 @@ from edgetrain.onnx_io.names import (
     PRODUCER,
     SUBTRACT_MEAN,
 )
+from edgetrain.ops import get_op
+from edgetrain.ops.pooling import PoolOp
 
 if TYPE_CHECKING:
     from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto
@@ -227,11 +229,40 @@ def _plain(node: Node) -> Written:
     return _made(node, [], [], **attributes)
 
 
-def _average_pool(node: Node) -> Written:
+def _pool(node: Node) -> Written:
+    """Write a pool; without ``ceil_mode`` where ONNX would add a last window that PyTorch, and we, leave out.
+
+    A window is left out that begins in the padding at the end. The windows that stay are then asked for by padding.
+    """
     attributes = {key: value for key, value in node.attributes.items() if value is not None}
-    if max(attributes.get("dilations", [1])) == 1:
+    if node.op_type == "AveragePool" and max(attributes.get("dilations", [1])) == 1:
         attributes.pop("dilations", None)
+    if attributes.get("ceil_mode", 0) and (pads := _pads_without_ceil_mode(node)):
+        attributes |= {"ceil_mode": 0, "auto_pad": "NOTSET", "pads": pads}
     return _made(node, [], [], **attributes)
+
+
+def _pads_without_ceil_mode(node: Node) -> list[int]:
+    """Return the padding with which a pool has the same windows without ``ceil_mode``; nothing if it may keep that.
+
+    Raises:
+        ModelError: the padding counts in averages, but what makes room for a window must not.
+    """
+    op = get_op(node.op_type)
+    assert isinstance(op, PoolOp)
+    pool = op.pool(node, node.x)
+    rank, pads, left_out = len(node.x.shape) - 1, list(pool.pads), False
+    for axis in (0, 1):
+        reach = (pool.kernel[axis] - 1) * pool.dilations[axis] + 1
+        room = pool.size[axis] + pool.pads[axis] + pool.pads[axis + 2] - reach
+        left_out |= -(-room // pool.strides[axis]) + 1 > pool.out[axis]
+        pads[axis + 2] += max(0, (pool.out[axis] - 1) * pool.strides[axis] - room)
+    if left_out and pads != list(pool.pads) and pool.include_pad:
+        raise ModelError(
+            f"node '{node.name}' (AveragePool): ONNX has no average pool with ceil_mode and count_include_pad that "
+            "leaves out a window along one axis and adds one along the other; give it square maps or other pads"
+        )
+    return [*pads[2 - rank : 2], *pads[4 - rank :]] if left_out else []
 
 
 def _clip(node: Node) -> Written:
@@ -260,9 +291,10 @@ def _dropout(node: Node) -> Written:
 
 
 WRITERS: dict[str, Callable[[Node], Written]] = {
-    "AveragePool": _average_pool,
+    "AveragePool": _pool,
     "Clip": _clip,
     "Dropout": _dropout,
+    "MaxPool": _pool,
     "Pad": _pad,
     "Reshape": _reshape,
 }

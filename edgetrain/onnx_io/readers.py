@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -57,16 +58,35 @@ def _gemm(r: Reading, node: Source) -> None:
     if node.get("transA", 0):
         r.fail(node, "transA=1 would make the batch a feature; only transA=0 is supported")
     alpha, beta = float(node.get("alpha", 1.0)), float(node.get("beta", 1.0))
+    node, turned = _as_stored(r, node, bool(node.get("transB", 0)))
     inputs: list[str | None] = [r.value(node).name, r.parameter(node, 1, trainable=True, scale=alpha)]
     if node.has(2) and beta:
-        outputs = r.graph.arrays[str(inputs[1])].shape[0 if node.get("transB", 0) else 1]
+        outputs = r.graph.arrays[str(inputs[1])].shape[0 if turned else 1]
         inputs.append(r.parameter(node, 2, trainable=True, shape=(outputs,), scale=beta))
-    r.emit(node, "Gemm", inputs, **node.only("transB"))
+    r.emit(node, "Gemm", inputs, **_turning(turned))
 
 
 def _matmul(r: Reading, node: Source) -> None:
     x = r.value(node)
-    r.emit(node, "MatMul", [x.name, r.parameter(node, 1, trainable=True)])
+    node, turned = _as_stored(r, node, turned=False)
+    inputs: list[str | None] = [x.name, r.parameter(node, 1, trainable=True)]
+    r.emit(node, "Gemm" if turned else "MatMul", inputs, **_turning(turned))
+
+
+def _turning(turned: bool) -> dict[str, Any]:
+    return {"transB": 1} if turned else {}
+
+
+def _as_stored(r: Reading, node: Source, turned: bool) -> tuple[Source, bool]:
+    """Let a fully connected layer read its weights as the file has them, whose name they keep.
+
+    Returns:
+        The node, and whether its weights are (outputs, inputs); ``turned``: whether they were.
+    """
+    stored = r.transposed.get(node.inputs[1]) if node.has(1) else None
+    if stored is None:
+        return node, turned
+    return replace(node, inputs=(node.inputs[0], stored, *node.inputs[2:])), not turned
 
 
 def _batch_normalization(r: Reading, node: Source) -> None:

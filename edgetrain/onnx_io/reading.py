@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 # A weight that went through one of these is still that weight and keeps its name. Not Identity: PyTorch's exporter
 # writes it between equal but independent weights (fresh BatchNormalization layers), which must not become one.
-_KEEPS_NAME = frozenset({"Cast", "Reshape", "Squeeze", "Transpose", "Unsqueeze"})
+_KEEPS_NAME = frozenset({"Cast", "Reshape", "Squeeze", "Unsqueeze"})
 
 
 @dataclass(frozen=True)
@@ -133,6 +133,7 @@ class Reading:
         fixed_batch: the batch size that the file fixes, ``None`` when it is free.
         constants: every array known by its ONNX name.
         origins: ONNX name of a folded weight -> the initializer it comes from.
+        transposed: ONNX name of a folded matrix -> the one that it is the transpose of.
         values: ONNX name -> value of the graph.
         averages: names of running averages in the graph.
         probabilities: ONNX names of Softmax outputs; their entry in ``values`` is the logits.
@@ -146,6 +147,7 @@ class Reading:
     fixed_batch: int | None = None
     constants: dict[str, Array] = field(default_factory=dict)
     origins: dict[str, str] = field(default_factory=dict)
+    transposed: dict[str, str] = field(default_factory=dict)
     values: dict[str, str] = field(default_factory=dict)
     averages: set[str] = field(default_factory=set)
     probabilities: set[str] = field(default_factory=set)
@@ -177,6 +179,8 @@ class Reading:
         self.constants.update(zip(outputs, results, strict=True))
         if node.op_type in _KEEPS_NAME and self.constants[node.input[0]].dtype.kind == "f":
             self.origins[outputs[0]] = self.origins.get(node.input[0], node.input[0])
+        if node.op_type == "Transpose" and results[0].ndim == 2 and Source.of(node).get("perm", [1, 0]) == [1, 0]:
+            self.transposed[outputs[0]] = node.input[0]
         return True
 
     def value(self, node: Source, index: int = 0) -> Value:
