@@ -24,7 +24,8 @@ from edgetrain.ops.pooling import MaxPoolGrad
 from edgetrain.ops.pruning import CHOICE, IMPORTANCE
 from edgetrain.schema import percent_hint, take_numbers
 
-_NORMALISED = ("BatchNormalizationGrad", "BatchNormalizationGradAgain", "ResidualNormalizationGrad")
+# Gradients of normalisations, and which of their outputs is the gradient of the input.
+_NORMALISED = {"BatchNormalizationGrad": 0, "BatchNormalizationGradAgain": 0, "ResidualNormalizationGrad": 1}
 _PRUNED = {"ProductInputGrad": "PrunedInputGrad", "ProductWeightGrad": "PrunedWeightGrad", "SumTo": "PrunedBiasGrad"}
 
 
@@ -62,7 +63,8 @@ class ErrorMapPruning(ErrorPruning):
     weight decay still shrinks them, as for any parameter whose gradient is 0. The gradients of a batch normalisation's
     scale and bias are those of all channels.
 
-    Convolutions with groups (depthwise ones) or shared weights and fully connected layers are computed densely.
+    Convolutions with groups (depthwise ones) or shared weights and fully connected layers are computed densely, and
+    weight gradients from lists of pruned activations (``SWAT``) from all channels.
 
     Attributes:
         keep: share of the channels, above 0 and at most 1. With 1 nothing changes.
@@ -138,7 +140,9 @@ class ErrorMapPruning(ErrorPruning):
         if alone and _hands_on(made):
             self._prune_pool(graph, made, error_map, kept)
             return
-        if alone and made.op_type in _NORMALISED and self.importance != "error_and_weights":
+        # Of the gradients that a residual normalisation makes, one goes on to what was added: no sums tell its norms.
+        normalised = made.op_type in _NORMALISED and made.outputs[_NORMALISED[made.op_type]] == error_map.value
+        if alone and normalised and self.importance != "error_and_weights":
             choice = {name: kept.get(name) for name in CHOICE}
             graph.nodes[graph.nodes.index(made)] = replace(
                 made, op_type=f"Pruned{made.op_type}", outputs=(*made.outputs, kept.y),

@@ -72,7 +72,7 @@ def masked_gradients(
     biases = {n.input(2).name for n in convs if n.optional(2)}
     values = reference._start(graph, x, np.float64) | {LABELS: y}
     by_error = {e.value.name: values[e.conv.input(1).name] for e in error_maps(train)}
-    normalised = {v.name for n in train.graph.nodes if "NormalizationGrad" in n.op_type for v in n.outputs}
+    normalised = {n.outputs["Residual" in n.op_type].name for n in train.graph.nodes if "NormalizationGrad" in n.op_type}
     for node in train.graph.nodes:
         inputs = [values[v.name] for v in node.inputs if v is not None]
         like = node.get("like")
@@ -147,6 +147,24 @@ def test_gradients_of_normalisations_choose_channels_by_their_sums(count, thread
     made.gradients(x, y)
     poison(made)  # nobody reads the errors of the channels that were left out
     assert_all_close(made.gradients(x, y), masked_gradients(graph, x, y, keep_largest(0.5, False)), 3 * TOLERANCE)
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+@pytest.mark.parametrize("kernel", [1, 3])
+@pytest.mark.parametrize("count", [2, 20])
+def test_what_is_added_to_a_normalisation_has_a_choice_of_its_own(count, kernel, swapped):
+    """A shortcut with a convolution and without a normalisation: one node makes the error maps of both branches."""
+    net, pads = Net((3, 8, 8)), [kernel // 2] * 4
+    x = net.Relu(net.conv("input", 8, 3, 3, 3, pads=SAME))
+    a = net.norm(net.conv(x, 8, 8, 3, 3, pads=SAME, bias=False))
+    b = net.conv(x, 8, 8, kernel, kernel, pads=pads)
+    x = net.Flatten(net.GlobalAveragePool(net.Relu(net.Add(b, a) if swapped else net.Add(a, b))))
+    net.graph.set_outputs([net.Gemm(x, net.parameter(5, 8), transB=1)])
+    (x, y), graph = batch(count), net.graph
+    made = learner(graph, error_pruning=ErrorMapPruning(keep=0.6))
+    made.gradients(x, y)
+    poison(made)
+    assert_all_close(made.gradients(x, y), masked_gradients(graph, x, y, keep_largest(0.6, False)), 3 * TOLERANCE)
 
 
 @pytest.mark.parametrize("importance", ["random", "error_and_weights"])
@@ -452,6 +470,26 @@ def test_channels_are_chosen_from_what_comes_to_a_pool(count, pool, chosen_from_
 
     mask = drawn if importance == "random" else keep_largest(0.6, importance == "error_and_weights")
     assert_all_close(found, masked_gradients(graph, x, y, mask), TOLERANCE)
+
+
+@pytest.mark.parametrize("first", [
+    {"kernel_shape": [2, 2], "strides": [2, 2]}, {"kernel_shape": [3, 2], "strides": [2, 2]},
+    {"kernel_shape": [2, 3], "strides": [2, 2]},
+], ids=str)  # fmt: skip
+@pytest.mark.parametrize("count", [1, 9])
+def test_every_pool_has_a_choice_of_its_own(count, first):
+    """Also where windows of one overlap along one axis."""
+    net = Net((3, 16, 16))
+    x = net.MaxPool(net.Relu(net.conv("input", 8, 3, 3, 3, pads=SAME)), **first)
+    x = net.Relu(net.conv(x, 10, 8, 3, 3, pads=SAME))
+    x = net.MaxPool(net.Relu(net.conv(x, 12, 10, 3, 3, pads=SAME)), kernel_shape=[3, 3], strides=[3, 3])
+    weight = net.parameter(5, int(np.prod(net.shape(x))), spread=0.1)
+    net.graph.set_outputs([net.Gemm(net.Flatten(x), weight, transB=1)])
+    (x, y), graph = batch(count, (3, 16, 16)), net.graph
+    made = learner(graph, error_pruning=ErrorMapPruning(keep=0.6))
+    made.gradients(x, y)
+    poison(made)
+    assert_all_close(made.gradients(x, y), masked_gradients(graph, x, y, keep_largest(0.6, False)), 3 * TOLERANCE)
 
 
 def test_an_error_map_of_two_convolutions_behind_a_pool_is_written():

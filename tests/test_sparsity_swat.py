@@ -113,6 +113,28 @@ def test_products_leave_their_lists_when_a_layer_gets_most_of_the_weights():
     assert used[0] == used[2] > used[1]
 
 
+def test_a_state_with_another_pattern_brings_its_kernels():
+    """Restored into a learner that has taken steps, with batches of different sizes in turns."""
+    policy, optimizer = et.SWAT(weights=0.95, activations=0.0, variant="momentum"), et.SGD(lr=0.05, momentum=0.9)
+    made, other = (learner(policy, optimizer=optimizer) for _ in range(2))
+    for each, share in ((made, 0.05), (other, 0.9)):
+        each.partial_fit(*batch(8))
+        for layer in each.topology.layers:
+            each.topology.set(layer, np.arange(round(share * layer.size)))
+        for count in (8, 64, 8):
+            each.partial_fit(*batch(count))
+    made.restore(*other.state())
+    fresh = learner(policy, optimizer=optimizer)
+    fresh.restore(*other.state())
+    for count in (8, 64, 8):
+        for each in (made, other, fresh):
+            each.partial_fit(*batch(count))
+        rows = [[row.kernel for row in each.plans.latest.plan.rows] for each in (made, other, fresh)]
+        assert rows[0] == rows[1] == rows[2]
+        assert rows[0] == [row.kernel for row in fresh.plans.plan(True, count).rows]
+    assert_equal(made.parameters(), other.parameters())
+
+
 def test_the_momentum_variant_needs_momentum():
     with pytest.raises(UsageError, match="needs an optimizer with momentum"):
         learner(et.SWAT(variant="momentum"), optimizer=et.SGD(lr=0.1))
