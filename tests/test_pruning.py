@@ -72,7 +72,8 @@ def masked_gradients(
     biases = {n.input(2).name for n in convs if n.optional(2)}
     values = reference._start(graph, x, np.float64) | {LABELS: y}
     by_error = {e.value.name: values[e.conv.input(1).name] for e in error_maps(train)}
-    normalised = {n.outputs["Residual" in n.op_type].name for n in train.graph.nodes if "NormalizationGrad" in n.op_type}
+    normalising = [n for n in train.graph.nodes if "NormalizationGrad" in n.op_type]
+    normalised = {n.outputs[n.op_type.startswith("Residual")].name for n in normalising}
     for node in train.graph.nodes:
         inputs = [values[v.name] for v in node.inputs if v is not None]
         like = node.get("like")
@@ -448,6 +449,8 @@ def test_lists_behind_a_pool_are_those_of_the_map_not_written(count, pool, conv,
     (20, {"kernel_shape": [3, 2], "strides": [4, 3]}, True),
     (1, {"kernel_shape": [1, 2], "strides": [2, 2]}, True),
     (7, {"kernel_shape": [3, 3], "strides": [2, 2]}, False),
+    (7, {"kernel_shape": [3, 2], "strides": [2, 2]}, False),
+    (7, {"kernel_shape": [2, 3], "strides": [2, 2]}, False),
     (7, {"kernel_shape": [2, 2], "strides": [2, 2], "pads": [1, 0, 0, 1]}, False),
 ], ids=str)  # fmt: skip
 def test_channels_are_chosen_from_what_comes_to_a_pool(count, pool, chosen_from_pool, importance):
