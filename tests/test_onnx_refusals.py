@@ -102,6 +102,16 @@ def test_value_that_no_node_makes() -> None:
         load_onnx(model)
 
 
+@pytest.mark.parametrize("number", [np.nan, np.inf])
+def test_weights_that_are_not_finite(number: float) -> None:
+    """Found here: a training step would fail and blame its learning rate or the data."""
+    weights = ones(3, 2)
+    weights[1, 1] = number
+    text = "(float[N,2] x) => (float[N,3] y) { y = Gemm<transB = 1>(x, fc) }"
+    with pytest.raises(ModelError, match=r"graph 'net': array 'fc' holds NaN or infinite numbers; export .* again"):
+        load_onnx(net(text, fc=weights))
+
+
 # ---- damaged files: what one changed byte does -----------------------------------------------------------------------
 
 SQUEEZED = """(float[N,2,4,4] x) => (float[N,2] y) { g = GlobalAveragePool(x) c = Constant<value = bool {1}>()

@@ -62,8 +62,23 @@ def load_onnx(source: str | PathLike[str] | ModelProto) -> Graph:
         graph.name = Path(source).stem
     if any(node.op_type in ("Shape", "Size") for node in model.graph.node):
         _check_same(graph, _build(model, opset, _OTHER_MARKER))
+    _check_numbers(graph)
     graph.trained = True
     return graph
+
+
+def _check_numbers(graph: Graph) -> None:
+    """Refuse weights and constants that are not finite: the first step would fail, and blame something else.
+
+    Raises:
+        ModelError: there are some.
+    """
+    broken = [name for name, array in graph.arrays.items() if not np.isfinite(array).all()]
+    if broken:
+        raise ModelError(
+            f"graph '{graph.name}': array '{broken[0]}' holds NaN or infinite numbers; export the network again, from "
+            "before its weights went astray"
+        )
 
 
 def read_model(source: str | PathLike[str] | ModelProto) -> ModelProto:
