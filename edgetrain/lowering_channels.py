@@ -166,8 +166,12 @@ class ChannelLowering(Lowering):
 
     def multiply(self, x: Ref, x_layout: Layout, y: Ref, y_layout: Layout, *, pixels: list[Pair], terms: list[int],
                  weight: Ref, sources: list[int], weight_channel: int, weight_group: int, groups: int, inputs: int,
-                 outputs: int, bias: Ref | None, ranges: list[Pair] | None = None) -> None:  # fmt: skip
-        """See ``Lowering.multiply``. A depthwise product runs over maps of vectors, its weights packed alike."""
+                 outputs: int, bias: Ref | None, ranges: list[Pair] | None = None,
+                 y_group: int | None = None) -> None:  # fmt: skip
+        """See ``Lowering.multiply``. A depthwise product runs over maps of vectors, its weights packed alike.
+
+        Results of groups always lie side by side.
+        """
         lanes = lanes_of(sources)
         if groups == 1 and _is_vector(y_layout) and lanes and terms == sources:
             start = x + pixels[0][0]

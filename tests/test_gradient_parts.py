@@ -108,3 +108,26 @@ def test_channels_left_over_have_a_tile_of_their_size(with_parts):
 )
 def test_large_blocks_with_small_sums_have_parts(block, sums, parts):
     assert lowering_products.ProductLowering.parts_of_batch(SimpleNamespace(blocks=8), block, sums) == parts
+
+
+@pytest.mark.parametrize(("outputs", "transposed", "count", "halved"), [
+    (6, True, 9, True), (6, True, 16, True), (6, True, 4, False), (7, True, 9, False), (6, False, 9, True),
+])  # fmt: skip
+@pytest.mark.parametrize("threads", [1, 2])
+def test_input_gradients_of_fully_connected_layers_are_sums_of_halves(
+    outputs, transposed, count, halved, threads, monkeypatch
+):
+    """Of each half of the outputs, so that a thread reads the weights that it updates."""
+    monkeypatch.setattr(lowering_products, "_HALVED_BYTES", 4 * 64 * outputs)
+    net = Net(SHAPE)
+    x = net.Flatten(net.Relu(net.conv("input", 4, 4, 3, 3, strides=[2, 2], pads=[0, 1, 1, 0])))
+    weight = net.parameter(outputs, 64, spread=0.1) if transposed else net.parameter(64, outputs, spread=0.1)
+    x = net.Relu(net.Gemm(x, weight, net.parameter(outputs), transB=int(transposed)))
+    net.graph.set_outputs([net.Gemm(x, net.parameter(4, outputs), transB=1)])
+    x, y = batch(count)
+    made = learner(net.graph, LANES, threads=threads)
+    rows = made.plans.plan(True, count).rows
+    assert [row.kernel[0] for row in rows].count("sum_parts") == halved
+    made.gradients(x, y)
+    poison(made)
+    assert_all_close(made.gradients(x, y), reference.gradients(net.graph, x, y)[1], 1e-5)
