@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 
 import edgetrain
-from edgetrain.cli import main
 from tests.cli_support import ROOT, run
 
 CHECKOUT = Path(__file__).parents[1]
@@ -163,10 +162,29 @@ def test_error_is_one_message_with_its_exit_code(capsys, monkeypatch, tmp_path, 
 
 
 @pytest.mark.parametrize("place", ["before", "after"])
-def test_debug_shows_the_exception(place):
+def test_debug_shows_the_traceback(capsys, place):
     command = ["profiles", "show", "nothing"]
-    with pytest.raises(edgetrain.EdgetrainError, match="unknown device profile"):
-        main(["--debug", *command] if place == "before" else [*command, "--debug"])
+    code, _, err = run(capsys, *(["--debug", *command] if place == "before" else [*command, "--debug"]))
+    assert code == 2
+    assert err.startswith("Traceback (most recent call last):")
+    assert "unknown device profile" in err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    "command",
+    [["fit", "--epochs", "0"], ["evaluate", "nosuch.onnx"], ["fit", "--memory-budget", "1MiB"], ["doctor"]],
+    ids=["usage", "model", "budget", "defect"],
+)
+def test_debug_leaves_the_exit_code_as_it_is(capsys, monkeypatch, tmp_path, command):
+    from edgetrain.cli import machine
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(machine, "doctor_command", lambda *_, **__: 1 // 0)
+    plain, _, message = run(capsys, *command)
+    code, _, err = run(capsys, *command, "--debug")
+    assert code == plain > 1
+    assert "Traceback" in err
+    assert "Traceback" not in message
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ defect of edgetrain itself.
 from __future__ import annotations
 
 import sys
+import traceback
 from collections.abc import Sequence
 
 __all__ = ["main"]
@@ -23,8 +24,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         arguments: without the program's name; those of the process by default.
 
     Raises:
-        SystemExit: always; with ``--debug`` an error is raised as it is.
+        SystemExit: always; ``--debug`` prints the traceback of an error in place of its message.
     """
+    import typer
+
     from edgetrain.cli.app import app
 
     given = list(sys.argv[1:] if arguments is None else arguments)
@@ -34,29 +37,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         app(given, prog_name="edgetrain")
     except Exception as error:
-        if debug:
-            raise
-        sys.exit(_report(error))
+        message, exit_code = _described(error)
+        typer.echo("".join(traceback.format_exception(error)).rstrip() if debug else message, err=True)
+        sys.exit(exit_code)
 
 
-def _report(error: Exception) -> int:
-    """Write one message about an error; return the exit code."""
+def _described(error: Exception) -> tuple[str, int]:
+    """Return one message about an error, and the exit code."""
     from edgetrain.errors import EdgetrainError, InterruptedRunError
 
     if isinstance(error, InterruptedRunError):
-        return _say(f"interrupted: {error}", error.exit_code)
+        return f"interrupted: {error}", error.exit_code
     if isinstance(error, EdgetrainError):
-        return _say(f"error: {error}", error.exit_code)
+        return f"error: {error}", error.exit_code
     if isinstance(error, MemoryError):
-        return _say("error: out of memory; use a smaller --batch-size, or close other programs", 4)
+        return "error: out of memory; use a smaller --batch-size, or close other programs", 4
     if isinstance(error, OSError):
-        return _say(f"error: {error.filename or 'system'}: {error.strerror or error}; check path, rights and space", 2)
+        return f"error: {error.filename or 'system'}: {error.strerror or error}; check path, rights and space", 2
     message = f"{type(error).__name__}: {error}; this is a defect of edgetrain: repeat with --debug and report it"
-    return _say(f"error: {message}", DEFECT)
-
-
-def _say(message: str, exit_code: int) -> int:
-    import typer
-
-    typer.echo(message, err=True)
-    return exit_code
+    return f"error: {message}", DEFECT
