@@ -87,6 +87,30 @@ def test_signal_saves_and_resumes_to_the_same_result(inside, capsys, tmp_path, n
     assert_same_result(tmp_path / "fit-1", inside / "runs/fit-1")
 
 
+@pytest.mark.parametrize("flags", [[], ["--json"]], ids=["lines", "json"])
+def test_a_run_whose_output_nobody_reads_any_more_goes_on(inside, tmp_path, flags):
+    with started(inside, tmp_path, *flags) as process:
+        closed, other = (process.stderr, process.stdout) if flags else (process.stdout, process.stderr)
+        assert closed.readline()
+        closed.close()
+        text = other.read()
+    assert process.returncode == 0
+    if flags:
+        assert json.loads(text)["epochs"] == 3
+    else:
+        assert text == "nobody reads standard output any more; going on without it\n"
+    assert_same_result(tmp_path / "fit-1", inside / "runs/fit-1")
+
+
+def test_output_on_a_full_disk_is_one_message(inside, tmp_path):
+    command = [sys.executable, "-m", "edgetrain", *FIT, "--out", str(tmp_path)]
+    with Path("/dev/full").open("w") as full:
+        environment = os.environ | {"PYTHONPATH": str(ROOT)}
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, env=environment)
+    assert done.returncode == 2
+    assert done.stderr == "error: system: No space left on device; check path, rights and space\n"
+
+
 def test_second_interrupt_aborts_at_once():
     from edgetrain.cli.progress import Display
     from edgetrain.cli.signals import StopOnSignal

@@ -26,9 +26,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     Raises:
         SystemExit: always; ``--debug`` prints the traceback of an error in place of its message.
     """
-    import typer
-
     from edgetrain.cli.app import app
+    from edgetrain.cli.output import write_line
 
     given = list(sys.argv[1:] if arguments is None else arguments)
     # The flag is global, but people add it at the end of the line that just failed.
@@ -38,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         app(given, prog_name="edgetrain")
     except Exception as error:
         message, exit_code = _described(error)
-        typer.echo("".join(traceback.format_exception(error)).rstrip() if debug else message, err=True)
+        write_line("".join(traceback.format_exception(error)).rstrip() if debug else message, sys.stderr)
         sys.exit(exit_code)
 
 

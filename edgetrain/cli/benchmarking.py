@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import typer
-
 from edgetrain import bench
 from edgetrain.bench_load import Watch
-from edgetrain.cli.output import count, duration, emit, finite, mebibytes, table
+from edgetrain.cli.output import count, duration, emit, finite, mebibytes, table, write_line
 from edgetrain.errors import UsageError
 
 Result = dict[str, Any]
@@ -104,7 +103,7 @@ def _each(
 
 
 def _say(text: str) -> None:
-    typer.echo(text, err=True)
+    write_line(text, sys.stderr)
 
 
 def _case_line(result: Result) -> str:

@@ -38,8 +38,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import sys
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, TextIO
 
 import typer
 
@@ -48,7 +50,20 @@ from edgetrain.errors import UsageError
 
 def emit(result: dict[str, Any], text: str, as_json: bool) -> None:
     """Print a result on standard output."""
-    typer.echo(json.dumps(finite(result), indent=2) if as_json else text)
+    write_line(json.dumps(finite(result), indent=2) if as_json else text, sys.stdout)
+
+
+def write_line(text: str, stream: TextIO) -> bool:
+    """Write a line at once; return whether somebody reads the stream. If not, this line and all later ones are lost."""
+    try:
+        typer.echo(text, file=stream)
+    except BrokenPipeError:  # as of ``| head -1``: hours of training are worth more than what they print
+        # Not the stream but its descriptor, for the line is still in the stream's buffer.
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
+        return False
+    return True
 
 
 def finite(value: Any) -> Any:

@@ -8,9 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-import typer
-
-from edgetrain.cli.output import duration
+from edgetrain.cli.output import duration, write_line
 from edgetrain.fitting import StepEvent
 from edgetrain.history import EpochRecord, Totals
 
@@ -84,8 +82,8 @@ class PlainDisplay(Display):
 
     def say(self, text: str) -> None:
         """Write one line."""
-        typer.echo(text, file=self.stream)
-        self.stream.flush()
+        if not write_line(text, self.stream):
+            write_line("nobody reads standard output any more; going on without it", sys.stderr)
         self._next_line = time.monotonic() + _LINE_SECONDS
 
     def compiling(self, kernel: str, number: int, total: int) -> None:
