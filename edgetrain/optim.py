@@ -223,7 +223,10 @@ class SGD(Optimizer):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.nesterov and not self.momentum:
-            raise UsageError("sgd: nesterov needs a momentum above 0; give momentum=0.9 or leave nesterov out")
+            raise UsageError(
+                "sgd: nesterov needs a momentum above 0; give momentum=0.9 (--momentum 0.9) or nesterov=False "
+                "(--no-nesterov)"
+            )
 
     def _ranges(self) -> tuple[tuple[str, float, float], ...]:
         return (("momentum", 0.0, 1.0),)

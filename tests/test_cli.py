@@ -129,6 +129,7 @@ ERRORS = {
     "unknown profile": (["fit", "--profile", "raspberrypi9"], 2, "unknown device profile 'raspberrypi9'; did you mean"),
     "value out of range": (["fit", "--lr", "99"], 2, "'training.lr' is 99.0, expected a number from"),
     "unknown optimizer": (["fit", "--optimizer", "sdg"], 2, "'training.optimizer' is 'sdg', expected one of 'sgd'"),
+    "nesterov of a profile without momentum": (["fit", "--momentum", "0"], 2, "or nesterov=False (--no-nesterov)"),
     "unknown setting": (["fit", "--set", "training.lrr=1"], 2, "did you mean 'training.lr'?"),
     "setting without section": (["fit", "--set", "lr=1"], 2, "'lr' is not a setting; expected SECTION.KEY"),
     "setting without value": (["fit", "--set", "training.lr"], 2, "expected KEY=VALUE"),
