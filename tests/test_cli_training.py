@@ -172,6 +172,7 @@ def test_folder_of_images(inside, capsys, tmp_path):
     code, _, err = run(capsys, "fit", "--data", tmp_path / "photos", "--epochs", "1", "--out", tmp_path)
     assert code == 3
     assert "images differ in size" in err
+    assert "pass image_size=(height, width) (--image-size HEIGHTxWIDTH) to resize" in err
     flags = ["--image-size", "28x28", "--epochs", "1", "-q", "--out", tmp_path]
     code, _, _ = run(capsys, "fit", "--data", tmp_path / "photos", *flags)
     assert code == 0

@@ -170,7 +170,7 @@ def _common_size(headers: dict[Path, _Header]) -> tuple[int, int]:
         if other.size != header.size:
             raise DataError(
                 f"images differ in size (height, width): {first} has {header.size}, {file} has {other.size};"
-                " expected one size, pass image_size=(height, width) to resize"
+                " expected one size, pass image_size=(height, width) (--image-size HEIGHTxWIDTH) to resize"
             )
     return header.size
 
