@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from edgetrain.cli import main
+from edgetrain.cli.config import effective
 from edgetrain.runs import METRICS, open_run
 from tests.cli_support import FIT, Terminal, assert_same_result, run, stored_data, trained
 
@@ -92,6 +93,37 @@ def test_a_file_of_wrong_types_is_one_message(capsys, tmp_path, name):
     assert message in err
     assert err.count("\n") == 1
     assert not (tmp_path / "runs").exists()
+
+
+ADAM = '[training]\noptimizer = "adam"\n'
+ONLY_SGD = {
+    "momentum flag": (["--optimizer", "adam", "--momentum", "0.5"], "", "training.momentum is 0.5"),
+    "nesterov flag": (["--optimizer", "adamw", "--nesterov"], "", "training.nesterov is True"),
+    "setting": (["--set", "training.momentum=0.5"], ADAM, "training.momentum is 0.5"),
+    "file": ([], f"{ADAM}momentum = 0.5\n", "training.momentum is 0.5"),
+    "file without optimizer": (["--optimizer", "adam"], "[training]\nmomentum = 0.5\n", "training.momentum is 0.5"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ONLY_SGD)
+def test_what_only_sgd_heeds_is_refused_of_another_optimizer(capsys, tmp_path, name):
+    flags, text, message = ONLY_SGD[name]
+    (tmp_path / "settings.toml").write_text(text)
+    code, _, err = run(capsys, "fit", "--config", tmp_path / "settings.toml", *flags, "--out", tmp_path / "runs")
+    assert code == 2
+    assert f"{message}, which only sgd heeds, but the optimizer is adam" in err
+    assert err.count("\n") == 1
+    assert not (tmp_path / "runs").exists()
+
+
+def test_momentum_of_a_profile_or_of_a_run_is_no_hindrance_to_another_optimizer():
+    momentum = {"training": {"momentum": 0.5}}
+    adam = {"training": {"optimizer": "adam"}}
+    of_adam, of_sgd = (effective(given)[0].to_dict() for given in (adam, momentum))
+    assert of_adam["training"]["nesterov"]
+    assert effective({}, None, of_adam)[0].to_dict() == of_adam
+    assert effective(adam, None, of_sgd)[0].training.optimizer == "adam"
+    assert effective({"training": {"optimizer": "adam", "nesterov": False}})[0].training.momentum == 0.9
 
 
 def test_plain_lines_without_a_terminal(inside, capsys, tmp_path):

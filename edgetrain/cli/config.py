@@ -210,6 +210,7 @@ def effective(
     # Errors now, not when the run folder exists.
     Augmentation.parse(config.data.augment)
     _check_methods(config, profile, both.get("methods", {}))
+    _check_momentum(config.training, profile, given.get("training", {}), file.get("training", {}))
     check_stream(config)
     return config, profile, frozenset(METHODS) - named.keys()
 
@@ -319,6 +320,28 @@ def _check_methods(config: Config, profile: DeviceProfile, given: Mapping[str, A
                 raise
             where = f"profile {config.device.profile}: key 'defaults.recipe.{kind}'"
             raise ProfileError(f"{where} is {text!r}: {error}") from error
+
+
+def _check_momentum(
+    training: TrainingSettings, profile: DeviceProfile, given: Mapping[str, Any], file: Mapping[str, Any]
+) -> None:
+    """Refuse what somebody asked for that only sgd heeds, if the optimizer is another one.
+
+    The file of a run has all settings: what it has of the profile, or for its own sgd, nobody asked for here.
+
+    Raises:
+        UsageError: there is such a setting.
+    """
+    if training.optimizer == "sgd":
+        return
+    of_sgd = file.get("optimizer", training.optimizer) == "sgd"
+    for key, standing in (("momentum", profile.recipe.momentum), ("nesterov", profile.recipe.nesterov)):
+        value = getattr(training, key)
+        if value is not False and (key in given or (key in file and not of_sgd and value != standing)):
+            raise UsageError(
+                f"training.{key} is {value}, which only sgd heeds, but the optimizer is {training.optimizer}; leave it "
+                f"out (--{key}), or take --optimizer sgd"
+            )
 
 
 def _adapt_to_stream(training: Table, given: Mapping[str, Any]) -> None:
