@@ -355,6 +355,47 @@ def test_resume_of_a_damaged_checkpoint(inside, capsys, tmp_path):
     assert "best.safetensors" in err
 
 
+def told_commands(message: str) -> list[list[str]]:
+    """Return the commands that a message tells, in words."""
+    tail = message.strip().partition(": cp ")[2]
+    return [command.split() for command in f"cp {tail}".split(", then edgetrain ")]
+
+
+def test_a_run_without_its_last_checkpoint_says_what_to_do_with_the_best(inside, capsys, tmp_path):
+    found = shutil.copytree(inside / "runs/fit-1", tmp_path / "fit-1")
+    (found / "last.safetensors").unlink()
+    code, _, err = run(capsys, "evaluate", found)
+    assert code == 2
+    assert f"no last.safetensors in it, but best.safetensors; evaluate, predict and export take {found}/best" in err
+    assert run(capsys, "evaluate", found / "best.safetensors", "--data", "digits.npz")[0] == 0
+    code, _, err = run(capsys, "resume", found, "--epochs", "4")
+    assert code == 3
+    copy, resume = told_commands(err)
+    subprocess.run(copy, check=True)
+    assert run(capsys, *resume, "--epochs", "4")[0] == 0
+
+
+LEFT = {
+    "last": (["export", "--best"], "but last.safetensors; ", "to train on: edgetrain resume "),
+    "model": (["resume"], "but model.onnx; ", "--initial-weights "),
+    "nothing": (["evaluate"], "and nothing else that was trained; ", "begin anew with: edgetrain fit --config "),
+}
+
+
+@pytest.mark.parametrize("name", LEFT)
+def test_a_run_without_a_checkpoint_names_what_is_left(inside, capsys, tmp_path, name):
+    command, lack, remedy = LEFT[name]
+    found = shutil.copytree(inside / "runs/fit-1", tmp_path / "fit-1")
+    for file in ("last.safetensors", "best.safetensors", "model.onnx"):
+        if not file.startswith(name):
+            (found / file).unlink()
+    code, _, err = run(capsys, *command, found)
+    assert code in (2, 3)
+    assert lack in err
+    assert f"{remedy}{found}" in err
+    assert err.count("\n") == 1
+
+
 def test_checkpoint_inside_an_epoch(inside, capsys, tmp_path, monkeypatch):
     saved = []
     seconds = itertools.count(time.monotonic())  # every look at the clock takes a second

@@ -200,6 +200,22 @@ def load_trained(source: str, threads: int | None = None, best: bool = False) ->
     return learner, str(path)
 
 
+def without_checkpoint(run: Run, missing: Path) -> str:
+    """Return what to say of a run that lacks a checkpoint: what is there, and what that is good for."""
+    resume, fit = f"edgetrain resume {run.path}", f"edgetrain fit --config {run.config_file}"
+    advice = {
+        run.last: f"to train on: {resume}",
+        run.best: f"to train on from the best epoch: cp {run.best} {run.last}, then {resume}",
+        run.model: f"to train anew from its weights: {fit} --initial-weights {run.model}",
+    }
+    for file, how in advice.items():
+        if file != missing and file.exists():
+            return (
+                f"{run.path}: no {missing.name} in it, but {file.name}; evaluate, predict and export take {file}; {how}"
+            )
+    return f"{run.path}: no {missing.name} in it, and nothing else that was trained; begin anew with: {fit}"
+
+
 def load_for(graph: Graph, source: str, split: str | None) -> Dataset:
     """Return labelled data in the shape that a model takes; images in folders are resized to it.
 
@@ -278,5 +294,5 @@ def _inference_only(path: Path, threads: int | None) -> Learner:
 def _checkpoint_of(run: Run, best: bool) -> Path:
     path = run.best if best else run.last
     if not path.exists():
-        raise UsageError(f"{run.path}: no {path.name} in it; train with: edgetrain resume {run.path}")
+        raise UsageError(without_checkpoint(run, path))
     return path

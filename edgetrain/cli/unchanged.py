@@ -10,8 +10,8 @@ from typing import Any
 
 from edgetrain.checkpoint import read_checkpoint
 from edgetrain.cli.config import ARGUMENTS, Config
-from edgetrain.cli.sources import make_optimizer
-from edgetrain.errors import UsageError
+from edgetrain.cli.sources import make_optimizer, without_checkpoint
+from edgetrain.errors import CheckpointError, UsageError
 from edgetrain.optim import Optimizer
 from edgetrain.policies import NONE, agrees, parse_policy
 from edgetrain.runs import Run
@@ -24,6 +24,8 @@ def check_unchanged(run: Run, config: Config) -> None:
         UsageError: it was; the message names every changed setting.
         CheckpointError: the checkpoint is missing or damaged.
     """
+    if not run.last.exists():
+        raise CheckpointError(without_checkpoint(run, run.last))
     _, table = read_checkpoint(run.last)
     model = table["graph"]["name"]
     old, new = _by_key(table["settings"], model), _by_key(_settings(config), _graph_name(config, model))
