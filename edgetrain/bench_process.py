@@ -118,7 +118,7 @@ class ContenderProcess:
         self.close()
 
     def turn(self, steps: int, keep: bool = True) -> float:
-        """Let the contender take some steps; return their mean seconds.
+        """Let the contender take some steps; return their median seconds.
 
         Args:
             steps: at least 1.
@@ -131,7 +131,7 @@ class ContenderProcess:
         if keep:
             self.timing.seconds += answer["seconds"]
         self.timing.resident_bytes = answer["resident_bytes"]
-        return float(sum(answer["seconds"])) / steps
+        return float(statistics.median(answer["seconds"]))
 
     def finish(self) -> Timing:
         """Ask for the contender's facts and return everything known of it."""
