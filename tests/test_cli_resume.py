@@ -102,6 +102,16 @@ def test_a_run_whose_output_nobody_reads_any_more_goes_on(inside, tmp_path, flag
     assert_same_result(tmp_path / "fit-1", inside / "runs/fit-1")
 
 
+def test_a_run_without_standard_output_goes_on(inside, tmp_path):
+    """Closed before the program began, as some services do."""
+    shell = 'exec "$@" >&-'
+    command = ["sh", "-c", shell, "sh", sys.executable, "-m", "edgetrain", *FIT, "--out", str(tmp_path)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, stderr=subprocess.PIPE, text=True, env=environment)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert_same_result(tmp_path / "fit-1", inside / "runs/fit-1")
+
+
 def test_output_on_a_full_disk_is_one_message(inside, tmp_path):
     command = [sys.executable, "-m", "edgetrain", *FIT, "--out", str(tmp_path)]
     with Path("/dev/full").open("w") as full:

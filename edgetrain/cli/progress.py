@@ -171,7 +171,7 @@ class BarDisplay(Display):
 def choose_display(quiet: bool, as_json: bool, budget_mib: float) -> Display:
     """Return the display for this process: with ``--json``, standard output belongs to the result."""
     stream = sys.stderr if as_json else sys.stdout
-    if quiet:
+    if quiet or stream is None:  # which it is where standard output was closed before the program began
         return Display(stream, budget_mib)
     return (BarDisplay if stream.isatty() else PlainDisplay)(stream, budget_mib)
 
