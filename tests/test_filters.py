@@ -66,6 +66,15 @@ def stream_through(some: et.Learner, count: int, size: int = 40, **options) -> l
     return [some.observe(x[i : i + size], y[i : i + size], **options) for i in range(0, count, size)]
 
 
+@pytest.mark.parametrize("labels", ["soft", "hard"])
+def test_the_early_filter_may_keep_everything(labels):
+    """No loss is expected to be low then; those that are have a weight all the same."""
+    some = learner(et.EarlyInstanceFilter(rate=1.0, start=0, labels=labels))
+    results = stream_through(some, 800)
+    assert sum(result.instances_kept for result in results) == 800
+    assert math.isfinite(some.stream.facts["threshold"])
+
+
 # ---- the contract ----------------------------------------------------------------------------------------------------
 
 

@@ -619,12 +619,14 @@ def test_a_network_of_one_layer_tells_that_the_first_stays_dense():
 # ---- initial patterns ------------------------------------------------------------------------------------------------
 
 
-def test_random_patterns_are_scaled_and_trained_ones_are_not():
+@pytest.mark.parametrize("share", [0.8, 0.9999])
+def test_random_patterns_are_scaled_and_trained_ones_are_not(share):
+    """By the weights that are left: one at least of every layer."""
     original = network().arrays
-    random = learner(et.StaticSparse(0.8))
-    trained = learner(et.StaticSparse(0.8, initial_pattern="magnitude"))
+    random = learner(et.StaticSparse(share))
+    trained = learner(et.StaticSparse(share, initial_pattern="magnitude"))
     for name, mask in patterns(random).items():
-        scale = 1 / math.sqrt(random.topology.densities[name])
+        scale = math.sqrt(mask.size / mask.sum())
         np.testing.assert_allclose(random.parameters()[name], np.where(mask, original[name] * scale, 0), rtol=1e-6)
     for name, mask in patterns(trained).items():
         np.testing.assert_array_equal(trained.parameters()[name], np.where(mask, original[name], 0))

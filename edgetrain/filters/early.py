@@ -212,7 +212,8 @@ class _Early(Selector):
             target = losses / (losses + self._threshold)
         else:
             target = (losses > self._threshold).astype(np.float64)
-            weights = weights / np.where(target > 0, self.settings.rate, 1 - self.settings.rate)
+            rate = self.settings.rate  # at 1 no loss is expected to be low, but some are
+            weights = weights / np.where(target > 0, rate, max(1 - rate, _LEAST))
         step = self._train(x, target, weights / weights.mean())
         return Lesson(uncertain, uncertain * self._judge.executed() + step.macs_done)
 

@@ -178,7 +178,7 @@ class CompactPolicy(SparsityPolicy):
 
     Attributes:
         distribution: of densities over layers: ``"erk"`` (Erdos-Renyi-kernel) or ``"uniform"``.
-        initial_pattern: ``"random"`` (weights are then scaled by ``1 / sqrt(density)``, as fewer add up), or
+        initial_pattern: ``"random"`` (weights are then scaled by the root of all over those left, as fewer add up), or
             ``"magnitude"``: the largest stay as they are; ``None``: magnitude for trained weights (of an .onnx file,
             of ``load_parameters``, of a graph that a learner trained: ``Graph.trained``), random for those of a
             builder. A layer that already has as many zeros as asked for keeps its pattern in all cases; weights that
@@ -221,7 +221,8 @@ class CompactPolicy(SparsityPolicy):
             return largest(np.abs(array, out=scores, where=array != 0), count), 1.0
         mask = np.zeros(layer.size, bool)
         mask[rng.choice(layer.size, count, replace=False, shuffle=False)] = True
-        return mask.reshape(layer.shape), 1 / math.sqrt(density)
+        # By how many there are: of 18 weights one is left at density 0.0001, which must not become 100 times as large.
+        return mask.reshape(layer.shape), math.sqrt(layer.size / count)
 
     def beginning(self, trained: bool) -> str:
         """Return which pattern ``initial`` chooses, as text."""
