@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from edgetrain.errors import DataError
 
 ALIGNMENT = 64  # bytes; a cache line, and the largest vector
-_MANY = 1 << 15  # numbers
+_MANY = 1 << 15  # numbers, of which the largest and the smallest are looked for sooner than all are looked at
 
 
 @dataclass(frozen=True)

@@ -137,7 +137,7 @@ class ProductLowering(SparseLowering):
         """One gather-multiply per phase of the stride; a phase that no window meets becomes 0."""
         grad, out = self.layout(node.x), self.layout(node.y)
         weight = self.dense_weight(node.input(1), g)
-        if self.halves_rows(g, out):
+        if self._halves_rows(g, out):
             self._input_grad_by_halves(node, g, weight)
             return
         for phase in g.phases():
@@ -148,7 +148,7 @@ class ProductLowering(SparseLowering):
                 outputs=g.inputs, bias=None,
             )  # fmt: skip
 
-    def halves_rows(self, g: Product, out: Layout) -> bool:
+    def _halves_rows(self, g: Product, out: Layout) -> bool:
         """Whether an input gradient is the sum of two, of half of the outputs each: of large fully connected layers.
 
         Not by threads, as it fixes the order of summation.
