@@ -9,11 +9,11 @@ import struct
 import numpy as np
 import pytest
 import unicorn
-from llvmlite import binding
+from llvmlite import binding, ir
 from unicorn import arm64_const
 
 from edgetrain.errors import GraphError
-from edgetrain.kernels import compiler, loader, registry, tiles
+from edgetrain.kernels import compiler, loader, registry, simd, tiles
 from edgetrain.kernels.codes import SAMPLES, SIGMOID
 from edgetrain.kernels.loader import ElfObject
 
@@ -97,6 +97,27 @@ class Emulator:
         self._machine.emu_start(self._entry, OUTSIDE + 2048)
 
 
+def state_kernel(swapped: int) -> str:
+    """Return LLVM code for the other processor that stores its floating-point state and sets ``swapped`` bits of it."""
+    module = ir.Module("state")
+    module.triple, module.data_layout = "aarch64-unknown-linux-gnu", LAYOUT
+    number = ir.IntType(64)
+    function = ir.Function(module, ir.FunctionType(ir.VoidType(), [number.as_pointer(), number, number]), "code")
+    builder = ir.IRBuilder(function.append_basic_block())
+
+    def call(intrinsic, *arguments):
+        return intrinsic._defn(None, *arguments)[1](compiler.cpu_target.target_context, builder, None, arguments)
+
+    before = call(simd.float_state)
+    call(simd.set_float_state, builder.xor(before, ir.Constant(number, swapped)))
+    call(simd.pause)
+    place = builder.inttoptr(builder.load(function.args[0]), number.as_pointer())
+    builder.store(before, place)
+    builder.store(call(simd.flush_bits), builder.gep(place, [ir.Constant(number, 1)]))
+    builder.ret_void()
+    return str(module)
+
+
 def in_order(kernel: str, **values: int) -> list[int]:
     names = registry.argument_names(kernel)
     assert values.keys() <= set(names)
@@ -125,6 +146,19 @@ def test_arm_code_reads_its_constants(cortex):
     place = machine.put(x)
     machine.run(in_order("unary", x=place, y=place, rows=1, vectors=4), 1)
     np.testing.assert_allclose(machine.get(place, 16), 1 / (1 + np.exp(-x)), rtol=1e-6)
+
+
+def test_arm_code_flushes_subnormals_without_inline_assembly(cortex):
+    """LLVM ends the process at inline assembly for a processor whose assembler nobody loaded, and Numba loads none."""
+    flush = 1 << 24
+    text = state_kernel(flush)
+    assert " asm " not in text
+    machine = Emulator(cortex.emit_object(binding.parse_assembly(text)))
+    place = machine.put(np.zeros(2, np.int64))
+    machine.run([place], 1)
+    assert machine.get(place, 4).view(np.int64).tolist() == [0, flush]
+    machine.run([place], 1)  # sees what the first call set
+    assert machine.get(place, 4).view(np.int64).tolist() == [flush, flush]
 
 
 @pytest.mark.parametrize("count", [1, 5, 16])

@@ -518,7 +518,8 @@ def float_state(typingctx: Any) -> Any:
             call_llvm(builder, "llvm.x86.sse.stmxcsr", raw, result=ir.VoidType())
             return builder.zext(builder.load(slot), I64)
         if machine.startswith("aarch64"):
-            return builder.asm(ir.FunctionType(I64, []), "mrs $0, fpcr", "=r", [], True)
+            # Not inline assembly, here and below: Numba loads no parser for it, and LLVM ends the process without one.
+            return call_llvm(builder, "llvm.aarch64.get.fpcr", result=I64)
         return ir.Constant(I64, 0)
 
     return types.int64(), codegen
@@ -536,7 +537,7 @@ def set_float_state(typingctx: Any, state: Any) -> Any:
             raw = builder.bitcast(slot, ir.IntType(8).as_pointer())
             call_llvm(builder, "llvm.x86.sse.ldmxcsr", raw, result=ir.VoidType())
         elif machine.startswith("aarch64"):
-            builder.asm(ir.FunctionType(ir.VoidType(), [I64]), "msr fpcr, $0", "r", [args[0]], True)
+            call_llvm(builder, "llvm.aarch64.set.fpcr", args[0], result=ir.VoidType())
         return context.get_dummy_value()
 
     return types.void(types.int64), codegen
