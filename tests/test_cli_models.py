@@ -50,6 +50,28 @@ def test_predict_of_an_array_file(inside, capsys, tmp_path):
     assert [line.split()[0] for line in out.splitlines()] == ["image", "0", "1", "2"]
 
 
+@pytest.mark.parametrize(("loss", "outputs"), [("mse", 1), ("mse", 3), ("cross_entropy", 1)])
+def test_predict_of_a_network_without_classes_gives_its_outputs(capsys, tmp_path, loss, outputs):
+    """A checkpoint knows its loss; an ONNX file does not, but a single output tells no classes apart."""
+    graph = et.Graph("line", input_shape=(1, 4))
+    weight = np.random.default_rng(0).normal(size=(outputs, 4)).astype(np.float32)
+    x = np.random.default_rng(1).normal(size=(3, 1, 4)).astype(np.float32)
+    flat = graph.add("Flatten", [graph.inputs[0]])
+    graph.set_outputs([graph.add("Gemm", [flat, graph.parameter("weight", weight)], transB=1)])
+    learner = et.Learner(graph, loss="mse")
+    learner.save(tmp_path / "line.safetensors")
+    learner.export_onnx(tmp_path / "line.onnx")
+    np.savez(tmp_path / "some.npz", x=x)
+    file = tmp_path / ("line.safetensors" if loss == "mse" else "line.onnx")
+    code, out, _ = run(capsys, "predict", file, tmp_path / "some.npz", "--json")
+    assert code == 0
+    predictions = json.loads(out)["predictions"]
+    assert [set(row) for row in predictions] == [{"index", "outputs"}] * 3
+    np.testing.assert_allclose([row["outputs"] for row in predictions], x[:, 0] @ weight.T, rtol=1e-5)
+    lines = run(capsys, "predict", file, tmp_path / "some.npz")[1].splitlines()
+    assert [len(line.split()) for line in lines] == [2, *[1 + outputs] * 3]
+
+
 def test_predict_of_an_image_equals_that_of_its_pixels(inside, capsys, tmp_path):
     image = pytest.importorskip("PIL.Image")
     pixels = np.load("digits.npz")["x_test"][4]

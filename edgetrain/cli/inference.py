@@ -16,6 +16,7 @@ from edgetrain.data.folder import IMAGE_SUFFIXES, class_folders, image_files, re
 from edgetrain.data.readers import available_splits, is_image_folder
 from edgetrain.errors import DataError, UsageError
 from edgetrain.fitting import evaluate_dataset
+from edgetrain.losses import log_softmax
 
 if TYPE_CHECKING:
     from edgetrain.graph import Graph
@@ -33,17 +34,18 @@ def evaluate_command(model: str, data: str, split: str | None, threads: int | No
 
 
 def predict_command(model: str, data: str, split: str | None, threads: int | None, *, as_json: bool) -> None:
-    """Print the class of every image."""
+    """Print the class of every image, or the numbers that a network without classes gives."""
     learner, loaded = load_trained(model, threads)
     files = _image_files(Path(data), split)
     dataset = _from_images(_decoded(files, learner.graph), data) if files else _arrays(learner.graph, data, split)
-    predictions = []
-    for index, row in enumerate(_probabilities(learner, dataset)):
-        label = int(row.argmax())
-        told = {"index": index, "label": label, "class": _name(learner.graph, label), "probability": float(row.max())}
-        predictions.append(told | ({"file": str(files[index])} if files else {}))
-    rows = [("image", "class", "probability")]
-    rows += [(str(p.get("file", p["index"])), str(p["class"]), f"{p['probability']:.4f}") for p in predictions]
+    logits = _logits(learner, dataset)
+    has_classes = learner.loss != "mse" and logits.shape[1] > 1
+    told = [_most_probable(learner.graph, row) if has_classes else {"outputs": row.tolist()} for row in logits]
+    predictions = [{"index": index} | one for index, one in enumerate(told)]
+    for prediction, file in zip(predictions, files, strict=bool(files)):
+        prediction["file"] = str(file)
+    rows: list[tuple[str, ...]] = [("image", "class", "probability") if has_classes else ("image", "outputs")]
+    rows += [(str(p.get("file", p["index"])), *_columns(p)) for p in predictions]
     emit({"model": loaded, "data": data, "predictions": predictions}, table(rows), as_json)
 
 
@@ -57,13 +59,26 @@ def export_command(model: str, output: Path, *, best: bool, as_json: bool) -> No
     emit({"from": file, "model": str(output), "bytes": size}, f"{output}: {size:,} bytes, from {file}", as_json)
 
 
-def _probabilities(learner: Learner, dataset: Dataset) -> NDArray[np.float32]:
-    """Return the class probabilities of all images, float32 (N, classes)."""
+def _logits(learner: Learner, dataset: Dataset) -> NDArray[np.float32]:
+    """Return what the network gives for all images, float32 (N, outputs)."""
     pieces = []
     for first in range(0, len(dataset), learner.batch_size):
         x, _ = dataset.take(np.arange(first, min(first + learner.batch_size, len(dataset))))
-        pieces.append(learner.predict_proba(x))
+        pieces.append(learner.logits(x))
     return np.concatenate(pieces)
+
+
+def _most_probable(graph: Graph, logits: NDArray[np.float32]) -> dict[str, Any]:
+    probabilities = np.exp(log_softmax(logits[None]))[0]
+    label = int(probabilities.argmax())
+    name = graph.class_names[label] if label < len(graph.class_names) else str(label)
+    return {"label": label, "class": name, "probability": float(probabilities[label])}
+
+
+def _columns(prediction: dict[str, Any]) -> tuple[str, ...]:
+    if "outputs" in prediction:
+        return (" ".join(f"{value:.6g}" for value in prediction["outputs"]),)
+    return prediction["class"], f"{prediction['probability']:.4f}"
 
 
 def _image_files(path: Path, split: str | None) -> list[Path]:
@@ -118,7 +133,3 @@ def _decoded(files: Sequence[Path], graph: Graph) -> NDArray[np.uint8]:
         raise DataError(f"{files[0]}: an image, but the model takes inputs of shape {graph.input_shape}")
     channels, height, width = graph.input_shape
     return np.stack([read_image(file, (height, width), channels) for file in files])
-
-
-def _name(graph: Graph, label: int) -> str:
-    return graph.class_names[label] if label < len(graph.class_names) else str(label)
