@@ -150,6 +150,14 @@ def test_nobody_configures_logging_or_warnings(name):
     assert "simplefilter" not in text
 
 
+@EVERY_FILE
+def test_no_kernel_has_inline_assembly(name):
+    """On processors whose assembler Numba does not load, all but x86, LLVM would end the process: use an intrinsic."""
+    text = FILES[name].read_text()
+    assert ".asm(" not in text
+    assert "InlineAsm" not in text
+
+
 def undocumented(body: list[ast.stmt], prefix: str) -> list[str]:
     """Return public classes, functions and methods without a docstring.
 
