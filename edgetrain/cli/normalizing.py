@@ -42,4 +42,4 @@ def standing_out(x: NDArray[np.float32]) -> NDArray[np.bool_]:
 
 def _are_pixels(x: NDArray[np.float32]) -> bool:
     """Tell whether all values are whole numbers of grey levels, as those of 8-bit images are."""
-    return x.min() >= 0 and x.max() <= 1 and np.array_equal(x, np.rint(x * 255) / np.float32(255))
+    return bool(x.min() >= 0 and x.max() <= 1) and np.array_equal(x, np.rint(x * 255) / np.float32(255))
