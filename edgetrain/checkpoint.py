@@ -8,6 +8,7 @@ beside its destination, then synced and renamed, so the destination is always a 
 from __future__ import annotations
 
 import contextlib
+import glob
 import hashlib
 import json
 import os
@@ -156,7 +157,7 @@ def _sync_folder(folder: Path) -> None:
 
 
 def _remove_orphans(path: Path) -> None:
-    for orphan in path.parent.glob(f".{path.name}.*.tmp"):
+    for orphan in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
         owner = orphan.name.split(".")[-2]
         if not (owner.isdigit() and _alive(int(owner))):
             orphan.unlink(missing_ok=True)

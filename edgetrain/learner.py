@@ -129,7 +129,7 @@ class Learner:
             self._allowed(threads), self.error_pruning, self.topology.wants_gradients,
             self.topology.rewrite if self.topology.prunes_activations else None, self.topology.needs_lists,
         )  # fmt: skip
-        self._start_stream()
+        self.stream = self.plans.beside = InstanceStream(self, self.instance_filter)
 
     # --- settings ---
 
@@ -395,13 +395,16 @@ class Learner:
         """Take the state that ``state`` returned.
 
         Raises:
-            CheckpointError: it belongs to another network or optimizer.
+            CheckpointError: it belongs to another network, optimizer or instance filter; nothing has changed.
         """
         streamed = {key[7:]: array for key, array in tensors.items() if key.startswith("stream/")}
         tensors = {key: array for key, array in tensors.items() if not key.startswith("stream/")}
         records = tensors.pop("records", None)
         with self._lock:
             self._check_state(tensors, records, meta["step_count"])
+            stream = InstanceStream(self, self.instance_filter)
+            if "stream" in meta:
+                stream.restore(streamed, meta["stream"])
             parameters, tensors = self._parameters, self.topology.restore(tensors, meta.get("topology"))
             parameters.forget()
             if records is not None:
@@ -411,13 +414,7 @@ class Learner:
                 parameters.stored(name, buffer)[...] = array
             self.step_count = int(meta["step_count"])
             self.graph.trained |= self.step_count > 0
-            self._start_stream()
-            if "stream" in meta:
-                self.stream.restore(streamed, meta["stream"])
-
-    def _start_stream(self) -> None:
-        self.stream = InstanceStream(self, self.instance_filter)
-        self.plans.beside = self.stream
+            self.stream = self.plans.beside = stream
 
     def _check_state(self, tensors: Mapping[str, NDArray[Any]], records: NDArray[Any] | None, step_count: int) -> None:
         """Compare names and shapes with what this learner has, before any of it is changed.

@@ -72,6 +72,13 @@ def test_predict_of_a_network_without_classes_gives_its_outputs(capsys, tmp_path
     assert [len(line.split()) for line in lines] == [2, *[1 + outputs] * 3]
 
 
+def test_predict_refuses_an_array_without_samples(inside, capsys, tmp_path):
+    np.savez(tmp_path / "one.npz", x=np.float32(3))
+    code, _, err = run(capsys, "predict", "runs/fit-1", tmp_path / "one.npz")
+    assert code == 3
+    assert "images have shape ()" in err
+
+
 def test_predict_of_an_image_equals_that_of_its_pixels(inside, capsys, tmp_path):
     image = pytest.importorskip("PIL.Image")
     pixels = np.load("digits.npz")["x_test"][4]

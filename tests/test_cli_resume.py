@@ -22,7 +22,7 @@ from edgetrain.checkpoint import read_checkpoint
 from edgetrain.cli import training
 from edgetrain.errors import CheckpointError, UsageError
 from edgetrain.runs import open_run
-from tests.cli_support import FIT, ROOT, assert_same_result, run, trained, write_data
+from tests.cli_support import FIT, ROOT, assert_same_result, run, stored_data, trained, write_data
 
 
 @pytest.fixture(scope="module")
@@ -133,6 +133,27 @@ def test_second_interrupt_aborts_at_once():
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is before
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_run_is_resumed_though_the_file_of_its_profile_is_gone(inside, capsys, tmp_path, stream):
+    profile, data = tmp_path / "mine.toml", tmp_path / "some.npz"
+    shutil.copy(ROOT / "device_profiles" / "raspberrypi4.toml", profile)
+    arrays = {name: array[:100] for name, array in stored_data().items()}
+    np.savez(data, **{name: array[:60] if stream else array for name, array in arrays.items()})
+    flags = ["--stream"] if stream else ["--epochs", "1"]
+    run(capsys, "fit", "--data", data, "--profile", profile, "--threads", "1", "--out", tmp_path, *flags)
+    profile.unlink()
+    np.savez(data, **arrays)
+    code, _, err = run(capsys, "resume", tmp_path / "fit-1", *([] if stream else ["--epochs", "2"]))
+    assert (code, err) == (0, "")
+
+
+def test_a_path_that_no_settings_can_hold_is_refused(inside, capsys, tmp_path):
+    code, _, err = run(capsys, "fit", "--data", os.fsdecode(b"p\xff.npz"), "--out", tmp_path)
+    assert code == 2
+    assert "expected a path in UTF-8" in err
+    assert not any(tmp_path.iterdir())
 
 
 def test_finished_run_has_nothing_to_resume(inside, capsys):

@@ -25,6 +25,7 @@ from edgetrain.checkpoint import load_checkpoint
 from edgetrain.cli import main
 from edgetrain.cli.normalizing import standing_out
 from edgetrain.cli.progress import BarDisplay, PlainDisplay
+from edgetrain.cli.streaming import StreamSession
 from edgetrain.data.streaming import InstanceSource
 from edgetrain.errors import DataError, UsageError
 from edgetrain.history import Totals
@@ -96,6 +97,52 @@ def test_a_signal_saves_the_stream(inside, capsys, tmp_path):
     code, _, _ = run(capsys, "resume", tmp_path / "fit-1", "--quiet")
     assert code == 0
     assert_same_result(tmp_path / "fit-1", inside / "runs/fit-1")
+
+
+def test_a_stream_whose_classes_have_other_names_than_the_network_is_refused(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    x, y = np.random.default_rng(0).integers(0, 256, (64, 1, 16, 16), np.uint8), np.arange(64) % 2
+    np.savez("a.npz", x=x[:40], y=y[:40], class_names=["cat", "dog"])
+    assert run(capsys, "fit", "--stream", "--data", "a.npz", "--threads", "1")[0] == 0
+    shutil.copy("runs/fit-1/model.onnx", "model.onnx")
+    np.savez("a.npz", x=x, y=1 - y, class_names=["dog", "cat"])
+    for command in (["resume", "runs/fit-1"], ["fit", "--stream", "--data", "a.npz", "--model", "model.onnx"]):
+        code, _, told = run(capsys, *command)
+        assert code == 3
+        assert "stream 'a' has the classes dog, cat, but the model was trained on cat, dog" in told
+    assert [path.name for path in Path("runs").iterdir()] == ["fit-1"]
+
+
+def test_test_data_of_a_stream_are_looked_at_before_it_begins(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    x, y = np.random.default_rng(0).integers(0, 256, (40, 1, 16, 16), np.uint8), np.arange(40) % 2
+    np.savez("a.npz", x_train=x, y_train=y, x_test=x[:5, :, :8, :8], y_test=y[:5])
+    code, _, told = run(capsys, "fit", "--stream", "--data", "a.npz", "--threads", "1")
+    assert code == 3
+    assert "has images of shape (1, 8, 8), but the network 'lenet5' expects (1, 16, 16)" in told
+    assert not Path("runs").exists()
+
+
+def test_a_stream_is_kept_though_its_test_data_were_damaged_meanwhile(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    x, y = np.random.default_rng(0).integers(0, 256, (40, 1, 16, 16), np.uint8), np.arange(40) % 2
+    arrays = {"x_train": x, "y_train": y, "x_test": x[:5], "y_test": y[:5]}
+    np.savez("a.npz", **arrays)
+    train = StreamSession.train
+
+    def and_damage(session: StreamSession) -> None:
+        train(session)
+        np.savez("a.npz", **arrays | {"y_test": y[:4]})
+
+    monkeypatch.setattr(StreamSession, "train", and_damage)
+    code, _, told = run(capsys, "fit", "--stream", "--data", "a.npz", "--threads", "1")
+    assert code == 3
+    assert "; all of the stream is learned, the model is " in told
+    assert Path("runs/fit-1/model.onnx").exists()
+    np.savez("a.npz", **arrays)  # mended
+    code, told, _ = run(capsys, "resume", "runs/fit-1")
+    assert code == 0
+    assert "test accuracy" in told
 
 
 def test_a_finished_stream_is_not_resumed(inside, capsys):

@@ -68,6 +68,11 @@ def test_from_arrays_accepts_every_integer_label(dtype: str) -> None:
     assert Dataset.from_arrays(IMAGES, np.array([0, 1, 0], dtype)).labels.dtype == np.int64
 
 
+def test_labels_beyond_all_integers_are_refused() -> None:
+    with pytest.raises(DataError, match="label 9223372036854775808, expected integers"):
+        Dataset.from_arrays(IMAGES, np.array([0, 1, 2**63], np.uint64))
+
+
 @pytest.mark.parametrize(
     ("shape", "layout", "stored", "input_shape"),
     [

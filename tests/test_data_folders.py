@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import struct
 import sys
 from pathlib import Path
 from typing import Any
@@ -80,6 +81,21 @@ def test_damaged_image_is_named(animals: Path, keep: int) -> None:
     file.write_bytes(file.read_bytes()[:keep])
     with pytest.raises(DataError, match=r"c\.PNG: cannot be decoded .*replace or remove it"):
         load_dataset(animals)
+
+
+@pytest.mark.parametrize("kind", [2, 7, 12])
+def test_an_image_whose_decoder_fails_in_its_own_way_is_named(animals: Path, kind: int) -> None:
+    """Of a TIFF whose place of the pixels is not a whole number, Pillow raises a TypeError."""
+    file = animals / "dog" / "c.tif"
+    write_image(file, mode="RGB")
+    content = bytearray(file.read_bytes())
+    first, = struct.unpack("<I", content[4:8])
+    entries = range(first + 2, first + 2 + 12 * content[first], 12)
+    place = next(entry for entry in entries if content[entry : entry + 2] == struct.pack("<H", 273))
+    content[place + 2] = kind
+    file.write_bytes(content)
+    with pytest.raises(DataError, match=r"c\.tif: cannot be decoded"):
+        load_dataset(animals, image_size=(5, 4))
 
 
 def test_sixteen_bit_image_is_refused(animals: Path) -> None:

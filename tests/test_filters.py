@@ -11,7 +11,7 @@ import pytest
 
 import edgetrain as et
 from edgetrain.devices import load_profile
-from edgetrain.errors import MemoryBudgetError, UsageError
+from edgetrain.errors import CheckpointError, MemoryBudgetError, UsageError
 from edgetrain.filters import Judge
 from edgetrain.filters.base import KeptShare
 from edgetrain.graph import Graph
@@ -131,6 +131,21 @@ def test_the_same_seed_gives_the_same_parameters_whatever_the_threads(name):
     assert run(seed=1, threads=2) == first
     if name != "selective-top":  # nothing in it is left to chance
         assert run(seed=2) != first
+
+
+@pytest.mark.parametrize(("stored", "own"), [
+    ("random:rate=0.5", "eif:rate=0.5,start=8"), ("selective:rate=0.5", "random:rate=0.5"),
+    ("eif:rate=0.5,start=8,cells=4", "eif:rate=0.5,start=8,cells=8"),
+])  # fmt: skip
+def test_the_state_of_another_filter_is_refused_and_changes_nothing(stored, own):
+    x, y, _ = instances(64)
+    first, second = (learner(parse_policy("filter", text)) for text in (stored, own))
+    first.observe(x, y)
+    before = {name: array.tobytes() for name, array in second.parameters().items()}
+    with pytest.raises(CheckpointError, match="the state belongs to another"):
+        second.restore(*first.state())
+    assert {name: array.tobytes() for name, array in second.parameters().items()} == before
+    assert (second.step_count, second.stream.position) == (0, 0)
 
 
 @EVERY_FILTER

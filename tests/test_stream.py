@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 import threading
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,8 +18,9 @@ import numpy as np
 import pytest
 
 import edgetrain as et
+from edgetrain.data import load_dataset
 from edgetrain.data.streaming import _JsonLines, open_stream
-from edgetrain.errors import DataError, NumericalError
+from edgetrain.errors import DataError, NumericalError, UsageError
 from edgetrain.history import Totals
 from tests.cli_support import ROOT
 from tests.test_filters import instances, learner
@@ -466,6 +469,81 @@ def test_lines_before_a_bad_one_come_first():
     assert labels == [2, 2, 2]
     assert "line 4: not JSON" in str(error)
     assert str(error).endswith("such as " + '{"pixels": [0, 17, 255], "y": 3}')
+
+
+@pytest.mark.parametrize(("line", "told"), [
+    ('{"x": ["1", "2", "3", "4"], "y": 2}', "line 2: 'x' is not an array of numbers, but of type <U1"),
+    ('{"x": [true, false, true, false], "y": 2}', "line 2: 'x' is not an array of numbers, but of type bool"),
+    ('{"x": [1, 2, [3], 4], "y": 2}', "line 2: 'x' is not an array of numbers"),
+    ('{"image": "nothing.png", "y": 2}', "line 2: nothing.png: "),
+])  # fmt: skip
+def test_a_bad_instance_is_told_with_its_line(line, told):
+    with piped(f"{GOOD}{line}\n") as reading:
+        labels, error = taken(_JsonLines(reading, (1, 2, 2), 3, ()).blocks(2, 0, never))
+    assert labels == [2]
+    assert told in str(error)
+
+
+@pytest.mark.parametrize("end", ["", "\n" + GOOD])
+def test_of_a_line_without_an_end_no_more_is_kept_than_a_line_may_have(end):
+    reading, writing = os.pipe()
+    source = _JsonLines(reading, (1, 2, 2), 3, ())
+
+    def write() -> None:
+        os.write(writing, GOOD.encode())
+        for _ in range(100):
+            os.write(writing, bytes(1 << 16))
+        os.write(writing, end.encode())
+        os.close(writing)
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    lines = source._lines(never, never)
+    assert next(lines) == GOOD[:-1].encode()
+    assert len(next(lines)) <= source._longest + (1 << 16)
+    assert [*lines] == ([GOOD[:-1].encode()] if end else [])
+    writer.join()
+    os.close(reading)
+
+
+def test_a_line_that_is_too_long_is_a_bad_one():
+    with piped(GOOD + GOOD) as reading:
+        source = _JsonLines(reading, (1, 2, 2), 3, ())
+        source._longest = len(GOOD) - 2
+        labels, error = taken(source.blocks(2, 0, never))
+    assert labels == []
+    assert "line 1: longer than 26 bytes, expected such as" in str(error)
+
+
+def test_closed_standard_input_is_refused(monkeypatch):
+    """The next file that is opened would have its descriptor."""
+    monkeypatch.setattr("sys.stdin", None)
+    with pytest.raises(UsageError, match="standard input is closed"):
+        open_stream("-", (1, 2, 2), 3)
+
+
+@pytest.mark.parametrize("kind", ["encrypted", "foreign"])
+def test_an_archive_that_zipfile_cannot_read_is_bad_data(kind, tmp_path):
+    file = tmp_path / "a.npz"
+    np.savez(file, x=np.zeros((4, 1, 2, 2), np.uint8), y=np.array([0, 1, 0, 1]))
+    content = bytearray(file.read_bytes())
+    if kind == "foreign":  # NumPy takes names without a suffix, too
+        with zipfile.ZipFile(file) as archive:
+            members = {name: archive.read(name) for name in archive.namelist()}
+        with zipfile.ZipFile(file, "w") as archive:
+            for name, member in members.items():
+                archive.writestr(name.removesuffix(".npy"), member)
+    else:
+        for mark, place in ((b"PK\3\4", 6), (b"PK\1\2", 8)):  # the flags in both headers of every member
+            for found in re.finditer(re.escape(mark), content):
+                content[found.start() + place] |= 1
+        file.write_bytes(content)
+    readers = {"load": load_dataset, "stream": lambda name: open_stream(name, (1, 2, 2), 2)}
+    if kind == "foreign":
+        del readers["load"]  # which reads them
+    for read in readers.values():
+        with pytest.raises(DataError, match=r"a\.npz: cannot be read"):
+            read(str(file))
 
 
 def test_lines_read_along_with_a_bad_one_are_not_lost():

@@ -390,11 +390,19 @@ _PATHS: dict[str, Callable[[str], bool]] = {
 
 
 def _with_whole_paths(given: Table) -> Table:
-    """Return the settings with the full path of every file and folder, so that the run can be resumed from anywhere."""
+    """Return the settings with the full path of every file and folder, so that the run can be resumed from anywhere.
+
+    Raises:
+        UsageError: a path that the run folder's config.toml cannot hold.
+    """
     for key, is_path in _PATHS.items():
         section, _, name = key.partition(".")
         value = given.get(section, {}).get(name)
         if isinstance(value, str) and is_path(value):
+            try:
+                value.encode()
+            except UnicodeEncodeError:
+                raise UsageError(f"{key} is {value!r}, expected a path in UTF-8; rename what it leads to") from None
             given = _merge(given, {section: {name: str(Path(value).resolve())}})
     return given
 

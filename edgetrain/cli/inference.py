@@ -114,7 +114,8 @@ def _arrays(graph: Graph, data: str, split: str | None) -> Dataset:
 
 
 def _from_images(images: Any, name: str) -> Dataset:
-    return Dataset.from_arrays(images, np.zeros(len(images), np.int64), ("unknown",), name)
+    labels = np.zeros(len(images) if np.ndim(images) else 0, np.int64)
+    return Dataset.from_arrays(images, labels, ("unknown",), name)
 
 
 def _images_of_npz(path: Path) -> NDArray[Any]:

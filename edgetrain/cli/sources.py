@@ -18,6 +18,7 @@ from edgetrain.policies import NONE, parse_policy
 from edgetrain.runs import Run, open_run
 
 if TYPE_CHECKING:
+    from edgetrain.data.streaming import InstanceSource
     from edgetrain.devices import DeviceProfile
     from edgetrain.graph import Graph, Shape
     from edgetrain.learner import Learner
@@ -260,7 +261,7 @@ def check_several(class_names: tuple[str, ...], source: str) -> None:
         )
 
 
-def check_classes(graph: Graph, dataset: Dataset) -> None:
+def check_classes(graph: Graph, dataset: Dataset | InstanceSource) -> None:
     """Refuse data whose classes are named differently: label 3 would mean something else.
 
     Raises:
@@ -269,8 +270,9 @@ def check_classes(graph: Graph, dataset: Dataset) -> None:
     known, found = graph.class_names, dataset.class_names
     numbers = tuple(str(label) for label in range(len(found)))
     if known and found != known and found != numbers and known != tuple(map(str, range(len(known)))):
+        kind = "data set" if isinstance(dataset, Dataset) else "stream"
         raise DataError(
-            f"data set '{dataset.name}' has the classes {', '.join(found)}, but the model was trained on "
+            f"{kind} '{dataset.name}' has the classes {', '.join(found)}, but the model was trained on "
             f"{', '.join(known)}; use data with the same classes in the same order"
         )
 

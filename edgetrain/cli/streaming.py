@@ -33,14 +33,14 @@ from edgetrain.cli.output import count, emit
 from edgetrain.cli.progress import CompileNotice, Display, resident_mib
 from edgetrain.cli.savings import account_of, account_text, itself, layers_of, savings_of
 from edgetrain.cli.signals import StopOnSignal
-from edgetrain.cli.sources import check_several, image_size_of, make_learner, take_initial_weights
+from edgetrain.cli.sources import check_classes, check_several, image_size_of, make_learner, take_initial_weights
 from edgetrain.cli.stream_lines import last_line, stream_line
 from edgetrain.data import Dataset, available_splits, load_dataset
 from edgetrain.data.batches import Batch
 from edgetrain.data.streaming import STANDARD_INPUT, InstanceSource, open_stream
-from edgetrain.devices import DeviceProfile, host_facts
+from edgetrain.devices import DeviceProfile, host_facts, load_profile
 from edgetrain.errors import DataError, EdgetrainError, InterruptedRunError, NumericalError, UsageError
-from edgetrain.fitting import block_size, evaluate_dataset
+from edgetrain.fitting import block_size, check_fits, evaluate_dataset
 from edgetrain.history import EpochRecord, Totals
 from edgetrain.policies import NONE
 from edgetrain.runs import Run, create_run
@@ -58,6 +58,9 @@ def fit_stream(
 ) -> None:
     """Learn from a stream in a new run folder; ``began``: when the command did, of ``time.monotonic``."""
     learner, source = _new_learner(config, profile, display)
+    if (test := _test_data(config, learner.graph)) is not None:
+        check_fits(learner.graph, test)  # now, not behind the whole stream
+        del test
     with StopOnSignal(display) as stop:
         run = create_run(flags["out"], "fit")
         save_checkpoint(learner, run.last)
@@ -79,9 +82,7 @@ def _introduce(display: Display, run: Run, learner: Learner, config: Config, sou
     )
 
 
-def resume_stream(
-    run: Run, config: Config, profile: DeviceProfile, display: Display, as_json: bool, began: float
-) -> None:
+def resume_stream(run: Run, config: Config, display: Display, as_json: bool, began: float) -> None:
     """Go on in a run folder: a file or a folder where the stream was left, standard input with what comes now."""
     session = _taken_up(run, config, display, StopOnSignal(display), began)
     learner, source = session.learner, session.source
@@ -91,7 +92,8 @@ def resume_stream(
     display.say(f"resuming {run.path} after {learner.stream.position:,} instances")
     with session.stop:
         session.finish()
-        session.tell(as_json, _baseline(session, profile) if run.comparison() == "wanted" else None)
+        wanted = run.comparison() == "wanted"
+        session.tell(as_json, _baseline(session, load_profile(config.device.profile)) if wanted else None)
 
 
 def _taken_up(run: Run, config: Config, display: Display, stop: StopOnSignal, began: float) -> StreamSession:
@@ -162,6 +164,7 @@ def stream_source(config: Config, graph: Graph) -> InstanceSource:
             f"stream '{source.name}' has {len(source.class_names)} classes, but the network '{graph.name}' has "
             f"{graph.output_shape[0]} outputs"
         )
+    check_classes(graph, source)
     return source
 
 
@@ -268,7 +271,7 @@ class StreamSession:
     def test_metrics(self) -> dict[str, float]:
         """Return loss and accuracy on the test data of the source, as things stand; empty when it has none."""
         if self._judged[0] != self.learner.step_count:
-            test = self._test_data
+            test = self._test
             self._judged = self.learner.step_count, {} if test is None else evaluate_dataset(self.learner, test)
         return self._judged[1]
 
@@ -302,7 +305,11 @@ class StreamSession:
         if self.stop.requested():  # what follows looks at all test data
             self._log("interrupted")
             heed_stop(self)
-        self._log("finished", accuracy=self.test_metrics().get("accuracy"))
+        try:
+            self._log("finished", accuracy=self.test_metrics().get("accuracy"))
+        except DataError as error:  # of test data that were whole when the stream began
+            self._log("finished", accuracy=None, error=str(error))
+            raise DataError(f"{error}; all of the stream is learned, the model is {self.run.model}") from error
 
     def tell(self, as_json: bool, baseline: Mapping[str, Any] | None = None) -> None:
         """Print the last lines, with what was saved; ``baseline``: time and accuracy of the same stream, dense."""
@@ -539,19 +546,20 @@ class StreamSession:
         )
 
     @functools.cached_property
-    def _test_data(self) -> Dataset | None:
-        source = self.config.data.source
-        if source == STANDARD_INPUT or "test" not in available_splits(source):
-            return None
-        return load_dataset(source, split="test", **self._image_options())
+    def _test(self) -> Dataset | None:
+        return _test_data(self.config, self.learner.graph)
 
-    def _image_options(self) -> dict[str, Any]:
-        from edgetrain.data.readers import is_image_folder
 
-        shape, path = self.learner.graph.input_shape, Path(self.config.data.source)
-        if not path.is_dir() or not is_image_folder(path):
-            return {}
-        return {"image_size": shape[1:], "channels": shape[0]}
+def _test_data(config: Config, graph: Graph) -> Dataset | None:
+    """Return the test data of a stream's source, if it has any, with images in the size that the network takes."""
+    from edgetrain.data.readers import is_image_folder
+
+    source, shape = config.data.source, graph.input_shape
+    if source == STANDARD_INPUT or "test" not in available_splits(source):
+        return None
+    if Path(source).is_dir() and is_image_folder(Path(source)):
+        return load_dataset(source, split="test", image_size=(shape[-2], shape[-1]), channels=shape[0])
+    return load_dataset(source, split="test")
 
 
 def _can_predict(learner: Learner) -> bool:

@@ -125,15 +125,15 @@ def resume_command(path: Path, *, epochs: int | None, threads: int | None, quiet
         config = _changed(before, epochs, threads)
         check_unchanged(run, config)
         display = choose_display(quiet, as_json, config.device.memory_budget_mib)
-        profile = load_profile(config.device.profile)
         with _Closing(display):
             if config.stream.enabled:
-                resume_stream(run, config, profile, display, as_json, began)
+                resume_stream(run, config, display, as_json, began)
                 return
             session = _resumed(run, before, config, display, began)
             with session.stop:
                 session.finish()
-                session.tell(as_json, _baseline(session, profile) if run.comparison() == "wanted" else None)
+                wanted = run.comparison() == "wanted"  # for which alone the profile's file, if it is one, is needed
+                session.tell(as_json, _baseline(session, load_profile(config.device.profile)) if wanted else None)
 
 
 def _resumed(run: Run, before: Config, config: Config, display: Display, began: float) -> _Session:

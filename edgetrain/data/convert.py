@@ -53,6 +53,8 @@ def labels_from(y: ArrayLike) -> NDArray[np.int64]:
             f"labels have dtype {array.dtype}, expected integers 0, 1, 2, ...;"
             " use y.astype(np.int64) if they are class numbers"
         )
+    if array.dtype == np.uint64 and array.max(initial=0) > np.iinfo(np.int64).max:
+        raise DataError(f"label {array.max()}, expected integers 0, 1, 2, ..., one number per class")
     return array.astype(np.int64, copy=False)
 
 

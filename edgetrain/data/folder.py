@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -19,8 +19,6 @@ IMAGE_SUFFIXES = frozenset((".png", ".jpg", ".jpeg", ".bmp", ".gif", ".pbm", ".p
 _GREY_MODES = frozenset(("1", "L", "LA", "La"))
 _COLOUR_MODES = frozenset(("P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "HSV", "LAB"))
 
-# What Pillow's decoders raise on damaged files, beside its own DecompressionBombError.
-_UNDECODABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error)
 
 
 @dataclass(frozen=True)
@@ -154,11 +152,8 @@ def _expected_folders(path: Path, class_names: Sequence[str] | None) -> dict[str
 
 def _header(file: Path, pillow: ModuleType) -> _Header:
     # Opening reads the header alone, so sizes are compared before anything is decoded or allocated.
-    try:
-        with pillow.open(file) as image:
-            (width, height), mode = image.size, image.mode
-    except (*_UNDECODABLE, pillow.DecompressionBombError) as error:
-        raise _damaged(file, error) from error
+    with _decoding(file), pillow.open(file) as image:
+        (width, height), mode = image.size, image.mode
     if mode not in _GREY_MODES | _COLOUR_MODES:
         raise DataError(f"{file}: pixels of mode {mode!r}, expected 8 bits per channel; convert the image")
     return _Header((height, width), mode in _GREY_MODES)
@@ -177,15 +172,19 @@ def _common_size(headers: dict[Path, _Header]) -> tuple[int, int]:
 
 def _decoded(file: Path, pillow: ModuleType, size: tuple[int, int], channels: int) -> NDArray[np.uint8]:
     height, width = size
-    try:
-        with pillow.open(file) as image:
-            pixels = image.convert("L" if channels == 1 else "RGB")
-            if pixels.size != (width, height):
-                pixels = pixels.resize((width, height), pillow.Resampling.BILINEAR)
-    except (*_UNDECODABLE, pillow.DecompressionBombError) as error:
-        raise _damaged(file, error) from error
+    with _decoding(file), pillow.open(file) as image:
+        pixels = image.convert("L" if channels == 1 else "RGB")
+        if pixels.size != (width, height):
+            pixels = pixels.resize((width, height), pillow.Resampling.BILINEAR)
     return np.asarray(pixels, np.uint8).reshape(height, width, channels).transpose(2, 0, 1)
 
 
-def _damaged(file: Path, error: Exception) -> DataError:
-    return DataError(f"{file}: cannot be decoded ({error}), expected a whole image; replace or remove it")
+@contextmanager
+def _decoding(file: Path) -> Iterator[None]:
+    try:
+        yield
+    except MemoryError:
+        raise
+    except Exception as error:  # decoders of damaged files raise anything, TypeError for one
+        message = f"{file}: cannot be decoded ({error}), expected a whole image; replace or remove it"
+        raise DataError(message) from error

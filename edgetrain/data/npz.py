@@ -17,7 +17,10 @@ from edgetrain.data.convert import class_names_for, images_from, labels_from
 from edgetrain.data.dataset import Dataset
 from edgetrain.errors import DataError
 
-DAMAGED = (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError)
+# What zipfile and NumPy raise at damaged, encrypted and foreign archives; KeyError: a member without ".npy".
+DAMAGED = (
+    OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError, KeyError,
+)  # fmt: skip
 _KEYS_BY_SPLIT = {"train": (("x", "y"), ("x_train", "y_train")), "test": (("x_test", "y_test"),)}
 
 

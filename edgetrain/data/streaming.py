@@ -32,6 +32,7 @@ import json
 import math
 import os
 import select
+import sys
 import zipfile
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
@@ -62,6 +63,8 @@ _IDLE_TURNS = 5
 # The rest of a begun line may stay away so many times as long before a stream that was stopped ends without it.
 _TURNS = 10
 _CHUNK = 1 << 16
+# Of one number on standard input, with its separators and blanks.
+_MOST_CHARACTERS = 64
 
 
 class InstanceSource(ABC):
@@ -111,10 +114,12 @@ def open_stream(
 
     Raises:
         DataError: the source is missing or of no known format.
-        UsageError: an image size for another kind of source.
+        UsageError: an image size for another kind of source, or standard input is closed.
     """
     path = Path(source)
     if source == STANDARD_INPUT:
+        if sys.stdin is None:  # its descriptor would be that of the next file that is opened
+            raise UsageError("standard input is closed, expected instances from it; redirect it, or name a file")
         if image_size is not None:
             raise UsageError("standard input: image_size is for folders of images, the network decides; leave it out")
         return _JsonLines(0, graph_shape, graph_classes, class_names)
@@ -292,6 +297,7 @@ class _JsonLines(InstanceSource):
         names = class_names or tuple(map(str, range(graph_classes)))
         super().__init__("standard input", None, names, None)
         self._descriptor, self._shape = descriptor, graph_shape
+        self._longest = _CHUNK + _MOST_CHARACTERS * math.prod(graph_shape)  # the path of an image, or numbers
         self._label_of = {name: label for label, name in enumerate(names)}
 
     def blocks(
@@ -317,8 +323,11 @@ class _JsonLines(InstanceSource):
             number += 1
             if not line.strip():
                 continue
+            where = f"{self.name}, line {number}"
             try:
-                instance = self._parse(line, f"{self.name}, line {number}")
+                if len(line) > self._longest:
+                    raise DataError(f"{where}: longer than {self._longest:,} bytes, expected such as {_EXAMPLE}")
+                instance = self._parse(line, where)
             except DataError as error:
                 failures.append(error)
                 continue
@@ -330,8 +339,11 @@ class _JsonLines(InstanceSource):
             raise DataError(f"{failures[0]}{f'; of the lines read along with it, {others}' if others else ''}")
 
     def _lines(self, should_stop: Callable[[], bool], is_due: Callable[[], bool]) -> Iterator[bytes | None]:
-        """Yield lines, and ``None`` when none has come for a while, or for a moment while something is due."""
-        rest, turns = b"", 0
+        """Yield lines, and ``None`` when none has come for a while, or for a moment while something is due.
+
+        Of a line that is longer than any may be, a part is kept that is too long as well.
+        """
+        rest, turns = bytearray(), 0
         while not should_stop():
             # A read that waits would not notice a signal: Python takes it up again.
             if not self._is_ready():
@@ -344,12 +356,17 @@ class _JsonLines(InstanceSource):
             content = os.read(self._descriptor, _CHUNK)
             if not content:
                 if rest:
-                    yield rest
+                    yield bytes(rest)
                 return
-            *whole, rest = (rest + content).split(b"\n")
-            yield from whole
+            first, *others = content.split(b"\n")
+            if len(rest) <= self._longest:
+                rest += first
+            if others:
+                yield bytes(rest)
+                yield from others[:-1]
+                rest = bytearray(others[-1])
         if rest:
-            yield from self._ended(rest)
+            yield from self._ended(bytes(rest))
 
     def _is_ready(self) -> bool:
         return bool(select.select([self._descriptor], [], [], _PATIENCE)[0])
@@ -385,11 +402,15 @@ class _JsonLines(InstanceSource):
     def _image(self, kind: str, content: Any, where: str) -> NDArray[np.float32]:
         try:
             if kind == "image":
-                array = read_image(Path(content), (self._shape[-2], self._shape[-1]), self._shape[0])
+                with naming(where):
+                    array = read_image(Path(content), (self._shape[-2], self._shape[-1]), self._shape[0])
             else:
-                array = np.asarray(content, np.float64)
-        except (TypeError, ValueError, OverflowError) as error:
+                array = np.asarray(content)
+        except (TypeError, ValueError) as error:
             raise DataError(f"{where}: '{kind}' is not an array of numbers ({error})") from None
+        if array.dtype.kind not in "iuf":
+            raise DataError(f"{where}: '{kind}' is not an array of numbers, but of type {array.dtype}")
+        array = array.astype(np.float64)
         if array.size != math.prod(self._shape):
             raise DataError(f"{where}: '{kind}' has {array.size} numbers, the network expects {self._shape}")
         if kind != "x" and (array.min() < 0 or array.max() > 255 or (array != array.round()).any()):

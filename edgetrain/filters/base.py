@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from edgetrain.errors import NumericalError, UsageError
+from edgetrain.errors import CheckpointError, NumericalError, UsageError
 from edgetrain.graph import Graph
 from edgetrain.schema import percent_hint, take_numbers
 
@@ -199,10 +199,19 @@ class Selector(ABC):
     def state(self) -> State:
         """Return (tensors, plain data) for ``restore``."""
         meta = {"seen": self.seen, "rng": self.rng.bit_generator.state, "surplus": self.share.surplus}
+        meta["of"] = type(self.settings).__name__
         return {"recent": self.share.recent.copy()}, meta
 
     def restore(self, tensors: Mapping[str, NDArray[Any]], meta: Mapping[str, Any]) -> None:
-        """Take the state that ``state`` returned."""
+        """Take the state that ``state`` returned.
+
+        Raises:
+            CheckpointError: it is of another filter, whose scores mean something else.
+        """
+        own = type(self.settings).__name__
+        stored = meta.get("of", own)  # older checkpoints do not tell
+        if stored != own:
+            raise CheckpointError(f"the state belongs to another instance filter, {stored}; this learner has {own}")
         self.seen, self.share.surplus = int(meta["seen"]), float(meta["surplus"])
         self.rng.bit_generator.state = meta["rng"]
         self.share.recent = np.array(tensors["recent"], np.float64)
