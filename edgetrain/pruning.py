@@ -295,6 +295,8 @@ class GradientPruning(ErrorPruning):
             if source in node.inputs:
                 inputs = tuple(pruned if value == source else value for value in node.inputs)
                 graph.nodes[i] = replace(node, inputs=inputs)
+            if node.get("grad_out") == source:  # lists of activations tell places in the map that is read with them
+                graph.nodes[i] = replace(graph.nodes[i], attributes={**node.attributes, "grad_out": pruned})
         made = next(i for i, node in enumerate(graph.nodes) if source in node.outputs)
         attributes = {"group": self.group, "factor": self.factor, "record": train.records, "stream": 1000 + made}
         graph.nodes.insert(made + 1, Node("PrunedGradient", pruned.name, (source,), (pruned,), attributes))

@@ -54,6 +54,31 @@ def test_all_methods_train_together(graph, pruning, sparsity):
         assert array.tobytes() == together.parameters()[name].tobytes(), name
 
 
+@pytest.mark.parametrize("pruned", ["element", "lanes"])
+@pytest.mark.parametrize("group", ["element", "lanes"])
+def test_pruned_activations_meet_pruned_gradients_at_the_same_places(group, pruned):
+    """The error map behind a Flatten has no border, its pruned copy has one; in the first steps nothing is pruned."""
+    rng, graph = np.random.default_rng(0), et.Graph("n", input_shape=(4, 8, 8))
+
+    def weight(name, *shape):
+        return graph.parameter(name, rng.normal(0, 0.3, shape))
+
+    x = graph.add("Conv", ["input", weight("a", 6, 4, 3, 3)], pads=[1] * 4)
+    x = graph.add("Conv", [x, weight("b", 8, 6, 3, 3)], pads=[1] * 4)
+    statistics = [graph.parameter(name, np.full(8, value), name in ("scale", "bias"))
+                  for name, value in (("scale", 1), ("bias", 0), ("mean", 0), ("var", 1))]  # fmt: skip
+    x = graph.add("Relu", [graph.add("BatchNormalization", [x, *statistics])])
+    graph.set_outputs([graph.add("Gemm", [graph.add("Flatten", [x]), weight("c", 5, 512)], transB=1)])
+    x, y = rng.normal(size=(16, 4, 8, 8)).astype(np.float32), np.arange(16) % 5
+    whole, given = (
+        et.Learner(graph, batch_size=16, threads=1, memory_budget=0, error_pruning=pruning,
+                   sparsity=et.SWAT(weights=0.5, activations=0.9, group=group)).gradients(x, y)
+        for pruning in (None, et.GradientPruning(rate=0.9, group=pruned))
+    )  # fmt: skip
+    for name, array in whole.items():
+        np.testing.assert_allclose(given[name], array, rtol=1e-4, atol=1e-6, err_msg=name)
+
+
 @pytest.mark.parametrize("sparsity", ["static", "static-dense-kernels"])
 def test_weights_that_do_not_exist_stay_zero(sparsity):
     made = learner("resnet8", PRUNINGS["channels"], sparsity)
