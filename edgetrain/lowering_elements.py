@@ -69,12 +69,12 @@ class ElementLowering(PrunedLowering):
         """Emit the choice of a threshold, and the list of the numbers that reach it."""
         x, lists = self.layout(node.x), self._element_lists(node, g, node.x)
         self.plan.sizes[self.plan.buffer(node.y.name)] = lists.nbytes
-        starts, threshold = self._element_threshold(node, lists.capacity)
+        starts, choice = self._element_threshold(node, lists.capacity)
         ends = list(itertools.accumulate((len(pixels) for _, pixels in lists.strips), initial=0))
         base = self.address(node.y)
         self.emit(
-            "list_elements", (self.lanes,), x.channels, x=self.address(node.x), starts=starts,
-            threshold=threshold, mask=Ref("mask"), segments=base, places=base + lists.places,
+            "list_elements", (self.lanes,), x.channels, x=self.address(node.x), starts=starts, **choice,
+            mask=Ref("mask"), segments=base, places=base + lists.places,
             values=base + lists.values, pixels=self.table([pair for _, pixels in lists.strips for pair in pixels]),
             strip_starts=self.table(ends), strips=len(lists.strips), blocks=self.blocks, channels=x.channels,
             x_block=x.block, x_channel=x.channel, other_sample=self._turned(g).block,
@@ -84,18 +84,18 @@ class ElementLowering(PrunedLowering):
         """Emit the choice of a threshold, and the copy of the numbers that reach it."""
         x, y = self.layout(node.x), self.layout(node.y)
         numbers = self.plan.capacity * x.channels * x.rows * x.columns
-        _, threshold = self._element_threshold(node, max(1, math.ceil(float(node.get("capacity")) * numbers)))
+        _, choice = self._element_threshold(node, max(1, math.ceil(float(node.get("capacity")) * numbers)))
         self.emit(
             "keep_elements", (x.lanes,), x.planes, x=self.address(node.x), y=self.address(node.y),
-            threshold=threshold, channels=x.maps, rows=x.rows, columns=x.columns, x_block=x.block,
+            **choice, **self.alive(x), channels=x.maps, rows=x.rows, columns=x.columns, x_block=x.block,
             x_channel=x.channel, x_row=x.row, y_block=y.block, y_channel=y.channel, y_row=y.row,
         )  # fmt: skip
 
-    def _element_threshold(self, node: Node, capacity: int) -> tuple[Ref, Ref]:
-        """Emit the choice; return where every channel's numbers go, and the threshold."""
+    def _element_threshold(self, node: Node, capacity: int) -> tuple[Ref, dict[str, Ref]]:
+        """Emit the choice; return where every channel's numbers go, and the arguments that tell what was chosen."""
         x, record = self.layout(node.x), self.record_of(node)
         counts, starts = self.workspace(8 * x.planes), self.workspace(8 * (x.maps + 1))
-        threshold = self.kept(f"threshold:{node.y.name}", ALIGNMENT)
+        choice = {"threshold": self.kept(f"threshold:{node.y.name}", ALIGNMENT), "quotas": self.workspace(8 * x.planes)}
         maps = {"channels": x.maps, "rows": x.rows, "columns": x.columns, "x_block": x.block,
                 "x_channel": x.channel, "x_row": x.row}  # fmt: skip
         shared: dict[str, int | Ref] = {
@@ -103,13 +103,13 @@ class ElementLowering(PrunedLowering):
         }
         self.emit("count_elements", (x.lanes,), x.planes, **shared)
         self.emit(
-            "element_threshold", (x.lanes,), 1, **shared, starts=starts, threshold=threshold, capacity=capacity,
+            "element_threshold", (x.lanes,), 1, **shared, **choice, starts=starts, capacity=capacity,
             magnitudes=self.workspace(4 * x.lanes * x.columns * x.rows * x.planes), counters=self.workspace(_COUNTERS),
             tally=Ref("tally", TALLY_BYTES * int(node.get("record"))), state=Ref("state"), blocks=self.blocks,
             refresh=int(node.get("refresh")), sample_numbers=x.channels * x.rows * x.columns,
         )  # fmt: skip
-        self.remember_threshold(record, threshold)
-        return starts, threshold
+        self.remember_threshold(record, choice["threshold"])
+        return starts, choice
 
     def alive(self, x: Layout) -> dict[str, int | Ref]:
         """Return where a 1 stands for every lane that holds what counts, else 0, and how a plane finds its lanes."""

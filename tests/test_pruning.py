@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 from typing import Any
 
 import numpy as np
@@ -28,7 +29,16 @@ from edgetrain.pruning import (
     error_maps,
     mask_activations,
 )
-from tests.engine import PRUNING_KERNELS, assert_all_close, assert_close, assert_same, learner, poison, wide_host
+from tests.engine import (
+    PRUNING_KERNELS,
+    assert_all_close,
+    assert_close,
+    assert_same,
+    channel_learner,
+    learner,
+    poison,
+    wide_host,
+)
 from tests.op_cases import Net
 
 Array = NDArray[Any]
@@ -863,14 +873,46 @@ def test_lists_of_numbers_of_any_geometry(geometry, lanes, monkeypatch):
     assert (kept, numbers) == (np.ceil(0.2 * x.size), x.size)
 
 
-def test_equal_numbers_that_do_not_fit_are_left_out():
+def first_of_equals(count: int, order: tuple[int, ...]) -> Any:
+    def mask(x: Array) -> Array:
+        """Keep what is larger than 1, and the first ones in this order of the axes."""
+        turned = x.transpose(order)
+        ones = np.cumsum(turned == 1, axis=None).reshape(turned.shape)
+        kept = np.where((turned > 1) | (ones <= count - (x > 1).sum()), turned, 0)
+        return kept.transpose(np.argsort(order))
+
+    return mask
+
+
+@pytest.mark.parametrize("rows", [1, 0])
+@pytest.mark.parametrize(("policy", "made", "order"), [
+    (Compressed(0.2, group="element"), learner, (1, 2, 3, 0)),
+    (Compressed(0.2, group="element", may_list=False), learner, (1, 2, 3, 0)),
+    (Compressed(0.2, group="element", may_list=False), channel_learner, (0, 2, 3, 1)),
+])  # fmt: skip
+def test_of_equal_numbers_that_do_not_fit_the_first_are_kept(policy, made, order, rows):
+    """Without larger ones nothing would be learned. Which are the first depends on what lies in the lanes."""
     net = Net((2, 6, 6))
     net.graph.set_outputs([net.Flatten(net.conv("input", 3, 2, 3, 3))])
-    x, y = np.ones((5, 2, 6, 6), np.float32), np.arange(5)
-    x[:, 0, 0] = 2.0
-    made = learner(net.graph, error_pruning=Compressed(0.2, group="element"))
-    wanted = masked_gradients(net.graph, x, y, mask_input=lambda x: np.where(x > 1, x, 0))
-    assert_all_close(made.gradients(x, y), wanted, TOLERANCE)
+    x, y = np.ones((4, 2, 6, 6), np.float32), np.arange(4)
+    x[:, 0, :rows] = 2.0
+    wanted = masked_gradients(net.graph, x, y, mask_input=first_of_equals(math.ceil(0.2 * x.size), order))
+    given = made(net.graph, error_pruning=policy)
+    for _ in range(2):  # the second time, a threshold is remembered
+        assert_all_close(given.gradients(x, y), wanted, TOLERANCE)
+        assert given._parameters.buffers["tally"][:2].tolist() == [math.ceil(0.2 * x.size), x.size]
+
+
+@pytest.mark.parametrize("rows", [1, 0])
+def test_of_equal_vectors_that_do_not_fit_the_first_are_kept(rows):
+    net = Net((2, 6, 6))
+    net.graph.set_outputs([net.Flatten(net.conv("input", 3, 2, 3, 3))])
+    x, y = np.ones((4, 2, 6, 6), np.float32), np.arange(4)
+    x[:, 0, :rows] = 2.0
+    mask = first_of_equals(math.ceil(0.2 * x[0].size) * 4, (1, 2, 3, 0))
+    made = learner(net.graph, error_pruning=Compressed(0.2))
+    assert_all_close(made.gradients(x, y), masked_gradients(net.graph, x, y, mask_input=mask), TOLERANCE)
+    assert made._parameters.buffers["tally"][:2].tolist() == [math.ceil(0.2 * x[0].size), x[0].size]
 
 
 def test_lists_are_made_of_normalised_maps_instead_of_computing_them_again():

@@ -427,8 +427,11 @@ def test_activations_are_pruned_alike_where_lanes_hold_channels(count, monkeypat
     np.testing.assert_array_equal(*tallies)
 
 
-def test_equal_activations_that_no_list_could_hold_are_left_out_of_a_copy_too(monkeypatch):
-    """Of 16 channels 14 are one half everywhere, the sigmoid of nothing: more than the fifth that is to be kept."""
+def test_of_equal_activations_that_no_list_could_hold_a_copy_has_as_many(monkeypatch):
+    """Of 16 channels 14 are one half everywhere, the sigmoid of nothing: more than the fifth that is to be kept.
+
+    Which of them are the first depends on what lies in the lanes, so gradients are not equal.
+    """
     monkeypatch.setattr("edgetrain.plans.simd_lanes", lambda: 16)
     net = Net((3, 8, 8))
     h = net.Sigmoid(net.conv("input", 16, 3, 3, 3, pads=[1] * 4, bias=False))
@@ -441,10 +444,11 @@ def test_equal_activations_that_no_list_could_hold_are_left_out_of_a_copy_too(mo
     made = [et.Learner(net.graph, PROFILE, batch_size=2, threads=1, sparsity=policy) for _ in range(2)]
     for each, by_channel in zip(made, (True, False), strict=True):
         each.plans.__dict__["by_channel"] = by_channel
-    got, wanted = (each.gradients(x, y) for each in made)
-    for name, array in wanted.items():
-        np.testing.assert_allclose(got[name], array, atol=1e-5 * np.abs(array).max(), err_msg=name)
-    np.testing.assert_array_equal(*(each._parameters.buffers["tally"] for each in made))
+    for each in made:
+        assert all(array.any() for array in each.gradients(x, y).values())
+    first, second = (each._parameters.buffers["tally"].tolist() for each in made)
+    assert first == second
+    assert second[:2] == [math.ceil(0.2 * 2 * 16 * 64), 2 * 16 * 64]
 
 
 # ---- memory ----------------------------------------------------------------------------------------------------------

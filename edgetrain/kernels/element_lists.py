@@ -82,9 +82,25 @@ def count_elements(lanes: int) -> Body:
     return body
 
 
+@njit
+def _count_planes(
+    x: Any, counts: Any, limit: Any, mask: Any, mask_block: Any, mask_channel: Any, blocks: Any, channels: Any,
+    rows: Any, columns: Any, x_block: Any, x_channel: Any, x_row: Any, width: Any,
+) -> Any:  # fmt: skip
+    """Write how many numbers of every plane reach the limit; return the sum."""
+    total = 0
+    for plane in range(blocks * channels):
+        alive = load(mask + plane // channels * mask_block + plane % channels * mask_channel, width)
+        source = x + plane // channels * x_block + plane % channels * x_channel
+        count = _count_plane(source, broadcast(limit, width), alive, rows, columns, x_row, width)
+        store_i64(counts + 8 * plane, count)
+        total += count
+    return total
+
+
 @kernel(
-    "x", "magnitudes", "counts", "starts", "counters", "record", "mask", "mask_block", "mask_channel", "threshold",
-    "tally", "state", "blocks", *_MAPS, "capacity", "refresh", "sample_numbers",
+    "x", "magnitudes", "counts", "quotas", "starts", "counters", "record", "mask", "mask_block", "mask_channel",
+    "threshold", "tally", "state", "blocks", *_MAPS, "capacity", "refresh", "sample_numbers",
 )  # fmt: skip
 def element_threshold(lanes: int) -> Body:
     """Do as ``vector_lists.choose_threshold`` for single numbers, whose sizes it computes only when it needs them.
@@ -92,19 +108,22 @@ def element_threshold(lanes: int) -> Body:
     That is one job of up to five passes over all numbers, once in ``refresh`` steps; else it adds up the counts.
 
     ``magnitudes``: scratch for all of them. ``starts`` has one entry more than there are channels. ``sample_numbers``:
-    how many a sample has. One job.
+    how many a sample has. ``threshold``: the limit, and the number from which on all are kept: where the capacity does
+    not hold all that are equal to the limit, that is the next one, and of the equal ones every plane keeps the first
+    ``quotas`` (int64). One job.
     """
     step = 4 * lanes
 
     def body(args: int, first: int, last: int) -> None:
-        (x, magnitudes, counts, starts, counters, record, mask, mask_block, mask_channel, threshold, tally, state,
-         blocks, channels, rows, columns, x_block, x_channel, x_row, capacity, refresh,
-         sample_numbers) = arguments(args, 22)  # fmt: skip
+        (x, magnitudes, counts, quotas, starts, counters, record, mask, mask_block, mask_channel, threshold, tally,
+         state, blocks, channels, rows, columns, x_block, x_channel, x_row, capacity, refresh,
+         sample_numbers) = arguments(args, 23)  # fmt: skip
         planes = blocks * channels
         total, limit, room = 0, load_f32(record + 4 * THRESHOLD), planes * rows * columns * lanes
         numbers = load_i64(state) * sample_numbers  # without those of lanes that hold no sample
         for plane in range(planes):
             total += load_i64(counts + 8 * plane)
+        above = limit
         if limit <= 0.0 or total > capacity or load_i64(state + 8) % refresh == 0:
             target = magnitudes
             for plane in range(planes):
@@ -116,17 +135,22 @@ def element_threshold(lanes: int) -> Body:
                         target += step
             wanted = min(capacity, share_of(numbers, load_f32(record + 4 * DENSITY)))
             bits = max(SMALLEST, kth_largest(magnitudes, room, wanted, counters))
-            for more in range(2):  # what is as large as the last one is kept too, if there is room for all of it
-                limit, total = float_of(bits + more, counters), 0
+            above = limit = float_of(bits, counters)
+            total = _count_planes(x, counts, limit, mask, mask_block, mask_channel, blocks, channels, rows, columns,
+                                  x_block, x_channel, x_row, lanes)  # fmt: skip
+            if total > capacity:
+                above = float_of(bits + 1, counters)
+                spare = wanted - _count_planes(x, quotas, above, mask, mask_block, mask_channel, blocks, channels, rows,
+                                               columns, x_block, x_channel, x_row, lanes)  # fmt: skip
                 for plane in range(planes):
-                    alive = load(mask + plane // channels * mask_block + plane % channels * mask_channel, lanes)
-                    source = x + plane // channels * x_block + plane % channels * x_channel
-                    count = _count_plane(source, broadcast(limit, lanes), alive, rows, columns, x_row, lanes)
-                    store_i64(counts + 8 * plane, count)
-                    total += count
-                if total <= capacity:
-                    break
+                    larger = load_i64(quotas + 8 * plane)
+                    quota = min(spare, load_i64(counts + 8 * plane) - larger)
+                    spare -= quota
+                    store_i64(quotas + 8 * plane, quota)
+                    store_i64(counts + 8 * plane, larger + quota)
+                total = wanted
         store_f32(threshold, limit)
+        store_f32(threshold + 4, above)
         store_i64(tally, total)
         store_i64(tally + 8, numbers)
         start = 0
@@ -139,15 +163,16 @@ def element_threshold(lanes: int) -> Body:
     return body
 
 
-@kernel("x", "y", "threshold", *_MAPS, "y_block", "y_channel", "y_row")
+@kernel("x", "y", "threshold", "quotas", "mask", "mask_block", "mask_channel", *_MAPS, "y_block", "y_channel", "y_row")
 def keep_elements(lanes: int) -> Body:
-    """Copy the numbers whose size reaches the threshold, 0 for the others. Job: (block, channel)."""
+    """Copy the numbers that ``element_threshold`` keeps, 0 for the others. Job: (block, channel)."""
     step = 4 * lanes
 
     def body(args: int, first: int, last: int) -> None:
-        (x, y, threshold, channels, rows, columns, x_block, x_channel, x_row, y_block, y_channel,
-         y_row) = arguments(args, 12)  # fmt: skip
-        limit, zero = broadcast(load_f32(threshold), lanes), broadcast(0.0, lanes)
+        (x, y, threshold, quotas, mask, mask_block, mask_channel, channels, rows, columns, x_block, x_channel, x_row,
+         y_block, y_channel, y_row) = arguments(args, 16)  # fmt: skip
+        least, above = load_f32(threshold), load_f32(threshold + 4)
+        limit, zero = broadcast(above, lanes), broadcast(0.0, lanes)
         for job in range(first, last):
             block, channel = job // channels, job % channels
             for row in range(rows):
@@ -156,6 +181,14 @@ def keep_elements(lanes: int) -> Body:
                 for i in range(columns):
                     value = load(source + i * step, lanes)
                     store(target + i * step, select_gt(limit, absolute(value), zero, value))
+                if above > least:
+                    alive, quota = mask + block * mask_block + channel * mask_channel, load_i64(quotas + 8 * job)
+                    for i in range(0, columns * step, 4):
+                        number = load_f32(source + i)
+                        if quota > 0 and least <= abs(number) * load_f32(alive + i % step) < above:
+                            store_f32(target + i, number)
+                            quota -= 1
+                    store_i64(quotas + 8 * job, quota)
 
     return body
 
@@ -220,20 +253,20 @@ def append(
 
 
 @kernel(
-    "x", "starts", "threshold", "mask", "segments", "places", "values", "pixels", "strip_starts", "strips", "blocks",
-    "channels", "x_block", "x_channel", "other_sample",
+    "x", "starts", "threshold", "quotas", "mask", "segments", "places", "values", "pixels", "strip_starts", "strips",
+    "blocks", "channels", "x_block", "x_channel", "other_sample",
 )  # fmt: skip
 def list_elements(lanes: int) -> Body:
-    """List the numbers whose size reaches the threshold. Job: channel.
+    """List the numbers that ``element_threshold`` keeps. Job: channel.
 
     ``pixels``: table of int64 pairs (offset in a sample of the turned maps, offset in ``x``), strip after strip from
     ``strip_starts`` on. Segments are ``[strip][channel]``.
     """
 
     def body(args: int, first: int, last: int) -> None:
-        (x, starts, threshold, mask, segments, places, values, pixels, strip_starts, strips, blocks, channels, x_block,
-         x_channel, other_sample) = arguments(args, 15)  # fmt: skip
-        limit = load_f32(threshold)
+        (x, starts, threshold, quotas, mask, segments, places, values, pixels, strip_starts, strips, blocks, channels,
+         x_block, x_channel, other_sample) = arguments(args, 16)  # fmt: skip
+        least, limit = load_f32(threshold), load_f32(threshold + 4)
         for channel in range(first, last):
             at, end = load_i64(starts + 8 * channel), load_i64(starts + 8 * channel + 8)
             for strip in range(strips):
@@ -253,6 +286,18 @@ def list_elements(lanes: int) -> Body:
                                 if abs(number) * load_f32(mask + 4 * (block * lanes + lane)) >= limit:
                                     store_f32(values + 4 * at, number)
                                     store_i32(places + 4 * at, base + lane * other_sample)
+                                    at += 1
+                    if limit > least:
+                        place = quotas + 8 * (block * channels + channel)
+                        for i in range(load_i64(strip_starts + 8 * strip), load_i64(strip_starts + 8 * strip + 8)):
+                            pixel, base = source + load_i64(pixels + 16 * i + 8), sample + load_i64(pixels + 16 * i)
+                            for lane in range(lanes):
+                                number, left = load_f32(pixel + 4 * lane), load_i64(place)
+                                size = abs(number) * load_f32(mask + 4 * (block * lanes + lane))
+                                if left > 0 and least <= size < limit:
+                                    store_f32(values + 4 * at, number)
+                                    store_i32(places + 4 * at, base + lane * other_sample)
+                                    store_i64(place, left - 1)
                                     at += 1
                 store_i64(segment + 8, at - load_i64(segment))
 

@@ -115,6 +115,19 @@ def _count(norms: Any, threshold: Any, counts: Any, planes: Any, pixels: Any) ->
     return total
 
 
+@njit
+def _drop_last(norms: Any, limit: Any, above: Any, total: Any, wanted: Any) -> None:
+    """Clear the last norms from ``limit`` up to ``above``, of which only the first complete the wanted ones."""
+    spare = wanted
+    for i in range(total):
+        spare -= load_f32(norms + 4 * i) >= above
+    for i in range(total):
+        if limit <= load_f32(norms + 4 * i) < above:
+            spare -= 1
+            if spare < 0:
+                store_f32(norms + 4 * i, 0.0)
+
+
 @kernel(
     "norms", "counts", "starts", "counters", "record", "threshold", "tally", "state", "blocks", "channels", "pixels",
     "capacity", "refresh",
@@ -123,8 +136,8 @@ def choose_threshold() -> Body:
     """Write the threshold of this step, where every channel's vectors go, and how many are kept. One job.
 
     Every ``refresh`` steps, and whenever more than ``capacity`` vectors reach the old one, the threshold becomes the
-    norm of the last of the ``density`` (of the record) largest. Vectors of zeros are never kept. If so many norms are
-    equal that the capacity does not hold them, none of these is kept. ``tally``: int64 kept, and all vectors.
+    norm of the last of the ``density`` (of the record) largest. Vectors of zeros are never kept. Of equal norms that
+    the capacity does not hold, the first are kept, up to that share. ``tally``: int64 kept, and all vectors.
     """
 
     def body(args: int, first: int, last: int) -> None:
@@ -140,7 +153,7 @@ def choose_threshold() -> Body:
             limit = float_of(bits, counters)
             total = _count(norms, limit, counts, planes, pixels)
             if total > capacity:
-                limit = float_of(bits + 1, counters)
+                _drop_last(norms, limit, float_of(bits + 1, counters), all_norms, wanted)
                 total = _count(norms, limit, counts, planes, pixels)
         store_f32(threshold, limit)
         store_i64(tally, total)
