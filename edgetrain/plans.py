@@ -260,7 +260,8 @@ class Plans:
         executor = self._executors.pop(key, None)
         if executor is None:
             plan = self.plan(training, count, whole_gradients, buffer)
-            more = training and self._whole_gradients and not whole_gradients
+            moves = not self._executors and bool(self._moving())  # looked at once: it takes three plans
+            more = training and not whole_gradients and (self._whole_gradients or moves)
             self._check_budget(self.largest(count) if more else plan)
             executor = Executor(plan, self.arena, self.team)
             while len(self._executors) >= _KEPT_PLANS:
@@ -305,9 +306,24 @@ class Plans:
                         yield index, index.rows * most_entries(index, winograd, vectors)
 
     def largest(self, count: int) -> Plan:
-        """Return the plan of the training step of ``count`` samples that needs most memory."""
-        kinds = (False, True) if self._whole_gradients else (False,)
-        return max((self.plan(True, count, whole) for whole in kinds), key=lambda plan: self.memory(plan).peak_bytes)
+        """Return the plan of the training step of ``count`` samples that needs most memory.
+
+        Where weights may move from layer to layer (SWAT's momentum variant), also of those with lists of all weights
+        and of none.
+        """
+        kinds, moving = (False, True) if self._whole_gradients else (False,), self._moving()
+        none, every, present = [1] * len(moving), [i.size for i in moving], [i.count for i in moving]
+        plans = []
+        for counts in (none, every, present) if moving else (present,):
+            for index, number in zip(moving, counts, strict=True):
+                index.count = number
+            plans += [self.plan(True, count, whole) for whole in kinds]
+        return max(plans, key=lambda plan: self.memory(plan).peak_bytes)
+
+    def _moving(self) -> list[SparseIndex]:
+        """Return the indices whose number of weights may change."""
+        sparse = self.parameters.sparse.values()
+        return [index for index in sparse if not index.compact and index.capacity == index.size]
 
     def plan(self, training: bool, count: int, whole_gradients: bool = False, buffer: str = "weights") -> Plan:
         """Lower the training graph, or the network for inference, for ``count`` samples.

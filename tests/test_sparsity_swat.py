@@ -421,3 +421,25 @@ def test_the_copy_with_zeros_is_written_once_a_step_and_gives_the_gradients_of_a
         found, wanted = sparse.gradients(x, y), dense.gradients(x, y)
         for name in wanted:
             np.testing.assert_allclose(found[name], wanted[name], rtol=1e-4, atol=1e-6, err_msg=name)
+
+
+def test_a_budget_that_holds_the_first_plan_holds_those_of_moved_weights_too():
+    """Momentum fills small layers, whose lists and dense kernels need different memory."""
+    rng, graph, x, channels = np.random.default_rng(0), Graph("convolutions", input_shape=(16, 16, 16)), "input", 16
+    for number, outputs in enumerate((32, 64, 128)):
+        weight = graph.parameter(f"w{number}", rng.normal(0, 0.02, (outputs, channels, 3, 3)))
+        x = graph.add("Relu", [graph.add("Conv", [x, weight], pads=[1] * 4, strides=[2, 2])])
+        channels = outputs
+    weight = graph.parameter("fc", rng.normal(0, 0.02, (10, 512)))
+    graph.set_outputs([graph.add("Gemm", [graph.add("Flatten", [x]), weight], transB=1)])
+    policy = et.SWAT(weights=0.5, activations=0, variant="momentum")
+    sizes = set()
+    made = et.Learner(
+        graph, batch_size=32, threads=1, memory_budget=0, sparsity=policy, optimizer=et.SGD(lr=0.01, momentum=0.9)
+    )
+    promised = made.memory_plan().peak_bytes
+    for _ in range(25):
+        made.partial_fit(rng.random((32, 16, 16, 16), np.float32), rng.integers(0, 10, 32))
+        sizes.add(made.plans.memory(made.plans.latest.plan).peak_bytes)
+    assert len(sizes) > 1
+    assert max(sizes) <= promised
