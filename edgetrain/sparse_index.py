@@ -140,7 +140,7 @@ class SparseIndex:
         count = len(positions)
         if count > self.capacity:
             raise UsageError(f"sparse index: {count} weights given, there is room for {self.capacity}")
-        owners, columns = self._by_row(positions)
+        owners, columns = self._by_row(positions.astype(np.int32))  # any fits; a change takes half as much memory so
         self.count, self.starts[0] = count, 0
         self.starts[1:] = np.cumsum(np.bincount(owners, minlength=self.rows))
         self.columns[:count], self.columns[count:] = columns, 0
@@ -169,11 +169,12 @@ class SparseIndex:
         """Write the entries by input channel; ``owners``: the row of every entry."""
         group, output = _divided(owners, self.rows // self.groups)
         channel, tap = _divided(self.columns[:count], self.taps)
-        inputs = group * (self.row_size // self.taps) + channel
+        inputs, places = group * (self.row_size // self.taps) + channel, output * self.taps + tap
+        del group, output, channel, tap  # a third of the memory of a change
         order = _order(inputs, self.input_rows)  # entries are ascending by output channel already
         self.input_starts[0] = 0
         self.input_starts[1:] = np.cumsum(np.bincount(inputs, minlength=self.input_rows))
-        self.input_columns[:count] = (output * self.taps + tap)[order]
+        self.input_columns[:count] = places[order]
         self.input_places[:count] = self.places[:count][order]
         self.input_columns[count:] = self.input_places[count:] = 0
 
@@ -200,10 +201,10 @@ class SparseIndex:
         mask[self.positions()] = True
         return mask.reshape(self.shape)
 
-    def ascending(self) -> tuple[Positions, Positions]:
-        """Return the entries' positions in ascending order, and the number of the entry that stands at each."""
+    def ascending(self) -> tuple[Positions, Positions | slice]:
+        """Return the entries' positions in ascending order, and what puts an array of their values into that order."""
         positions = self.positions()
-        order = np.argsort(positions) if self.inputs_first else np.arange(self.count)
+        order = np.argsort(positions) if self.inputs_first else slice(0, self.count)
         return positions[order], order
 
     def positions(self) -> Positions:

@@ -18,6 +18,8 @@ from edgetrain.schema import percent_hint
 from edgetrain.sparsity.policy import CompactPolicy, Gradients, Scores, largest, largest_missing
 
 if TYPE_CHECKING:
+    from edgetrain.sparse_index import Positions
+    from edgetrain.sparsity.layers import SparseLayer
     from edgetrain.sparsity.topology import Topology
 
 # RigL's experiments on ImageNet train for 32,000 steps; it serves where nobody says how long training is.
@@ -72,15 +74,20 @@ class DynamicPolicy(CompactPolicy):
         if share == 0:
             return
         for number, layer in enumerate(topology.layers):
-            present, weights = topology.existing(layer)
-            kept = present[largest(np.abs(weights), len(present) - int(share * len(present)))]
             scores = self.grow_scores(layer.weight, gradients, np.random.default_rng([topology.seed, step, number]))
-            grown = largest_missing(scores, layer.size, len(present) - len(kept), kept)
-            topology.set(layer, np.sort(np.concatenate([kept, grown])))
+            topology.set(layer, _replaced(topology, layer, share, scores))
 
     def grow_scores(self, weight: str, gradients: Gradients, rng: np.random.Generator) -> Scores:
         """Return what gives the scores, at least 0, of all weights; of those not kept the highest grow."""
         raise NotImplementedError
+
+
+def _replaced(topology: Topology, layer: SparseLayer, share: float, scores: Scores) -> Positions:
+    """Return where a layer's weights stand after the smallest ``share`` were dropped and others have grown."""
+    present, weights = topology.existing(layer)
+    kept = present[largest(np.abs(weights), len(present) - int(share * len(present)))]
+    grown = largest_missing(scores, layer.size, len(present) - len(kept), kept)
+    return np.sort(np.concatenate([kept, grown]))
 
 
 @dataclass(frozen=True)

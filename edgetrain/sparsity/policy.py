@@ -26,7 +26,8 @@ Floats = NDArray[np.float32]
 Mask = NDArray[np.bool_]
 # Returns the scores of weights from a first position of the flat ONNX array to a last one, float32.
 Scores = Callable[[int, int], Floats]
-# Weights that are looked at together where looking at all of a layer would take a dense copy.
+# Most weights that are looked at together where looking at all of a layer would take a dense copy; of a small one a
+# quarter: changes of LeNet-5 (a tenth of its weights) take 0.4 ms less so, besides.
 _BLOCK = 1 << 16
 # Returns the gradient of all of a sparse layer's weights by the weights' name, in ONNX shape.
 Gradients = Callable[[str], Floats]
@@ -270,7 +271,7 @@ def largest_missing(scores: Scores, size: int, count: int, taken: Positions) -> 
         [0, 3]
     """
     found, best = np.zeros(0, np.int64), np.zeros(0, np.float32)
-    block = max(_BLOCK, count)
+    block = max(count, min(_BLOCK, size // 4 + 1))
     for first in range(0, size if count else 0, block):
         last = min(size, first + block)
         here = taken[slice(*np.searchsorted(taken, (first, last)))] - first
