@@ -129,7 +129,8 @@ class Learner:
             self._allowed(threads), self.error_pruning, self.topology.wants_gradients,
             self.topology.rewrite if self.topology.prunes_activations else None, self.topology.needs_lists,
         )  # fmt: skip
-        self.stream = self.plans.beside = InstanceStream(self, self.instance_filter)
+        self.stream = InstanceStream(self, self.instance_filter)
+        self.plans.beside = self.stream, self.topology
 
     # --- settings ---
 
@@ -414,7 +415,7 @@ class Learner:
                 parameters.stored(name, buffer)[...] = array
             self.step_count = int(meta["step_count"])
             self.graph.trained |= self.step_count > 0
-            self.stream = self.plans.beside = stream
+            self.stream, self.plans.beside = stream, (stream, self.topology)
 
     def _check_state(self, tensors: Mapping[str, NDArray[Any]], records: NDArray[Any] | None, step_count: int) -> None:
         """Compare names and shapes with what this learner has, before any of it is changed.

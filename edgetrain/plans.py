@@ -113,7 +113,7 @@ class Plans:
         error_pruning: rewrites the training graph so that error maps are thinned out.
 
     Attributes:
-        beside: what works beside the network within the same budget, the filtering of instances.
+        beside: what works beside the network within the same budget: the filtering of instances, changes of topology.
         latest: the executor of the latest training step, or of one that is about to begin.
 
     Raises:
@@ -131,7 +131,7 @@ class Plans:
             check_error_maps(error_pruning, training_graph(graph, objective.loss))
         self.arena, self.team, self._whole_gradients = Arena(), Team(threads), whole_gradients
         self._rewrite, self._needs_lists = rewrite, needs_lists
-        self.beside: HasMemory | None = None
+        self.beside: tuple[HasMemory, ...] = ()
         self.latest: Executor | None = None
         self._executors: dict[tuple[bool, int, bool, str, tuple[bool, ...]], Executor] = {}
         self._forward_plans: dict[tuple[bool, ...], Plan] = {}  # the latest, by which weights run on lists
@@ -394,7 +394,7 @@ class Plans:
             "workspace": max(0, plan.arena_bytes - activations),
             **({"sparse index": sum(index.nbytes for index in sparse)} if sparse else {}),
             "tables": plan.table_bytes,
-            **({} if self.beside is None else self.beside.memory),
+            **{purpose: nbytes for each in self.beside for purpose, nbytes in each.memory.items()},
         }
         lists = any(node.op_type == "CompressedWeightGrad" for node in plan.graph.nodes)
         return MemoryPlan(parts, _notes(sparse, self._whole_gradients, lists))

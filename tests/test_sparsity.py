@@ -520,6 +520,37 @@ def test_changes_and_checkpoints_take_memory_for_weights_that_exist_only(policy,
     assert peaks["change"] < 0.15, peaks
 
 
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("policy", [
+    "swat:weights=0.9", "swat:weights=0.5", "swat:weights=0.9,variant=structured", "set:weights=0.99",
+    "set:weights=0.5,distribution=uniform", "rigl:weights=0.9,distribution=uniform",
+])  # fmt: skip
+def test_the_plan_tells_what_a_change_takes(policy, transposed):
+    graph, rng, width, x = Graph("wide", input_shape=(16,)), np.random.default_rng(0), 600, "input"
+    for name, shape in (("a", (width, 16)), ("b", (width, width)), ("c", (CLASSES, width))):
+        weight = rng.normal(0, 0.03, shape)
+        given = [x, graph.parameter(name, weight.T if transposed else weight)]
+        x = graph.add("MatMul", given) if transposed else graph.add("Gemm", given, transB=1)
+    graph.set_outputs([x])
+    made = learner(f"{policy},refresh=1", graph=graph)
+    x, y = rng.random((8, 16), np.float32), rng.integers(0, CLASSES, 8)
+    for _ in range(3):
+        made.partial_fit(x, y)
+    told, peak = made.memory_plan().parts["topology change"], 0
+    tracemalloc.start()
+    for _ in range(2):
+        tracemalloc.reset_peak()
+        before = tracemalloc.get_traced_memory()[0]
+        made.partial_fit(x, y)
+        peak = max(peak, tracemalloc.get_traced_memory()[1] - before)
+    tracemalloc.stop()
+    assert 0.6 * told < peak < 1.02 * told
+
+
+def test_a_topology_that_stays_takes_nothing_to_change():
+    assert "topology change" not in learner(et.StaticSparse(0.9)).memory_plan().parts
+
+
 @pytest.mark.parametrize("block", [1, 7, 1000])
 def test_choosing_in_blocks_is_choosing_at_once(block, monkeypatch):
     monkeypatch.setattr("edgetrain.sparsity.policy._BLOCK", block)

@@ -15,7 +15,15 @@ import numpy as np
 
 from edgetrain.errors import UsageError
 from edgetrain.schema import percent_hint
-from edgetrain.sparsity.policy import CompactPolicy, Gradients, Scores, largest, largest_missing
+from edgetrain.sparsity.policy import (
+    INDEX_BYTES,
+    CompactPolicy,
+    Gradients,
+    Scores,
+    block_of,
+    largest,
+    largest_missing,
+)
 
 if TYPE_CHECKING:
     from edgetrain.sparse_index import Positions
@@ -67,6 +75,10 @@ class DynamicPolicy(CompactPolicy):
         if done % self.refresh or done >= end:
             return 0.0
         return self.fraction / 2 * (1 + math.cos(math.pi * done / end))
+
+    def change_bytes(self, size: int, count: int) -> int:
+        """Return about how much memory a change takes: for the choice, or for the index and what is moved with it."""
+        return max(INDEX_BYTES * count, 30 * (count + block_of(size, int(self.fraction * count))))
 
     def after_step(self, topology: Topology, step: int, gradients: Gradients) -> None:
         """Drop and grow in every layer."""

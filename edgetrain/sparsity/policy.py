@@ -29,6 +29,8 @@ Scores = Callable[[int, int], Floats]
 # Most weights that are looked at together where looking at all of a layer would take a dense copy; of a small one a
 # quarter: changes of LeNet-5 (a tenth of its weights) take 0.4 ms less so, besides.
 _BLOCK = 1 << 16
+# What writing another topology takes for a weight that exists: places, and what is moved to them.
+INDEX_BYTES = 58
 # Returns the gradient of all of a sparse layer's weights by the weights' name, in ONNX shape.
 Gradients = Callable[[str], Floats]
 
@@ -53,6 +55,15 @@ class SparsityPolicy:
     def __post_init__(self) -> None:
         take_numbers(self, self.name)
         self._check_share("weights")
+
+    def change_bytes(self, size: int, count: int) -> int:
+        """Return about how much memory a change of a layer's topology takes between steps, 0 where there is none.
+
+        Args:
+            size: of the layer's weights.
+            count: of those that may exist.
+        """
+        return 0
 
     def layers(self, graph: Graph) -> list[SparseLayer]:
         """Return the layers that this policy makes sparse."""
@@ -252,6 +263,11 @@ def largest(scores: Floats, count: int) -> Mask:
     return mask.reshape(scores.shape)
 
 
+def block_of(size: int, count: int) -> int:
+    """Return how many of ``size`` scores are looked at together where ``count`` are wanted."""
+    return max(count, min(_BLOCK, size // 4 + 1))
+
+
 def largest_missing(scores: Scores, size: int, count: int, taken: Positions) -> Positions:
     """Return where the ``count`` largest of ``size`` scores stand, besides those taken; of equal ones the first.
 
@@ -271,7 +287,7 @@ def largest_missing(scores: Scores, size: int, count: int, taken: Positions) -> 
         [0, 3]
     """
     found, best = np.zeros(0, np.int64), np.zeros(0, np.float32)
-    block = max(count, min(_BLOCK, size // 4 + 1))
+    block = block_of(size, count)
     for first in range(0, size if count else 0, block):
         last = min(size, first + block)
         here = taken[slice(*np.searchsorted(taken, (first, last)))] - first

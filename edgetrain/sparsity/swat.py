@@ -19,7 +19,7 @@ from edgetrain.keeping import keep_masks, keep_residual_masks
 from edgetrain.optim import Optimizer
 from edgetrain.pruning import compress_activations, mask_activations
 from edgetrain.sparsity.layers import SparseLayer, entries, shapes_of
-from edgetrain.sparsity.policy import Floats, Mask, SparsityPolicy, largest
+from edgetrain.sparsity.policy import INDEX_BYTES, Floats, Mask, SparsityPolicy, largest
 
 if TYPE_CHECKING:
     from edgetrain.autodiff import TrainingGraph
@@ -208,6 +208,10 @@ class SWAT(SparsityPolicy):
     def prunes_activations(self, layers: Sequence[SparseLayer]) -> bool:
         """Whether a layer's saved activations lose anything."""
         return any(density < 1 for density in self.activation_densities(layers).values())
+
+    def change_bytes(self, size: int, count: int) -> int:
+        """Return about how much memory a change takes: sizes and their order, or the index beside the mask."""
+        return max(9 * size, size + INDEX_BYTES * count)
 
     def before_step(self, topology: Topology, step: int) -> None:
         """Choose the largest weights of every layer anew."""

@@ -185,6 +185,13 @@ class Topology:
     # --- what the learner calls ---
 
     @property
+    def memory(self) -> dict[str, int]:
+        """About how many bytes a change of topology takes between steps, of the layer that needs most."""
+        policy, layers = self.policy, self.layers
+        needs = [policy.change_bytes(layer.size, self.indices[layer.weight].capacity) for layer in layers if policy]
+        return {"topology change": max(needs)} if any(needs) else {}
+
+    @property
     def wants_gradients(self) -> bool:
         """Whether some steps must keep the gradients of weights that do not exist."""
         return self.policy is not None and bool(self.layers) and self.policy.wants_gradients
