@@ -138,7 +138,7 @@ def test_second_interrupt_aborts_at_once():
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_run_is_resumed_though_the_file_of_its_profile_is_gone(inside, capsys, tmp_path, stream):
     profile, data = tmp_path / "mine.toml", tmp_path / "some.npz"
-    shutil.copy(ROOT / "device_profiles" / "raspberrypi4.toml", profile)
+    shutil.copy(Path(__file__).parents[1] / "device_profiles" / "raspberrypi4.toml", profile)
     arrays = {name: array[:100] for name, array in stored_data().items()}
     np.savez(data, **{name: array[:60] if stream else array for name, array in arrays.items()})
     flags = ["--stream"] if stream else ["--epochs", "1"]
