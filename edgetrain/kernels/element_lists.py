@@ -105,7 +105,8 @@ def _count_planes(
 def element_threshold(lanes: int) -> Body:
     """Do as ``vector_lists.choose_threshold`` for single numbers, whose sizes it computes only when it needs them.
 
-    That is one job of up to five passes over all numbers, once in ``refresh`` steps; else it adds up the counts.
+    That is one job of up to six passes over all numbers, once in ``refresh`` steps, and in every step where the
+    capacity does not hold all equal ones; else it adds up the counts.
 
     ``magnitudes``: scratch for all of them. ``starts`` has one entry more than there are channels. ``sample_numbers``:
     how many a sample has. ``threshold``: the limit, and the number from which on all are kept: where the capacity does

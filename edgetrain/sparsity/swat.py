@@ -210,7 +210,10 @@ class SWAT(SparsityPolicy):
         return any(density < 1 for density in self.activation_densities(layers).values())
 
     def change_bytes(self, size: int, count: int) -> int:
-        """Return about how much memory a change takes: sizes and their order, or the index beside the mask."""
+        """Return about how much memory a change takes: sizes and their order, or the index beside the mask.
+
+        The former are 8.5 bytes a weight (measured, as for ``INDEX_BYTES``).
+        """
         return max(9 * size, size + INDEX_BYTES * count)
 
     def before_step(self, topology: Topology, step: int) -> None:
