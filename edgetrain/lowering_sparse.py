@@ -283,7 +283,7 @@ class SparseLowering(LoweringCore):
         """Emit both gradients in one pass over the output gradient per phase of the stride.
 
         A weight meets one phase alone, so all phases have their part of the same sums. ``bounds``: what the
-        normalisation that comes before, if there is one, clips to.
+        normalisation that comes before, if there is one, clips to. An addend is there already.
         """
         x, grad, out = (self.layout(value) for value in (node.x, node.input(1), node.y))
         weight, index = node.input(2), self.sparse[node.input(2).name]
@@ -294,14 +294,15 @@ class SparseLowering(LoweringCore):
         chunks = _pixel_chunks(tiles.pop(), blocks, part_sums) if len(tiles) == 1 else 1
         row_chunk = _chunk(index.input_rows, blocks * chunks)
         sums, order = self.workspace(part_sums * blocks * chunks), self.workspace(4 * (index.capacity + 1))
-        names, normalised = ("scale", "bias", "mean", "inverse_std"), len(node.inputs) > 3
+        names, normalised = ("scale", "bias", "mean", "inverse_std"), len(node.inputs) > 4
         common: dict[str, int | float | Ref] = {
             "x": self.address(node.x), "grad_out": self.address(node.input(1)), "grad_x": self.address(node.y),
-            **{name: self.address(node.input(3 + i)) if normalised else 0 for i, name in enumerate(names)},
+            **{name: self.address(node.input(4 + i)) if normalised else 0 for i, name in enumerate(names)},
             "sums": sums, "order": order, "row_count": index.input_rows, "x_block": x.block, "x_channel": x.channel,
             "x_step": g.strides[1] * x.pixel, "grad_block": grad.block, "grad_x_block": out.block,
             "grad_x_channel": out.channel, "part_sums": part_sums, "tile_chunks": chunks, "row_chunk": row_chunk,
             "row_chunks": -(-index.input_rows // row_chunk), "f_low": bounds[0], "f_high": bounds[1],
+            "adds": int(node.optional(3) is not None),
         }  # fmt: skip
         for phase, (grid, _), pair in zip(g.phases(), grids, cuts, strict=True):
             lists = self._expand(weight, _phase_terms(phase, grad), index.input_rows, g.inputs,

@@ -216,7 +216,7 @@ def test_both_gradients_in_one_pass_agree_with_their_twins(lanes, count, cut, mo
     sparse.check(count)
     nodes = sparse.learner.training_plan().graph.nodes
     combined = [node for node in nodes if node.op_type == "ProductGrads"]
-    assert [len(node.inputs) for node in combined] == [3, 7, 7, 3], "two inputs are normalised again on the way"
+    assert [len(node.inputs) for node in combined] == [4, 8, 8, 4], "two inputs are normalised again on the way"
     assert sum(node.op_type == "ProductInputGrad" for node in nodes) == 2, "of 28 pixels for 20 outputs; of vectors"
     assert not any(node.op_type == "BatchNormalizationAgain" for node in nodes)
 
@@ -238,7 +238,7 @@ def test_both_gradients_in_one_pass_per_phase_of_a_stride(kernel, pads, strides,
         sparse.thin_out(seed, density)
         sparse.check(9)
     nodes = sparse.learner.training_plan().graph.nodes
-    assert [len(node.inputs) for node in nodes if node.op_type == "ProductGrads"] == [7, 3]
+    assert [len(node.inputs) for node in nodes if node.op_type == "ProductGrads"] == [8, 4]
 
 
 def test_weights_that_meet_no_phase_keep_two_passes(monkeypatch):
@@ -259,7 +259,7 @@ def test_an_input_that_is_computed_again_later_keeps_two_passes(monkeypatch):
     sparse.thin_out(1, 0.4)
     sparse.check(5)
     nodes = sparse.learner.training_plan().graph.nodes
-    assert [len(node.inputs) for node in nodes if node.op_type == "ProductGrads"] == [3]
+    assert [len(node.inputs) for node in nodes if node.op_type == "ProductGrads"] == [4]
 
 
 @pytest.mark.parametrize("case", [BLOCKS, *CASES], ids=lambda case: case.id)
@@ -291,11 +291,42 @@ def test_a_normalised_map_that_two_products_need_is_computed_again_once(monkeypa
     sparse.thin_out(1, 0.4)
     sparse.check(5)
     nodes = sparse.learner.training_plan().graph.nodes
-    assert [len(node.inputs) for node in nodes if node.op_type == "ProductGrads"] == [3, 3], "the other has it"
+    assert [len(node.inputs) for node in nodes if node.op_type == "ProductGrads"] == [4, 4], "the other has it"
     assert sum("Again" in node.op_type for node in nodes) == 1
 
 
+def _with_sums(net: Net, x: str) -> str:
+    """Return a network with sums of gradients: by a node, in a normalisation's gradient, and of a reshaped map."""
+    stem = net.conv(x, 6, 3, 3, 3, pads=[1] * 4)
+    y = net.Add(net.conv(net.Relu(stem), 6, 6, 3, 3, pads=[1] * 4), stem)
+    first = net.Relu(net.norm(net.conv(y, 6, 6, 3, 3, bias=False, pads=[1] * 4)))
+    second = net.Relu(net.Add(net.norm(net.conv(first, 6, 6, 3, 3, bias=False, pads=[1] * 4)), first))
+    third = net.conv(second, 6, 6, 3, 3, bias=False, pads=[1] * 4)
+    y = net.conv(net.Relu(net.Add(net.norm(third), second)), 6, 6, 3, 3, pads=[1] * 4)
+    last = net.Flatten(net.conv(y, 3, 6, 3, 3, strides=[2, 2], pads=[1] * 4))
+    return net.Add(net.Gemm(last, net.parameter(27, 4)), net.Gemm(net.Flatten(y), net.parameter(216, 4)))
+
+
+@pytest.mark.parametrize("cut", [False, True], ids=["whole", "parts"])
+@pytest.mark.parametrize(("lanes", "count"), [(4, 1), (8, 9), (16, 20)])
+def test_one_pass_adds_to_a_gradient_that_is_there_already(lanes, count, cut, monkeypatch):
+    if cut:
+        monkeypatch.setattr("edgetrain.lowering_sparse._NEAR", 1)
+        monkeypatch.setattr("edgetrain.lowering_sparse._ENTRIES_PER_PART", 0.01)
+    monkeypatch.setattr("edgetrain.combining._MOST_PIXELS", 5)
+    monkeypatch.setattr("edgetrain.combining._FEWEST_PIXELS", 1)
+    sparse = Sparse(Case("sums", (3, 6, 6), _with_sums), monkeypatch, lanes)
+    sparse.thin_out(count, 0.3)
+    sparse.check(count)
+    plan = sparse.learner.training_plan()
+    sums = [node for node in plan.graph.nodes if node.op_type == "ProductGrads" and node.optional(3) is not None]
+    in_place = [plan.buffer(node.y.name) == plan.buffer(node.input(3).name) for node in sums]
+    assert in_place == [False, True, True], "a reshaped map has no border; a normalisation's sum, a node's"
+
+
 def test_one_pass_changes_no_bit_of_an_input_gradient(monkeypatch):
+    """But for the order of sums where it adds to what is there."""
+    monkeypatch.setattr("edgetrain.combining._add_up", lambda *_: None)
     x, y = BLOCKS.batch(9)
     sparse = Sparse(BLOCKS, monkeypatch)
     sparse.thin_out(1, 0.3)

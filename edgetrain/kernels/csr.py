@@ -171,13 +171,14 @@ def correlate_csr(lanes: int, runs: int, columns: int, x_step: int, chains: int)
 @kernel(
     "x", "grad_out", "grad_x", "tiles", "entries", "bounds", "sums", "scale", "bias", "mean", "inverse_std", "keep",
     "row_count", "parts", "x_block", "x_channel", "grad_block", "grad_x_block", "grad_x_channel", "part_sums",
-    "tile_count", "tile_chunk", "tile_chunks", "row_chunk", "row_chunks", "order", "x_step", "f_low", "f_high",
+    "tile_count", "tile_chunk", "tile_chunks", "row_chunk", "row_chunks", "order", "x_step", "f_low", "f_high", "adds",
 )  # fmt: skip
 def gradients_csr(lanes: int, runs: int, columns: int, normalised: int) -> Body:
     """Do the work of ``multiply_csr`` for the input gradient and of ``correlate_csr`` in one pass over ``grad_out``.
 
     A row of the list is an input channel. With ``normalised`` the product's input is what a batch normalisation makes
     of ``x``, bit for bit, with the statistics that ``batch_norm`` wrote, clipped to ``low`` and ``high``.
+    ``adds``: 1 to add to what ``grad_x`` holds, 0 to write.
     Job: (block, chunk of tiles, chunk of rows); ``tiles``: int64 triples (``grad_out``, ``x``, ``grad_x``).
     ``sums``, ``part_sums`` and ``keep`` as in ``correlate_csr``, but a vector's place is the entry's number in the
     index, which ``order`` holds by place in the list: the lists of all phases of a stride have their sums together.
@@ -189,7 +190,7 @@ def gradients_csr(lanes: int, runs: int, columns: int, normalised: int) -> Body:
         (x, grad_out, grad_x, tiles, entries, bounds, sums, scale, bias, mean, inverse_std, keep, row_count, parts,
          x_block, x_channel, grad_block, grad_x_block, grad_x_channel, part_sums, tile_count, tile_chunk, tile_chunks,
          row_chunk, row_chunks, order, x_step) = arguments(args, 27)  # fmt: skip
-        low, high = load_f32(args + 216), load_f32(args + 224)
+        low, high, adds = load_f32(args + 216), load_f32(args + 224), load_i64(args + 232)
         middle, factor, offset = low, low, low
         for job in range(first, last):
             chunk_r = job % row_chunks
@@ -214,9 +215,9 @@ def gradients_csr(lanes: int, runs: int, columns: int, normalised: int) -> Body:
                                 factor = load_f32(scale + 4 * row) * load_f32(inverse_std + 4 * row)
                             csr_gradients_tile(
                                 grad, source + row * x_channel, target + row * grad_x_channel, entries + ENTRY * begin,
-                                entries + ENTRY * end, summed, tiles + t * tile_bytes, part, keep + t - first_tile,
-                                following, order + 4 * begin, x_step, middle, factor, offset, low, high, runs, columns,
-                                normalised, lanes,
+                                entries + ENTRY * end, summed, tiles + t * tile_bytes, part + adds,
+                                keep + t - first_tile, following, order + 4 * begin, x_step, middle, factor, offset,
+                                low, high, runs, columns, normalised, lanes,
                             )  # fmt: skip
 
     return body

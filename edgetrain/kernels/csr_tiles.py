@@ -177,7 +177,8 @@ def csr_gradients_tile(
         table: ``runs`` triples (``dy``, ``x``, ``dx``) of int64 byte offsets, those of the first pixel of each run.
         part: 0 to start from nothing instead of what ``dx`` holds.
         keep: 0 to start from nothing instead of what ``sums`` holds.
-        following: the table of the tile that this channel meets next, whose part of ``x`` is asked for; or 0.
+        following: the table of the tile that this channel meets next, whose part of ``x`` is asked for, and of ``dx``
+            if it holds something; or 0.
         middle, factor, offset, low, high: float32; the input is ``clip((x - middle) * factor + offset)`` if
             ``normalised``.
         runs, columns, normalised, lanes: compile-time.
@@ -191,9 +192,12 @@ def csr_gradients_tile(
         offsets = [builder.load(builder.gep(base, [_constant(i)])) for i in range(3 * nr)]
         with builder.if_then(builder.icmp_signed("!=", following_, _constant(0))):
             coming = pointer(builder, following_, I64)
-            coming = [builder.load(builder.gep(coming, [_constant(3 * i + 1)])) for i in range(nr)]
-            for place in _tile(builder, [builder.add(x_, o) for o in coming], x_step_, nc, n):
+            coming = [builder.load(builder.gep(coming, [_constant(i)])) for i in range(3 * nr)]
+            for place in _tile(builder, [builder.add(x_, o) for o in coming[1::3]], x_step_, nc, n):
                 ask_for(builder, place)
+            with builder.if_then(builder.icmp_signed("!=", part_, _constant(0))):
+                for place in _tile(builder, [builder.add(dx_, o) for o in coming[2::3]], x_step_, nc, n):
+                    ask_for(builder, place)
         sources, inputs, targets = (
             [builder.add(address, o) for o in offsets[i::3]] for i, address in enumerate((dy_, x_, dx_))
         )

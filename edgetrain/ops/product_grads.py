@@ -17,14 +17,16 @@ if TYPE_CHECKING:
 
 @register
 class ProductGrads(ProductGrad):
-    """Both gradients: (x, grad_out, weights[, scale, bias, mean, 1 / std]) -> (grad_x, grad_w).
+    """Both gradients: (x, grad_out, weights, addend | None[, scale, bias, mean, 1 / std]) -> (grad_x, grad_w).
 
     With the statistics of a batch normalisation ``x`` is its input, and the product's input is computed again from it,
-    clipped to ``low`` and ``high``. ``combining`` makes such nodes for weights that are lists.
+    clipped to ``low`` and ``high``. ``addend`` is a map that is added to ``grad_x``, which takes over its memory.
+    ``combining`` makes such nodes for weights that are lists.
     """
 
     name = "ProductGrads"
-    arity = (3, 7)
+    arity = (4, 8)
+    in_place = 3
     products = 2
     attributes = (*ProductGrad.attributes, "low", "high")
 
@@ -46,17 +48,21 @@ class ProductGrads(ProductGrad):
 
     def reference(self, node: Node, *inputs: Array) -> tuple[Array, ...]:
         """See ``ProductInputGrad`` and ``ProductWeightGrad``."""
-        g, (x, grad_out, w, *statistics) = self.product(node), inputs
+        g, (x, grad_out, w, addend, *statistics) = self.product(node), inputs
         if statistics:
             (x,) = BatchNormalizationAgain().reference(node, x, *statistics)
         grad_x = reference.conv_input_gradient(as_maps(grad_out), as_kernels(w, g), g)
         grad_w = reference.conv_weight_gradient(as_maps(x), as_maps(grad_out), g)
-        return grad_x.reshape(x.shape), grad_w.reshape(node.outputs[1].shape)
+        grad_x = grad_x.reshape(x.shape) + (0 if addend is None else addend)
+        return grad_x, grad_w.reshape(node.outputs[1].shape)
 
     def borders(self, node: Node) -> Sequence[Border]:
         """Zeros around the output gradient."""
         return [self.product(node).grad_border if i == 1 else NO_BORDER for i in range(len(node.inputs))]
 
     def lower(self, node: Node, low: Lowering) -> None:
-        """See ``lowering_sparse``."""
+        """See ``lowering_sparse``; nothing to copy when the output took over the addend's memory."""
+        addend = node.optional(3)
+        if addend is not None:
+            low.copy(addend, node.y)
         low.sparse_grads(node, self.product(node), bounds_of(node))
