@@ -14,7 +14,7 @@ from edgetrain.arrays import Layout, map_sizes
 from edgetrain.choice import target
 from edgetrain.graph import Node, Value
 from edgetrain.kernels.codes import ERRORS, KEPT, PARTS, REST, WHOLE
-from edgetrain.lowering_core import Pair
+from edgetrain.lowering_core import Pair, border_of, strides
 from edgetrain.lowering_listed import ListedLowering
 from edgetrain.ops import get_op
 from edgetrain.plan import Ref
@@ -463,17 +463,6 @@ def _unrolled(pool: Pool, possible: bool) -> tuple[int, int]:
 def maps_of(x: Layout) -> dict[str, int]:
     """Return ``blocks``, ``rows``, ``columns`` of a layout."""
     return {"blocks": x.blocks, "rows": x.rows, "columns": x.columns}
-
-
-def border_of(y: Layout, prefix: str = "") -> dict[str, int]:
-    """Return the pixels around the maps of a layout: ``top``, ``left``, ``bottom``, ``right``, with a prefix."""
-    return {f"{prefix}{side}": n for side, n in zip(("top", "left", "bottom", "right"), y.border, strict=True)}
-
-
-def strides(**layouts: Layout) -> dict[str, int]:
-    """Return ``{name}_block``, ``{name}_channel``, ``{name}_row`` for every layout."""
-    parts = ("block", "channel", "row")
-    return {f"{name}_{part}": getattr(layout, part) for name, layout in layouts.items() for part in parts}
 
 
 def _sizes_for(value: Value, rank: int) -> tuple[int, int, int]:

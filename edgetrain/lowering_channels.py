@@ -17,8 +17,8 @@ from edgetrain.choice import Sizes, channel_lanes
 from edgetrain.errors import GraphError
 from edgetrain.graph import Node, Value
 from edgetrain.kernels.codes import CHANNELS, DEPTHWISE, SAMPLES
-from edgetrain.lowering import Lowering, Place, maps_of, strides
-from edgetrain.lowering_core import Pair
+from edgetrain.lowering import Lowering, Place, maps_of
+from edgetrain.lowering_core import Pair, strides
 from edgetrain.lowering_products import lanes_of
 from edgetrain.lowering_sparse import is_read_by_bits
 from edgetrain.ops import Border, describe, get_op
@@ -85,6 +85,10 @@ class ChannelLowering(Lowering):
         """Return how a batched value lies in memory."""
         sizes = map_sizes(value.shape)
         return Layout(self.blocks, channel_lanes(sizes[0], self.lanes), *sizes, border, by_channel=True)
+
+    def writes_border(self, node: Node) -> tuple[int, ...]:
+        """See ``LoweringCore.writes_border``; of the kernels here one does, that of all lanes."""
+        return super().writes_border(node) if node.op_type == "MaskActivation" else ()
 
     def shares(self, x: Value, y: Value) -> bool:
         """A reshape that keeps the channels moves nothing."""

@@ -16,7 +16,7 @@ from edgetrain.errors import GraphError
 from edgetrain.graph import Graph, Node, Value
 from edgetrain.kernels.codes import CHANNELS, SAMPLES
 from edgetrain.kernels.registry import argument_names
-from edgetrain.ops import Border
+from edgetrain.ops import Border, get_op
 from edgetrain.plan import Plan, Ref, Row, borders_to_clear, share_memory
 
 if TYPE_CHECKING:
@@ -42,8 +42,7 @@ class LoweringCore:
         for name, value in graph.values.items():
             if name in sharing.root and value.batched and name != LABELS:
                 self.plan.layouts[name] = self.make_layout(value, sharing.border[name])
-        # A kernel for lanes of channels writes no border.
-        self._to_clear = borders_to_clear(nodes, sharing.root) if self.kind == SAMPLES else set(sharing.border)
+        self._to_clear = borders_to_clear(nodes, sharing.root, self.writes_border)
         self.plan.fixed.update(parameters.buffers)
         for name, size, dtype in (("labels", self.plan.capacity, np.int64), ("mask", self.plan.capacity, np.float32)):
             self.plan.fixed[name] = aligned(size, dtype)
@@ -59,6 +58,10 @@ class LoweringCore:
     def make_layout(self, value: Value, border: Border) -> Layout:
         """Return how a batched value lies in memory."""
         return Layout(self.blocks, self.lanes, *map_sizes(value.shape), border)
+
+    def writes_border(self, node: Node) -> tuple[int, ...]:
+        """Return the indices of the outputs around which the node's kernel writes the zeros, too."""
+        return get_op(node.op_type).writes_border
 
     def shares(self, x: Value, y: Value) -> bool:
         """Whether a reshape from ``x`` to ``y`` moves nothing."""
@@ -201,6 +204,17 @@ class LoweringCore:
                 "fill_border", (y.lanes,), y.planes, y=self.address(value) + -y.origin, rows=y.rows,
                 columns=y.columns, top=top, left=left, bottom=bottom, right=right, y_plane=y.channel, f_value=0.0,
             )  # fmt: skip
+
+
+def border_of(y: Layout, prefix: str = "") -> dict[str, int]:
+    """Return the pixels around the maps of a layout: ``top``, ``left``, ``bottom``, ``right``, with a prefix."""
+    return {f"{prefix}{side}": n for side, n in zip(("top", "left", "bottom", "right"), y.border, strict=True)}
+
+
+def strides(**layouts: Layout) -> dict[str, int]:
+    """Return ``{name}_block``, ``{name}_channel``, ``{name}_row`` for every layout."""
+    parts = ("block", "channel", "row")
+    return {f"{name}_{part}": getattr(layout, part) for name, layout in layouts.items() for part in parts}
 
 
 def widened(pixels: list[Pair], lanes: int, widest: int) -> tuple[list[Pair], int]:

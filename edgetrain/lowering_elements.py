@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -12,7 +14,7 @@ from edgetrain.choice import simd_lanes, target
 from edgetrain.errors import GraphError
 from edgetrain.graph import Node, Value
 from edgetrain.kernels.codes import TALLY_BYTES
-from edgetrain.lowering_core import Pair
+from edgetrain.lowering_core import Pair, border_of, strides
 from edgetrain.lowering_pruned import PrunedLowering
 from edgetrain.ops.registry import Border
 from edgetrain.plan import Ref
@@ -69,7 +71,8 @@ class ElementLowering(PrunedLowering):
         """Emit the choice of a threshold, and the list of the numbers that reach it."""
         x, lists = self.layout(node.x), self._element_lists(node, g, node.x)
         self.plan.sizes[self.plan.buffer(node.y.name)] = lists.nbytes
-        starts, choice = self._element_threshold(node, lists.capacity)
+        count = functools.partial(self.emit, "count_elements", (x.lanes,), x.planes)
+        starts, choice = self._element_threshold(node, lists.capacity, count)
         ends = list(itertools.accumulate((len(pixels) for _, pixels in lists.strips), initial=0))
         base = self.address(node.y)
         self.emit(
@@ -81,27 +84,32 @@ class ElementLowering(PrunedLowering):
         )  # fmt: skip
 
     def mask_activation(self, node: Node) -> None:
-        """Emit the choice of a threshold, and the copy of the numbers that reach it."""
+        """Emit the copy of the numbers that reach the threshold, and a choice of another one."""
         x, y = self.layout(node.x), self.layout(node.y)
         numbers = self.plan.capacity * x.channels * x.rows * x.columns
-        _, choice = self._element_threshold(node, max(1, math.ceil(float(node.get("capacity")) * numbers)))
-        self.emit(
-            "keep_elements", (x.lanes,), x.planes, x=self.address(node.x), y=self.address(node.y),
-            **choice, **self.alive(x), channels=x.maps, rows=x.rows, columns=x.columns, x_block=x.block,
-            x_channel=x.channel, x_row=x.row, y_block=y.block, y_channel=y.channel, y_row=y.row,
-        )  # fmt: skip
+        room = max(1, math.ceil(float(node.get("capacity")) * numbers))
+        copy: dict[str, int | Ref] = {"y": self.address(node.y), **strides(y=y)}
+        count = functools.partial(self.emit, "copy_elements", (x.lanes,), x.planes, **copy, **border_of(y))
+        _, choice = self._element_threshold(node, room, count)
+        self.emit("keep_elements", (x.lanes,), x.planes, x=self.address(node.x), record=self.record_of(node), **choice,
+                  **copy, **self.alive(x), **self._planes(x))  # fmt: skip
 
-    def _element_threshold(self, node: Node, capacity: int) -> tuple[Ref, dict[str, Ref]]:
-        """Emit the choice; return where every channel's numbers go, and the arguments that tell what was chosen."""
+    @staticmethod
+    def _planes(x: Layout) -> dict[str, int]:
+        return {"channels": x.maps, "rows": x.rows, "columns": x.columns, **strides(x=x)}
+
+    def _element_threshold(self, node: Node, capacity: int, count: Callable[..., None]) -> tuple[Ref, dict[str, Ref]]:
+        """Emit the choice; return where every channel's numbers go, and the arguments that tell what was chosen.
+
+        ``count``: emits what counts the numbers that reach the threshold of the step before.
+        """
         x, record = self.layout(node.x), self.record_of(node)
         counts, starts = self.workspace(8 * x.planes), self.workspace(8 * (x.maps + 1))
         choice = {"threshold": self.kept(f"threshold:{node.y.name}", ALIGNMENT), "quotas": self.workspace(8 * x.planes)}
-        maps = {"channels": x.maps, "rows": x.rows, "columns": x.columns, "x_block": x.block,
-                "x_channel": x.channel, "x_row": x.row}  # fmt: skip
         shared: dict[str, int | Ref] = {
-            "x": self.address(node.x), "counts": counts, "record": record, **self.alive(x), **maps
+            "x": self.address(node.x), "counts": counts, "record": record, **self.alive(x), **self._planes(x)
         }
-        self.emit("count_elements", (x.lanes,), x.planes, **shared)
+        count(**shared)
         self.emit(
             "element_threshold", (x.lanes,), 1, **shared, **choice, starts=starts, capacity=capacity,
             magnitudes=self.workspace(4 * x.lanes * x.columns * x.rows * x.planes), counters=self.workspace(_COUNTERS),

@@ -107,12 +107,17 @@ def share_memory(
     return Sharing(root, {name: border[root[name]] for name in values})
 
 
-def borders_to_clear(nodes: Sequence[Node], root: Mapping[str, str]) -> set[str]:
-    """Return the roots of memory whose border is read before an operator has written it along with its output."""
+def borders_to_clear(
+    nodes: Sequence[Node], root: Mapping[str, str], writes: Callable[[Node], tuple[int, ...]]
+) -> set[str]:
+    """Return the roots of memory whose border is read before an operator has written it along with its output.
+
+    ``writes``: the indices of the outputs of which a node does that.
+    """
     made: dict[str, int] = {}
     written: dict[str, int] = {}
     for position, node in enumerate(nodes):
-        own = get_op(node.op_type).writes_border
+        own = writes(node)
         for i, value in enumerate(node.outputs):
             made[value.name] = position
             if i in own:

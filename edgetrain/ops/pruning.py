@@ -338,6 +338,7 @@ class MaskActivation(Op):
 
     name = "MaskActivation"
     training_only = True
+    writes_border = (0,)
     attributes = ("density", "capacity", "refresh", "record")
 
     def infer(self, node: Node) -> Sequence[tuple[Shape, bool]]:
