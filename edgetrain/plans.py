@@ -225,21 +225,30 @@ class Plans:
 
         The latter by method, with the names of the fields of ``StepResult``.
         """
+        listed, activations = self._skipped()
         saved = {
-            "saved_error_maps": self._macs["dense"] - self.step_macs + self._skipped(*_LISTED),
+            "saved_error_maps": self._macs["dense"] - self.step_macs + listed,
             "saved_weights": _skipped_weights(plan),
-            "saved_activations": self._skipped("CompressedWeightGrad"),
+            "saved_activations": activations,
         }
         done = self._macs["dense"] - sum(saved.values())
         return count * done, {method: count * macs for method, macs in saved.items()}
 
-    def _skipped(self, *op_types: str) -> int:
-        """Return the multiply-accumulates of a sample that products of these kinds skipped in the latest step."""
-        if not self._counted:
-            return 0
-        tally = self.parameters.buffers["tally"].reshape(-1, 2)
-        counts = [(macs, *map(int, tally[record])) for op_type, macs, record in self._counted if op_type in op_types]
-        return sum(macs - macs * kept // max(1, total) for macs, kept, total in counts)
+    def _skipped(self) -> tuple[int, int]:
+        """Return what products on lists of error maps, and of activations, skipped of a sample in the latest step.
+
+        In plain integers, since every step does it: with those of NumPy it took 30 us where 18 products count, so 10.
+        """
+        listed = activations = 0
+        tally = self.parameters.buffers["tally"].tolist() if self._counted else []
+        for op_type, macs, record in self._counted:
+            kept, total = tally[2 * record : 2 * record + 2]
+            skipped = macs - macs * kept // max(1, total)
+            if op_type == "CompressedWeightGrad":
+                activations += skipped
+            else:
+                listed += skipped
+        return listed, activations
 
     @functools.cached_property
     def _counted(self) -> list[tuple[str, int, int]]:
