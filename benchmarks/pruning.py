@@ -32,7 +32,8 @@ import edgetrain as et
 from edgetrain import lowering_winograd, plans
 from edgetrain.data import load_dataset
 from edgetrain.graph import Graph
-from edgetrain.pruning import ErrorPruning, compress_activations
+from edgetrain.pruning import ErrorPruning
+from edgetrain.saved_activations import compress_activations
 
 RESULTS, ACCURACY = machines.results_file("pruning.json"), Path(__file__).parent / "results" / "pruning_accuracy.json"
 DOCUMENT = Path(__file__).parent.parent / "docs" / "pruning.md"

@@ -25,10 +25,9 @@ from edgetrain.pruning import (
     ErrorMapPruning,
     ErrorPruning,
     GradientPruning,
-    compress_activations,
     error_maps,
-    mask_activations,
 )
+from edgetrain.saved_activations import compress_activations, mask_activations
 from tests.engine import (
     PRUNING_KERNELS,
     assert_all_close,

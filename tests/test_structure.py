@@ -46,7 +46,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("lowering_winograd", "lowering_sparse"),
     ("lowering_products", "combining"),
     ("lowering_pruned", "pruning"),
-    ("lowering_elements",),
+    ("lowering_elements", "saved_activations"),
     ("lowering_pooled",),
     ("lowering_listed",),
     ("lowering",),

@@ -10,7 +10,7 @@ Error maps, by channels (``edgetrain.pruning.ErrorMapPruning``):
 - ``PrunedInputGrad``, ``PrunedWeightGrad``, ``PrunedBiasGrad``: the gradients of a product from the kept channels
   alone. Each is its dense operator with one more input, the list.
 
-Saved activations (``edgetrain.pruning.compress_activations`` inserts them, for SWAT):
+Saved activations (``edgetrain.saved_activations.compress_activations`` inserts them, for SWAT):
 
 - ``CompressActivation``: x -> its largest numbers (``kernels/element_lists.py``), or the vectors of lanes with the
   largest norm (``kernels/vector_lists.py``), as lists. It stands right behind whatever makes x, so the dense x is given

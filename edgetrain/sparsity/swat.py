@@ -17,7 +17,7 @@ from edgetrain.densities import DISTRIBUTIONS
 from edgetrain.errors import UsageError
 from edgetrain.keeping import keep_masks, keep_residual_masks
 from edgetrain.optim import Optimizer
-from edgetrain.pruning import compress_activations, mask_activations
+from edgetrain.saved_activations import compress_activations, mask_activations
 from edgetrain.sparsity.layers import SparseLayer, entries, shapes_of
 from edgetrain.sparsity.policy import INDEX_BYTES, Floats, Mask, SparsityPolicy, largest
 

@@ -1,0 +1,118 @@
+"""Which operators to put where in a training graph so that saved activations lose what counts least: for SWAT.
+
+A weight gradient reads lists of the kept numbers or vectors, or a copy of its input with zeros (``ops/pruning.py``).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from edgetrain.autodiff import TrainingGraph
+from edgetrain.graph import Node, Value
+from edgetrain.keeping import forget_again
+from edgetrain.pruning import error_maps
+
+# Room for vectors beyond the wanted density: thresholds hold for many steps while activations move.
+_SLACK = 1.25
+# Lists of numbers hold two words each and have one segment per channel. Where more than this share is kept, or maps
+# have fewer pixels, they save neither memory nor time.
+_DENSEST_LIST, _FEWEST_PIXELS = 0.4, 16
+
+
+def compress_activations(
+    train: TrainingGraph, densities: Mapping[str, float], refresh: int = 100, capacity: float | None = None,
+    group: str = "lanes", may_list: bool = True,
+) -> dict[str, int]:  # fmt: skip
+    """Let convolutions compute their weight gradient from the largest part of their input alone (SWAT).
+
+    What is kept for the backward pass is the list, not the input, unless something else reads that; a normalised map
+    is listed when it is made, and not computed again.
+
+    Args:
+        train: is changed: every ``ProductWeightGrad`` of a listed weight becomes a ``CompressActivation`` behind the
+            node that makes x, and a ``CompressedWeightGrad``.
+        densities: share of the vectors or numbers to keep, above 0 and at most 1, by the name of a convolution's
+            weights. Convolutions with groups or shared weights and fully connected layers stay as they are, with
+            ``"element"`` also those where lists do not pay: their weights are not in the result.
+        refresh: steps after which thresholds are found anew.
+        capacity: largest share there is memory for; 1.25 times the density by default. Give the largest density that
+            will be set later.
+        group: ``"lanes"``: a vector, one pixel of the samples that lie in the lanes together, is kept or dropped as a
+            whole; ``"element"``: every number for itself.
+        may_list: false to make copies with zeros as ``mask_activations`` does, of the same layers and with the same
+            records: where lanes hold channels no kernel reads lists.
+
+    Returns:
+        The number of every pruned weight's record. ``Parameters.buffers["records"]`` is float32
+        ``(records * RECORD,)``; its number ``DENSITY`` (``kernels.codes``) of a record is the share to keep and may be
+        changed between steps; ``Parameters.buffers["tally"]`` is int64 ``(records * 2,)``: what was kept in the latest
+        step, and all.
+    """
+    graph, records = train.graph, {}
+    for error_map in error_maps(train):
+        weight = error_map.conv.input(1)
+        for node in [n for n in graph.nodes if n.op_type == "ProductWeightGrad" and error_map.read_by(n)]:
+            density = densities.get(weight.name, 0.0)
+            room = min(1.0, _SLACK * density if capacity is None else capacity)
+            if density and (group == "lanes" or (room <= _DENSEST_LIST and _pixels(node.x) >= _FEWEST_PIXELS)):
+                records[weight.name] = train.records
+                if not may_list:
+                    _mask(train, node, density, refresh, room)
+                    continue
+                attributes = {
+                    **node.attributes, "unit": group, "density": density, "capacity": room, "refresh": refresh,
+                    "record": train.records, "grad_out": error_map.value,
+                }  # fmt: skip
+                _compress(train, node, attributes)
+                train.records += 1
+    return records
+
+
+def _pixels(value: Value) -> int:
+    return math.prod(value.shape[1:])
+
+
+def mask_activations(train: TrainingGraph, densities: Mapping[str, float], refresh: int = 100) -> dict[str, int]:
+    """Let weight gradients see the largest numbers of their input alone, by a copy with zeros.
+
+    Kernels are the dense ones: for products whose lists ``compress_activations`` does not make. Arguments and result
+    as there; weight gradients that read lists already are left alone.
+    """
+    graph, records = train.graph, {}
+    for node in [n for n in graph.nodes if n.op_type == "ProductWeightGrad"]:
+        if (name := node.get("like").name) in densities:
+            records[name] = train.records
+            _mask(train, node, densities[name], refresh)
+    return records
+
+
+def _mask(train: TrainingGraph, node: Node, density: float, refresh: int, capacity: float = 1.0) -> None:
+    """Let a weight gradient read a copy of its input with zeros; ``capacity``: what a list would have room for."""
+    masked = Value(f"{node.y.name}.masked", node.x.shape)
+    train.graph.add_value(masked)
+    train.graph.nodes[train.graph.nodes.index(node)] = replace(node, inputs=(masked, node.input(1)))
+    attributes = {"density": density, "capacity": capacity, "refresh": refresh, "record": train.records}
+    _insert_behind(train, node.x, Node("MaskActivation", masked.name, (node.x,), (masked,), attributes))
+    train.records += 1
+
+
+def _compress(train: TrainingGraph, node: Node, attributes: Mapping[str, Any]) -> None:
+    """Replace a weight gradient by one from lists, which are made right behind the node that makes x."""
+    graph, lists = train.graph, Value(f"{node.y.name}.lists", (1,), batched=False)
+    graph.add_value(lists)
+    x, place = train.again.get(node.x.name, node.x), graph.nodes.index(node)
+    graph.nodes[place] = replace(
+        node, op_type="CompressedWeightGrad", inputs=(lists, node.input(1)), attributes={**attributes, "source": x}
+    )
+    _insert_behind(train, x, Node("CompressActivation", lists.name, (x,), (lists,), attributes))
+    forget_again(graph, train.again, node.x)
+
+
+def _insert_behind(train: TrainingGraph, x: Value, node: Node) -> None:
+    """Insert a node right behind the one that makes a value, or at the beginning if x is an input."""
+    made = next((i for i, n in enumerate(train.graph.nodes) if x in n.outputs), -1)
+    train.graph.nodes.insert(made + 1, node)
+    train.forward_count += made + 1 < train.forward_count
