@@ -33,15 +33,17 @@ class _Lists:
     """Where the parts of a list of numbers lie: segments, places, numbers.
 
     Attributes:
-        strips: each has a segment per channel; the phase of the stride, and pixels of it (offset in a sample of the
-            turned maps, offset in the activation).
+        strips: the phase of the stride, and pixels of it (offset in a sample of the turned maps, offset in the
+            activation); none of a list that only saves memory.
         channels: of the activation.
         capacity: numbers there is room for.
+        parts: each strip has a segment per channel; 1 for a list without strips.
     """
 
     strips: list[tuple[Phase, list[Pair]]]
     channels: int
     capacity: int
+    parts: int
 
     @property
     def strip_bytes(self) -> int:
@@ -51,7 +53,7 @@ class _Lists:
     @property
     def places(self) -> int:
         """Byte offset of the places."""
-        return len(self.strips) * self.strip_bytes
+        return self.parts * self.strip_bytes
 
     @property
     def values(self) -> int:
@@ -69,25 +71,54 @@ class ElementLowering(PrunedLowering):
 
     def list_elements(self, node: Node, g: Product) -> None:
         """Emit the choice of a threshold, and the list of the numbers that reach it."""
-        x, lists = self.layout(node.x), self._element_lists(node, g, node.x)
+        lists, sample = self._element_lists(node, g, node.x), self._turned(g).block
+        self._list(node, lists, [pixels for _, pixels in lists.strips], self.lanes * sample, sample)
+
+    def store_elements(self, node: Node) -> None:
+        """Emit the same, with places in the map that ``expand_elements`` makes."""
+        x, y = self.layout(node.x), self.layout(node.get("expanded"))
+        if y.nbytes >= 2**31:
+            raise GraphError(f"node '{node.name}': no lists of numbers for maps of 2 GiB and more; use a smaller batch "
+                             "size")  # fmt: skip
+        pixels = [(0, row, column) for row in range(x.rows) for column in range(x.columns)]
+        places = [(y.offset(pixel), x.offset(pixel)) for pixel in pixels]
+        self._list(node, self._stored_lists(node, x), [places], y.block, 4)
+
+    def expand_elements(self, node: Node) -> None:
+        """Emit the map that a list was made of, zeros where nothing was listed."""
+        y, base = self.layout(node.y), self.address(node.x)
+        lists = self._stored_lists(node, y)
+        self.emit(
+            "expand_elements", (y.lanes,), y.channels, segments=base, places=base + lists.places,
+            values=base + lists.values, y=self.address(node.y), blocks=y.blocks, rows=y.rows, columns=y.columns,
+            **strides(y=y),
+        )  # fmt: skip
+
+    def _stored_lists(self, node: Node, x: Layout) -> _Lists:
+        numbers = self.plan.capacity * x.channels * x.rows * x.columns
+        return _Lists([], x.channels, _capacity(node, numbers), 1)
+
+    def _list(self, node: Node, lists: _Lists, strips: list[list[Pair]], block: int, sample: int) -> None:
+        """Emit a threshold and lists; ``block``, ``sample``: bytes between those of the maps that places are in."""
+        x = self.layout(node.x)
         self.plan.sizes[self.plan.buffer(node.y.name)] = lists.nbytes
         count = functools.partial(self.emit, "count_elements", (x.lanes,), x.planes)
         starts, choice = self._element_threshold(node, lists.capacity, count)
-        ends = list(itertools.accumulate((len(pixels) for _, pixels in lists.strips), initial=0))
+        ends = list(itertools.accumulate(map(len, strips), initial=0))
         base = self.address(node.y)
         self.emit(
             "list_elements", (self.lanes,), x.channels, x=self.address(node.x), starts=starts, **choice,
-            mask=Ref("mask"), segments=base, places=base + lists.places,
-            values=base + lists.values, pixels=self.table([pair for _, pixels in lists.strips for pair in pixels]),
-            strip_starts=self.table(ends), strips=len(lists.strips), blocks=self.blocks, channels=x.channels,
-            x_block=x.block, x_channel=x.channel, other_sample=self._turned(g).block,
+            mask=Ref("mask"), segments=base, places=base + lists.places, values=base + lists.values,
+            pixels=self.table([pair for pixels in strips for pair in pixels]), strip_starts=self.table(ends),
+            strips=len(strips), blocks=self.blocks, channels=x.channels, x_block=x.block, x_channel=x.channel,
+            other_block=block, other_sample=sample,
         )  # fmt: skip
 
     def mask_activation(self, node: Node) -> None:
         """Emit the copy of the numbers that reach the threshold, and a choice of another one."""
         x, y = self.layout(node.x), self.layout(node.y)
         numbers = self.plan.capacity * x.channels * x.rows * x.columns
-        room = max(1, math.ceil(float(node.get("capacity")) * numbers))
+        room = _capacity(node, numbers)
         copy: dict[str, int | Ref] = {"y": self.address(node.y), **strides(y=y)}
         count = functools.partial(self.emit, "copy_elements", (x.lanes,), x.planes, **copy, **border_of(y))
         _, choice = self._element_threshold(node, room, count)
@@ -179,12 +210,11 @@ class ElementLowering(PrunedLowering):
 
     def _element_lists(self, node: Node, g: Product, x: Value) -> _Lists:
         numbers = self.plan.capacity * g.channels_in * g.size[0] * g.size[1]
-        capacity = min(numbers, max(1, math.ceil(float(node.get("capacity")) * numbers)))
         if self._turned(g).nbytes >= 2**31:
             raise GraphError(f"node '{node.name}': no lists of numbers for error maps of 2 GiB and more; use a smaller "
                              "batch size, or group='lanes'")  # fmt: skip
         strips = [strip for phase in g.phases() if phase.taps for strip in self._strips(phase, self.layout(x))]
-        return _Lists(strips, g.channels_in, capacity)
+        return _Lists(strips, g.channels_in, _capacity(node, numbers), len(strips))
 
     def _strips(self, phase: Phase, x: Layout) -> list[tuple[Phase, list[Pair]]]:
         """Return a phase's pixels in strips of columns, so narrow that what they meet stays in the L2 cache.
@@ -200,6 +230,11 @@ class ElementLowering(PrunedLowering):
             (phase, [pair for i, pair in enumerate(pixels) if start <= i % columns < start + starts.step])
             for start in starts
         ]
+
+
+def _capacity(node: Node, numbers: int) -> int:
+    """Return how many of so many numbers a list has room for."""
+    return min(numbers, max(1, math.ceil(float(node.get("capacity")) * numbers)))
 
 
 def _tile(g: Product, terms: int) -> Pair:

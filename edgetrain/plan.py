@@ -107,8 +107,12 @@ def share_memory(
     return Sharing(root, {name: border[root[name]] for name in values})
 
 
+def _writes_border(node: Node) -> tuple[int, ...]:
+    return get_op(node.op_type).writes_border
+
+
 def borders_to_clear(
-    nodes: Sequence[Node], root: Mapping[str, str], writes: Callable[[Node], tuple[int, ...]]
+    nodes: Sequence[Node], root: Mapping[str, str], writes: Callable[[Node], tuple[int, ...]] = _writes_border
 ) -> set[str]:
     """Return the roots of memory whose border is read before an operator has written it along with its output.
 

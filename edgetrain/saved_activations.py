@@ -20,6 +20,8 @@ _SLACK = 1.25
 # Lists of numbers hold two words each and have one segment per channel. Where more than this share is kept, or maps
 # have fewer pixels, they save neither memory nor time.
 _DENSEST_LIST, _FEWEST_PIXELS = 0.4, 16
+# Weight gradients that read whole activations: with the error map, or with lists of its exact zeros.
+_WHOLE = ("ProductWeightGrad", "PooledWeightGrad")
 
 
 def compress_activations(
@@ -29,7 +31,8 @@ def compress_activations(
     """Let convolutions compute their weight gradient from the largest part of their input alone (SWAT).
 
     What is kept for the backward pass is the list, not the input, unless something else reads that; a normalised map
-    is listed when it is made, and not computed again.
+    is listed when it is made, and not computed again. Weight gradients from lists of exact zeros (``pooled_errors``)
+    read the map again, with zeros in the place of what was dropped (``ExpandActivation``).
 
     Args:
         train: is changed: every ``ProductWeightGrad`` of a listed weight becomes a ``CompressActivation`` behind the
@@ -57,7 +60,7 @@ def compress_activations(
         for node in [n for n in graph.nodes if n.op_type == "ProductWeightGrad" and error_map.read_by(n)]:
             density = densities.get(weight.name, 0.0)
             room = min(1.0, _SLACK * density if capacity is None else capacity)
-            if density and (group == "lanes" or (room <= _DENSEST_LIST and _pixels(node.x) >= _FEWEST_PIXELS)):
+            if density and (group == "lanes" or _is_listed(node.x, room)):
                 records[weight.name] = train.records
                 if not may_list:
                     _mask(train, node, density, refresh, room)
@@ -68,21 +71,29 @@ def compress_activations(
                 }  # fmt: skip
                 _compress(train, node, attributes)
                 train.records += 1
+    if group == "element" and may_list:
+        for node in [n for n in graph.nodes if n.op_type == "PooledWeightGrad"]:
+            density = densities.get(name := node.get("like").name, 0.0)
+            room = min(1.0, _SLACK * density if capacity is None else capacity)
+            if density and _is_listed(node.x, room):
+                records[name] = train.records
+                _store(train, node, {"density": density, "capacity": room, "refresh": refresh})
     return records
 
 
-def _pixels(value: Value) -> int:
-    return math.prod(value.shape[1:])
+def _is_listed(x: Value, room: float) -> bool:
+    """Whether lists of single numbers pay for a map with room for that share of them."""
+    return room <= _DENSEST_LIST and math.prod(x.shape[1:]) >= _FEWEST_PIXELS
 
 
 def mask_activations(train: TrainingGraph, densities: Mapping[str, float], refresh: int = 100) -> dict[str, int]:
     """Let weight gradients see the largest numbers of their input alone, by a copy with zeros.
 
-    Kernels are the dense ones: for products whose lists ``compress_activations`` does not make. Arguments and result
-    as there; weight gradients that read lists already are left alone.
+    Kernels are those of whole activations: for products whose lists ``compress_activations`` does not make. Arguments
+    and result as there; weight gradients that read lists already are left alone.
     """
     graph, records = train.graph, {}
-    for node in [n for n in graph.nodes if n.op_type == "ProductWeightGrad"]:
+    for node in [n for n in graph.nodes if n.op_type in _WHOLE]:
         if (name := node.get("like").name) in densities:
             records[name] = train.records
             _mask(train, node, densities[name], refresh)
@@ -109,6 +120,22 @@ def _compress(train: TrainingGraph, node: Node, attributes: Mapping[str, Any]) -
     )
     _insert_behind(train, x, Node("CompressActivation", lists.name, (x,), (lists,), attributes))
     forget_again(graph, train.again, node.x)
+
+
+def _store(train: TrainingGraph, node: Node, attributes: Mapping[str, Any]) -> None:
+    """Let a weight gradient read a map with zeros of which the forward pass keeps a list."""
+    graph, x = train.graph, train.again.get(node.x.name, node.x)
+    lists, expanded = Value(f"{node.y.name}.lists", (1,), batched=False), Value(f"{node.y.name}.expanded", x.shape)
+    graph.add_value(lists)
+    graph.add_value(expanded)
+    place = graph.nodes.index(node)
+    graph.nodes[place] = replace(node, inputs=(expanded, node.input(1)))
+    expand = {"like": x, "capacity": attributes["capacity"]}
+    graph.nodes.insert(place, Node("ExpandActivation", expanded.name, (lists,), (expanded,), expand))
+    attributes = {**attributes, "unit": "stored", "record": train.records, "expanded": expanded}
+    _insert_behind(train, x, Node("CompressActivation", lists.name, (x,), (lists,), attributes))
+    forget_again(graph, train.again, node.x)
+    train.records += 1
 
 
 def _insert_behind(train: TrainingGraph, x: Value, node: Node) -> None:

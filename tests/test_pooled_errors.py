@@ -17,7 +17,7 @@ from edgetrain.ops.conv import Conv
 from edgetrain.ops.pooling import MaxPool
 from edgetrain.policies import parse_policy
 from edgetrain.pooled_errors import pays
-from tests.engine import assert_all_close, learner, wide_host
+from tests.engine import assert_all_close, learner, poison, wide_host
 from tests.op_cases import Net
 
 Array = NDArray[Any]
@@ -163,11 +163,48 @@ def test_lists_of_kept_channels_are_the_pruned_products(importance, monkeypatch)
     assert step.macs_done == direct.partial_fit(x, y).macs_done < step.macs_dense
 
 
-@pytest.mark.parametrize(("variant", "listed"), [("unstructured", True), ("momentum", False)])
-def test_lists_of_exact_zeros_beside_swat_where_the_number_of_weights_stays(variant, listed):
-    """The momentum variant moves weights between layers, and a layer may come to run on lists of its weights."""
-    made = learner(network("lenet5"), 16, sparsity=et.SWAT(0.5, activations=0.0, variant=variant))
-    assert ("list_pooled" in {row.kernel[0] for row in made.training_plan().rows}) == listed
+def swat_network(layer: str, norm: bool) -> Graph:
+    """A layer before a pool, and before it one whose output may be computed again in the backward pass."""
+    shape, weight, conv, pool = LAYERS[layer]
+    net = Net(shape)
+    x = net.conv(net.graph.inputs[0], shape[0], shape[0], 1, 1, bias=not norm)
+    x = net.conv(net.Relu(net.norm(x) if norm else x), *weight, **conv)
+    x = net.Flatten(net.Relu(net.MaxPool(x, **pool)))
+    net.graph.set_outputs([net.Gemm(x, net.parameter(4, *net.shape(x), spread=0.02), transB=1)])
+    return net.graph
+
+
+@pytest.mark.parametrize(("lanes", "count"), [(4, 9), (16, 16)])
+@pytest.mark.parametrize("norm", [False, True], ids=["plain", "norm"])
+@pytest.mark.parametrize(("layer", "variant", "zeros", "stored"), [
+    ("lenet5", "unstructured", 0.5, False), ("lenet5", "unstructured", 0.9, True), ("lenet5", "momentum", 0.9, False),
+    ("lenet5", "erk", 0.9, True), ("asymmetric", "unstructured", 0.9, True),
+])  # fmt: skip
+def test_swat_has_the_same_gradients_from_lists_of_exact_zeros(
+    layer, variant, zeros, stored, norm, lanes, count, monkeypatch
+):
+    """Also the momentum variant, which moves weights between layers: they may come to run on lists of their weights."""
+    graph, policy = swat_network(layer, norm), et.SWAT(zeros, activations=zeros, variant=variant, group="element")
+    x, y = batch(graph, count)
+    made, direct = learner(graph, lanes, sparsity=policy), learner(graph, lanes, sparsity=policy)
+    got, step = made.gradients(x, y), made.partial_fit(x, y)
+    assert {"ExpandActivation" if stored else "MaskActivation", *POOLED} <= operators(made)
+    assert (made.memory_plan().notes.get("activations") == "pruned ones as lists") == stored
+    monkeypatch.setattr(plans, "list_pooled_errors", lambda *arguments: None)
+    wanted = direct.gradients(x, y)
+    assert not POOLED & operators(direct)
+    assert_all_close(got, wanted, TOLERANCE)
+    other = direct.partial_fit(x, y)
+    assert (step.saved_activations, step.saved_weights) <= (other.saved_activations, other.saved_weights)
+    assert step.macs_dense == other.macs_dense
+    poison(made)
+    assert_all_close(made.gradients(x, y), made.gradients(x, y), 0)
+
+
+def test_swat_keeps_lists_of_vectors_and_of_weights_beside_them():
+    made = learner(network("lenet5"), 16, sparsity=et.SWAT(0.9, activations=0.9, group="lanes"))
+    assert "CompressedWeightGrad" in operators(made)
+    assert not POOLED & operators(made)
 
 
 def test_sparse_weights_keep_their_own_kernels():

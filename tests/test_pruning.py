@@ -980,5 +980,6 @@ def test_every_kernel_of_pruning_is_used():
     made = [learner(network(), error_pruning=policy) for policy in policies]
     pooled = pooled_network({"kernel_shape": [2, 2], "strides": [2, 2]}, {})
     made.append(learner(pooled, error_pruning=GradientPruning(group="lanes")))
+    made.append(learner(et.models.lenet5(), 16, sparsity=et.SWAT(0.9, activations=0.9)))
     plans = [each.plans.plan(True, 9) for each in made]  # more than one block
     assert ours <= {row.kernel[0] for plan in plans for row in plan.rows}

@@ -5,7 +5,8 @@ the other operand is turned first, output channels next to each other (``turn_ma
 meets a vector of channels at every kernel position (``correlate_elements``).
 
 A *segment* lists the kept numbers of one channel, of all samples: an int32 byte offset into the turned maps and the
-float32 itself, in two arrays. ``segments`` holds int64 pairs (first number, how many).
+float32 itself, in two arrays. ``segments`` holds int64 pairs (first number, how many). Lists that only save memory
+tell the places in the map itself (``expand_elements``).
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from edgetrain.kernels.simd import (
     literal,
     load,
     load_f32,
+    load_i32,
     load_i64,
     pointer,
     select_ge,
@@ -299,18 +301,18 @@ def append(
 
 @kernel(
     "x", "starts", "threshold", "quotas", "mask", "segments", "places", "values", "pixels", "strip_starts", "strips",
-    "blocks", "channels", "x_block", "x_channel", "other_sample",
+    "blocks", "channels", "x_block", "x_channel", "other_block", "other_sample",
 )  # fmt: skip
 def list_elements(lanes: int) -> Body:
     """List the numbers that ``element_threshold`` keeps. Job: channel.
 
-    ``pixels``: table of int64 pairs (offset in a sample of the turned maps, offset in ``x``), strip after strip from
-    ``strip_starts`` on. Segments are ``[strip][channel]``.
+    ``pixels``: table of int64 pairs (offset in a sample of the maps that places are told in, offset in ``x``), strip
+    after strip from ``strip_starts`` on. Segments are ``[strip][channel]``.
     """
 
     def body(args: int, first: int, last: int) -> None:
         (x, starts, threshold, quotas, mask, segments, places, values, pixels, strip_starts, strips, blocks, channels,
-         x_block, x_channel, other_sample) = arguments(args, 16)  # fmt: skip
+         x_block, x_channel, other_block, other_sample) = arguments(args, 17)  # fmt: skip
         least, limit = load_f32(threshold), load_f32(threshold + 4)
         for channel in range(first, last):
             at, end = load_i64(starts + 8 * channel), load_i64(starts + 8 * channel + 8)
@@ -319,7 +321,7 @@ def list_elements(lanes: int) -> Body:
                 store_i64(segment, at)
                 for block in range(blocks):
                     alive = load(mask + block * 4 * lanes, lanes)
-                    source, sample = x + block * x_block + channel * x_channel, block * lanes * other_sample
+                    source, sample = x + block * x_block + channel * x_channel, block * other_block
                     for i in range(load_i64(strip_starts + 8 * strip), load_i64(strip_starts + 8 * strip + 8)):
                         pixel, base = source + load_i64(pixels + 16 * i + 8), sample + load_i64(pixels + 16 * i)
                         if at + lanes <= end:
@@ -345,6 +347,27 @@ def list_elements(lanes: int) -> Body:
                                     store_i64(place, left - 1)
                                     at += 1
                 store_i64(segment + 8, at - load_i64(segment))
+
+    return body
+
+
+@kernel("segments", "places", "values", "y", "blocks", "rows", "columns", "y_block", "y_channel", "y_row")
+def expand_elements(lanes: int) -> Body:
+    """Write the listed numbers of a channel to their places in ``y``, zeros to all others. Job: channel."""
+    step = 4 * lanes
+
+    def body(args: int, first: int, last: int) -> None:
+        segments, places, values, y, blocks, rows, columns, y_block, y_channel, y_row = arguments(args, 10)
+        zero = broadcast(0.0, lanes)
+        for channel in range(first, last):
+            for block in range(blocks):
+                for row in range(rows):
+                    target = y + block * y_block + channel * y_channel + row * y_row
+                    for i in range(columns):
+                        store(target + i * step, zero)
+            start, count = load_i64(segments + 16 * channel), load_i64(segments + 16 * channel + 8)
+            for i in range(start, start + count):
+                store_f32(y + channel * y_channel + load_i32(places + 4 * i), load_f32(values + 4 * i))
 
     return body
 

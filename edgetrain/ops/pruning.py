@@ -16,8 +16,9 @@ Saved activations (``edgetrain.saved_activations.compress_activations`` inserts 
   largest norm (``kernels/vector_lists.py``), as lists. It stands right behind whatever makes x, so the dense x is given
   up when its last other reader is done;
 - ``CompressedWeightGrad``: (lists, grad_out) -> gradient of all weights;
-- ``MaskActivation``: x -> x with zeros instead of its smaller numbers, for dense weight gradients where lists of
-  numbers do not pay.
+- ``ExpandActivation``: lists -> x with zeros instead of its smaller numbers, in the backward pass, for weight gradients
+  from lists of errors;
+- ``MaskActivation``: the same of x, in the forward pass, where lists of numbers do not pay.
 
 Only products of one group: a depthwise convolution has nothing to share out between channels.
 """
@@ -276,7 +277,8 @@ class CompressActivation(Op):
     in all other steps the old one holds, so the density drifts a little (Raihan and Aamodt 2020, whose code keeps
     thresholds likewise). Vectors of zeros are never kept.
 
-    Attributes: ``unit``: ``"element"`` or ``"lanes"``; ``density``: share of them to keep, the initial one: kernels
+    Attributes: ``unit``: ``"element"`` or ``"lanes"``, or ``"stored"`` for numbers that ``ExpandActivation`` puts where
+    they were, into the value ``expanded``; ``density``: share of them to keep, the initial one: kernels
     read it from the layer's record; ``capacity``: largest share there is room for; ``refresh`` in steps; ``record``:
     number of the record; ``like``: the weights; ``grad_out``: the value that the product will be computed with;
     ``forward`` and the attributes of the product.
@@ -285,7 +287,7 @@ class CompressActivation(Op):
     name = "CompressActivation"
     training_only = True
     opaque = (0,)
-    attributes = (*ProductGrad.attributes, "unit", "density", "capacity", "refresh", "record", "grad_out")
+    attributes = (*ProductGrad.attributes, "unit", "density", "capacity", "refresh", "record", "grad_out", "expanded")
 
     def product(self, node: Node) -> Product:
         """Return the sizes of the product that reads x."""
@@ -298,15 +300,43 @@ class CompressActivation(Op):
     def reference(self, node: Node, *inputs: Array) -> tuple[Array, ...]:
         """The input with zeros where it is not kept, the whole batch being one vector."""
         (x,) = inputs
-        norms = np.abs(x) if node.get("unit") == "element" else (x**2).sum(0)
+        norms = (x**2).sum(0) if node.get("unit") == "lanes" else np.abs(x)
         count = max(1, math.ceil(float(node.get("density")) * norms.size))
         limit = max(np.sort(norms, axis=None)[-count], np.finfo(np.float32).tiny)
         return (np.where(norms >= limit, x, 0),)
 
     def lower(self, node: Node, low: Lowering) -> None:
-        """See ``lowering_pruned``."""
+        """See ``lowering_pruned`` and ``lowering_elements``."""
+        if node.get("unit") == "stored":
+            low.store_elements(node)
+            return
         compress = low.list_elements if node.get("unit") == "element" else low.compress_activation
         compress(node, self.product(node))
+
+
+@register
+class ExpandActivation(Op):
+    """Lists of ``CompressActivation`` with the unit ``"stored"`` -> the map they were made of, zeros elsewhere.
+
+    Attributes: ``like``: x; ``capacity``: the lists'.
+    """
+
+    name = "ExpandActivation"
+    training_only = True
+    takes_parameters = True
+    attributes = ("like", "capacity")
+
+    def infer(self, node: Node) -> Sequence[tuple[Shape, bool]]:
+        """The shape of x."""
+        return [(node.get("like").shape, True)]
+
+    def reference(self, node: Node, *inputs: Array) -> tuple[Array, ...]:
+        """The readable twin of the lists is that map."""
+        return (inputs[0],)
+
+    def lower(self, node: Node, low: Lowering) -> None:
+        """See ``lowering_elements``."""
+        low.expand_elements(node)
 
 
 @register
