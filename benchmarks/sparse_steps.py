@@ -111,7 +111,8 @@ def _tables(models: dict) -> list[str]:
     for model, entry in models.items():
         busy = " (something else used the machine meanwhile)" * entry["busy"]
         rounds = len(entry["steps"]["none"])
-        lines += [f"## {model}, rounds: {rounds}{busy}", "", "| sparsity | ms | dense / it | PyTorch / it | wanted | met |",
+        lines += [f"## {model}, rounds: {rounds}{busy}", ""]
+        lines += ["| sparsity | ms | dense / it | PyTorch / it | wanted | met |",
                   "|---|---|---|---|---|---|"]  # fmt: skip
         lines += [_row(model, text, seconds, entry) for text, seconds in entry["steps"].items()]
         lines += [f"| PyTorch, dense | {1e3 * median(entry['torch']):.2f} | | | | |"] if entry["torch"] else []
