@@ -339,10 +339,14 @@ class Plans:
         kinds, moving = (False, True) if self._whole_gradients else (False,), self._moving()
         none, every, present = [1] * len(moving), [i.size for i in moving], [i.count for i in moving]
         plans = []
-        for counts in (none, every, present) if moving else (present,):
-            for index, number in zip(moving, counts, strict=True):
+        try:
+            for counts in (none, every, present) if moving else (present,):
+                for index, number in zip(moving, counts, strict=True):
+                    index.count = number
+                plans += [self.plan(True, count, whole) for whole in kinds]
+        finally:
+            for index, number in zip(moving, present, strict=True):
                 index.count = number
-            plans += [self.plan(True, count, whole) for whole in kinds]
         return max(plans, key=lambda plan: self.memory(plan).peak_bytes)
 
     def _moving(self) -> list[SparseIndex]:

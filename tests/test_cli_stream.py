@@ -15,7 +15,7 @@ import termios
 import time
 from array import array
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 import pytest
@@ -143,6 +143,30 @@ def test_a_stream_is_kept_though_its_test_data_were_damaged_meanwhile(capsys, tm
     code, told, _ = run(capsys, "resume", "runs/fit-1")
     assert code == 0
     assert "test accuracy" in told
+
+
+def test_what_was_learned_is_kept_when_something_unforeseen_fails(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    x, y = np.random.default_rng(0).integers(0, 256, (400, 1, 16, 16), np.uint8), np.arange(400) % 2
+    np.savez("a.npz", x=x, y=y)
+    learn, blocks = StreamSession._learn, []
+
+    def and_fail(session: StreamSession, *block: Any) -> None:
+        if len(blocks) == 3:
+            raise ZeroDivisionError
+        blocks.append(len(block[1]))
+        learn(session, *block)
+
+    monkeypatch.setattr(StreamSession, "_learn", and_fail)
+    code, _, told = run(capsys, "fit", "--stream", "--data", "a.npz", "--threads", "1", "--batch-size", "8")
+    assert code == 70
+    assert "ZeroDivisionError" in told
+    assert load_checkpoint("runs/fit-1/last.safetensors").stream.position == sum(blocks) > 0
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    code, told, _ = run(capsys, "resume", "runs/fit-1")
+    assert code == 0
+    assert "400 instances" in told
 
 
 def test_a_finished_stream_is_not_resumed(inside, capsys):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gzip
+import io
 import pickle
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -276,6 +278,19 @@ def test_npz_with_a_flipped_byte_is_named(tmp_path: Path) -> None:
     np.savez(file, x=DIGITS[:, None], y=DIGIT_LABELS)
     file.write_bytes(file.read_bytes().replace(DIGITS.tobytes(), DIGITS[::-1].tobytes()))
     with pytest.raises(DataError, match=r"bad\.npz: cannot be read .*CRC"):
+        load_npz(file)
+
+
+def test_npz_with_a_damaged_lzma_member_is_named(tmp_path: Path) -> None:
+    pytest.importorskip("lzma")
+    file, data = tmp_path / "bad.npz", io.BytesIO()
+    np.save(data, DIGITS[:, None])
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_LZMA) as archive:
+        archive.writestr("x.npy", data.getvalue())
+    whole = bytearray(file.read_bytes())
+    whole[60:120] = bytes(60)
+    file.write_bytes(whole)
+    with pytest.raises(DataError, match=r"bad\.npz: cannot be read .*expected a whole \.npz file"):
         load_npz(file)
 
 

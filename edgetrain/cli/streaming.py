@@ -6,6 +6,7 @@ import functools
 import math
 import time
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -258,6 +259,11 @@ class StreamSession:
                     raise self._unpredicted
             except EdgetrainError as error:
                 self._fail(error)
+            except Exception as error:  # foreseen by nobody, so what was learned is kept if that can be
+                with suppress(Exception):
+                    self._save()
+                    self._log("failed", error=repr(error))
+                raise
             if stop.requested():
                 self._interrupt()
             if not learner.stream.position:

@@ -17,9 +17,15 @@ from edgetrain.data.convert import class_names_for, images_from, labels_from
 from edgetrain.data.dataset import Dataset
 from edgetrain.errors import DataError
 
+try:
+    from lzma import LZMAError
+except ImportError:  # a Python built without it: zipfile refuses such members then
+    LZMAError = zipfile.BadZipFile  # type: ignore[misc,assignment]
+
 # What zipfile and NumPy raise at damaged, encrypted and foreign archives; KeyError: a member without ".npy".
 DAMAGED = (
-    OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError, KeyError,
+    OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, LZMAError, NotImplementedError, RuntimeError,
+    KeyError,
 )  # fmt: skip
 _KEYS_BY_SPLIT = {"train": (("x", "y"), ("x_train", "y_train")), "test": (("x_test", "y_test"),)}
 
