@@ -283,10 +283,11 @@ def test_npz_with_a_flipped_byte_is_named(tmp_path: Path) -> None:
 
 def test_npz_with_a_damaged_lzma_member_is_named(tmp_path: Path) -> None:
     pytest.importorskip("lzma")
-    file, data = tmp_path / "bad.npz", io.BytesIO()
-    np.save(data, DIGITS[:, None])
+    file = tmp_path / "bad.npz"
     with zipfile.ZipFile(file, "w", zipfile.ZIP_LZMA) as archive:
-        archive.writestr("x.npy", data.getvalue())
+        for name, values in (("x", DIGITS[:, None]), ("y", DIGIT_LABELS)):
+            np.save(data := io.BytesIO(), values)
+            archive.writestr(f"{name}.npy", data.getvalue())
     whole = bytearray(file.read_bytes())
     whole[60:120] = bytes(60)
     file.write_bytes(whole)
