@@ -96,6 +96,8 @@ def share_memory(
         else:
             quiet = all(max(users.get(m, [-1])) <= position for m in members[old]) and not keep & set(members[old])
             fits = quiet and source.size == node.y.size and not (old in reshaped and any(border[new]))
+            if get_op(node.op_type).in_place_alone:
+                fits = fits and sum(root.get(v.name) == old for v in node.inputs if v is not None) == 1
         if not fits:
             continue
         for member in members.pop(new):

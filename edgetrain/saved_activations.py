@@ -6,6 +6,7 @@ A weight gradient reads lists of the kept numbers or vectors, or a copy of its i
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -46,7 +47,8 @@ def compress_activations(
         group: ``"lanes"``: a vector, one pixel of the samples that lie in the lanes together, is kept or dropped as a
             whole; ``"element"``: every number for itself.
         may_list: false to make copies with zeros as ``mask_activations`` does, of the same layers and with the same
-            records: where lanes hold channels no kernel reads lists.
+            records: where lanes hold channels no kernel reads lists. Nor does it matter to the records which weight
+            gradients read lists of exact zeros.
 
     Returns:
         The number of every pruned weight's record. ``Parameters.buffers["records"]`` is float32
@@ -54,30 +56,25 @@ def compress_activations(
         changed between steps; ``Parameters.buffers["tally"]`` is int64 ``(records * 2,)``: what was kept in the latest
         step, and all.
     """
-    graph, records = train.graph, {}
-    for error_map in error_maps(train):
-        weight = error_map.conv.input(1)
-        for node in [n for n in graph.nodes if n.op_type == "ProductWeightGrad" and error_map.read_by(n)]:
-            density = densities.get(weight.name, 0.0)
-            room = min(1.0, _SLACK * density if capacity is None else capacity)
-            if density and (group == "lanes" or _is_listed(node.x, room)):
-                records[weight.name] = train.records
-                if not may_list:
-                    _mask(train, node, density, refresh, room)
-                    continue
-                attributes = {
-                    **node.attributes, "unit": group, "density": density, "capacity": room, "refresh": refresh,
-                    "record": train.records, "grad_out": error_map.value,
-                }  # fmt: skip
-                _compress(train, node, attributes)
-                train.records += 1
-    if group == "element" and may_list:
-        for node in [n for n in graph.nodes if n.op_type == "PooledWeightGrad"]:
-            density = densities.get(name := node.get("like").name, 0.0)
-            room = min(1.0, _SLACK * density if capacity is None else capacity)
-            if density and _is_listed(node.x, room):
-                records[name] = train.records
-                _store(train, node, {"density": density, "capacity": room, "refresh": refresh})
+    maps, records = error_maps(train), {}
+    uses = Counter(node.input(1) for node in train.graph.nodes[: train.forward_count] if node.op_type == "Conv")
+    # One after another, listed or stored: a state goes to other batch sizes, for which error maps are made otherwise.
+    for node in [n for n in train.graph.nodes if n.op_type in _WHOLE]:
+        weight = node.get("like")
+        density, error_map = densities.get(weight.name, 0.0), next((m for m in maps if m.read_by(node)), None)
+        room = min(1.0, _SLACK * density if capacity is None else capacity)
+        pooled = node.op_type == "PooledWeightGrad" and uses[weight] == 1
+        if not density or not (error_map or pooled) or not (group == "lanes" or _is_listed(node.x, room)):
+            continue
+        records[weight.name] = train.records
+        settings = {"density": density, "capacity": room, "refresh": refresh, "record": train.records}
+        if error_map is None:
+            _store(train, node, settings)
+        elif may_list:
+            _compress(train, node, {**node.attributes, **settings, "unit": group, "grad_out": error_map.value})
+        else:
+            _mask(train, node, settings)
+        train.records += 1
     return records
 
 
@@ -92,22 +89,22 @@ def mask_activations(train: TrainingGraph, densities: Mapping[str, float], refre
     Kernels are those of whole activations: for products whose lists ``compress_activations`` does not make. Arguments
     and result as there; weight gradients that read lists already are left alone.
     """
-    graph, records = train.graph, {}
-    for node in [n for n in graph.nodes if n.op_type in _WHOLE]:
+    records = {}
+    for node in [n for n in train.graph.nodes if n.op_type in _WHOLE]:
         if (name := node.get("like").name) in densities:
             records[name] = train.records
-            _mask(train, node, densities[name], refresh)
+            settings = {"density": densities[name], "capacity": 1.0, "refresh": refresh, "record": train.records}
+            _mask(train, node, settings)
+            train.records += 1
     return records
 
 
-def _mask(train: TrainingGraph, node: Node, density: float, refresh: int, capacity: float = 1.0) -> None:
-    """Let a weight gradient read a copy of its input with zeros; ``capacity``: what a list would have room for."""
+def _mask(train: TrainingGraph, node: Node, attributes: Mapping[str, Any]) -> None:
+    """Let a weight gradient read a copy of its input with zeros; the capacity is what a list would have room for."""
     masked = Value(f"{node.y.name}.masked", node.x.shape)
     train.graph.add_value(masked)
     train.graph.nodes[train.graph.nodes.index(node)] = replace(node, inputs=(masked, node.input(1)))
-    attributes = {"density": density, "capacity": capacity, "refresh": refresh, "record": train.records}
     _insert_behind(train, node.x, Node("MaskActivation", masked.name, (node.x,), (masked,), attributes))
-    train.records += 1
 
 
 def _compress(train: TrainingGraph, node: Node, attributes: Mapping[str, Any]) -> None:
@@ -132,10 +129,9 @@ def _store(train: TrainingGraph, node: Node, attributes: Mapping[str, Any]) -> N
     graph.nodes[place] = replace(node, inputs=(expanded, node.input(1)))
     expand = {"like": x, "capacity": attributes["capacity"]}
     graph.nodes.insert(place, Node("ExpandActivation", expanded.name, (lists,), (expanded,), expand))
-    attributes = {**attributes, "unit": "stored", "record": train.records, "expanded": expanded}
+    attributes = {**attributes, "unit": "stored", "expanded": expanded}
     _insert_behind(train, x, Node("CompressActivation", lists.name, (x,), (lists,), attributes))
     forget_again(graph, train.again, node.x)
-    train.records += 1
 
 
 def _insert_behind(train: TrainingGraph, x: Value, node: Node) -> None:

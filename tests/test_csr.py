@@ -324,6 +324,21 @@ def test_one_pass_adds_to_a_gradient_that_is_there_already(lanes, count, cut, mo
     assert in_place == [False, True, True], "a reshaped map has no border; a normalisation's sum, a node's"
 
 
+def test_one_pass_does_not_add_to_the_error_map_that_it_reads(monkeypatch):
+    """Both are reshapes of one gradient, so they would be one memory."""
+
+    def build(net: Net, x: str) -> str:
+        stem = net.Relu(net.conv(x, 8, 3, 3, 3, pads=[1] * 4))
+        y = net.Add(net.Flatten(net.conv(stem, 8, 8, 1, 1, bias=False)), net.Flatten(stem))
+        return net.Gemm(net.Relu(y), net.parameter(8 * 36, 4, spread=0.1))
+
+    sparse = Sparse(Case("reshapes", (3, 6, 6), build), monkeypatch)
+    sparse.thin_out(1, 0.4)
+    sparse.check(9)
+    nodes = sparse.learner.training_plan().graph.nodes
+    assert next(node.optional(3) is not None for node in nodes if node.op_type == "ProductGrads")
+
+
 def test_one_pass_changes_no_bit_of_an_input_gradient(monkeypatch):
     """But for the order of sums where it adds to what is there."""
     monkeypatch.setattr("edgetrain.combining._add_up", lambda *_: None)

@@ -201,6 +201,19 @@ def test_swat_has_the_same_gradients_from_lists_of_exact_zeros(
     assert_all_close(made.gradients(x, y), made.gradients(x, y), 0)
 
 
+@pytest.mark.parametrize("variant", ["unstructured", "momentum"])
+def test_records_of_activations_are_in_one_order_for_all_batch_sizes(variant, monkeypatch):
+    """A state goes from one to the other, and which error maps become lists depends on the batch size."""
+    policy = et.SWAT(0.9, activations=0.9, dense_first=False, variant=variant, group="element")
+    made = [et.Learner(swat_network("lenet5", True), batch_size=size, sparsity=policy) for size in (1, 4, 32, 32)]
+    assert [operators(each) >= POOLED for each in made[:3]][2]
+    monkeypatch.setattr(plans, "list_pooled_errors", lambda *arguments: None)
+    assert not POOLED & operators(made[3])
+    first, *others = [each.topology.records for each in made]
+    assert len(first) > 1
+    assert all(each == first for each in others)
+
+
 def test_swat_keeps_lists_of_vectors_and_of_weights_beside_them():
     made = learner(network("lenet5"), 16, sparsity=et.SWAT(0.9, activations=0.9, group="lanes"))
     assert "CompressedWeightGrad" in operators(made)

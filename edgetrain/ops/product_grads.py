@@ -27,6 +27,7 @@ class ProductGrads(ProductGrad):
     name = "ProductGrads"
     arity = (4, 8)
     in_place = 3
+    in_place_alone = True
     products = 2
     attributes = (*ProductGrad.attributes, "low", "high")
 

@@ -32,6 +32,8 @@ class Op:
         name: ONNX operator name (or the name of a gradient operator).
         arity: smallest and largest number of inputs.
         in_place: index of the input whose memory the first output may take over, or ``None``.
+        in_place_alone: whether that memory must be no other input's as well: for operators that read other places after
+            they have written one.
         attributes: names of the attributes that are understood.
         training_only: whether it exists only in training graphs (not in ONNX files).
         writes_border: indices of the outputs around which its kernel for lanes of samples writes the zeros, too.
@@ -42,6 +44,7 @@ class Op:
     name: ClassVar[str]
     arity: ClassVar[tuple[int, int]] = (1, 1)
     in_place: ClassVar[int | None] = None
+    in_place_alone: ClassVar[bool] = False
     attributes: ClassVar[tuple[str, ...]] = ()
     training_only: ClassVar[bool] = False
     writes_border: ClassVar[tuple[int, ...]] = ()

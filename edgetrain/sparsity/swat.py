@@ -48,8 +48,7 @@ class SWAT(SparsityPolicy):
     quarter more. Where a map is kept for the weight gradient alone (sums with another branch) the list, and bits of
     the Relu, take its place: ResNet-20 at batch 32 plans 35.6 MiB with 90 % zeros instead of 44.6 (ERK, whose first
     layers are denser, 43.1). A normalised map is not kept in dense training either, but computed again, so its list
-    comes on top: MobileNetV1 of width 0.25 plans 7.3 MiB instead of 6.7. LeNet-5 plans 2.4 instead of 1.75: its
-    largest buffers are the error map before a max pool, which dense training never writes, and that map turned.
+    comes on top: MobileNetV1 of width 0.25 plans 7.3 MiB instead of 6.7. LeNet-5 plans 2.17 instead of 1.75.
 
     Attributes:
         weights, activations: shares of zeros.
@@ -59,10 +58,11 @@ class SWAT(SparsityPolicy):
             fully connected layers stay unstructured.
         group: what of the saved activations is kept or dropped together: ``"element"``: every number for itself, as
             published; ``"lanes"``: vectors, one pixel of the samples that lie in the lanes, of convolutions only, which
-            costs more accuracy (docs/sparse_accuracy.md). Both are stored, and skipped, as lists. Single numbers are
-            listed for convolutions of one group on maps of 16 pixels and more, with at most 0.32 of the numbers
-            kept (never for ``momentum``, which may keep any share); for others they are zeros in a copy, which saves
-            neither time nor memory.
+            costs more accuracy (docs/sparse_accuracy.md). Both are stored as lists, and skipped, but for single numbers
+            where the gradients skip the exact zeros behind a max pool instead (LeNet-5). Single numbers are listed for
+            convolutions of one group on maps of 16 pixels and more, with at most 0.32 of the numbers kept (never for
+            ``momentum``, which may keep any share); for others they are zeros in a copy, which saves neither time nor
+            memory.
         refresh: steps between choices of the weights, once that is a twentieth of all steps; at first 10, then twice
             as many whenever the number of steps has doubled. (The reference code applies a threshold of 10 to 1000
             steps ago to the present weights; here the pattern itself is kept in between, so the density is exact at
