@@ -86,9 +86,9 @@ class ChannelLowering(Lowering):
         sizes = map_sizes(value.shape)
         return Layout(self.blocks, channel_lanes(sizes[0], self.lanes), *sizes, border, by_channel=True)
 
-    def writes_border(self, node: Node) -> tuple[int, ...]:
-        """See ``LoweringCore.writes_border``; of the kernels here one does, that of all lanes."""
-        return super().writes_border(node) if node.op_type == "MaskActivation" else ()
+    def written_borders(self, node: Node) -> tuple[int, ...]:
+        """See ``LoweringCore.written_borders``; of the kernels here one writes any, that of all lanes."""
+        return super().written_borders(node) if node.op_type == "MaskActivation" else ()
 
     def shares(self, x: Value, y: Value) -> bool:
         """A reshape that keeps the channels moves nothing."""

@@ -16,8 +16,8 @@ from edgetrain.errors import GraphError
 from edgetrain.graph import Graph, Node, Value
 from edgetrain.kernels.codes import CHANNELS, SAMPLES
 from edgetrain.kernels.registry import argument_names
-from edgetrain.ops import Border, get_op
-from edgetrain.plan import Plan, Ref, Row, borders_to_clear, share_memory
+from edgetrain.ops import Border
+from edgetrain.plan import Plan, Ref, Row, borders_to_clear, share_memory, written_borders
 
 if TYPE_CHECKING:
     from edgetrain.parameters import Parameters
@@ -42,7 +42,7 @@ class LoweringCore:
         for name, value in graph.values.items():
             if name in sharing.root and value.batched and name != LABELS:
                 self.plan.layouts[name] = self.make_layout(value, sharing.border[name])
-        self._to_clear = borders_to_clear(nodes, sharing.root, self.writes_border)
+        self._to_clear = borders_to_clear(nodes, sharing.root, self.written_borders)
         self.plan.fixed.update(parameters.buffers)
         for name, size, dtype in (("labels", self.plan.capacity, np.int64), ("mask", self.plan.capacity, np.float32)):
             self.plan.fixed[name] = aligned(size, dtype)
@@ -59,9 +59,9 @@ class LoweringCore:
         """Return how a batched value lies in memory."""
         return Layout(self.blocks, self.lanes, *map_sizes(value.shape), border)
 
-    def writes_border(self, node: Node) -> tuple[int, ...]:
-        """Return the indices of the outputs around which the node's kernel writes the zeros, too."""
-        return get_op(node.op_type).writes_border
+    def written_borders(self, node: Node) -> tuple[int, ...]:
+        """See ``plan.written_borders``, for this kind of lanes."""
+        return written_borders(node)
 
     def shares(self, x: Value, y: Value) -> bool:
         """Whether a reshape from ``x`` to ``y`` moves nothing."""

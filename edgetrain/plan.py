@@ -109,16 +109,17 @@ def share_memory(
     return Sharing(root, {name: border[root[name]] for name in values})
 
 
-def _writes_border(node: Node) -> tuple[int, ...]:
+def written_borders(node: Node) -> tuple[int, ...]:
+    """Return the indices of the outputs around which a node's kernel writes the zeros, too."""
     return get_op(node.op_type).writes_border
 
 
 def borders_to_clear(
-    nodes: Sequence[Node], root: Mapping[str, str], writes: Callable[[Node], tuple[int, ...]] = _writes_border
+    nodes: Sequence[Node], root: Mapping[str, str], writes: Callable[[Node], tuple[int, ...]] = written_borders
 ) -> set[str]:
     """Return the roots of memory whose border is read before an operator has written it along with its output.
 
-    ``writes``: the indices of the outputs of which a node does that.
+    ``writes``: see ``written_borders``.
     """
     made: dict[str, int] = {}
     written: dict[str, int] = {}

@@ -239,7 +239,8 @@ class Plans:
     def _skipped(self) -> tuple[int, int]:
         """Return what products on lists of error maps, and of activations, skipped of a sample in the latest step.
 
-        In plain integers, since every step does it: with those of NumPy it took 30 us where 18 products count, so 10.
+        In plain integers, since every step does it: with those of NumPy it took 30 us where 18 products count, and
+        takes 10 so.
         """
         listed = activations = 0
         tally = self.parameters.buffers["tally"].tolist() if self._counted else []
