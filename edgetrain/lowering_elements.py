@@ -33,17 +33,15 @@ class _Lists:
     """Where the parts of a list of numbers lie: segments, places, numbers.
 
     Attributes:
-        strips: the phase of the stride, and pixels of it (offset in a sample of the turned maps, offset in the
-            activation); none of a list that only saves memory.
+        strips: each has a segment per channel; the phase of the stride, and pixels of it (offset in a sample of the
+            turned maps, offset in the activation). A list that only saves memory has none, and one segment per channel.
         channels: of the activation.
         capacity: numbers there is room for.
-        parts: each strip has a segment per channel; 1 for a list without strips.
     """
 
     strips: list[tuple[Phase, list[Pair]]]
     channels: int
     capacity: int
-    parts: int
 
     @property
     def strip_bytes(self) -> int:
@@ -53,7 +51,7 @@ class _Lists:
     @property
     def places(self) -> int:
         """Byte offset of the places."""
-        return self.parts * self.strip_bytes
+        return max(1, len(self.strips)) * self.strip_bytes
 
     @property
     def values(self) -> int:
@@ -96,7 +94,7 @@ class ElementLowering(PrunedLowering):
 
     def _stored_lists(self, node: Node, x: Layout) -> _Lists:
         numbers = self.plan.capacity * x.channels * x.rows * x.columns
-        return _Lists([], x.channels, _capacity(node, numbers), 1)
+        return _Lists([], x.channels, _capacity(node, numbers))
 
     def _list(self, node: Node, lists: _Lists, strips: list[list[Pair]], block: int, sample: int) -> None:
         """Emit a threshold and lists; ``block``, ``sample``: bytes between those of the maps that places are in."""
@@ -214,7 +212,7 @@ class ElementLowering(PrunedLowering):
             raise GraphError(f"node '{node.name}': no lists of numbers for error maps of 2 GiB and more; use a smaller "
                              "batch size, or group='lanes'")  # fmt: skip
         strips = [strip for phase in g.phases() if phase.taps for strip in self._strips(phase, self.layout(x))]
-        return _Lists(strips, g.channels_in, _capacity(node, numbers), len(strips))
+        return _Lists(strips, g.channels_in, _capacity(node, numbers))
 
     def _strips(self, phase: Phase, x: Layout) -> list[tuple[Phase, list[Pair]]]:
         """Return a phase's pixels in strips of columns, so narrow that what they meet stays in the L2 cache.
