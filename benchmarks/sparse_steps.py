@@ -5,8 +5,8 @@ Usage:
     python benchmarks/sparse_steps.py --document   the document from the stored results alone
 
 Every contender is a process of its own; they take turns with idle gaps after warm-up. That is done three times with
-new processes, in another order: two processes that do the same differ by up to 13 % (LeNet-5, batch 8), in whatever
-turn of theirs. A ratio is the median of those of the three rounds.
+new processes, in another order: processes that do the same differ by up to 13 % (seven of LeNet-5, batch 8), and the
+first in the order is often the slower. A ratio is the median of those of the three rounds.
 """
 
 from __future__ import annotations
