@@ -260,7 +260,7 @@ def test_without_ties_ranks_and_thresholds_are_the_plain_ones(count):
         found = share.probabilities(scores, math.inf)
         plain = np.searchsorted(np.sort(share.recent), scores, "right") / len(share.recent)
         assert share.quantiles(scores).tobytes() == plain.tobytes()
-        assert found.tobytes() == (scores >= np.quantile(share.recent, 1 - share.level())).astype(float).tobytes()
+        assert found.tobytes() == (scores >= np.quantile(share.recent, 1 - share.level(count))).astype(float).tobytes()
 
 
 def test_equal_scores_share_the_middle_of_their_ranks_and_what_the_larger_leave():
@@ -272,9 +272,29 @@ def test_equal_scores_share_the_middle_of_their_ranks_and_what_the_larger_leave(
 def test_what_was_kept_too_much_is_made_up_for():
     share = KeptShare(0.3)
     share.count(np.ones(100, bool))
-    assert share.level() < 0.3
+    assert share.level(1) < 0.3
     share.count(np.zeros(400, bool))
-    assert share.level() > 0.3
+    assert share.level(1) > 0.3
+
+
+@pytest.mark.parametrize("rate", [0.02, 0.1, 0.3, 0.9])
+@pytest.mark.parametrize("block", [1, 40, 128, 256, 700, 3000])
+@pytest.mark.parametrize("kind", ["eif", "selective", "selective-top"])
+def test_the_share_is_kept_whatever_comes_at_a_time(kind, block, rate):
+    share, rng, kept = KeptShare(rate), np.random.default_rng(block), []
+    for _ in range(max(20, 6000 // block)):
+        scores = rng.exponential(size=block)
+        if kind == "selective":
+            share.remember(scores)
+            probabilities = share.quantiles(scores) ** (1 / share.level(block) - 1)
+        else:
+            probabilities = share.probabilities(scores, math.inf if kind == "selective-top" else 1.25)
+        kept.append(rng.random(block) < probabilities)
+        share.count(kept[-1])
+    shares = np.array([keep.mean() for keep in kept[len(kept) // 4 :]])
+    assert shares.mean() == pytest.approx(rate, abs=0.1 * rate + 0.003)
+    if block >= 256:  # and no block makes up for more than the ones before kept too much
+        assert abs(shares - rate).max() < 6 * (2 * rate * (1 - rate) / min(block, 512)) ** 0.5
 
 
 # ---- the early instance filter ---------------------------------------------------------------------------------------

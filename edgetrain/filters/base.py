@@ -23,7 +23,7 @@ State = tuple[dict[str, NDArray[Any]], dict[str, Any]]
 # Scores that the wanted share is taken over: long enough for 1 % of them to mean something, short enough to follow a
 # network that learns.
 _RECENT = 512
-# Kept too many or too few is made up for within about so many instances.
+# Kept too many or too few is made up for within about so many instances, or within the next block if that is larger.
 _MAKE_UP = 128
 
 
@@ -240,7 +240,7 @@ class KeptShare:
             return self._from_threshold(scores)
         weights = scores**power
         self.remember(weights)
-        return np.minimum(1.0, _scale_for(self.recent, self.level()) * weights)
+        return np.minimum(1.0, _scale_for(self.recent, self.level(len(scores))) * weights)
 
     def quantiles(self, scores: Floats) -> Floats:
         """Return the share of the recent scores that are at most as large; of equal ones the middle of their ranks.
@@ -254,7 +254,7 @@ class KeptShare:
         return ranks / len(ordered)
 
     def _from_threshold(self, scores: Floats) -> Floats:
-        level, count = self.level(), len(self.recent)
+        level, count = self.level(len(scores)), len(self.recent)
         threshold = np.quantile(self.recent, 1 - level)
         kept = (scores >= threshold).astype(np.float64)
         equal = np.count_nonzero(self.recent == threshold)
@@ -267,14 +267,18 @@ class KeptShare:
         """Add scores to the recent ones."""
         self.recent = np.concatenate([self.recent, scores])[-_RECENT:]
 
-    def level(self) -> float:
-        """Return the share to keep now."""
-        return min(1.0, max(0.1 * self.rate, self.rate - self.surplus / _MAKE_UP))
+    def level(self, count: int) -> float:
+        """Return the share to keep of the next ``count``, which are decided about together.
+
+        More than ``_MAKE_UP`` at once make up for the surplus exactly: were it divided by less than their number, they
+        would make up for more than there is, and blocks would in turn keep nearly nothing and nearly everything.
+        """
+        return min(1.0, max(0.1 * self.rate, self.rate - self.surplus / max(_MAKE_UP, count)))
 
     def count(self, keep: NDArray[np.bool_]) -> None:
-        """Remember how many were kept."""
-        surplus = self.surplus + float(keep.sum()) - self.rate * len(keep)
-        self.surplus = max(-float(_MAKE_UP), min(float(_MAKE_UP), surplus))
+        """Remember how many were kept: no more than the next ones, if as many come, can make up for."""
+        surplus, most = self.surplus + float(keep.sum()) - self.rate * len(keep), float(max(_MAKE_UP, len(keep)))
+        self.surplus = max(-most, min(most, surplus))
 
 
 def _scale_for(values: Floats, level: float) -> float:

@@ -62,7 +62,7 @@ class _ByLoss(Selector):
             probabilities = self.share.probabilities(losses + 1e-9 * self.rng.random(len(y)), math.inf)
         else:
             self.share.remember(losses)
-            probabilities = self.share.quantiles(losses) ** (1 / self.share.level() - 1)
+            probabilities = self.share.quantiles(losses) ** (1 / self.share.level(len(losses)) - 1)
         keep = self.rng.random(len(y)) < probabilities
         self.share.count(keep)
         return Choice(keep, macs)
