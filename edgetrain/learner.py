@@ -266,7 +266,8 @@ class Learner:
     def gradients(self, x: Inputs, y: ArrayLike) -> Arrays:
         """Return the gradients of the mean loss by parameter name, in training mode; nothing changes.
 
-        They are those of the parameters that the next step begins with, not of averaged ones.
+        They are those of the parameters that the next step begins with, not of averaged ones; where ``SWAT`` is about
+        to choose its weights anew, of those chosen last.
         Weights that do not exist have the gradient 0 where nothing is stored for them (``RigL``, ``SET``,
         ``StaticSparse``).
 

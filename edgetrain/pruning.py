@@ -24,7 +24,10 @@ from edgetrain.ops.pruning import CHOICE, IMPORTANCE
 from edgetrain.schema import percent_hint, take_numbers
 
 # Gradients of normalisations, and which of their outputs is the gradient of the input.
-_NORMALISED = {"BatchNormalizationGrad": 0, "BatchNormalizationGradAgain": 0, "ResidualNormalizationGrad": 1}
+_NORMALISED = {
+    "BatchNormalizationGrad": 0, "BatchNormalizationGradAgain": 0, "ResidualNormalizationGrad": 1,
+    "ResidualNormalizationMaskGrad": 1,
+}  # fmt: skip
 _PRUNED = {"ProductInputGrad": "PrunedInputGrad", "ProductWeightGrad": "PrunedWeightGrad", "SumTo": "PrunedBiasGrad"}
 
 
@@ -56,14 +59,14 @@ class ErrorMapPruning(ErrorPruning):
 
     Of a convolution's O output channels ``round(keep * O)`` are kept, at least one, chosen anew in every step by the
     L1 norm of the channel's error map over the batch. Where the gradient of a batch normalisation makes the map it is
-    the L2 norm, which follows from that gradient's sums, and only the kept channels' maps are computed at all. The
+    the L2 norm, which follows from that gradient's sums, and only the kept channels' maps are computed at all, unless
+    a weight gradient from lists of pruned activations (``SWAT``), which uses all channels, reads it too: L1 then. The
     gradients of input, weights and bias are computed from the kept channels alone (from their non-zeros, where weights
     are lists); the others' weights and biases get a gradient of exactly 0. So their momentum still moves them and
     weight decay still shrinks them, as for any parameter whose gradient is 0. The gradients of a batch normalisation's
     scale and bias are those of all channels.
 
-    Convolutions with groups (depthwise ones) or shared weights and fully connected layers are computed densely, and
-    weight gradients from lists of pruned activations (``SWAT``) from all channels.
+    Convolutions with groups (depthwise ones) or shared weights and fully connected layers are computed densely.
 
     Attributes:
         keep: share of the channels, above 0 and at most 1. With 1 nothing changes.

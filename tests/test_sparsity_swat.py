@@ -378,6 +378,24 @@ def test_bits_of_relus_change_no_bit_of_training(graph, group, monkeypatch):
     assert_equal(parameters, expected)
 
 
+@pytest.mark.parametrize("count", [3, 8])
+def test_error_maps_are_chosen_by_their_sums_where_relus_are_bits(count, monkeypatch):
+    def trained() -> tuple[set[str], dict[str, np.ndarray]]:
+        made = et.Learner(et.models.resnet((1, 12, 12), depth=8), batch_size=count, threads=1, seed=1,
+                          sparsity=et.SWAT(0.8, activations=0.3), error_pruning=et.ErrorMapPruning(keep=0.5))  # fmt: skip
+        rng = np.random.default_rng(0)
+        for _ in range(3):
+            made.partial_fit(rng.random((count, 1, 12, 12), np.float32), rng.integers(0, 10, count))
+        return {node.op_type for node in made.plans.training.graph.nodes}, made.parameters()
+
+    used, parameters = trained()
+    assert "PrunedResidualNormalizationMaskGrad" in used and "KeptChannels" not in used
+    monkeypatch.setattr("edgetrain.sparsity.swat.keep_residual_masks", lambda train, forward_count: 0)
+    plain, expected = trained()
+    assert "PrunedResidualNormalizationGrad" in plain and "PrunedResidualNormalizationMaskGrad" not in plain
+    assert_equal(parameters, expected)
+
+
 def test_choices_are_close_together_at_first():
     """A weight that waits a hundred steps outside the pattern is far from what the others have learned meanwhile."""
     made = et.Learner(et.models.lenet5(), batch_size=8, threads=1, sparsity=et.SWAT(0.9, activations=0.0))

@@ -40,6 +40,7 @@ from edgetrain.ops.normalization import (
     BatchNormalizationGrad,
     BatchNormalizationGradAgain,
     ResidualNormalizationGrad,
+    ResidualNormalizationMaskGrad,
     bounds_of,
 )
 from edgetrain.ops.pooling import MaxPoolGrad
@@ -267,6 +268,19 @@ class PrunedResidualNormalizationGrad(_PrunedNormalization, ResidualNormalizatio
     def lower(self, node: Node, low: Lowering) -> None:
         """See ``PrunedLowering.in_stages``."""
         low.residual_norm_gradient(node, bounds_of(node), kept=node.outputs[-1])
+
+
+@register
+class PrunedResidualNormalizationMaskGrad(_PrunedNormalization, ResidualNormalizationMaskGrad):
+    """See ``ResidualNormalizationMaskGrad``, and ``kept``."""
+
+    name = "PrunedResidualNormalizationMaskGrad"
+    attributes = (*ResidualNormalizationGrad.attributes, *CHOICE)
+    errors = 1
+
+    def lower(self, node: Node, low: Lowering) -> None:
+        """See ``PrunedLowering.in_stages``."""
+        low.residual_norm_gradient(node, bounds_of(node), bits=1, kept=node.outputs[-1])
 
 
 @register
