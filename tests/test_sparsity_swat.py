@@ -381,8 +381,8 @@ def test_bits_of_relus_change_no_bit_of_training(graph, group, monkeypatch):
 @pytest.mark.parametrize("count", [3, 8])
 def test_error_maps_are_chosen_by_their_sums_where_relus_are_bits(count, monkeypatch):
     def trained() -> tuple[set[str], dict[str, np.ndarray]]:
-        made = et.Learner(et.models.resnet((1, 12, 12), depth=8), batch_size=count, threads=1, seed=1,
-                          sparsity=et.SWAT(0.8, activations=0.3), error_pruning=et.ErrorMapPruning(keep=0.5))  # fmt: skip
+        policies = {"sparsity": et.SWAT(0.8, activations=0.3), "error_pruning": et.ErrorMapPruning(keep=0.5)}
+        made = et.Learner(et.models.resnet((1, 12, 12), depth=8), batch_size=count, threads=1, seed=1, **policies)
         rng = np.random.default_rng(0)
         for _ in range(3):
             made.partial_fit(rng.random((count, 1, 12, 12), np.float32), rng.integers(0, 10, count))
