@@ -375,7 +375,7 @@ class Learner:
         arrays, report = match_parameters(self.graph, given)  # type: ignore[arg-type]
         with self._lock:
             self._parameters.load(self.topology.adopt(arrays))
-            self.graph.trained = True
+            self.graph.trained, self.graph.normalization = True, report.normalization or self.graph.normalization
             return replace(report, thinned=self.topology.thinned(arrays))
 
     def state(self) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:

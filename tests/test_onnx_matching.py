@@ -9,6 +9,7 @@ import onnx
 import pytest
 from numpy.typing import NDArray
 
+import edgetrain as et
 from edgetrain.errors import ModelError
 from edgetrain.graph import Graph, Normalization
 from edgetrain.onnx_io import match_parameters, save_onnx
@@ -100,6 +101,28 @@ def test_the_mean_and_deviation_of_inputs_are_no_weights(tmp_path: Path) -> None
     save_onnx(graph, tmp_path / "m.onnx")
     _, report = match_parameters(network(mine=(3, 3)), tmp_path / "m.onnx")
     assert (report.by_order, report.unused) == ((("mine", "a"),), ())
+    assert report.normalization is not None and "inputs are normalised as in the file" in str(report)
+    np.testing.assert_array_equal([report.normalization.mean, report.normalization.std], [ones(3)] * 2)
+
+
+def test_weights_of_a_file_bring_the_normalisation_that_they_were_trained_with(tmp_path: Path) -> None:
+    x = np.random.default_rng(0).normal(3, 2, (40, 1, 28, 28)).astype(np.float32)
+    trained = et.Learner(et.models.lenet5(), batch_size=8)
+    trained.fit((x, np.arange(40) % 10), 1)
+    trained.export_onnx(tmp_path / "m.onnx")
+    fresh, other = et.Learner(et.models.lenet5(seed=1)), et.Learner(et.models.lenet5(seed=2), batch_size=8)
+    other.fit((x + 5, np.arange(40) % 10), 1)  # has one of its own
+    for learner in (fresh, other):
+        learner.load_parameters(tmp_path / "m.onnx")
+        np.testing.assert_array_equal(learner.logits(x), trained.logits(x))
+    own = fresh.graph.normalization
+    fresh.fit((x + 5, np.arange(40) % 10), 1)
+    assert fresh.graph.normalization is own
+    fresh.load_parameters(trained.parameters())  # arrays have none
+    assert fresh.graph.normalization is own
+    colours = et.Learner(et.models.lenet5((3, 28, 28)))
+    report = colours.load_parameters(tmp_path / "m.onnx")
+    assert "conv1.weight" in report.other_shape and colours.graph.normalization is None
 
 
 def test_file_with_operators_that_cannot_be_trained() -> None:

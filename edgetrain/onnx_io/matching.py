@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgetrain.errors import ModelError
-from edgetrain.graph import Graph
+from edgetrain.graph import Graph, Normalization
 from edgetrain.onnx_io.names import NORMALIZATION
 
 if TYPE_CHECKING:
@@ -37,6 +37,8 @@ class MatchReport:
         missing: names in the network that kept their values.
         unused: names in the file that were not used.
         thinned: names of sparse weights that have no room for all that is not zero in what matched.
+        normalization: of inputs, which a file of edgetrain's holds and its weights were trained with; ``None`` of other
+            sources, and for networks whose inputs have another number of channels.
     """
 
     by_name: tuple[str, ...]
@@ -45,6 +47,7 @@ class MatchReport:
     missing: tuple[str, ...]
     unused: tuple[str, ...]
     thinned: tuple[str, ...] = ()
+    normalization: Normalization | None = None
 
     def __str__(self) -> str:
         """Return one line per kind of match that occurs."""
@@ -56,6 +59,7 @@ class MatchReport:
             _line("left as they were", self.missing),
             _line("not used", self.unused),
             _line("sparse, without some of the weights given", self.thinned),
+            "inputs are normalised as in the file" if self.normalization is not None else "",
         ]
         return "\n".join(line for line in lines if line)
 
@@ -88,7 +92,9 @@ def match_parameters(
         >>> print(report)
         matched by order and shape (1): fc.weight from head.weight
     """
-    offered = dict(source) if isinstance(source, Mapping) else _arrays_of_file(source)
+    offered, normalization = (dict(source), None) if isinstance(source, Mapping) else _read(source)
+    if normalization is not None and {len(normalization.mean), len(normalization.std)} != {graph.input_shape[0]}:
+        normalization = None
     offered = {name: np.asarray(array) for name, array in offered.items()}
     wanted = _wanted(graph)
     same = [name for name in wanted if name in offered and offered[name].shape == graph.arrays[name].shape]
@@ -101,6 +107,7 @@ def match_parameters(
         other_shape=tuple(name for name in rest if name in offered),
         missing=tuple(name for name in rest if name not in by_order),
         unused=tuple(name for name in left_over if name not in by_order.values()),
+        normalization=normalization,
     )
     pairs = {name: name for name in same} | by_order
     weights = [name for name in wanted if graph.arrays[name].ndim > 1]
@@ -152,10 +159,10 @@ def _wanted(graph: Graph) -> list[str]:
     return [name for name in dict.fromkeys([*read, *graph.arrays]) if name in learned]
 
 
-def _arrays_of_file(source: str | PathLike[str] | ModelProto) -> Arrays:
+def _read(source: str | PathLike[str] | ModelProto) -> tuple[Arrays, Normalization | None]:
     """Return the float32 initializers and Constant nodes of a file, in the order its nodes read them.
 
-    Without the mean and deviation by which edgetrain's files normalise inputs: they are no weights.
+    Beside them, as they are no weights, the mean and deviation by which edgetrain's files normalise inputs.
     """
     from onnx import TensorProto, numpy_helper
 
@@ -169,10 +176,13 @@ def _arrays_of_file(source: str | PathLike[str] | ModelProto) -> Arrays:
                 tensors[node.output[0]] = attribute.t
     read = dict.fromkeys(name for node in model.graph.node for name in node.input)
     try:
-        return {
+        arrays = {
             n: numpy_helper.to_array(tensors[n])
             for n in read
-            if n in tensors and tensors[n].data_type == TensorProto.FLOAT and not n.startswith(f"{NORMALIZATION}.")
+            if n in tensors and tensors[n].data_type == TensorProto.FLOAT
         }
     except Exception as error:  # a tensor shorter than its shape says, or external data that is not there
         raise ModelError(f"the weights in '{model.graph.name}' cannot be read: {error}") from error
+    names = [f"{NORMALIZATION}.{part}" for part in ("mean", "std")]
+    found = [_numbers(name, arrays.pop(name)).reshape(-1) for name in names if name in arrays]
+    return arrays, Normalization(*found) if len(found) == len(names) else None
