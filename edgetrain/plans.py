@@ -274,7 +274,7 @@ class Plans:
             plan = self.plan(training, count, whole_gradients, buffer)
             moves = not self._executors and bool(self._moving())  # looked at once: it takes three plans
             more = training and not whole_gradients and (self._whole_gradients or moves)
-            self._check_budget(self.largest(count) if more else plan)
+            self._check_budget(self.largest(count) if more else plan, count)
             executor = Executor(plan, self.arena, self.team)
             while len(self._executors) >= _KEPT_PLANS:
                 del self._executors[next(iter(self._executors))]
@@ -461,13 +461,13 @@ class Plans:
                 low.emit("average", (), -(-parameters.total // UPDATE_JOB), weight=Ref("weights"),
                          average=Ref("average"), count=parameters.total, settings=Ref("settings"))  # fmt: skip
 
-    def _check_budget(self, plan: Plan) -> None:
+    def _check_budget(self, plan: Plan, count: int) -> None:
         need = self.memory(plan)
         if self._budget and need.peak_bytes > self._budget:
             parts = ", ".join(f"{name} {size / 2**20:.1f}" for name, size in need.parts.items())
             raise MemoryBudgetError(
-                f"a step of {plan.capacity} samples needs {need.peak_bytes / 2**20:.1f} MiB ({parts}), the budget"
-                f" is {self._budget / 2**20:.1f} MiB; use a smaller batch size or network, or a larger budget"
+                f"a step of {count} samples needs {need.peak_bytes / 2**20:.1f} MiB ({parts}), the budget"
+                f" is {self._budget / 2**20:.3g} MiB; use a smaller batch size or network, or a larger budget"
             )
 
 

@@ -70,7 +70,7 @@ class Display:
             f"{total.images_per_second:,.0f} images/s",
             f"memory {resident_mib():.0f}/{self.budget_mib:.0f} MiB",
         ]
-        if total.macs_done < total.macs_dense:
+        if total.macs_dense:
             facts.append(f"computed {total.macs_done / total.macs_dense:.0%}")
         return facts
 

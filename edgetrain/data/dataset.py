@@ -228,5 +228,6 @@ def _check_no_empty_class(labels: NDArray[np.int64], names: tuple[str, ...]) -> 
     if empty.size:
         raise DataError(
             f"class {empty[0]} ({names[empty[0]]!r}) has no example, expected at least one per class;"
-            " add images, renumber the labels, or pass allow_missing_classes=True for a test split"
+            " add images, or number the labels anew without gaps (Dataset.from_arrays of a test split:"
+            " allow_missing_classes=True)"
         )

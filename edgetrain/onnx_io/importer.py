@@ -98,7 +98,9 @@ def read_model(source: str | PathLike[str] | ModelProto) -> ModelProto:
         try:
             model = onnx.load(source)
         except Exception as error:  # protobuf, checker and file system each raise their own classes
-            raise ModelError(f"{place} cannot be read as an ONNX model: {error}") from error
+            raise ModelError(
+                f"{place} cannot be read as an ONNX model: {error}; was it exported and copied completely?"
+            ) from error
     if not model.graph.node or not model.opset_import:
         raise ModelError(f"{place} is not an ONNX model: it holds no nodes; was the file written completely?")
     check_text(model, place)
