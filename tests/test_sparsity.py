@@ -710,13 +710,6 @@ def test_the_schedule_of_changes(policy):
     assert policy.replaced(9, None) == pytest.approx(0.3, abs=1e-4), "32,000 steps when nobody tells"
 
 
-@pytest.mark.parametrize(("total", "period"), [(1000, 100), (6000, 200), (15_000, 500), (40_000, 500), (None, 500)])
-def test_the_steps_between_changes_follow_from_the_length_of_training(total, period):
-    policy = et.SET()
-    changing = [step + 1 for step in range(total or 32_000) if policy.replaced(step, total)]
-    assert changing == list(range(period, math.ceil(0.75 * (total or 32_000)), period))
-
-
 def test_fit_tells_how_long_training_is():
     made = learner(et.RigL(0.8, refresh=2))
     x, y = batch(40)
