@@ -12,7 +12,7 @@ import glob
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,6 +35,11 @@ if TYPE_CHECKING:
 FORMAT_VERSION = 1
 _ENTRY = "edgetrain"
 _REMEDY = "use another checkpoint of the run (such as best.safetensors), or train again"
+
+# As safetensors names them.
+_DTYPES = {
+    "bool": "BOOL", "uint8": "U8", "int32": "I32", "int64": "I64", "uint64": "U64", "float32": "F32", "float64": "F64",
+}  # fmt: skip
 
 Tensors = dict[str, NDArray[Any]]
 
@@ -64,7 +69,7 @@ def save_checkpoint(learner: Learner, path: str | os.PathLike[str]) -> None:
         "state": meta,
         "aliases": aliases,
     }
-    write_file(path, _encode(tensors, table))
+    write_file(path, *_encode(tensors, table))
 
 
 def load_checkpoint(path: str | os.PathLike[str]) -> Learner:
@@ -118,10 +123,10 @@ def read_checkpoint(path: str | os.PathLike[str]) -> tuple[Tensors, dict[str, An
     return tensors, table
 
 
-def write_file(path: str | os.PathLike[str], content: bytes) -> None:
+def write_file(path: str | os.PathLike[str], *content: bytes | NDArray[Any]) -> None:
     """Replace a file in one step: temporary file, fsync, rename, fsync of the folder.
 
-    Temporary files that a crash left behind are removed first.
+    Temporary files that a crash left behind are removed first. Arrays are written as they lie in memory.
 
     Raises:
         CheckpointError: the folder is missing, full or not writable; the old file is untouched.
@@ -140,9 +145,10 @@ def write_file(path: str | os.PathLike[str], content: bytes) -> None:
         raise CheckpointError(message) from error
 
 
-def _write_synced(path: Path, content: bytes) -> None:
+def _write_synced(path: Path, content: Iterable[bytes | NDArray[Any]]) -> None:
     with path.open("wb") as file:
-        file.write(content)
+        for part in content:
+            file.write(part if isinstance(part, bytes) else _raw(part))
         file.flush()
         os.fsync(file.fileno())
 
@@ -178,18 +184,34 @@ def _without_duplicates(tensors: Tensors) -> tuple[Tensors, dict[str, str]]:
     first: dict[tuple[str, tuple[int, ...], bytes], str] = {}
     aliases = {}
     for name, array in tensors.items():
-        key = (str(array.dtype), array.shape, hashlib.sha256(array.tobytes()).digest())
+        key = (str(array.dtype), array.shape, hashlib.sha256(_raw(array)).digest())
         if first.setdefault(key, name) != name:
             aliases[name] = first[key]
     return {name: array for name, array in tensors.items() if name not in aliases}, aliases
 
 
-def _encode(tensors: Tensors, table: dict[str, Any]) -> bytes:
-    from safetensors.numpy import save
+def _encode(tensors: Tensors, table: dict[str, Any]) -> list[bytes | NDArray[Any]]:
+    """Return the parts of a safetensors file: the header, then all tensors, large numbers first as they lie aligned then.
 
-    signed = json.dumps(table | {"sha256": _digest(tensors, table)})
+    ``safetensors.numpy.save`` makes the whole file in memory, and then a copy of it: saving 64 MiB took 184 beside the
+    learner, it takes 64, which is the copy of the state.
+    """
+    order = sorted(tensors, key=lambda name: (-tensors[name].itemsize, name))
     # One entry only: the order of several would differ from run to run, and with it the bytes of the file.
-    return bytes(save(tensors, metadata={_ENTRY: signed}))
+    header: dict[str, Any] = {"__metadata__": {_ENTRY: json.dumps(table | {"sha256": _digest(tensors, table)})}}
+    end = 0
+    for name in order:
+        array, start = tensors[name], end
+        end += array.nbytes
+        header[name] = {"dtype": _DTYPES[str(array.dtype)], "shape": array.shape, "data_offsets": (start, end)}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return [len(text).to_bytes(8, "little") + text, *(tensors[name] for name in order)]
+
+
+def _raw(array: NDArray[Any]) -> NDArray[np.uint8]:
+    """Return the bytes of a contiguous array."""
+    return array.reshape(-1).view(np.uint8)
 
 
 def _decode(path: Path, content: bytes) -> tuple[Tensors, dict[str, Any]]:
@@ -224,7 +246,7 @@ def _digest(tensors: Mapping[str, NDArray[Any]], table: Mapping[str, Any]) -> st
     for name in sorted(tensors):
         array = tensors[name]
         digest.update(f"{name} {array.dtype} {array.shape}".encode())
-        digest.update(np.ascontiguousarray(array).tobytes())
+        digest.update(_raw(np.ascontiguousarray(array)))
     return digest.hexdigest()
 
 

@@ -85,7 +85,8 @@ def fit_loop(
         augmentation: random changes of training images, or their description such as "flip,crop:4".
         shuffle: a new order in every epoch, from the learner's seed and the number of the epoch.
         normalize: give a model without input normalisation the mean and deviation of the training set's channels;
-            only before its first step.
+            only before its first step. Trained weights see other inputs then than those they were trained with:
+            ``False`` leaves inputs as they are.
         on_step: called after every step, with the learner's position already past it.
         on_epoch: called after every epoch.
         should_stop: asked between steps; true ends the fit early, ready to go on.
@@ -100,6 +101,8 @@ def fit_loop(
             instance filter the instances of that step are dropped; another fit goes on behind their block.
     """
     graph = learner.graph
+    if len(graph.inputs) > 1:
+        raise DataError(f"fit takes networks with one input, '{graph.name}' has {graph.inputs}; use partial_fit")
     training = as_samples(data, "training data", graph, learner.loss)
     held_out = None if validation is None else as_samples(validation, "validation data", graph, learner.loss)
     check_fits(graph, training)

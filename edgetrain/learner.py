@@ -364,6 +364,7 @@ class Learner:
         weights with other densities lose some (``MatchReport.thinned``), even if they are sparse enough in all. To go
         on with their pattern, make the learner from a graph that has them: of ``load_onnx``, or with its ``arrays``
         replaced and ``trained`` set. An average of the parameters goes on from the given values.
+        A file of edgetrain's brings its normalisation of inputs; beside arrays set ``graph.normalization``.
 
         Raises:
             ModelError: nothing or next to nothing matches, or an array holds NaN or infinite numbers; nothing has
@@ -375,7 +376,7 @@ class Learner:
         arrays, report = match_parameters(self.graph, given)  # type: ignore[arg-type]
         with self._lock:
             self._parameters.load(self.topology.adopt(arrays))
-            self.graph.trained, self.graph.normalization = True, report.normalization or self.graph.normalization
+            report.mark(self.graph)
             return replace(report, thinned=self.topology.thinned(arrays))
 
     def state(self) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:

@@ -466,8 +466,8 @@ class Plans:
         if self._budget and need.peak_bytes > self._budget:
             parts = ", ".join(f"{name} {size / 2**20:.1f}" for name, size in need.parts.items())
             raise MemoryBudgetError(
-                f"a step of {count} samples needs {need.peak_bytes / 2**20:.1f} MiB ({parts}), the budget"
-                f" is {self._budget / 2**20:.3g} MiB; use a smaller batch size or network, or a larger budget"
+                f"a step of {count} samples needs {need.peak_bytes / 2**20:,.3f} MiB ({parts}), the budget"
+                f" is {self._budget / 2**20:,.3f} MiB; use a smaller batch size or network, or a larger budget"
             )
 
 

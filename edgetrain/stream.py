@@ -73,6 +73,7 @@ class InstanceStream:
         self._learner: Learner = weakref.proxy(learner)
         self._selector: Selector | None = None
         if instance_filter is not None:
+            instance_filter.check_network(self._learner.graph)
             self._selector = instance_filter.selector(self._learner, _judge(self._learner))
         self._x: Images = np.zeros((0, *learner.graph.input_shape), np.float32)
         self._y: NDArray[Any] = np.zeros(0, np.int64)

@@ -6,10 +6,12 @@ import json
 import os
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors
 
 import edgetrain as et
 from edgetrain import checkpoint
@@ -166,6 +168,34 @@ def test_missing_file_and_folder(tmp_path):
         load_checkpoint(tmp_path)
     with pytest.raises(CheckpointError, match=r"cannot be written \(No such file or directory\)"):
         save_checkpoint(learner(), tmp_path / "gone" / "x.safetensors")
+
+
+def test_the_file_is_what_safetensors_writes(tmp_path):
+    names = ["bool", "uint8", "int32", "int64", "uint64", "float32", "float64"]
+    tensors = {f"{name} é": np.arange(6).reshape(2, 3).astype(name) for name in names}
+    tensors |= {"none": np.zeros((0, 3), np.float32), "one": np.array(2.5), "odd": np.ones(3, np.uint8)}
+    write_file(tmp_path / "file", *checkpoint._encode(tensors, {"a": 1}))
+    with safetensors.safe_open(tmp_path / "file", "numpy") as file:
+        assert json.loads(file.metadata()["edgetrain"])["a"] == 1
+        assert set(file.keys()) == set(tensors)
+        for name, array in tensors.items():
+            assert file.get_tensor(name).dtype == array.dtype
+            np.testing.assert_array_equal(file.get_tensor(name), array)
+
+
+def test_saving_takes_the_state_once(tmp_path):
+    """Not three times: beside the copy of the state nothing as large as the file is made."""
+    weight = np.zeros((1000, 800), np.float32)
+    graph = Graph("large", input_shape=(800,))
+    graph.set_outputs([graph.add("Gemm", ["input", graph.parameter("w", weight)], transB=1)])
+    some = et.Learner(graph, batch_size=8)
+    some.partial_fit(np.random.default_rng(0).random((8, 800), np.float32), np.arange(8))
+    save_checkpoint(some, tmp_path / "first")
+    tracemalloc.start()
+    save_checkpoint(some, tmp_path / "file")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1.2 * (tmp_path / "file").stat().st_size
 
 
 def test_crash_while_writing_keeps_the_old_file(tmp_path, monkeypatch):

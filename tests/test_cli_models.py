@@ -174,6 +174,16 @@ def test_training_goes_on_from_an_onnx_file(inside, capsys, tmp_path):
         assert json.loads(out)["accuracy"] > 0.5
 
 
+def test_weights_that_were_trained_on_inputs_as_they_are_are_pointed_out(inside, capsys, tmp_path):
+    learner = et.Learner(et.models.lenet5())
+    learner.export_onnx(tmp_path / "raw.onnx")
+    common = ["fit", "--data", "digits.npz", "--epochs", "1", "--out", tmp_path]
+    for how in (["--model", tmp_path / "raw.onnx"], ["--initial-weights", tmp_path / "raw.onnx"]):
+        assert "if they were trained on inputs as they are: --no-normalize" in run(capsys, *common, *how)[1]
+    for other in (["--model", "runs/fit-1/model.onnx"], [], ["--model", tmp_path / "raw.onnx", "--no-normalize"]):
+        assert "--no-normalize" not in run(capsys, *common, *other)[1]
+
+
 def test_report(inside, capsys):
     code, out, _ = run(capsys, "report", "runs/fit-1", "--json")
     result = json.loads(out)

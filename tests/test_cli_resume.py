@@ -366,7 +366,7 @@ def test_resume_takes_methods_of_a_version_with_other_defaults(inside, capsys, t
     table["settings"][kind] = table["settings"][kind].replace(now, then)
     if kind == "sparsity":
         table["state"]["topology"]["policy"] = table["settings"][kind]
-    last.write_bytes(checkpoint._encode(tensors, table))
+    checkpoint.write_file(last, *checkpoint._encode(tensors, table))
     code, _, err = run(capsys, "resume", tmp_path / "fit-1", "--epochs", "2", "--quiet")
     assert (code, err) == (0, "")
     edit(tmp_path / "fit-1/config.toml", (text, text.replace("0.", "0.3")))

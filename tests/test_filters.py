@@ -11,7 +11,7 @@ import pytest
 
 import edgetrain as et
 from edgetrain.devices import load_profile
-from edgetrain.errors import CheckpointError, MemoryBudgetError, UsageError
+from edgetrain.errors import CheckpointError, DataError, MemoryBudgetError, UsageError
 from edgetrain.filters import Judge
 from edgetrain.filters.base import KeptShare
 from edgetrain.graph import Graph
@@ -232,6 +232,18 @@ def test_settings_out_of_range_are_refused(kind, bad):
     (key,) = bad
     with pytest.raises(UsageError, match=f"{kind.__name__}: {key}="):
         kind(**bad)
+
+
+@pytest.mark.parametrize("kind", [et.EarlyInstanceFilter, et.SelectiveBackprop, et.RandomFilter])
+def test_networks_with_several_inputs_are_refused_when_the_learner_is_made(kind):
+    graph = Graph("two", input_shape=(4,))
+    x = graph.add("Add", ["input", graph.add_input("more", (4,))])
+    graph.set_outputs([graph.add("Gemm", [x, graph.parameter("w", np.ones((2, 4)))], transB=1)])
+    with pytest.raises(UsageError, match=f"{kind.__name__}: the network 'two' has the inputs input, more"):
+        et.Learner(graph, instance_filter=kind())
+    some = et.Learner(graph)
+    with pytest.raises(DataError, match="fit takes networks with one input, 'two' has"):
+        some.fit(({"input": np.ones((3, 4)), "more": np.ones((3, 4))}, [0, 1, 0]), 1)
 
 
 def test_every_filter_of_the_table_has_been_tested():

@@ -441,7 +441,7 @@ def test_a_step_over_the_budget_names_its_parts_and_the_remedy():
     message = str(caught.value)
     names = ("weights", "gradients", "optimizer", "activations", "workspace", "tables")
     parts = ", ".join(rf"{name} \d+\.\d" for name in names)
-    assert re.match(rf"a step of 8 samples needs [1-9]\.\d MiB \({parts}\), the budget is 1\.5 MiB; ", message)
+    assert re.match(rf"a step of 8 samples needs [1-9]\.\d{{3}} MiB \({parts}\), the budget is 1\.500 MiB; ", message)
     assert message.endswith("use a smaller batch size or network, or a larger budget")
     assert tight.step_count == 0
 

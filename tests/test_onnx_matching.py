@@ -123,6 +123,14 @@ def test_weights_of_a_file_bring_the_normalisation_that_they_were_trained_with(t
     colours = et.Learner(et.models.lenet5((3, 28, 28)))
     report = colours.load_parameters(tmp_path / "m.onnx")
     assert "conv1.weight" in report.other_shape and colours.graph.normalization is None
+    et.Learner(et.models.lenet5()).export_onnx(tmp_path / "raw.onnx")
+    fresh.load_parameters(tmp_path / "raw.onnx")  # trained without any
+    assert fresh.graph.normalization is None
+    model = onnx.load(tmp_path / "raw.onnx")
+    model.producer_name = "another"
+    onnx.save(model, tmp_path / "foreign.onnx")
+    other.load_parameters(tmp_path / "foreign.onnx")  # nobody knows
+    assert other.graph.normalization is not None
 
 
 def test_file_with_operators_that_cannot_be_trained() -> None:

@@ -53,8 +53,13 @@ def begin(run: Run, config: Config, *, comparison: str = "") -> None:
     run.write_config(config.to_dict())
 
 
-def tell_profile(display: Display, profile: DeviceProfile) -> None:
-    """Say what is taken from the profile of another machine, and what is not."""
+def tell_surprises(display: Display, profile: DeviceProfile, learner: Learner, config: Config) -> None:
+    """Say what is taken from the profile of another machine, and what is not; and what becomes of a network's inputs."""
+    if learner.graph.trained and learner.graph.normalization is None and config.data.normalize:
+        display.say(
+            "inputs are normalised with statistics of the data, which the given weights know nothing of; if they were "
+            "trained on inputs as they are: --no-normalize"
+        )
     if profile.name != "host":
         display.say(
             f"profile {profile.name}: its batch size, memory budget and recipe are used; all times are this machine's, "

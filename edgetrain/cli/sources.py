@@ -103,7 +103,7 @@ def take_initial_weights(config: Config, graph: Graph) -> MatchReport | None:
         return None
     arrays, report = match_parameters(graph, config.model.initial_weights)
     graph.arrays |= arrays
-    graph.trained, graph.normalization = True, report.normalization or graph.normalization
+    report.mark(graph)
     return report
 
 

@@ -24,7 +24,7 @@ from edgetrain.cli.endings import (
     is_done,
     resuming,
     starting_anew,
-    tell_profile,
+    tell_surprises,
     train_baseline,
     until_stopped,
 )
@@ -69,7 +69,7 @@ def fit_stream(
         run.write_environment({"edgetrain": __version__, "host": host_facts(), "data": data})
         begin(run, config, comparison="wanted" if flags["baseline"] else "")
         _introduce(display, run, learner, config, source)
-        tell_profile(display, profile)
+        tell_surprises(display, profile, learner, config)
         session = StreamSession(run, learner, config, display, stop, source, began, judges=flags["baseline"])
         session.finish()
         session.tell(flags["json"], _baseline(session, profile) if flags["baseline"] else None)

@@ -20,7 +20,7 @@ from edgetrain.cli.endings import (
     how_to_go_on,
     is_done,
     resuming,
-    tell_profile,
+    tell_surprises,
     train_baseline,
     until_stopped,
 )
@@ -339,7 +339,7 @@ def _introduce(display: Display, run: Run, learner: Learner, config: Config, pro
     )
     if learner.sparsity is not None:
         display.say(f"sparsity {config.methods.sparsity}: {learner.topology.beginning}")
-    tell_profile(display, profile)
+    tell_surprises(display, profile, learner, config)
 
 
 def _changed(config: Config, epochs: int | None, threads: int | None) -> Config:

@@ -120,8 +120,14 @@ class InstanceFilter:
         """Refuse a network that the filter does not suit.
 
         Raises:
-            UsageError: as ``selector`` does for a learner of this network.
+            UsageError: as ``selector`` does for a learner of this network; or it has several inputs.
         """
+        if len(graph.inputs) > 1:
+            names = ", ".join(graph.inputs)
+            raise UsageError(
+                f"{type(self).__name__}: the network '{graph.name}' has the inputs {names}, filters look at one; train "
+                "it with partial_fit, without a filter"
+            )
 
     def selector(self, learner: Any, judge: Judge) -> Selector:
         """Return what decides for one learner; called when the learner is made.

@@ -109,8 +109,9 @@ class EarlyInstanceFilter(InstanceFilter):
         """Refuse a network that is too small for a filter of 5 % of its operations.
 
         Raises:
-            UsageError: it is.
+            UsageError: it is, or it has several inputs.
         """
+        super().check_network(graph)
         self.network(graph.input_shape, graph.macs())
 
     def selector(self, learner: Any, judge: Judge) -> Selector:

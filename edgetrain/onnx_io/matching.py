@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from edgetrain.errors import ModelError
 from edgetrain.graph import Graph, Normalization
-from edgetrain.onnx_io.names import NORMALIZATION
+from edgetrain.onnx_io.names import NORMALIZATION, PRODUCER
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -37,8 +37,8 @@ class MatchReport:
         missing: names in the network that kept their values.
         unused: names in the file that were not used.
         thinned: names of sparse weights that have no room for all that is not zero in what matched.
-        normalization: of inputs, which a file of edgetrain's holds and its weights were trained with; ``None`` of other
-            sources, and for networks whose inputs have another number of channels.
+        normalization: of inputs, which the weights were trained with; ``None`` if with none, or not told.
+        tells_normalization: whether the source does: files of edgetrain's do, for inputs of as many channels.
     """
 
     by_name: tuple[str, ...]
@@ -48,6 +48,13 @@ class MatchReport:
     unused: tuple[str, ...]
     thinned: tuple[str, ...] = ()
     normalization: Normalization | None = None
+    tells_normalization: bool = False
+
+    def mark(self, graph: Graph) -> None:
+        """Note in a graph that its weights are trained ones, and their normalisation of inputs, if that is told."""
+        graph.trained = True
+        if self.tells_normalization:
+            graph.normalization = self.normalization
 
     def __str__(self) -> str:
         """Return one line per kind of match that occurs."""
@@ -92,9 +99,9 @@ def match_parameters(
         >>> print(report)
         matched by order and shape (1): fc.weight from head.weight
     """
-    offered, normalization = (dict(source), None) if isinstance(source, Mapping) else _read(source)
+    offered, normalization, tells = (dict(source), None, False) if isinstance(source, Mapping) else _read(source)
     if normalization is not None and {len(normalization.mean), len(normalization.std)} != {graph.input_shape[0]}:
-        normalization = None
+        normalization, tells = None, False
     offered = {name: np.asarray(array) for name, array in offered.items()}
     wanted = _wanted(graph)
     same = [name for name in wanted if name in offered and offered[name].shape == graph.arrays[name].shape]
@@ -108,6 +115,7 @@ def match_parameters(
         missing=tuple(name for name in rest if name not in by_order),
         unused=tuple(name for name in left_over if name not in by_order.values()),
         normalization=normalization,
+        tells_normalization=tells,
     )
     pairs = {name: name for name in same} | by_order
     weights = [name for name in wanted if graph.arrays[name].ndim > 1]
@@ -159,10 +167,11 @@ def _wanted(graph: Graph) -> list[str]:
     return [name for name in dict.fromkeys([*read, *graph.arrays]) if name in learned]
 
 
-def _read(source: str | PathLike[str] | ModelProto) -> tuple[Arrays, Normalization | None]:
+def _read(source: str | PathLike[str] | ModelProto) -> tuple[Arrays, Normalization | None, bool]:
     """Return the float32 initializers and Constant nodes of a file, in the order its nodes read them.
 
-    Beside them, as they are no weights, the mean and deviation by which edgetrain's files normalise inputs.
+    Beside them, as they are no weights, the mean and deviation by which edgetrain's files normalise inputs, and whether
+    it is such a file: of another the normalisation is not known.
     """
     from onnx import TensorProto, numpy_helper
 
@@ -185,4 +194,5 @@ def _read(source: str | PathLike[str] | ModelProto) -> tuple[Arrays, Normalizati
         raise ModelError(f"the weights in '{model.graph.name}' cannot be read: {error}") from error
     names = [f"{NORMALIZATION}.{part}" for part in ("mean", "std")]
     found = [_numbers(name, arrays.pop(name)).reshape(-1) for name in names if name in arrays]
-    return arrays, Normalization(*found) if len(found) == len(names) else None
+    normalization = Normalization(*found) if len(found) == len(names) else None
+    return arrays, normalization, model.producer_name == PRODUCER or normalization is not None
