@@ -191,7 +191,7 @@ def _without_duplicates(tensors: Tensors) -> tuple[Tensors, dict[str, str]]:
 
 
 def _encode(tensors: Tensors, table: dict[str, Any]) -> list[bytes | NDArray[Any]]:
-    """Return the parts of a safetensors file: the header, then all tensors, large numbers first as they lie aligned then.
+    """Return the parts of a safetensors file: the header, then all tensors, the widest numbers first: aligned.
 
     ``safetensors.numpy.save`` makes the whole file in memory, and then a copy of it: saving 64 MiB took 184 beside the
     learner, it takes 64, which is the copy of the state.
@@ -209,9 +209,9 @@ def _encode(tensors: Tensors, table: dict[str, Any]) -> list[bytes | NDArray[Any
     return [len(text).to_bytes(8, "little") + text, *(tensors[name] for name in order)]
 
 
-def _raw(array: NDArray[Any]) -> NDArray[np.uint8]:
+def _raw(array: NDArray[Any]) -> memoryview:
     """Return the bytes of a contiguous array."""
-    return array.reshape(-1).view(np.uint8)
+    return array.reshape(-1).view(np.uint8).data
 
 
 def _decode(path: Path, content: bytes) -> tuple[Tensors, dict[str, Any]]:
