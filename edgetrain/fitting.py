@@ -86,7 +86,7 @@ def fit_loop(
         shuffle: a new order in every epoch, from the learner's seed and the number of the epoch.
         normalize: give a model without input normalisation the mean and deviation of the training set's channels;
             only before its first step. Trained weights see other inputs then than those they were trained with:
-            ``False`` leaves inputs as they are.
+            ``normalize=False`` leaves inputs as they are.
         on_step: called after every step, with the learner's position already past it.
         on_epoch: called after every epoch.
         should_stop: asked between steps; true ends the fit early, ready to go on.
@@ -95,14 +95,15 @@ def fit_loop(
         The learner's history, of this and all earlier fits.
 
     Raises:
-        UsageError: a bad number of epochs, or fewer than a continued fit has done already.
+        UsageError: a bad number of epochs, or fewer than a continued fit has done; a network with several inputs.
         DataError: the data do not fit the network.
         NumericalError: a loss or gradient was not finite; the learner keeps the state before that step. With an
             instance filter the instances of that step are dropped; another fit goes on behind their block.
     """
     graph = learner.graph
     if len(graph.inputs) > 1:
-        raise DataError(f"fit takes networks with one input, '{graph.name}' has {graph.inputs}; use partial_fit")
+        names = ", ".join(graph.inputs)
+        raise UsageError(f"fit takes networks with one input, '{graph.name}' has {names}; use partial_fit")
     training = as_samples(data, "training data", graph, learner.loss)
     held_out = None if validation is None else as_samples(validation, "validation data", graph, learner.loss)
     check_fits(graph, training)

@@ -364,7 +364,7 @@ class Learner:
         weights with other densities lose some (``MatchReport.thinned``), even if they are sparse enough in all. To go
         on with their pattern, make the learner from a graph that has them: of ``load_onnx``, or with its ``arrays``
         replaced and ``trained`` set. An average of the parameters goes on from the given values.
-        A file of edgetrain's brings its normalisation of inputs; beside arrays set ``graph.normalization``.
+        A file of edgetrain's brings its normalisation of inputs; beside arrays set ``learner.graph.normalization``.
 
         Raises:
             ModelError: nothing or next to nothing matches, or an array holds NaN or infinite numbers; nothing has
@@ -380,7 +380,7 @@ class Learner:
             return replace(report, thinned=self.topology.thinned(arrays))
 
     def state(self) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
-        """Return (tensors, plain data): everything that training changes, for ``restore``."""
+        """Return (tensors, plain data): all that training changes but the graph's own, as normalisation of inputs."""
         with self._lock:
             stored = self._parameters.stored
             tensors: dict[str, NDArray[Any]] = {f"weights/{n}": stored(n).copy() for n in self._parameters.names()}

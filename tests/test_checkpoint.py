@@ -170,7 +170,7 @@ def test_missing_file_and_folder(tmp_path):
         save_checkpoint(learner(), tmp_path / "gone" / "x.safetensors")
 
 
-def test_the_file_is_what_safetensors_writes(tmp_path):
+def test_safetensors_reads_every_kind_of_array(tmp_path):
     names = ["bool", "uint8", "int32", "int64", "uint64", "float32", "float64"]
     tensors = {f"{name} é": np.arange(6).reshape(2, 3).astype(name) for name in names}
     tensors |= {"none": np.zeros((0, 3), np.float32), "one": np.array(2.5), "odd": np.ones(3, np.uint8)}

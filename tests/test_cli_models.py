@@ -179,9 +179,11 @@ def test_weights_that_were_trained_on_inputs_as_they_are_are_pointed_out(inside,
     learner.export_onnx(tmp_path / "raw.onnx")
     common = ["fit", "--data", "digits.npz", "--epochs", "1", "--out", tmp_path]
     for how in (["--model", tmp_path / "raw.onnx"], ["--initial-weights", tmp_path / "raw.onnx"]):
-        assert "if they were trained on inputs as they are: --no-normalize" in run(capsys, *common, *how)[1]
+        code, out, _ = run(capsys, *common, *how)
+        assert code == 0 and "if they were trained on inputs as they are: --no-normalize" in out
     for other in (["--model", "runs/fit-1/model.onnx"], [], ["--model", tmp_path / "raw.onnx", "--no-normalize"]):
-        assert "--no-normalize" not in run(capsys, *common, *other)[1]
+        code, out, _ = run(capsys, *common, *other)
+        assert code == 0 and "--no-normalize" not in out
 
 
 def test_report(inside, capsys):

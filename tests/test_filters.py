@@ -11,7 +11,7 @@ import pytest
 
 import edgetrain as et
 from edgetrain.devices import load_profile
-from edgetrain.errors import CheckpointError, DataError, MemoryBudgetError, UsageError
+from edgetrain.errors import CheckpointError, MemoryBudgetError, UsageError
 from edgetrain.filters import Judge
 from edgetrain.filters.base import KeptShare
 from edgetrain.graph import Graph
@@ -242,7 +242,7 @@ def test_networks_with_several_inputs_are_refused_when_the_learner_is_made(kind)
     with pytest.raises(UsageError, match=f"{kind.__name__}: the network 'two' has the inputs input, more"):
         et.Learner(graph, instance_filter=kind())
     some = et.Learner(graph)
-    with pytest.raises(DataError, match="fit takes networks with one input, 'two' has"):
+    with pytest.raises(UsageError, match="fit takes networks with one input, 'two' has input, more; use"):
         some.fit(({"input": np.ones((3, 4)), "more": np.ones((3, 4))}, [0, 1, 0]), 1)
 
 
@@ -291,11 +291,12 @@ def test_what_was_kept_too_much_is_made_up_for():
 
 @pytest.mark.parametrize("rate", [0.02, 0.1, 0.3, 0.9])
 @pytest.mark.parametrize("block", [1, 40, 128, 256, 700, 3000])
+@pytest.mark.parametrize("ordered", [False, True])
 @pytest.mark.parametrize("kind", ["eif", "selective", "selective-top"])
-def test_the_share_is_kept_whatever_comes_at_a_time(kind, block, rate):
+def test_the_share_is_kept_whatever_comes_at_a_time(kind, ordered, block, rate):
     share, rng, kept = KeptShare(rate), np.random.default_rng(block), []
     for _ in range(max(20, 6000 // block)):
-        scores = rng.exponential(size=block)
+        scores = rng.exponential(size=block) * np.where(np.arange(block) < 0.7 * block, 1, 3 if ordered else 1)
         if kind == "selective":
             share.remember(scores)
             probabilities = share.quantiles(scores) ** (1 / share.level(block) - 1)

@@ -83,7 +83,7 @@ def fit(
     baseline: Annotated[bool, typer.Option(help="Train densely as well afterwards, and compare.")] = False,
     stream: Annotated[Flag, typer.Option(help="Learn from the data once, in order; --data - reads stdin.")] = None,
     predict_first: Annotated[Flag, typer.Option(help="In a stream: predict every instance before learning.")] = None,
-    window: Annotated[Whole, typer.Option(help="In a stream: about the instances per row. [default: 1000]")] = None,
+    window: Annotated[Whole, typer.Option(help="In a stream: about so many instances a row. [default: 1000]")] = None,
     save_every: Annotated[Number, typer.Option(help="Minutes between checkpoints on the way. [default: 10]")] = None,
     config: Annotated[File, typer.Option(help="A config.toml of another run to start from.")] = None,
     set_: Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="Any key of config.toml.")] = [],  # noqa: B006

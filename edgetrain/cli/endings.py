@@ -54,7 +54,7 @@ def begin(run: Run, config: Config, *, comparison: str = "") -> None:
 
 
 def tell_surprises(display: Display, profile: DeviceProfile, learner: Learner, config: Config) -> None:
-    """Say what is taken from the profile of another machine, and what not; and what becomes of a network's inputs."""
+    """Say what of another machine's profile is used and what is not, and what becomes of a network's inputs."""
     if learner.graph.trained and learner.graph.normalization is None and config.data.normalize:
         display.say(
             "inputs are normalised with statistics of the data, which the given weights know nothing of; if they were "

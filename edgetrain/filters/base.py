@@ -23,7 +23,8 @@ State = tuple[dict[str, NDArray[Any]], dict[str, Any]]
 # Scores that the wanted share is taken over: long enough for 1 % of them to mean something, short enough to follow a
 # network that learns.
 _RECENT = 512
-# Kept too many or too few is made up for within about so many instances, or within the next block if that is larger.
+# What was kept too much or too little is made up for within about so many instances, or within the next block if that
+# is larger.
 _MAKE_UP = 128
 
 
@@ -120,7 +121,7 @@ class InstanceFilter:
         """Refuse a network that the filter does not suit.
 
         Raises:
-            UsageError: as ``selector`` does for a learner of this network; or it has several inputs.
+            UsageError: it has several inputs, or is one for whose learner ``selector`` raises this.
         """
         if len(graph.inputs) > 1:
             names = ", ".join(graph.inputs)
@@ -270,19 +271,19 @@ class KeptShare:
         return kept
 
     def remember(self, scores: Floats) -> None:
-        """Add scores to the recent ones."""
-        self.recent = np.concatenate([self.recent, scores])[-_RECENT:]
+        """Add scores to the recent ones; all of a larger block are: its last need not be like its first."""
+        self.recent = np.concatenate([self.recent, scores])[-max(_RECENT, len(scores)) :]
 
     def level(self, count: int) -> float:
         """Return the share to keep of the next ``count``, which are decided about together.
 
-        More than ``_MAKE_UP`` at once make up for the surplus exactly: were it divided by less than their number, they
-        would make up for more than there is, and blocks would in turn keep nearly nothing and nearly everything.
+        More than ``_MAKE_UP`` at once make up for the surplus exactly: were it divided by ``_MAKE_UP``, they would make
+        up for more than there is, and blocks would in turn keep nearly nothing and nearly everything.
         """
         return min(1.0, max(0.1 * self.rate, self.rate - self.surplus / max(_MAKE_UP, count)))
 
     def count(self, keep: NDArray[np.bool_]) -> None:
-        """Remember how many were kept: no more than the next ones, if as many come, can make up for."""
+        """Remember how many were kept too much or too little, ``_MAKE_UP`` or a block's length at most."""
         surplus, most = self.surplus + float(keep.sum()) - self.rate * len(keep), float(max(_MAKE_UP, len(keep)))
         self.surplus = max(-most, min(most, surplus))
 

@@ -106,10 +106,10 @@ class EarlyInstanceFilter(InstanceFilter):
             self.require(key, value is None or whole, "a whole number from 1 to 1024, or None")
 
     def check_network(self, graph: Graph) -> None:
-        """Refuse a network that is too small for a filter of 5 % of its operations.
+        """Refuse a network with several inputs, or one that is too small for a filter of 5 % of its operations.
 
         Raises:
-            UsageError: it is, or it has several inputs.
+            UsageError: it is one of them.
         """
         super().check_network(graph)
         self.network(graph.input_shape, graph.macs())
@@ -271,7 +271,8 @@ class _Early(Selector):
             return
         chosen = np.minimum(scores[places], 1 - _LEAST)  # and at least ``_LEAST``
         entropy = _LEAST - chosen * np.log(chosen) - (1 - chosen) * np.log(1 - chosen)
-        self._entropy += 0.01 * (float(entropy.sum()) / len(places) - self._entropy)
+        follows = 1 - 0.99 ** max(1.0, len(places) / _FULL)  # a call with thousands counts as several
+        self._entropy += follows * (float(entropy.sum()) / len(places) - self._entropy)
         entropy *= self.settings.uncertain / self._entropy
         drawn = np.flatnonzero(self.rng.random(len(places)) < entropy)
         if len(drawn):

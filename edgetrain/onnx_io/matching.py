@@ -9,7 +9,7 @@ lacks: only its arrays count.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from os import PathLike
 from typing import TYPE_CHECKING, Any
 
@@ -47,7 +47,7 @@ class MatchReport:
     missing: tuple[str, ...]
     unused: tuple[str, ...]
     thinned: tuple[str, ...] = ()
-    normalization: Normalization | None = None
+    normalization: Normalization | None = field(default=None, compare=False)
     tells_normalization: bool = False
 
     def mark(self, graph: Graph) -> None:
