@@ -48,7 +48,7 @@ class FakeLearner:
 
     def __init__(self, batch_size=4, seed=0, optimizer=None):
         self.graph = SimpleNamespace(
-            name="fake", input_shape=(1, 2, 2), output_shape=(3,), normalization=None, class_names=()
+            name="fake", inputs=["input"], input_shape=(1, 2, 2), output_shape=(3,), normalization=None, class_names=()
         )
         self.batch_size, self.seed, self.optimizer = batch_size, seed, optimizer or FakeOptimizer()
         self.position, self.history, self.step_count = FakePosition(), History(), 0
