@@ -124,6 +124,9 @@ def test_weights_of_a_file_bring_the_normalisation_that_they_were_trained_with(t
     report = colours.load_parameters(tmp_path / "m.onnx")
     assert "conv1.weight" in report.other_shape and colours.graph.normalization is None
     et.Learner(et.models.lenet5()).export_onnx(tmp_path / "raw.onnx")
+    colours.graph.normalization = Normalization(ones(3), ones(3))
+    colours.load_parameters(tmp_path / "raw.onnx")
+    assert colours.graph.normalization is not None
     fresh.load_parameters(tmp_path / "raw.onnx")  # trained without any
     assert fresh.graph.normalization is None
     model = onnx.load(tmp_path / "raw.onnx")

@@ -99,9 +99,8 @@ def match_parameters(
         >>> print(report)
         matched by order and shape (1): fc.weight from head.weight
     """
-    offered, normalization, tells = (dict(source), None, False) if isinstance(source, Mapping) else _read(source)
-    if normalization is not None and {len(normalization.mean), len(normalization.std)} != {graph.input_shape[0]}:
-        normalization, tells = None, False
+    offered, normalization, told_for = (dict(source), None, 0) if isinstance(source, Mapping) else _read(source)
+    tells = told_for == graph.input_shape[0]
     offered = {name: np.asarray(array) for name, array in offered.items()}
     wanted = _wanted(graph)
     same = [name for name in wanted if name in offered and offered[name].shape == graph.arrays[name].shape]
@@ -114,7 +113,7 @@ def match_parameters(
         other_shape=tuple(name for name in rest if name in offered),
         missing=tuple(name for name in rest if name not in by_order),
         unused=tuple(name for name in left_over if name not in by_order.values()),
-        normalization=normalization,
+        normalization=normalization if tells else None,
         tells_normalization=tells,
     )
     pairs = {name: name for name in same} | by_order
@@ -167,11 +166,11 @@ def _wanted(graph: Graph) -> list[str]:
     return [name for name in dict.fromkeys([*read, *graph.arrays]) if name in learned]
 
 
-def _read(source: str | PathLike[str] | ModelProto) -> tuple[Arrays, Normalization | None, bool]:
+def _read(source: str | PathLike[str] | ModelProto) -> tuple[Arrays, Normalization | None, int]:
     """Return the float32 initializers and Constant nodes of a file, in the order its nodes read them.
 
-    Beside them, as they are no weights, the mean and deviation by which edgetrain's files normalise inputs, and whether
-    it is such a file: of another the normalisation is not known.
+    Beside them, as they are no weights, the mean and deviation by which edgetrain's files normalise inputs, and for how
+    many channels: 0 if it is no such file, as its normalisation is not known.
     """
     from onnx import TensorProto, numpy_helper
 
@@ -194,5 +193,7 @@ def _read(source: str | PathLike[str] | ModelProto) -> tuple[Arrays, Normalizati
         raise ModelError(f"the weights in '{model.graph.name}' cannot be read: {error}") from error
     names = [f"{NORMALIZATION}.{part}" for part in ("mean", "std")]
     found = [_numbers(name, arrays.pop(name)).reshape(-1) for name in names if name in arrays]
-    normalization = Normalization(*found) if len(found) == len(names) else None
-    return arrays, normalization, model.producer_name == PRODUCER or normalization is not None
+    if len(found) == len(names):
+        return arrays, Normalization(*found), len(found[0])
+    sizes = [size.dim_value for value in model.graph.input[:1] for size in value.type.tensor_type.shape.dim]
+    return arrays, None, sizes[1] if model.producer_name == PRODUCER and len(sizes) > 1 else 0
