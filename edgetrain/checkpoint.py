@@ -12,6 +12,7 @@ import glob
 import hashlib
 import json
 import os
+import threading
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -57,7 +58,8 @@ def save_checkpoint(learner: Learner, path: str | os.PathLike[str]) -> None:
     tensors, meta = learner.state()
     sparse = learner.topology.indices  # their weights are in the state only: a dense copy would say nothing new
     arrays = {key[8:]: a for key, a in tensors.items() if key.startswith("weights/") and key[8:] not in sparse}
-    tensors = {f"state/{name}": np.ascontiguousarray(array) for name, array in tensors.items()}
+    # ``np.ascontiguousarray`` would make a shape of (1,) of (), and the file of a network with scalars useless.
+    tensors = {f"state/{name}": np.asarray(array, order="C") for name, array in tensors.items()}
     tensors |= {f"graph/{name}": array for name, array in arrays.items()}
     tensors, aliases = _without_duplicates(tensors)
     table = {
@@ -132,7 +134,7 @@ def write_file(path: str | os.PathLike[str], *content: bytes | NDArray[Any]) -> 
         CheckpointError: the folder is missing, full or not writable; the old file is untouched.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{threading.get_ident()}.{os.getpid()}.tmp")
     try:
         _remove_orphans(path)
         _write_synced(temporary, content)

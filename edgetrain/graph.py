@@ -94,10 +94,22 @@ class Node:
 
 @dataclass(frozen=True)
 class Normalization:
-    """Per-channel input normalisation ``(x - mean) / std``; both float32 of shape ``(C,)``."""
+    """Per-channel input normalisation ``(x - mean) / std``; both float32 of shape ``(C,)``.
+
+    Raises:
+        GraphError: a number is not finite, or a deviation not above 0.
+    """
 
     mean: NDArray[np.float32]
     std: NDArray[np.float32]
+
+    def __post_init__(self) -> None:
+        """Check both."""
+        if not (np.isfinite(self.mean).all() and np.isfinite(self.std).all() and (self.std > 0).all()):
+            raise GraphError(
+                f"inputs are normalised by the mean {self.mean} and the deviation {self.std}, expected finite numbers "
+                "and deviations above 0; export the model again"
+            )
 
 
 # What every placeholder shows: its address tells a placeholder from any other array.

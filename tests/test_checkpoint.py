@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import tracemalloc
 from pathlib import Path
 
@@ -183,6 +184,22 @@ def test_safetensors_reads_every_kind_of_array(tmp_path):
             np.testing.assert_array_equal(file.get_tensor(name), array)
 
 
+@pytest.mark.parametrize("trainable", [True, False])
+def test_scalars_keep_their_shape(tmp_path, trainable):
+    graph = Graph("scaled", input_shape=(4,))
+    x = graph.add("Mul", ["input", graph.parameter("scale", np.float32(2), trainable)])
+    graph.set_outputs([graph.add("Gemm", [x, graph.parameter("w", np.ones((3, 4)))], transB=1)])
+    some = et.Learner(graph, batch_size=4, optimizer=et.SGD(lr=0.1, momentum=0.9))
+    x, y = np.random.default_rng(0).random((4, 4), np.float32), np.arange(4) % 3
+    some.partial_fit(x, y)
+    save_checkpoint(some, tmp_path / "file")
+    other = load_checkpoint(tmp_path / "file")
+    for learner in (some, other):
+        learner.partial_fit(x, y)
+    assert other.parameters()["scale"].shape == ()
+    np.testing.assert_array_equal(other.logits(x), some.logits(x))
+
+
 def test_saving_takes_the_state_once(tmp_path):
     """Not three times: beside the copy of the state nothing as large as the file is made."""
     weight = np.zeros((1000, 800), np.float32)
@@ -235,6 +252,20 @@ def test_orphans_of_dead_processes_are_removed_others_stay(tmp_path):
     assert not strange.exists()
     assert other.exists()
     assert living.exists()
+
+
+def test_every_thread_writes_a_file_of_its_own(tmp_path, monkeypatch):
+    written = []
+    replace = os.replace
+    monkeypatch.setattr(os, "replace", lambda *paths: (written.append(paths[0]), replace(*paths)))
+    threads = [threading.Thread(target=write_file, args=(tmp_path / "file", b"new")) for _ in range(2)]
+    barrier = threading.Barrier(2)
+    monkeypatch.setattr("edgetrain.checkpoint._remove_orphans", lambda path: barrier.wait(10))
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(set(written)) == 2
 
 
 def test_file_is_synced_before_it_gets_its_name(tmp_path, monkeypatch):

@@ -164,6 +164,8 @@ def test_the_places(monkeypatch, tmp_path):
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", "/home/somebody")
     assert cache.places()[1] == Path("/home/somebody/.cache/edgetrain")
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # as for a user without a home
+    assert cache.places() == [Path(cache.__file__).parent / "__pycache__"]
 
 
 def test_a_full_disk_leaves_no_part_of_a_file(monkeypatch, tmp_path):

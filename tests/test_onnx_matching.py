@@ -105,6 +105,20 @@ def test_the_mean_and_deviation_of_inputs_are_no_weights(tmp_path: Path) -> None
     np.testing.assert_array_equal([report.normalization.mean, report.normalization.std], [ones(3)] * 2)
 
 
+@pytest.mark.parametrize("number", [0, -1, np.nan, np.inf])
+def test_deviations_that_nothing_can_be_divided_by_are_refused(tmp_path: Path, number: float) -> None:
+    graph = network(a=(3, 3))
+    graph.normalization = Normalization(ones(3), ones(3))
+    save_onnx(graph, tmp_path / "m.onnx")
+    model = onnx.load(tmp_path / "m.onnx")
+    (tensor,) = [t for t in model.graph.initializer if t.name.endswith("normalization.std")]
+    tensor.CopyFrom(onnx.numpy_helper.from_array(np.full(3, number, np.float32), tensor.name))
+    onnx.save(model, tmp_path / "bad.onnx")
+    for read in (et.load_onnx, lambda path: match_parameters(network(a=(3, 3)), path)):
+        with pytest.raises(ModelError, match=r"normalised by the mean .* deviations above 0|NaN or infinite numbers"):
+            read(tmp_path / "bad.onnx")
+
+
 def test_weights_of_a_file_bring_the_normalisation_that_they_were_trained_with(tmp_path: Path) -> None:
     x = np.random.default_rng(0).normal(3, 2, (40, 1, 28, 28)).astype(np.float32)
     trained = et.Learner(et.models.lenet5(), batch_size=8)

@@ -8,6 +8,7 @@ defect of edgetrain itself.
 
 from __future__ import annotations
 
+import io
 import sys
 import traceback
 from collections.abc import Sequence
@@ -33,6 +34,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     # The flag is global, but people add it at the end of the line that just failed.
     debug = "--debug" in given
     given = [argument for argument in given if argument != "--debug"]
+    for stream in (sys.stdout, sys.stderr):
+        # A name that the terminal cannot show must not end a training.
+        if isinstance(stream, io.TextIOWrapper) and stream.encoding.lower().replace("-", "") != "utf8":
+            stream.reconfigure(errors="replace")
     try:
         app(given, prog_name="edgetrain")
     except Exception as error:

@@ -57,13 +57,17 @@ def write_line(text: str, stream: TextIO) -> bool:
     """Write a line at once; return whether somebody reads the stream. If not, this line and all later ones are lost."""
     try:
         typer.echo(text, file=stream)
-    except BrokenPipeError:  # as of ``| head -1``: hours of training are worth more than what they print
-        # Not the stream but its descriptor, for the line is still in the stream's buffer.
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, stream.fileno())
-        os.close(nowhere)
+    except BrokenPipeError:  # as of ``| head -1``
+        silence(stream)
         return False
     return True
+
+
+def silence(stream: TextIO) -> None:
+    """Lose what is written from now on; not the stream but its descriptor, for lines are still in its buffer."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)
 
 
 def finite(value: Any) -> Any:

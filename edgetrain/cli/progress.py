@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO, cast
 
-from edgetrain.cli.output import duration, write_line
+from edgetrain.cli.output import duration, silence, write_line
 from edgetrain.fitting import StepEvent
 from edgetrain.history import EpochRecord, Totals
 
@@ -82,8 +83,7 @@ class PlainDisplay(Display):
 
     def say(self, text: str) -> None:
         """Write one line."""
-        if not write_line(text, self.stream):
-            write_line("nobody reads standard output any more; going on without it", sys.stderr)
+        write_line(text, self.stream)
         self._next_line = time.monotonic() + _LINE_SECONDS
 
     def compiling(self, kernel: str, number: int, total: int) -> None:
@@ -173,7 +173,43 @@ def choose_display(quiet: bool, as_json: bool, budget_mib: float) -> Display:
     stream = sys.stderr if as_json else sys.stdout
     if quiet or stream is None:  # which it is where standard output was closed before the program began
         return Display(stream, budget_mib)
-    return (BarDisplay if stream.isatty() else PlainDisplay)(stream, budget_mib)
+    return (BarDisplay if stream.isatty() else PlainDisplay)(cast(TextIO, Unfailing(stream)), budget_mib)
+
+
+class Unfailing:
+    """A stream that loses what it cannot write: hours of training are worth more than what they print.
+
+    Args:
+        stream: whose pipe may end, whose disk may be full, whose terminal may be gone.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        """Begin with a stream that can be written."""
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        """Be the stream but for ``write`` and ``flush``."""
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        """Write a text, or lose it."""
+        self._try(lambda: self._stream.write(text))
+        return len(text)
+
+    def flush(self) -> None:
+        """Write what waits, or lose it."""
+        self._try(self._stream.flush)
+
+    def _try(self, write: Callable[[], object]) -> None:
+        try:
+            write()
+        except OSError as error:
+            silence(self._stream)
+            reason = f"standard output cannot be written ({error.strerror})"
+            if isinstance(error, BrokenPipeError):
+                reason = "nobody reads standard output any more"
+            with contextlib.suppress(OSError):  # it may be the same terminal
+                write_line(f"{reason}; going on without it", sys.stderr)
 
 
 class CompileNotice:

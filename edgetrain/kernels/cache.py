@@ -39,7 +39,8 @@ def places() -> list[Path]:
     if chosen:
         return [Path(chosen)]
     home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return [Path(__file__).parent / "__pycache__", Path(home) / "edgetrain"]
+    users = [] if home.startswith("~") else [Path(home) / "edgetrain"]  # there are users without a home
+    return [Path(__file__).parent / "__pycache__", *users]
 
 
 def describe() -> dict[str, Any]:

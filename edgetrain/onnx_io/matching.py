@@ -38,7 +38,8 @@ class MatchReport:
         unused: names in the file that were not used.
         thinned: names of sparse weights that have no room for all that is not zero in what matched.
         normalization: of inputs, which the weights were trained with; ``None`` if with none, or not told.
-        tells_normalization: whether the source does: files of edgetrain's do, for inputs of as many channels.
+        tells_normalization: whether the source does: files of edgetrain's do, for networks with one input of as many
+            channels.
     """
 
     by_name: tuple[str, ...]
@@ -100,7 +101,7 @@ def match_parameters(
         matched by order and shape (1): fc.weight from head.weight
     """
     offered, normalization, told_for = (dict(source), None, 0) if isinstance(source, Mapping) else _read(source)
-    tells = told_for == graph.input_shape[0]
+    tells = len(graph.inputs) == 1 and told_for == graph.input_shape[0]
     offered = {name: np.asarray(array) for name, array in offered.items()}
     wanted = _wanted(graph)
     same = [name for name in wanted if name in offered and offered[name].shape == graph.arrays[name].shape]
