@@ -7,7 +7,7 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -124,6 +124,7 @@ class Team:
         self._sync_address = int(self._sync.ctypes.data)
         self._pid, self._order = 0, _Order(self._sync)
         self._lock = threading.Lock()
+        self.ended: list[int] = []  # what the run since this was emptied last returned, if it ran
 
     @property
     def sync(self) -> NDArray[np.int64]:
@@ -151,7 +152,10 @@ class Team:
     def _lead(self, program: int, rows: int, threads: int) -> bool:
         """Run a program as its first thread, see ``kernels.program.lead``."""
         lead, _ = interpreter()
-        return lead(program, rows, threads, self._sync_address, int(self._sync[ARRIVED // 8])) == 0
+        arrived = int(self._sync[ARRIVED // 8])
+        # One call of C: an interrupt that strikes while it runs is raised behind it, and its result is not lost then.
+        self.ended[:] = map(lead, (program,), (rows,), (threads,), (self._sync_address,), (arrived,))
+        return self.ended == [0]
 
     def _start(self) -> None:
         if self._pid == os.getpid():
@@ -215,6 +219,18 @@ class Executor:
         finished = self._team.run(self._program_address, rows, pace.threads)
         pace.took(time.perf_counter() - start)
         return finished
+
+    def step(self, sources: Mapping[str, NDArray[Any]], taken: Callable[[], None]) -> bool:
+        """Run a whole training step; return whether it was taken, or stopped because it was not finite.
+
+        ``taken`` is called if it was, also where an interrupt (Ctrl-C) strikes: that is raised behind the step.
+        """
+        self._team.ended.clear()
+        try:
+            return self.run(sources)
+        finally:
+            if self._team.ended == [0]:
+                taken()
 
     def time_rows(self, sources: Mapping[str, NDArray[Any]]) -> NDArray[np.float64] | None:
         """Run a whole step as ``run`` does, with a look at the clock between all rows.
@@ -285,6 +301,7 @@ class Executor:
         """Resolve addresses again if the arena moved."""
         self._arena.reserve(self.plan.arena_bytes)
         if self._bound != self._arena.address:
-            self._bound = self._arena.address
-            self._program, self._arguments, self._sources = self.plan.bind(self._bound, self._addresses)
+            address = self._arena.address
+            self._program, self._arguments, self._sources = self.plan.bind(address, self._addresses)
             self._program_address = int(self._program.ctypes.data)
+            self._bound = address  # last: an interrupt on the way leaves it to the next run

@@ -73,8 +73,9 @@ def fit_loop(
     """Train for a number of epochs, or finish a fit that was stopped or loaded from a checkpoint.
 
     A fit that stopped early continues at the very batch where it stood, and ``epochs`` counts from where that fit
-    began: the same call again gives the parameters that it would have given without the stop, bit for bit. After a
-    finished fit, another call trains ``epochs`` more.
+    began: the same call again gives the parameters that it would have given without the stop, bit for bit. So it does
+    after Ctrl-C in the middle of a step, which is finished first; the history lacks that step. After a finished fit,
+    another call trains ``epochs`` more.
 
     Args:
         learner: is changed in place.
@@ -240,9 +241,14 @@ class _Loop:
         """
         learner = self.learner
         if learner.instance_filter is None:
-            step = learner.partial_fit(*batch)
-            self._count(step)
-            return step
+            before = learner.step_count
+            try:
+                step = learner.partial_fit(*batch)
+                learner.history.running.add(step, step.seconds)
+                return step
+            finally:  # an interrupt in the middle of a step is raised behind it
+                if learner.step_count > before:
+                    self._move_on()
         try:
             return learner.stream.offer(*batch)
         finally:
@@ -250,9 +256,11 @@ class _Loop:
                 self._count(learner.stream.latest)
 
     def _count(self, step: StepResult) -> None:
-        learner = self.learner
-        learner.history.running.add(step, step.seconds)
-        learner.position = replace(learner.position, batch=learner.position.batch + 1)
+        self.learner.history.running.add(step, step.seconds)
+        self._move_on()
+
+    def _move_on(self) -> None:
+        self.learner.position = replace(self.learner.position, batch=self.learner.position.batch + 1)
 
     def _batches(self) -> Iterator[Batch]:
         return training_batches(

@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -20,7 +21,7 @@ from edgetrain import executor
 from edgetrain.errors import NumericalError
 from edgetrain.executor import Arena, Pace, Team
 from edgetrain.graph import Graph
-from edgetrain.kernels.codes import TICKET
+from edgetrain.kernels.codes import ARRIVED, TICKET
 from edgetrain.kernels.registry import interpreter
 
 BUILDERS = {
@@ -493,3 +494,67 @@ def test_threads_sleep_when_another_team_runs():
         thread.start()
         thread.join(20)
     assert len(finished) == 3
+
+
+# ---- interrupts
+
+
+@pytest.fixture
+def strike():
+    """Return what sends an interrupt, as of Ctrl-C, once a learner's threads have met twice in a run from now on."""
+    before, watchers = signal.signal(signal.SIGALRM, signal.default_int_handler), []
+
+    def begin(learner: et.Learner) -> None:
+        sync, main = learner.plans.team.sync, threading.main_thread().ident
+        met = int(sync[ARRIVED // 8]) + 4
+
+        def watch() -> None:
+            deadline = time.monotonic() + 10
+            while sync[ARRIVED // 8] < met and time.monotonic() < deadline:
+                time.sleep(0)
+            signal.pthread_kill(main, signal.SIGALRM)
+
+        watchers.append(threading.Thread(target=watch))
+        watchers[-1].start()
+
+    yield begin
+    for watcher in watchers:
+        watcher.join()
+    signal.signal(signal.SIGALRM, before)
+
+
+def test_a_step_that_an_interrupt_strikes_is_taken_whole_and_counted(strike):
+    rng = np.random.default_rng(0)
+    x, y = rng.random((1024, 1, 28, 28), np.float32), np.arange(1024) % 10
+    some, other = (et.Learner(et.models.lenet5(), batch_size=1024, threads=2) for _ in range(2))
+    some.partial_fit(x, y)
+
+    def take_steps() -> None:
+        while True:
+            some.partial_fit(x, y)
+
+    for _ in range(4):
+        strike(some)
+        with pytest.raises(KeyboardInterrupt):
+            take_steps()
+    assert some.step_count >= 5
+    for _ in range(some.step_count):
+        other.partial_fit(x, y)
+    for name, array in other.parameters().items():
+        np.testing.assert_array_equal(some.parameters()[name], array)
+
+
+def test_an_interrupted_fit_goes_on_where_it_stood(strike):
+    rng = np.random.default_rng(0)
+    data = rng.random((4096, 1, 28, 28), np.float32), np.arange(4096) % 10
+    some, other = (et.Learner(et.models.lenet5(), batch_size=512, threads=2) for _ in range(2))
+    other.fit(data, 2)
+    some.prepare()
+    for _ in range(3):
+        strike(some)
+        with pytest.raises(KeyboardInterrupt):
+            some.fit(data, 2)
+    some.fit(data, 2)
+    assert (some.step_count, some.position) == (other.step_count, other.position)
+    for name, array in other.parameters().items():
+        np.testing.assert_array_equal(some.parameters()[name], array)
