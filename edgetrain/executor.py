@@ -8,6 +8,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from itertools import starmap
 from typing import Any
 
 import numpy as np
@@ -124,7 +125,7 @@ class Team:
         self._sync_address = int(self._sync.ctypes.data)
         self._pid, self._order = 0, _Order(self._sync)
         self._lock = threading.Lock()
-        self.ended: list[int] = []  # what the run since this was emptied last returned, if it ran
+        self.ended: list[int] = []  # what the latest run returned
 
     @property
     def sync(self) -> NDArray[np.int64]:
@@ -154,8 +155,10 @@ class Team:
         lead, _ = interpreter()
         arrived = int(self._sync[ARRIVED // 8])
         # One call of C: an interrupt that strikes while it runs is raised behind it, and its result is not lost then.
-        self.ended[:] = map(lead, (program,), (rows,), (threads,), (self._sync_address,), (arrived,))
-        return self.ended == [0]
+        ended: list[int] = []
+        self.ended = ended
+        ended += starmap(lead, ((program, rows, threads, self._sync_address, arrived),))
+        return ended[0] == 0
 
     def _start(self) -> None:
         if self._pid == os.getpid():
@@ -220,17 +223,18 @@ class Executor:
         pace.took(time.perf_counter() - start)
         return finished
 
-    def step(self, sources: Mapping[str, NDArray[Any]], taken: Callable[[], None]) -> bool:
+    def step(self, sources: Mapping[str, NDArray[Any]], taken: Callable[[Executor], None]) -> bool:
         """Run a whole training step; return whether it was taken, or stopped because it was not finite.
 
         ``taken`` is called if it was, also where an interrupt (Ctrl-C) strikes: that is raised behind the step.
         """
-        self._team.ended.clear()
+        team = self._team
+        team.ended = []
         try:
             return self.run(sources)
         finally:
-            if self._team.ended == [0]:
-                taken()
+            if team.ended and team.ended[0] == 0:
+                taken(self)
 
     def time_rows(self, sources: Mapping[str, NDArray[Any]]) -> NDArray[np.float64] | None:
         """Run a whole step as ``run`` does, with a look at the clock between all rows.

@@ -197,7 +197,7 @@ class Learner:
         start = working_clock()
         with self._lock:
             executor, sources, count = self._begin_step(x, y)
-            if not executor.step(sources, lambda: self._end_step(executor)):
+            if not executor.step(sources, self._end_step):
                 raise explain_step(executor, int(self._parameters.buffers["state"][0]), self.step_count + 1)
             loss, correct = self._parameters.buffers["result"][:2].tolist()
             done, saved = self.plans.macs(count, executor.plan)
