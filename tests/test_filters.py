@@ -310,6 +310,18 @@ def test_the_share_is_kept_whatever_comes_at_a_time(kind, ordered, block, rate):
         assert abs(shares - rate).max() < 6 * (2 * rate * (1 - rate) / min(block, 512)) ** 0.5
 
 
+def test_what_waits_for_labels_follows_the_instances_not_the_calls():
+    x, y, _ = instances(4096)
+    entropies = []
+    for block in (256, 4096):
+        some = learner(et.EarlyInstanceFilter(start=0))
+        selector = some.stream._selector
+        for _ in range(0, 4096, block):
+            selector._put_aside((x[:block], y[:block], np.zeros(block)), np.full(block, 0.01), np.ones(block, bool))
+        entropies.append(selector._entropy)
+    assert entropies[0] == pytest.approx(entropies[1], rel=1e-6) and entropies[0] < 0.47
+
+
 # ---- the early instance filter ---------------------------------------------------------------------------------------
 
 

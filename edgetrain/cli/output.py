@@ -53,14 +53,16 @@ def emit(result: dict[str, Any], text: str, as_json: bool) -> None:
     write_line(json.dumps(finite(result), indent=2) if as_json else text, sys.stdout)
 
 
-def write_line(text: str, stream: TextIO) -> bool:
-    """Write a line at once; return whether somebody reads the stream. If not, this line and all later ones are lost."""
+def write_line(text: str, stream: TextIO) -> None:
+    """Write a line at once; if nobody reads the stream any more, this line and all later ones are lost.
+
+    Raises:
+        OSError: it cannot be written for another reason; ``progress.Unfailing`` is for what may be lost then, too.
+    """
     try:
         typer.echo(text, file=stream)
     except BrokenPipeError:  # as of ``| head -1``
         silence(stream)
-        return False
-    return True
 
 
 def silence(stream: TextIO) -> None:
