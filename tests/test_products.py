@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from edgetrain import lowering_products
 from edgetrain.choice import Target
 from edgetrain.graph import Graph
 from edgetrain.kernels.codes import CHANNELS
@@ -91,3 +92,58 @@ def test_pixels_that_are_no_neighbours_stay_apart():
     assert widened(strided, 4, 16) == (strided, 4)
     odd = [(16 * p, 16 * p) for p in range(7)]
     assert widened(odd, 4, 16) == (odd, 4)
+
+
+@pytest.mark.parametrize(
+    ("sources", "lanes", "columns", "runs"),
+    [
+        (range(0, 128, 4), 16, 16, [0, 64]),
+        (range(0, 108, 4), 16, 16, [0, 44]),  # 27 weights: two runs that overlap
+        ([16, 12, 8, 4, 0], 8, 5, [0]),  # turned, as for an input gradient
+        ([72, 76, 80, 0, 4, 8], 16, 3, [0, 72]),
+        ([72, 76, 80, 0, 4, 8], 4, 0, []),  # parts of short vectors
+        ([0, 4, 8, 12, 20, 24], 16, 0, []),  # stretches of different length
+        (range(0, 640, 64), 16, 0, []),
+        ([], 16, 0, []),
+    ],
+)
+def test_weights_that_lie_side_by_side_are_runs(sources, lanes, columns, runs):
+    assert lowering_products._runs(list(sources), lanes) == (columns, runs)
+
+
+def convolution(channels: int, kernel: tuple[int, ...], group: int, strides: int) -> Graph:
+    """Three convolutions, the second with ``group`` groups."""
+    rng = np.random.default_rng(0)
+    graph, ones = Graph("packed", input_shape=(2, *[9] * len(kernel))), [1] * len(kernel)
+    x = graph.add("Conv", ["input", graph.parameter("a", rng.normal(size=(channels, 2, *ones)))])
+    weight = graph.parameter("b", rng.normal(size=(channels, channels // group, *kernel)))
+    x = graph.add("Conv", [x, weight], group=group, strides=[strides] * len(kernel), pads=[1] * 2 * len(kernel))
+    x = graph.add("Conv", [x, graph.parameter("c", rng.normal(size=(8, channels, *ones)))])
+    graph.set_outputs([graph.add("Flatten", [graph.add("GlobalAveragePool", [x])])])
+    return graph
+
+
+@pytest.mark.parametrize("count", [1, 8])
+@pytest.mark.parametrize("lanes", [4, 8, 16])
+@pytest.mark.parametrize(
+    ("channels", "kernel", "group", "strides"),
+    [(32, (3, 3), 1, 1), (32, (1, 1), 1, 1), (32, (5,), 1, 1), (32, (3, 3), 1, 2), (24, (3, 3), 1, 1),
+     (7, (3, 3), 1, 1), (32, (3, 3), 2, 1), (32, (3, 3), 32, 1)],
+)  # fmt: skip
+def test_weights_packed_by_vectors_are_those_packed_by_number(
+    channels, kernel, group, strides, lanes, count, monkeypatch
+):
+    graph = convolution(channels, kernel, group, strides)
+    monkeypatch.setattr(lowering_products, "simd_lanes", lambda: lanes)
+    learner = made(graph, count)
+    kernels = {row.kernel for row in learner.plans.plan(True, count).rows if row.kernel[0] == "pack_runs"}
+    x = np.random.default_rng(1).normal(size=(count, *graph.input_shape)).astype(np.float32)
+    found, output = learner.gradients(x, np.arange(count) % 8), learner.logits(x)
+    monkeypatch.setattr(lowering_products, "_lanes_to_turn", lambda width: 0)
+    other = made(graph, count)
+    assert "pack_runs" not in {row.kernel[0] for row in other.plans.plan(True, count).rows}
+    assert all(kernel[1][0] <= lanes for kernel in kernels)
+    assert kernels or count > 1  # where lanes hold channels, tiles are whole vectors of them
+    np.testing.assert_array_equal(output, other.logits(x))
+    for name, wanted in other.gradients(x, np.arange(count) % 8).items():
+        np.testing.assert_array_equal(found[name], wanted, err_msg=name)

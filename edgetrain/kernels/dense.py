@@ -13,6 +13,7 @@ from edgetrain.kernels.codes import ROWS, SAMPLES
 from edgetrain.kernels.registry import Body, kernel
 from edgetrain.kernels.simd import arguments, load, load_f32, load_i64, store, store_f32
 from edgetrain.kernels.tiles import correlate_tile, multiply_tile
+from edgetrain.kernels.turning import pack_run
 
 # pixels: table of int64 pairs (input, output byte offset); terms: table of int64 byte offsets; ranges: table of int64
 # pairs (first term, behind the last), one for every ``width`` pixels, or 0 if all have all terms.
@@ -146,6 +147,34 @@ def pack_weights(channels: int) -> Body:
                     store_f32(target + 4 * (k * channels + c), load_f32(source + offset + c * channel_bytes))
                 for c in range(rows, channels):
                     store_f32(target + 4 * (k * channels + c), 0.0)
+
+    return body
+
+
+@kernel(
+    "weight", "packed", "runs", "places", "run_count", "run_chunk", "run_chunks", "group_bytes", "packed_group",
+    "tile_bytes", "channel_bytes", "tiles", "groups",
+)  # fmt: skip
+def pack_runs(lanes: int, channels: int, columns: int) -> Body:
+    """Do as ``pack_weights`` where a channel's weights lie side by side in runs of ``columns``, and all channels exist.
+
+    Job: (group, tile, chunk of runs). ``runs``: table of int64 byte offsets of the runs of channel 0; ``places``: of
+    the byte offsets in a tile where their ``columns`` weights belong.
+    """
+
+    def body(args: int, first: int, last: int) -> None:
+        (weight, packed, runs, places, run_count, run_chunk, run_chunks, group_bytes, packed_group, tile_bytes,
+         channel_bytes, tiles, _groups) = arguments(args, 13)  # fmt: skip
+        for job in range(first, last):
+            chunk, rest = job % run_chunks, job // run_chunks
+            tile, group = rest % tiles, rest // tiles
+            source = weight + group * group_bytes + tile * channels * channel_bytes
+            target = packed + group * packed_group + tile * tile_bytes
+            for run in range(chunk * run_chunk, min(run_count, (chunk + 1) * run_chunk)):
+                start = source + load_i64(runs + 8 * run)
+                for c in range(0, channels, lanes):
+                    pack_run(start + c * channel_bytes, channel_bytes, target + 4 * c, places + 8 * columns * run,
+                             columns, lanes)  # fmt: skip
 
     return body
 

@@ -7,8 +7,8 @@ from typing import Any
 from llvmlite import ir
 from numba.core import types
 
-from edgetrain.kernels.simd import I32, I64, call_llvm, intrinsic, literal, pointer, suffix
-from edgetrain.kernels.tiles import _existing, _vector_load
+from edgetrain.kernels.simd import F32, I32, I64, call_llvm, intrinsic, literal, pointer, suffix
+from edgetrain.kernels.tiles import _existing, _offsets, _vector_load
 
 
 def _turned(builder: Any, x: Any, step: Any, count: Any, lanes: int) -> list[Any]:
@@ -20,6 +20,12 @@ def _turned(builder: Any, x: Any, step: Any, count: Any, lanes: int) -> list[Any
         _vector_load(builder, builder.add(x, builder.mul(step, number)), lanes)
         for number in _existing(builder, count, lanes, 1)
     ]
+    return _columns(builder, rows)
+
+
+def _columns(builder: Any, rows: list[Any]) -> list[Any]:
+    """Return the columns of a square of vectors."""
+    rows, lanes = list(rows), len(rows)
     half = lanes // 2
     while half:  # blocks of half x half beside the diagonal change places
         for i in (i for i in range(lanes) if not i & half):
@@ -101,3 +107,35 @@ def pack_tile(
         return context.get_dummy_value()
 
     return types.void(*[types.int64] * 6, scale, scale, lanes), codegen
+
+
+@intrinsic(prefer_literal=True)
+def pack_run(typingctx: Any, x: Any, x_channel: Any, y: Any, places: Any, columns: Any, lanes: Any) -> Any:
+    """Turn a run of ``columns`` weights of ``lanes`` channels: ``y[places[column]][channel] = x[channel][column]``.
+
+    Args:
+        x, x_channel: address of the first channel's weights, which lie side by side; bytes between channels.
+        y, places: address, and a table of int64 byte offsets.
+        columns, lanes: compile-time; at most ``lanes`` columns. No other weights are read.
+    """
+    wanted, n = literal(columns), literal(lanes)
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        x_, x_channel_, y_, places_ = args[:4]
+        starts = [builder.add(x_, builder.mul(x_channel_, ir.Constant(I64, channel))) for channel in range(n)]
+        rows = [_part(builder, start, wanted, n) for start in starts]
+        for offset, column in zip(_offsets(builder, places_, wanted), _columns(builder, rows), strict=False):
+            builder.store(column, pointer(builder, builder.add(y_, offset), column.type), align=4)
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 4, columns, lanes), codegen
+
+
+def _part(builder: Any, address: Any, count: int, lanes: int) -> Any:
+    """Load the first ``count`` numbers of a vector; what lies behind them is not read."""
+    if count == lanes:
+        return _vector_load(builder, address, lanes)
+    kind, flags = ir.VectorType(F32, lanes), ir.VectorType(ir.IntType(1), lanes)
+    name = f"llvm.masked.load.{suffix(kind)}.p0{suffix(kind)}"
+    exist, zeros = ir.Constant(flags, [lane < count for lane in range(lanes)]), ir.Constant(kind, [0.0] * lanes)
+    return call_llvm(builder, name, pointer(builder, address, kind), ir.Constant(I32, 4), exist, zeros, result=kind)
