@@ -112,22 +112,28 @@ class LoweringCore:
             self._lifetimes[buffer] = (self._lifetimes[buffer][0], self._position)
         elif not value.batched:
             if self._parameters.find(value.name) is None:
-                self._reserve(buffer, 4 * value.size)
+                self.reserve(buffer, 4 * value.size)
         else:
-            self._reserve(buffer, self.layout(value).nbytes)
+            self.reserve(buffer, self.layout(value).nbytes)
             if self.plan.root[value.name] in self._to_clear:
                 self._clear_border(value)
 
-    def _reserve(self, name: str, nbytes: int) -> None:
+    def reserve(self, name: str, nbytes: int) -> Ref:
+        """Return memory for the current node, and for those to come that ask for it ``again``."""
         self.plan.sizes[name] = nbytes
         self._lifetimes[name] = (self._position, self._position)
+        return Ref(name)
+
+    def again(self, name: str) -> Ref:
+        """Return memory that an earlier node has reserved, with what that left there."""
+        self._lifetimes[name] = (self._lifetimes[name][0], self._position)
+        return Ref(name)
 
     def workspace(self, nbytes: int) -> Ref:
         """Return memory for the current node alone."""
         name = f"workspace:{self._workspaces}"
         self._workspaces += 1
-        self._reserve(name, nbytes)
-        return Ref(name)
+        return self.reserve(name, nbytes)
 
     def table(self, numbers: Any) -> Ref:
         """Return the address of constant int64 numbers; equal tables are stored once."""
