@@ -35,9 +35,14 @@ _GAIN = 1.4
 
 
 def suits(low: LoweringCore, g: Product, size: tuple[int, int]) -> bool:
+    """Whether a product over output maps of ``size`` is computed so: lanes hold samples, and it ``pays``."""
+    return low.kind == SAMPLES and pays(g, size)
+
+
+def pays(g: Product, size: tuple[int, int]) -> bool:
     """Whether a product over output maps of ``size`` is worth it: whole tiles, enough channels."""
     simple = g.kernel == (3, 3) and g.strides == g.dilations == (1, 1) and g.groups == 1
-    if low.kind != SAMPLES or not simple or size[0] % _TILE or size[1] % _TILE or g.inputs % 4:
+    if not simple or size[0] % _TILE or size[1] % _TILE or g.inputs % 4:
         return False
     products = g.inputs * g.outputs
     # Instructions per tile: 144 for the data of a channel, 100 for an output; as many loads and stores again.

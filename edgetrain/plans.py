@@ -21,6 +21,7 @@ from edgetrain.errors import MemoryBudgetError
 from edgetrain.executor import Arena, Executor, Team
 from edgetrain.graph import Graph
 from edgetrain.kernels.codes import UPDATE_JOB
+from edgetrain.lanes import channels_pay, sample_lanes
 from edgetrain.lowering import Lowering
 from edgetrain.lowering_channels import ChannelLowering, fits
 from edgetrain.lowering_sparse import (
@@ -44,7 +45,7 @@ from edgetrain.sparse_index import SparseIndex
 _KEPT_PLANS = 8
 # Products that skip the zeros of an error map.
 _LISTED = ("ListedInputGrad", "ListedWeightGrad", "PooledInputGrad", "PooledWeightGrad")
-# Lanes hold channels when this many batches would fit into one vector of samples.
+# With sparse weights or activations lanes hold channels only when this many batches would fit into a vector of samples.
 _SMALL_BATCH = 4
 # Batches so small nevertheless have lists of weights, and mostly empty lanes, where the lists leave at most this share
 # of the operations, by batch size (a step against dense, lists and channels in the lanes, a tenth of ResNet-8's
@@ -148,20 +149,22 @@ class Plans:
         """Samples in a vector: this machine's SIMD width, less for small batches."""
         if self.by_channel:
             return simd_lanes()
-        return min(simd_lanes(), max(4, 1 << (self._batch_size - 1).bit_length()))
+        return sample_lanes(self._batch_size)
 
     @functools.cached_property
     def by_channel(self) -> bool:
-        """Whether lanes hold channels: for batches that would leave most sample lanes empty.
+        """Whether lanes hold channels: for batches that would leave many sample lanes empty.
 
         Kernels that skip something exist for lanes of samples only; with channels in the lanes sparse weights are
         written out, or read whole by bits.
         """
-        small = self._batch_size * _SMALL_BATCH <= simd_lanes()
         pruned = self._error_pruning is not None and not self._error_pruning.idle
-        if not small or self._needs_lists or pruned or not fits(self.graph.nodes):
+        if self._needs_lists or pruned or not fits(self.graph.nodes) or not channels_pay(self.graph, self._batch_size):
             return False
-        return not _lists_pay(self.graph, self.parameters.sparse, self._batch_size)
+        if self._rewrite is None and not self.parameters.sparse:
+            return True
+        small = self._batch_size * _SMALL_BATCH <= simd_lanes()
+        return small and not _lists_pay(self.graph, self.parameters.sparse, self._batch_size)
 
     @functools.cached_property
     def training(self) -> TrainingGraph:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+import edgetrain.lanes
 import edgetrain.plans
 from edgetrain.devices import load_profile
 from edgetrain.graph import Graph
@@ -22,9 +23,10 @@ PROFILE = load_profile("generic-x86_64")  # read once: a learner is made in ever
 
 @pytest.fixture
 def wide_host(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let lanes depend on the batch size alone: 4, 8 or 16, also on a machine with narrower registers."""
+    """Let lanes depend on the batch size alone: 4, 8 or 16 samples, also on a machine with narrower registers."""
     monkeypatch.setattr(edgetrain.plans, "simd_lanes", lambda: 16)
-    monkeypatch.setattr(edgetrain.plans, "_SMALL_BATCH", 1000)  # lanes hold samples, however few
+    monkeypatch.setattr(edgetrain.lanes, "simd_lanes", lambda: 16)
+    monkeypatch.setattr(edgetrain.plans, "channels_pay", lambda graph, batch_size: False)
 
 
 def learner(graph: Graph, lanes: int = 4, threads: int = 1, **settings: Any) -> Learner:
