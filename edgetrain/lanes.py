@@ -7,6 +7,8 @@ only: Winograd's kernels, lists of exact zeros behind max pools (``pooled_errors
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from types import MappingProxyType
 
 from edgetrain.choice import channel_lanes, simd_lanes
 from edgetrain.graph import Graph, Node
@@ -19,6 +21,8 @@ from edgetrain.ops.conv import Product, ProductOp
 # with the root of its own lanes and of the machine's. For what takes more than 4 % longer the rule decides in one case
 # of 92, cnn1d at batch 12 with 16 lanes (5 %).
 _DIRECT, _SKIPPING = 0.84, 0.37
+# What a weight of a list takes, 1 is one of a dense product.
+_LISTED = 3.0
 _BETWEEN = ("Relu", "LeakyRelu", "Clip", "Identity")  # operators that leave exact zeros behind a max pool
 
 
@@ -27,8 +31,13 @@ def sample_lanes(batch_size: int) -> int:
     return min(simd_lanes(), max(4, 1 << (batch_size - 1).bit_length()))
 
 
-def channels_pay(graph: Graph, batch_size: int) -> bool:
-    """Whether dense training steps of a batch smaller than a vector are faster with channels in the lanes."""
+def channels_pay(graph: Graph, batch_size: int, listed: Mapping[str, float] = MappingProxyType({})) -> bool:
+    """Whether training steps of a batch smaller than a vector are faster with channels in the lanes.
+
+    Args:
+        listed: the share of the weights that exist, by name, of products that could run on lists of them, for which
+            lanes must hold samples.
+    """
     if batch_size >= simd_lanes():
         return False
     lanes, channels, samples = sample_lanes(batch_size), 0.0, 0.0
@@ -37,7 +46,8 @@ def channels_pay(graph: Graph, batch_size: int) -> bool:
         if isinstance(op, ProductOp):
             g = op.product(node)
             channels += batch_size * g.macs * _channel_vectors(g)
-            samples += g.macs * _sample_vectors(graph, node, g, lanes)
+            left = min(1.0, _LISTED * listed.get(node.input(1).name, 1.0))
+            samples += left * g.macs * _sample_vectors(graph, node, g, lanes)
     return channels <= samples
 
 

@@ -45,8 +45,6 @@ from edgetrain.sparse_index import SparseIndex
 _KEPT_PLANS = 8
 # Products that skip the zeros of an error map.
 _LISTED = ("ListedInputGrad", "ListedWeightGrad", "PooledInputGrad", "PooledWeightGrad")
-# With sparse weights or activations lanes hold channels only when this many batches would fit into a vector of samples.
-_SMALL_BATCH = 4
 # Batches so small nevertheless have lists of weights, and mostly empty lanes, where the lists leave at most this share
 # of the operations, by batch size (a step against dense, lists and channels in the lanes, a tenth of ResNet-8's
 # weights: at batch 1 1.70 and 0.93, 2 0.94 and 0.99, 3 0.66 and 0.98, 4 0.50 and 0.98; a hundredth at batch 1 0.84 and
@@ -159,12 +157,11 @@ class Plans:
         written out, or read whole by bits.
         """
         pruned = self._error_pruning is not None and not self._error_pruning.idle
-        if self._needs_lists or pruned or not fits(self.graph.nodes) or not channels_pay(self.graph, self._batch_size):
+        if self._needs_lists or pruned or not fits(self.graph.nodes):
             return False
-        if self._rewrite is None and not self.parameters.sparse:
-            return True
-        small = self._batch_size * _SMALL_BATCH <= simd_lanes()
-        return small and not _lists_pay(self.graph, self.parameters.sparse, self._batch_size)
+        sparse, size = self.parameters.sparse, self._batch_size
+        listed = {} if size <= max(_LEFT) else {name: _share(sparse[name]) for name in sparse}
+        return channels_pay(self.graph, size, listed) and not _lists_pay(self.graph, sparse, size)
 
     @functools.cached_property
     def training(self) -> TrainingGraph:
@@ -498,8 +495,7 @@ def _lists_pay(graph: Graph, sparse: Mapping[str, SparseIndex], batch_size: int)
             g, index = op.product(node), sparse.get(node.input(1).name)
             if g.groups > 1:
                 return False
-            # By the capacity: what a resumed run computes must not depend on how many weights there are now.
-            share = 1.0 if index is None else index.capacity / index.size
+            share = 1.0 if index is None else _share(index)
             operations += g.macs
             left += g.macs * (1.0 if share > _LISTED_SHARE or is_read_by_bits(g) else share)
             weights += node.input(1).size
@@ -507,6 +503,14 @@ def _lists_pay(graph: Graph, sparse: Mapping[str, SparseIndex], batch_size: int)
     size = min(batch_size, max(_LEFT))
     few = operations <= _FEW_OPERATIONS * weights and existing <= _FEW_WEIGHTS[size] * weights
     return left < operations and (few or left <= _LEFT[size] * operations)
+
+
+def _share(index: SparseIndex) -> float:
+    """Return the share of the weights that there is room for.
+
+    What a resumed run computes must not depend on how many weights there are now.
+    """
+    return index.capacity / index.size
 
 
 def _skipped_weights(plan: Plan) -> int:

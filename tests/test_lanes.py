@@ -51,28 +51,37 @@ def test_networks_without_products_have_channels_in_the_lanes_too(simd):
 
 
 @pytest.mark.parametrize(
-    "settings",
+    ("model", "count", "settings", "by_channel"),
     [
-        {"sparsity": et.StaticSparse(0.5)}, {"sparsity": et.SWAT(0.5, 0.5)}, {"sparsity": et.SWAT(0.0, 0.5)},
-        {"error_pruning": et.ErrorMapPruning(keep=0.5)}, {"error_pruning": et.GradientPruning(rate=0.5)},
+        ("cnn1d", 6, {}, True),
+        ("cnn1d", 6, {"sparsity": et.StaticSparse(0.5)}, True),  # too dense for lists
+        ("cnn1d", 6, {"sparsity": et.StaticSparse(0.9)}, False),
+        ("cnn1d", 6, {"sparsity": et.SWAT(0.5, 0.5)}, True),
+        ("cnn1d", 6, {"sparsity": et.SWAT(0.9, 0.9)}, False),
+        ("cnn1d", 6, {"sparsity": et.SWAT(0.5, 0.5, group="lanes")}, False),
+        ("cnn1d", 6, {"error_pruning": et.ErrorMapPruning(keep=0.5)}, False),
+        ("cnn1d", 6, {"error_pruning": et.GradientPruning(rate=0.5)}, False),
+        ("ds_cnn", 4, {"sparsity": et.StaticSparse(0.9)}, True),
+        ("ds_cnn", 8, {"sparsity": et.StaticSparse(0.5)}, True),
+        ("ds_cnn", 8, {"sparsity": et.StaticSparse(0.9)}, False),
     ],
     ids=str,
 )  # fmt: skip
-def test_what_skips_work_has_samples_in_the_lanes_from_few_on(settings, monkeypatch):
+def test_what_skips_work_has_samples_in_the_lanes(model, count, settings, by_channel, monkeypatch):
     for module in ("lanes", "plans"):
         monkeypatch.setattr(f"edgetrain.{module}.simd_lanes", lambda: 16)
-    graph = build_model("cnn1d")
-    assert Learner(graph, PROFILE, batch_size=6, threads=1).plans.by_channel
-    assert not Learner(graph, PROFILE, batch_size=6, threads=1, **settings).plans.by_channel
+    made = Learner(build_model(model), PROFILE, batch_size=count, threads=1, **settings)
+    assert made.plans.by_channel == by_channel
 
 
 @pytest.mark.parametrize("count", [2, 3, 5, 7, 11, 13])
-def test_both_compute_the_same(count):
+@pytest.mark.parametrize("sparsity", [None, et.StaticSparse(0.5)], ids=str)
+def test_both_compute_the_same(sparsity, count):
     rng, found = np.random.default_rng(0), []
     graph = build_model("cnn1d")
     x, y = rng.normal(size=(count, *graph.input_shape)).astype(np.float32), rng.integers(0, 6, count)
     for by_channel in (True, False):
-        made = Learner(graph, PROFILE, batch_size=count, threads=1)
+        made = Learner(graph, PROFILE, batch_size=count, threads=1, sparsity=sparsity)
         made.plans.__dict__["by_channel"] = by_channel  # a cached property
         found.append(made.gradients(x, y) | {"logits": made.logits(x)})
     assert_all_close(found[0], found[1], 1e-4)
