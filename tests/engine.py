@@ -26,7 +26,7 @@ def wide_host(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let lanes depend on the batch size alone: 4, 8 or 16 samples, also on a machine with narrower registers."""
     monkeypatch.setattr(edgetrain.plans, "simd_lanes", lambda: 16)
     monkeypatch.setattr(edgetrain.lanes, "simd_lanes", lambda: 16)
-    monkeypatch.setattr(edgetrain.plans, "channels_pay", lambda graph, batch_size: False)
+    monkeypatch.setattr(edgetrain.plans, "channels_pay", lambda graph, batch_size, listed: False)
 
 
 def learner(graph: Graph, lanes: int = 4, threads: int = 1, **settings: Any) -> Learner:

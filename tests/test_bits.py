@@ -92,7 +92,7 @@ def test_bits_are_kept_at_once_or_when_asked_for(options, at_once, later):
 @by_vectors
 @pytest.mark.parametrize(("density", "batch_size", "kept"), [(0.1, 32, True), (0.04, 32, False), (0.04, 1, True)])
 def test_plans_ask_for_bits_where_they_are_of_use(density, batch_size, kept, monkeypatch):
-    monkeypatch.setattr("edgetrain.plans.channels_pay", lambda graph, batch_size: batch_size == 1)
+    monkeypatch.setattr("edgetrain.plans.channels_pay", lambda graph, batch_size, listed: batch_size == 1)
     policy = et.StaticSparse(weights=1 - density, distribution="uniform")
     made = et.Learner(network(), batch_size=batch_size, threads=1, sparsity=policy)
     made.training_plan()
