@@ -1,7 +1,7 @@
 """Steps with channels in the lanes of vectors against steps with samples there, in turns; docs/lanes.md.
 
 Usage:
-    python benchmarks/lanes.py              on an idle machine; about nine minutes
+    python benchmarks/lanes.py              on an idle machine; about two minutes
     python benchmarks/lanes.py --document   the document from the stored results alone
 """
 
