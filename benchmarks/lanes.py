@@ -89,7 +89,7 @@ def _tables(cells: dict) -> str:
     lines = []
     for lanes in dict.fromkeys(key.split("/")[0] for key in cells):
         batches = [b for b in BATCHES if f"{lanes}/{MODELS[0]}/{b}" in cells]
-        lines += [f"# Vectors of {lanes} lanes", "", f"| batch | {' | '.join(map(str, batches))} |",
+        lines += [f"## Vectors of {lanes} lanes", "", f"| batch | {' | '.join(map(str, batches))} |",
                   "|---" * (len(batches) + 1) + "|"]  # fmt: skip
         lines += [f"| {m} | {' | '.join(_cell(cells[f'{lanes}/{m}/{b}']) for b in batches)} |" for m in MODELS] + [""]
     wrong = {key: cost for key, cell in cells.items() if (cost := _cost(cell)) > SLACK}
