@@ -10,20 +10,23 @@ import math
 from collections.abc import Mapping
 from types import MappingProxyType
 
+from edgetrain import lowering_winograd as winograd
 from edgetrain.choice import channel_lanes, simd_lanes
 from edgetrain.graph import Graph, Node
-from edgetrain.lowering_winograd import pays
 from edgetrain.ops import get_op
 from edgetrain.ops.conv import Product, ProductOp
+from edgetrain.ops.pooling import MaxPool
 
 # How long a vector of samples takes; 1 is a sample with channels in all lanes. Fitted to steps of five networks with
-# vectors of 4, 8 and 16 lanes at batch 1 to 16 (AVX-512; one thread, with two it is the same): what skips takes longer
-# with the root of its own lanes and of the machine's. For what takes more than 4 % longer the rule decides in one case
-# of 92, cnn1d at batch 12 with 16 lanes (5 %).
+# vectors of 4, 8 and 16 lanes (docs/lanes.md has what came of it): what skips takes longer with the root of its own
+# lanes and of the machine's.
 _DIRECT, _SKIPPING = 0.84, 0.37
-# What a weight of a list takes, 1 is one of a dense product.
+# What a weight of a list takes, 1 is one of a dense product: 1.4 in DS-CNN, 2.2 in cnn1d, 2.4 in MobileNetV1 (batch 5
+# to 8, with a tenth and three tenths of the weights), and more, since little else of a step becomes shorter.
 _LISTED = 3.0
 _BETWEEN = ("Relu", "LeakyRelu", "Clip", "Identity")  # operators that leave exact zeros behind a max pool
+# Operators that move single channels, number by number where lanes hold channels: for few samples only.
+_MOVING, _FEW = ("ChannelSlice", "Concat"), 4
 
 
 def sample_lanes(batch_size: int) -> int:
@@ -38,17 +41,18 @@ def channels_pay(graph: Graph, batch_size: int, listed: Mapping[str, float] = Ma
         listed: the share of the weights that exist, by name, of products that could run on lists of them, for which
             lanes must hold samples.
     """
-    if batch_size >= simd_lanes():
+    simd = simd_lanes()
+    if batch_size >= simd or (_FEW * batch_size > simd and any(node.op_type in _MOVING for node in graph.nodes)):
         return False
     lanes, channels, samples = sample_lanes(batch_size), 0.0, 0.0
     for node in graph.nodes:
         op = get_op(node.op_type)
         if isinstance(op, ProductOp):
             g = op.product(node)
-            channels += batch_size * g.macs * _channel_vectors(g)
             left = min(1.0, _LISTED * listed.get(node.input(1).name, 1.0))
+            channels += batch_size * g.macs * _channel_vectors(g)
             samples += left * g.macs * _sample_vectors(graph, node, g, lanes)
-    return channels <= samples
+    return batch_size == 1 or channels <= samples
 
 
 def _channel_vectors(g: Product) -> float:
@@ -63,7 +67,7 @@ def _channel_vectors(g: Product) -> float:
 def _sample_vectors(graph: Graph, node: Node, g: Product, lanes: int) -> float:
     """Return how long a product of a vector of samples takes, see ``_DIRECT``."""
     simd = simd_lanes()
-    if pays(g, g.out) or _feeds_max_pool(graph, node):
+    if winograd.pays(g, g.out) or (g.groups == 1 and _feeds_max_pool(graph, node)):
         return _SKIPPING * math.sqrt(lanes * simd)
     # Neighbouring pixels fill the rest of a vector, where they are neighbours in input and output.
     together = simd // lanes
@@ -73,7 +77,8 @@ def _sample_vectors(graph: Graph, node: Node, g: Product, lanes: int) -> float:
 
 
 def _feeds_max_pool(graph: Graph, node: Node) -> bool:
+    """Whether a max pool whose windows do not overlap, nor reach into a border, is all that reads a product."""
     readers = graph.consumers(node.y.name)
     while len(readers) == 1 and readers[0].op_type in _BETWEEN:
         readers = graph.consumers(readers[0].y.name)
-    return len(readers) == 1 and readers[0].op_type == "MaxPool"
+    return len(readers) == 1 and readers[0].op_type == "MaxPool" and MaxPool().pool(readers[0], readers[0].x).inside

@@ -50,6 +50,8 @@ class LoweringCore:
         self._lifetimes: dict[str, tuple[int, int]] = {}
         self._workspaces = 0
         self._masked: set[str] = set()  # weights of which a copy lies where their gradient will be
+        self._written: dict[str, Ref] = {}  # where weights are written out for nodes to come, by name
+        self._copied = 0  # bytes of those
         self._choice: Choice | None = None
         self.threads = 1  # that will run the plan: scratch memory is theirs, results are not
 
@@ -112,28 +114,27 @@ class LoweringCore:
             self._lifetimes[buffer] = (self._lifetimes[buffer][0], self._position)
         elif not value.batched:
             if self._parameters.find(value.name) is None:
-                self.reserve(buffer, 4 * value.size)
+                self._reserve(buffer, 4 * value.size)
         else:
-            self.reserve(buffer, self.layout(value).nbytes)
+            self._reserve(buffer, self.layout(value).nbytes)
             if self.plan.root[value.name] in self._to_clear:
                 self._clear_border(value)
 
-    def reserve(self, name: str, nbytes: int) -> Ref:
-        """Return memory for the current node, and for those to come that ask for it ``again``."""
+    def _reserve(self, name: str, nbytes: int) -> None:
         self.plan.sizes[name] = nbytes
         self._lifetimes[name] = (self._position, self._position)
-        return Ref(name)
-
-    def again(self, name: str) -> Ref:
-        """Return memory that an earlier node has reserved, with what that left there."""
-        self._lifetimes[name] = (self._lifetimes[name][0], self._position)
-        return Ref(name)
 
     def workspace(self, nbytes: int) -> Ref:
-        """Return memory for the current node alone."""
+        """Return memory for the current node, and for those to come that ask for it ``again``."""
         name = f"workspace:{self._workspaces}"
         self._workspaces += 1
-        return self.reserve(name, nbytes)
+        self._reserve(name, nbytes)
+        return Ref(name)
+
+    def again(self, memory: Ref) -> Ref:
+        """Return an earlier node's workspace with what that left there."""
+        self._lifetimes[memory.buffer] = (self._lifetimes[memory.buffer][0], self._position)
+        return memory
 
     def table(self, numbers: Any) -> Ref:
         """Return the address of constant int64 numbers; equal tables are stored once."""

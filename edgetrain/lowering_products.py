@@ -53,8 +53,8 @@ _MOST_PARTS, _PART_BYTES = 4, 1 << 19
 # outputs, if there are blocks for two threads. A thread reads then what it updates: where both read all of fc1, the
 # update of LeNet-5 took 37 us and takes 16, a step 5 to 6 % less (batch 32, two threads; by one thread no difference).
 _HALVED_BYTES = 1 << 16
-# Bytes of the largest weights that are written out once for both passes: about what stays in a cache.
-_LARGEST_COPY = 1 << 19
+# Bytes of all weights of a step that are written out once for both passes.
+_MOST_COPIED = 1 << 19
 # Up to so many pixels a product reads its weights where they are.
 _FEW_PIXELS = 2
 
@@ -174,22 +174,22 @@ class ProductLowering(SparseLowering):
     def dense_weight(self, weight: Value, g: Product) -> Ref:
         """Return where a product's dense weights are; those of sparse weights are written out within the step.
 
-        For this node alone, but for fully connected layers: their backward pass is near, and memory scarce later only.
-        With half of its weights, written once, LeNet-5 takes 3 % less at batch 8, 1 % at batch 32; plans of at
-        most 2 % more (batch 8) and of the same memory (32).
+        For this node alone, but for some of fully connected layers, which are kept for the input gradient. Written once
+        for both, half of its weights cost LeNet-5 3 % less time of a step at batch 8 and 1 % at 32; its plan takes 2 %
+        more memory at batch 8, none at 32 (``_MOST_COPIED``: of twelve layers of 256 all copies would take 23 %).
         """
         index = self.sparse.get(weight.name)
         if index is None:
             return self.address(weight)
         if not index.compact:
             return self._masked_weight(weight, index)
+        if weight.name in self._written:
+            return self.again(self._written[weight.name])
         nbytes = 4 * index.size + ALIGNMENT  # a tile may read behind the last row
-        if g.out != (1, 1) or nbytes > _LARGEST_COPY:
-            dense = self.workspace(nbytes)
-        elif (name := f"workspace:{weight.name}") in self.plan.sizes:
-            return self.again(name)
-        else:
-            dense = self.reserve(name, nbytes)
+        dense = self.workspace(nbytes)
+        if g.out == (1, 1) and self._copied + nbytes <= _MOST_COPIED:
+            self._written[weight.name] = dense
+            self._copied += nbytes
         bits = self.rows_of_bits(weight, g)
         kernel, sizes = ("expand_bits", (WORD,)) if bits else ("expand_sparse", ())
         stored = {**bits, "dense_row": g.weight_out} if bits else self._stored(weight, g)

@@ -160,8 +160,9 @@ class Plans:
         if self._needs_lists or pruned or not fits(self.graph.nodes):
             return False
         sparse, size = self.parameters.sparse, self._batch_size
-        listed = {} if size <= max(_LEFT) else {name: _share(sparse[name]) for name in sparse}
-        return channels_pay(self.graph, size, listed) and not _lists_pay(self.graph, sparse, size)
+        if size > max(_LEFT):
+            return channels_pay(self.graph, size, {name: _share(index) for name, index in sparse.items()})
+        return channels_pay(self.graph, size) and not _lists_pay(self.graph, sparse, size)
 
     @functools.cached_property
     def training(self) -> TrainingGraph:
@@ -399,13 +400,15 @@ class Plans:
         return found
 
     def kernels(self) -> list[KernelKey]:
-        """Return the kernels that training steps and predictions of a batch need, and of one and two blocks.
+        """Return the kernels that training steps and predictions of a batch need, and of fewer blocks.
 
         Products with dense weights need no others for any number in between; lists of weights may.
         """
         some = {self._blocks(count): count for count in (self._batch_size, self.lanes + 1, 1)}
         counts = [count for blocks, count in sorted(some.items()) if blocks <= self._blocks(self._batch_size)]
         plans = [self.plan(training, count) for training in (True, False) for count in counts]
+        if self.by_channel:  # where fully connected layers take up to four samples at once
+            plans += [self.plan(False, count) for count in (2, 3) if count < self._batch_size]
         plans += [self.plan(True, count, True) for count in counts if self._whole_gradients]
         return list(dict.fromkeys(key for plan in plans for key in plan.kernels))
 
@@ -500,9 +503,8 @@ def _lists_pay(graph: Graph, sparse: Mapping[str, SparseIndex], batch_size: int)
             left += g.macs * (1.0 if share > _LISTED_SHARE or is_read_by_bits(g) else share)
             weights += node.input(1).size
             existing += share * node.input(1).size
-    size = min(batch_size, max(_LEFT))
-    few = operations <= _FEW_OPERATIONS * weights and existing <= _FEW_WEIGHTS[size] * weights
-    return left < operations and (few or left <= _LEFT[size] * operations)
+    few = operations <= _FEW_OPERATIONS * weights and existing <= _FEW_WEIGHTS[batch_size] * weights
+    return left < operations and (few or left <= _LEFT[batch_size] * operations)
 
 
 def _share(index: SparseIndex) -> float:

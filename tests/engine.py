@@ -21,12 +21,17 @@ PRUNING_KERNELS = ("element_lists", "error_lists", "pruned", "stochastic", "vect
 PROFILE = load_profile("generic-x86_64")  # read once: a learner is made in every test
 
 
+def set_lanes(monkeypatch: pytest.MonkeyPatch, lanes: int) -> None:
+    """Decide what vectors hold as on a machine with so many lanes."""
+    for module in (edgetrain.lanes, edgetrain.plans):
+        monkeypatch.setattr(module, "simd_lanes", lambda: lanes)
+
+
 @pytest.fixture
 def wide_host(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let lanes depend on the batch size alone: 4, 8 or 16 samples, also on a machine with narrower registers."""
-    monkeypatch.setattr(edgetrain.plans, "simd_lanes", lambda: 16)
-    monkeypatch.setattr(edgetrain.lanes, "simd_lanes", lambda: 16)
-    monkeypatch.setattr(edgetrain.plans, "channels_pay", lambda graph, batch_size, listed: False)
+    set_lanes(monkeypatch, 16)
+    monkeypatch.setattr(edgetrain.plans, "channels_pay", lambda *_: False)
 
 
 def learner(graph: Graph, lanes: int = 4, threads: int = 1, **settings: Any) -> Learner:

@@ -12,7 +12,7 @@ from edgetrain.choice import simd_lanes
 from edgetrain.graph import Graph
 from edgetrain.learner import Learner
 from edgetrain.sparse_index import SparseIndex
-from tests.engine import assert_all_close, assert_close, channel_learner, learner, poison, wide_host
+from tests.engine import assert_all_close, assert_close, assert_same, channel_learner, learner, poison, wide_host
 from tests.op_cases import Net
 from tests.test_pruning import run_kernel
 
@@ -92,7 +92,7 @@ def test_bits_are_kept_at_once_or_when_asked_for(options, at_once, later):
 @by_vectors
 @pytest.mark.parametrize(("density", "batch_size", "kept"), [(0.1, 32, True), (0.04, 32, False), (0.04, 1, True)])
 def test_plans_ask_for_bits_where_they_are_of_use(density, batch_size, kept, monkeypatch):
-    monkeypatch.setattr("edgetrain.plans.channels_pay", lambda graph, batch_size, listed: batch_size == 1)
+    monkeypatch.setattr("edgetrain.plans.channels_pay", lambda graph, batch_size, *_: batch_size == 1)
     policy = et.StaticSparse(weights=1 - density, distribution="uniform")
     made = et.Learner(network(), batch_size=batch_size, threads=1, sparsity=policy)
     made.training_plan()
@@ -232,3 +232,59 @@ def test_few_samples_train_as_where_lanes_hold_samples(policy, count):
     kernels = {row.kernel[0] for row in made[0].plans.plan(True, count).rows}
     assert ("multiply_bits_back" in kernels) == (simd_lanes() == 16)
     assert_all_close(*(each.gradients(x, y) for each in made), TOLERANCE)
+
+
+# ---- weights that are written out once for both passes
+
+
+def layers(sizes: list[int], names: str) -> Graph:
+    """Fully connected layers whose weights have these names."""
+    rng, graph = np.random.default_rng(0), Graph("layers", input_shape=(sizes[0],))
+    h = "input"
+    for name, inputs, outputs in zip(names, sizes, sizes[1:], strict=False):
+        weight = graph.parameter(name, rng.normal(size=(outputs, inputs)) / inputs**0.5)
+        h = graph.add("Relu", [graph.add("Gemm", [h, weight], transB=1)])
+    graph.set_outputs([h])
+    return graph
+
+
+def half(graph: Graph, count: int) -> et.Learner:
+    return et.Learner(graph, batch_size=count, threads=1, sparsity=et.StaticSparse(0.5, distribution="uniform"))
+
+
+def written(learner: et.Learner, count: int) -> int:
+    """Return how often weights are written out in a step."""
+    return sum(row.kernel[0] in ("expand_bits", "expand_sparse") for row in learner.plans.plan(True, count).rows)
+
+
+@pytest.mark.parametrize("count", [5, 8, 32])
+def test_weights_written_once_give_what_those_written_twice_give(count, monkeypatch):
+    rng, found = np.random.default_rng(1), []
+    x, y = rng.normal(size=(count, 60)).astype(np.float32), rng.integers(0, 10, count)
+    for most, times in ((1 << 19, 3), (0, 5)):  # nobody wants the input's gradient
+        monkeypatch.setattr("edgetrain.lowering_products._MOST_COPIED", most)
+        made = half(layers([60, 50, 40, 10], "abc"), count)
+        made.gradients(x, y)
+        poison(made)
+        assert written(made, count) == times
+        found.append(made.gradients(x, y) | {"logits": made.logits(x)})
+    assert_same(*found)
+
+
+@pytest.mark.parametrize("count", [5, 8, 32])
+def test_names_of_weights_that_are_numbers_are_no_names_of_memory(count):
+    rng, found = np.random.default_rng(1), []
+    x, y = rng.normal(size=(count, 60)).astype(np.float32), rng.integers(0, 10, count)
+    for names in ("abc", "012", "135", "420"):
+        made = half(layers([60, 50, 40, 10], names), count)
+        gradients = made.gradients(x, y)
+        found.append({str(i): gradients[name] for i, name in enumerate(names)} | {"logits": made.logits(x)})
+        assert_same(found[-1], found[0])
+
+
+def test_copies_for_both_passes_take_no_more_than_a_little_memory():
+    made = half(layers([256] * 12 + [10], "abcdefghijkl"), 32)
+    sizes = made.training_plan().arena_bytes
+    few = half(layers([256] * 4 + [10], "abcd"), 32).training_plan().arena_bytes
+    assert 16 < written(made, 32) < 22  # twelve and eleven, without two that are kept
+    assert sizes - few < 8 * 5 * 256 * 32 * 4 + (1 << 19)

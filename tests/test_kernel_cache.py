@@ -327,9 +327,15 @@ def test_warmup_covers_models_of_other_depths(built_in, name, optimizer):
     assert set(learner.kernels()) <= set(built_in)
 
 
-def test_a_learner_knows_its_kernels():
-    learner = et.Learner(et.models.lenet5(), batch_size=32)
-    assert set(learner.training_plan().kernels) <= set(learner.kernels())
+@pytest.mark.parametrize(("model", "batch_size"), [("lenet5", 32), ("lenet5", 2), ("cnn1d", 6)])
+def test_a_learner_knows_its_kernels(model, batch_size):
+    from edgetrain.catalog import build_model
+
+    learner = et.Learner(build_model(model), batch_size=batch_size)
+    known = set(learner.kernels())
+    for count in range(1, batch_size + 1):
+        assert set(learner.plans.plan(True, count).kernels) <= known
+        assert set(learner.plans.plan(False, count).kernels) <= known
 
 
 def test_warmup_shows_its_progress_and_takes_a_profile(monkeypatch, tmp_path, capsys):

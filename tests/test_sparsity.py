@@ -23,6 +23,7 @@ from edgetrain.sparsity import SparseLayer, sparse_layers
 from edgetrain.sparsity.layers import entries, shapes_of
 from edgetrain.sparsity.policy import largest, largest_missing
 from edgetrain.torch_network import TorchNetwork
+from tests.engine import set_lanes
 from tests.op_cases import Net
 from tests.sparse_networks import (
     CLASSES,
@@ -355,7 +356,7 @@ def few_samples(policy, batch_size=1):
 
 @WITHOUT_ZEROS
 def test_without_zeros_a_single_sample_is_trained_as_densely(policy, monkeypatch):
-    monkeypatch.setattr("edgetrain.plans.simd_lanes", lambda: 16)
+    set_lanes(monkeypatch, 16)
     made = few_samples(policy), few_samples(None)
     assert [m.plans.by_channel for m in made] == [True, True]
     losses = [[m.partial_fit(*batch(1, seed)).loss for seed in range(5)] for m in made]
@@ -374,7 +375,7 @@ def test_without_zeros_a_single_sample_is_trained_as_densely(policy, monkeypatch
     ],
 )  # fmt: skip
 def test_a_few_samples_are_computed_as_is_faster(policy, batch_size, by_channel, monkeypatch):
-    monkeypatch.setattr("edgetrain.plans.simd_lanes", lambda: 16)
+    set_lanes(monkeypatch, 16)
     made = few_samples(policy, batch_size)
     assert made.plans.by_channel == by_channel
     other = few_samples(policy, batch_size)
@@ -391,8 +392,8 @@ def test_a_few_samples_are_computed_as_is_faster(policy, batch_size, by_channel,
 ])  # fmt: skip
 def test_fully_connected_layers_do_not_speak_for_lists(width, weights, batch_size, by_channel, monkeypatch):
     """Few samples read them by bits, faster than by lists (``width``: of four such layers, 0 for LeNet-5)."""
-    for module in ("plans", "lowering_sparse"):
-        monkeypatch.setattr(f"edgetrain.{module}.simd_lanes", lambda: 16)
+    set_lanes(monkeypatch, 16)
+    monkeypatch.setattr("edgetrain.lowering_sparse.simd_lanes", lambda: 16)
     graph = et.models.lenet5()
     if width:
         net, h = Net((width,)), "input"
@@ -408,7 +409,7 @@ def test_fully_connected_layers_do_not_speak_for_lists(width, weights, batch_siz
 @pytest.mark.parametrize("count", [1, 3])
 def test_activations_are_pruned_alike_where_lanes_hold_channels(count, monkeypatch):
     """Behind the last of 7 or 20 channels lanes hold one half, the sigmoid of 0: that is no activation."""
-    monkeypatch.setattr("edgetrain.plans.simd_lanes", lambda: 16)
+    set_lanes(monkeypatch, 16)
     net = Net((3, 6, 6))
     h = net.Sigmoid(net.conv("input", 7, 3, 3, 3, bias=False))
     h = net.Sigmoid(net.conv(h, 20, 7, 3, 3, pads=[1, 0, 0, 1], bias=False))
@@ -432,7 +433,7 @@ def test_of_equal_activations_that_no_list_could_hold_a_copy_has_as_many(monkeyp
 
     Which of them are the first depends on what lies in the lanes, so gradients are not equal.
     """
-    monkeypatch.setattr("edgetrain.plans.simd_lanes", lambda: 16)
+    set_lanes(monkeypatch, 16)
     net = Net((3, 8, 8))
     h = net.Sigmoid(net.conv("input", 16, 3, 3, 3, pads=[1] * 4, bias=False))
     net.graph.arrays["p0"][2:] = 0
