@@ -1,7 +1,7 @@
 """Steps with channels in the lanes of vectors against steps with samples there, in turns; docs/lanes.md.
 
 Usage:
-    python benchmarks/lanes.py              on an idle machine; about two minutes
+    python benchmarks/lanes.py              on an idle machine; about three minutes
     python benchmarks/lanes.py --document   the document from the stored results alone
 """
 
@@ -9,11 +9,15 @@ from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from statistics import median
 
 import machines
 import numpy as np
+from edgetrain.models._layers import Layers
 
 import edgetrain as et
 from edgetrain.catalog import build_model
@@ -22,10 +26,12 @@ from edgetrain.lanes import channels_pay
 
 RESULTS = machines.results_file("lanes.json")
 DOCUMENT = Path(__file__).parents[1] / "docs" / "lanes.md"
-MODELS = ("lenet5", "resnet20", "mobilenet_v1_0.25", "ds_cnn", "cnn1d")
 BATCHES = (1, 2, 3, 4, 5, 6, 8, 12)
-# Vectors of this machine, and narrower ones, of which it uses a part: as these boards and processors have them.
-PROFILES = ("host", "generic-x86_64", "raspberrypi4")
+# Vectors of other processors, of which this machine's kernels use a part: a profile with as many lanes.
+X86 = et.load_profile("generic-x86_64")
+PROFILES = {
+    16: replace(X86, simd="avx512", simd_float32_lanes=16), 8: X86, 4: replace(X86, simd="sse", simd_float32_lanes=4),
+}  # fmt: skip
 TURNS, TURN_SECONDS, WARM_UP = 6, 0.04, 20
 # What the choice may cost before a cell counts as decided wrongly: about what is chance.
 SLACK = 1.04
@@ -40,9 +46,40 @@ machine's are what its kernels are told to use: the rest of such a machine is an
 """
 
 
+def convolutions(size: int, channels: int, normalised: bool) -> et.Graph:
+    """Return four 3x3 convolutions, with a max pool behind the second, of 10 classes."""
+    made = Layers("convolutions", (1, size, size), 0, "kaiming_uniform")
+    x = made.input
+    for number in range(4):
+        x = made.conv(x, f"conv{number}", channels, (3, 3), pads=(1, 1, 1, 1))
+        x = made.relu(made.batch_norm(x, f"bn{number}") if normalised else x)
+        x = made.max_pool(x) if number == 1 else x
+    return made.finish(made.linear(made.pooled_features(x), "fc", 10))
+
+
+def connected(*sizes: int) -> et.Graph:
+    """Return fully connected layers."""
+    made = Layers("connected", (sizes[0],), 0, "kaiming_uniform")
+    x = made.input
+    for number, size in enumerate(sizes[1:]):
+        x = made.linear(made.relu(x) if number else x, f"fc{number}", size)
+    return made.finish(x)
+
+
+# The first five the rule was fitted to, the others not.
+MODELS: dict[str, Callable[[], et.Graph]] = {
+    **{name: partial(build_model, name) for name in ("lenet5", "resnet20", "mobilenet_v1_0.25", "ds_cnn", "cnn1d")},
+    "784-128-64-10": partial(connected, 784, 128, 64, 10),
+    "256-512-512-10": partial(connected, 256, 512, 512, 10),
+    "32 channels, 14x14, BN": partial(convolutions, 14, 32, True),
+    "32 channels, 14x14": partial(convolutions, 14, 32, False),
+    "4 channels, 28x28": partial(convolutions, 28, 4, False),
+}
+
+
 def step_seconds(model: str, batch: int) -> dict:
-    """Return the medians of a step with channels and with samples in the lanes, and what the rule takes."""
-    graph, rng, contenders = build_model(model), np.random.default_rng(0), []
+    """Return the medians of a step with channels and with samples in the lanes."""
+    graph, rng, contenders = MODELS[model](), np.random.default_rng(0), []
     x = rng.normal(size=(batch, *graph.input_shape)).astype(np.float32)
     y = rng.integers(0, graph.output_shape[0], batch)
     for by_channel in (True, False):
@@ -61,22 +98,19 @@ def step_seconds(model: str, batch: int) -> dict:
                 steps.append(time.perf_counter() - begin)
             found.append(median(steps))
     channels, samples = map(median, turns)
-    return {"channels": channels, "samples": samples, "rule": channels_pay(graph, batch)}
+    return {"channels": channels, "samples": samples}
 
 
 def measure() -> dict:
     """Time all cells."""
-    cells, seen = {}, set()
-    for name in PROFILES:
-        with planning_for(et.load_profile(name)):
-            lanes = simd_lanes()
-            if lanes in seen:
-                continue
-            seen.add(lanes)
-            for model in MODELS:
-                for batch in (count for count in BATCHES if count < max(lanes, 5)):
-                    cells[f"{lanes}/{model}/{batch}"] = step_seconds(model, batch)
-                print(f"{lanes} lanes, {model}: measured", flush=True)
+    cells = {}
+    for lanes, profile in PROFILES.items():
+        if lanes <= simd_lanes():
+            with planning_for(profile):
+                for model in MODELS:
+                    for batch in (count for count in BATCHES if count < max(lanes, 5)):
+                        cells[f"{lanes}/{model}/{batch}"] = step_seconds(model, batch)
+                    print(f"{lanes} lanes, {model}: measured", flush=True)
     return {"machine": machines.facts(), "date": machines.today(), "cells": cells}
 
 
@@ -86,27 +120,30 @@ def document(results: list[dict]) -> str:
 
 
 def _tables(cells: dict) -> str:
-    lines = []
-    for lanes in dict.fromkeys(key.split("/")[0] for key in cells):
-        batches = [b for b in BATCHES if f"{lanes}/{MODELS[0]}/{b}" in cells]
+    lines, wrong = [], []
+    graphs = {model: build() for model, build in MODELS.items()}
+    for lanes, profile in PROFILES.items():
+        batches = [batch for batch in BATCHES if any(f"{lanes}/{model}/{batch}" in cells for model in MODELS)]
         lines += [f"## Vectors of {lanes} lanes", "", f"| batch | {' | '.join(map(str, batches))} |",
                   "|---" * (len(batches) + 1) + "|"]  # fmt: skip
-        lines += [f"| {m} | {' | '.join(_cell(cells[f'{lanes}/{m}/{b}']) for b in batches)} |" for m in MODELS] + [""]
-    wrong = {key: cost for key, cell in cells.items() if (cost := _cost(cell)) > SLACK}
-    found = ", ".join(f"{key} ({cost:.2f})" for key, cost in wrong.items()) or "none"
+        with planning_for(profile):
+            for model, graph in graphs.items():
+                ratios = [ratio(cells[f"{lanes}/{model}/{batch}"]) for batch in batches]
+                chosen = [channels_pay(graph, batch) for batch in batches]
+                texts = [f"{r:.2f}" if channels else f"*{r:.2f}*" for r, channels in zip(ratios, chosen, strict=True)]
+                lines.append(f"| {model} | {' | '.join(texts)} |")
+                costs = [r if channels else 1 / r for r, channels in zip(ratios, chosen, strict=True)]
+                wrong += [f"{model} at {b}, {lanes} lanes ({cost:.2f})"
+                          for b, cost in zip(batches, costs, strict=True) if cost > SLACK]  # fmt: skip
+        lines.append("")
     lines += [f"Where the rule's choice takes more than {SLACK} times as long as the other, of {len(cells)} cells:",
-              f"{found}.", ""]  # fmt: skip
+              f"{', '.join(wrong) or 'none'}.", ""]  # fmt: skip
     return "\n".join(lines)
 
 
-def _cell(cell: dict) -> str:
-    ratio = f"{cell['channels'] / cell['samples']:.2f}"
-    return ratio if cell["rule"] else f"*{ratio}*"
-
-
-def _cost(cell: dict) -> float:
-    chosen, other = ("channels", "samples") if cell["rule"] else ("samples", "channels")
-    return float(cell[chosen] / cell[other])
+def ratio(cell: dict) -> float:
+    """Return the time with channels in the lanes over that with samples."""
+    return float(cell["channels"] / cell["samples"])
 
 
 def main() -> None:

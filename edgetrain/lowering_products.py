@@ -493,7 +493,7 @@ def _runs(sources: list[int], lanes: int) -> tuple[int, list[int]]:
         else:
             stretches.append([source])
     length = len(stretches[0]) if stretches else 0
-    # Parts of a vector are loaded in one go by wide vectors only.
+    # With 4 lanes a machine may have no loads of parts of a vector.
     if length < (2 if lanes > 4 else 4) or any(len(stretch) != length for stretch in stretches):
         return 0, []
     columns = min(length, lanes)

@@ -41,8 +41,9 @@ from edgetrain.pooled_errors import list_pooled_errors
 from edgetrain.pruning import ErrorPruning, check_error_maps
 from edgetrain.sparse_index import SparseIndex
 
-# Plans kept for other batch sizes: full and last batch, training and prediction, and some for a stream.
-_KEPT_PLANS = 8
+# Plans kept for other batch sizes: full and last batch, training and prediction, and some for a stream. Where lanes hold
+# channels every number of samples has a plan of its own.
+_KEPT_PLANS, _KEPT_OF_CHANNELS = 8, 16
 # Products that skip the zeros of an error map.
 _LISTED = ("ListedInputGrad", "ListedWeightGrad", "PooledInputGrad", "PooledWeightGrad")
 # Batches so small nevertheless have lists of weights, and mostly empty lanes, where the lists leave at most this share
@@ -277,7 +278,7 @@ class Plans:
             more = training and not whole_gradients and (self._whole_gradients or moves)
             self._check_budget(self.largest(count) if more else plan, count)
             executor = Executor(plan, self.arena, self.team)
-            while len(self._executors) >= _KEPT_PLANS:
+            while len(self._executors) >= (_KEPT_OF_CHANNELS if self.by_channel else _KEPT_PLANS):
                 del self._executors[next(iter(self._executors))]
         self._executors[key] = executor  # the one used last stands last
         if training:

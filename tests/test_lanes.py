@@ -117,3 +117,11 @@ def test_both_compute_the_same(sparsity, count):
         made.plans.__dict__["by_channel"] = by_channel  # a cached property
         found.append(made.gradients(x, y) | {"logits": made.logits(x)})
     assert_all_close(found[0], found[1], 1e-4)
+
+
+def test_plans_of_all_numbers_of_samples_are_kept():
+    made = Learner(build_model("cnn1d"), PROFILE, batch_size=12, threads=1)
+    made.plans.__dict__["by_channel"] = True  # a cached property
+    executors = [{made.plans.executor(False, count, False) for count in range(1, 14)} for _ in range(2)]
+    assert len(executors[0]) == 13
+    assert executors[0] == executors[1]
