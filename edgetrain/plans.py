@@ -41,8 +41,8 @@ from edgetrain.pooled_errors import list_pooled_errors
 from edgetrain.pruning import ErrorPruning, check_error_maps
 from edgetrain.sparse_index import SparseIndex
 
-# Plans kept for other batch sizes: full and last batch, training and prediction, and some for a stream. Where lanes hold
-# channels every number of samples has a plan of its own.
+# Plans kept for other batch sizes: full and last batch, training and prediction, and some for a stream. Where lanes
+# hold channels every number of samples has a plan of its own.
 _KEPT_PLANS, _KEPT_OF_CHANNELS = 8, 16
 # Products that skip the zeros of an error map.
 _LISTED = ("ListedInputGrad", "ListedWeightGrad", "PooledInputGrad", "PooledWeightGrad")
