@@ -104,7 +104,8 @@ def training_graph(graph: Graph, loss: str = "cross_entropy", label_smoothing: f
         GraphError: unknown loss, an operator without gradient, or nothing to train.
     """
     if not graph.trainable:
-        raise GraphError(f"graph '{graph.name}': no trainable parameter; load a model that has weights")
+        remedy = "add their names to graph.trainable" if graph.arrays else "load a model that has weights"
+        raise GraphError(f"graph '{graph.name}': no trainable parameter; {remedy}")
     train = _forward(graph)
     if loss == "cross_entropy":
         train.add_value(Value(LABELS, ()))

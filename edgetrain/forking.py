@@ -11,6 +11,7 @@ import os
 import threading
 import time
 import weakref
+from typing import NoReturn
 
 # Longest wait for running steps, all together. The fork happens then nevertheless, and only learners that were busy
 # hang in the child: better than an application that never gets its child.
@@ -29,6 +30,10 @@ class ForkLock:
     def __init__(self) -> None:
         self._lock, self.number = threading.RLock(), next(_NUMBERS)
         _LOCKS[self.number] = self
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("a learner cannot be copied or pickled; save it, and load the file where it is wanted "
+                        "(Learner.save, Learner.load), or take learner.state()")  # fmt: skip
 
     def __enter__(self) -> None:
         self._lock.acquire()

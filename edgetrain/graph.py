@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgetrain.errors import GraphError
+from edgetrain.errors import GraphError, UsageError
 
 Shape = tuple[int, ...]
 
@@ -129,6 +129,22 @@ def is_placeholder(array: Any) -> bool:
         (True, False)
     """
     return isinstance(array, np.ndarray) and array.ctypes.data == _NOTHING.ctypes.data
+
+
+class FixedNames(set[str]):
+    """The names that a learner trains: its memory is laid out for them, so they no longer change.
+
+    Raises:
+        UsageError: from every method that would change them.
+    """
+
+    def _refuse(self, *_: Any) -> Any:
+        raise UsageError("graph.trainable of a learner: what is trained was settled when the learner was made; take a "
+                         "copy (learner.graph.copy()), change its trainable, and make another learner")  # fmt: skip
+
+    add = discard = remove = pop = clear = update = _refuse
+    difference_update = intersection_update = symmetric_difference_update = _refuse
+    __ior__ = __iand__ = __isub__ = __ixor__ = _refuse
 
 
 class Graph:

@@ -29,7 +29,7 @@ from edgetrain.executor import Executor, Team
 from edgetrain.filters import InstanceFilter
 from edgetrain.fitting import Data, History, fit_loop
 from edgetrain.forking import ForkLock
-from edgetrain.graph import Graph, Normalization
+from edgetrain.graph import FixedNames, Graph, Normalization
 from edgetrain.kernels.registry import compile_kernels, working_clock
 from edgetrain.losses import log_softmax, sample_losses
 from edgetrain.lowering_products import whole_gradient
@@ -104,6 +104,7 @@ class Learner:
         error_pruning: ErrorPruning | str | None = None,
     ) -> None:  # fmt: skip
         self.profile, self.graph = profile_of(profile), graph_of(graph).copy(share=True)
+        self.graph.trainable = FixedNames(self.graph.trainable)
         self.batch_size = self.profile.batch_size if batch_size is None else integer_of("batch_size", batch_size, 1)
         self.seed, self.loss, self.label_smoothing = integer_of("seed", seed, 0), loss, smoothing_of(label_smoothing)
         if loss not in ("cross_entropy", "mse"):

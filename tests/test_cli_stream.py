@@ -677,6 +677,19 @@ def test_a_folder_of_images_gets_the_size_that_was_asked_for(capsys, tmp_path, f
     assert load_checkpoint(tmp_path / "fit-1/last.safetensors").graph.input_shape == (1, 24, 22)
 
 
+@pytest.mark.parametrize("flags", [[], ["--stream"]], ids=["epochs", "stream"])
+def test_a_network_is_built_for_the_images_as_they_are(capsys, tmp_path, flags):
+    image = pytest.importorskip("PIL.Image")
+    rng = np.random.default_rng(0)
+    for number in range(40):
+        folder = tmp_path / "images" / "ab"[number % 2]
+        folder.mkdir(exist_ok=True, parents=True)
+        image.fromarray(rng.integers(0, 255, (20, 24, 3), np.uint8)).save(folder / f"{number:03d}.png")
+    command = ["fit", *flags, "--data", tmp_path / "images", "--batch-size", "8", "--out", tmp_path, "--quiet"]
+    assert run(capsys, *command, *([] if flags else ["--epochs", "1"]))[0] == 0
+    assert load_checkpoint(tmp_path / "fit-1/last.safetensors").graph.input_shape == (3, 20, 24)
+
+
 def test_a_network_of_another_size_is_refused(capsys, tmp_path):
     image = pytest.importorskip("PIL.Image")
     et.Learner(et.models.lenet5(num_classes=2), threads=1).export_onnx(tmp_path / "a.onnx")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import re
 from dataclasses import FrozenInstanceError, fields, replace
@@ -751,3 +752,23 @@ def test_the_new_head_of_the_readme_is_all_that_is_trained(tmp_path, monkeypatch
     assert (len(exported.nodes), exported.trainable) == (len(loaded.nodes), set(exported.arrays))
     np.testing.assert_array_equal(et.Learner(exported, PROFILE).predict(known["x"]), learner.predict(known["x"]))
     assert exported.arrays.keys() == loaded.arrays.keys() - {"fc3.weight", "fc3.bias"} | {"head.weight", "head.bias"}
+
+
+@pytest.mark.parametrize("change", [
+    lambda names: names.add("conv1.weight"), lambda names: names.discard("conv1.weight"), lambda names: names.clear(),
+    lambda names: names.update({"conv1.weight"}), lambda names: names.__ior__({"conv1.weight"}),
+])  # fmt: skip
+def test_what_a_learner_trains_is_settled_when_it_is_made(change):
+    graph = et.models.lenet5()
+    learner = et.Learner(graph, threads=1)
+    with pytest.raises(UsageError, match=r"settled when the learner was made.*make another learner"):
+        change(learner.graph.trainable)
+    change(graph.trainable)  # that of another graph
+    thawed = learner.graph.copy()
+    change(thawed.trainable)
+    assert learner.graph.trainable == et.models.lenet5().trainable
+
+
+def test_a_learner_that_is_copied_names_what_does_it():
+    with pytest.raises(TypeError, match=r"cannot be copied or pickled; save it, .*Learner\.save"):
+        copy.deepcopy(et.Learner(et.models.lenet5(), threads=1))

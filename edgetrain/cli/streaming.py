@@ -181,7 +181,7 @@ def stream_graph(config: Config) -> Graph:
     if name.lower().endswith(".onnx") or config.data.source == STANDARD_INPUT:
         return build_model(name, seed=config.training.seed)
     shape = build_model(name).input_shape
-    source = open_stream(config.data.source, shape, 2, image_size=image_size_of(config))
+    source = open_stream(config.data.source, (), 2, image_size=image_size_of(config))
     check_several(source.class_names, source.name)
     told = source.input_shape or shape
     fitted = (told[0], told[2]) if len(told) == 3 and told[1] == 1 and len(shape) == 2 else told

@@ -107,7 +107,7 @@ def open_stream(
 
     Args:
         source: "-" for standard input, or what ``load_dataset`` takes.
-        graph_shape: of the network's input; images in folders are resized to it.
+        graph_shape: of the network's input; images in folders are resized to it. Empty: to the size of the first one.
         graph_classes: number of the network's outputs.
         class_names: of the network, for names as labels on standard input.
         image_size: (H, W) in pixels to resize to instead; folders of images only.
@@ -276,9 +276,9 @@ class _Folder(InstanceSource):
         if not self._files:
             raise DataError(f"{folder}: no image in its sub-folders, expected one sub-folder of images per class")
         self._size = image_size or ((graph_shape[1], graph_shape[2]) if len(graph_shape) == 3 else None)
-        self._channels = graph_shape[0] if graph_shape[0] in (1, 3) else None
+        self._channels = graph_shape[0] if graph_shape and graph_shape[0] in (1, 3) else None
         shape = read_image(self._files[0][0], self._size, self._channels).shape
-        self._shape = shape
+        self._shape, self._size, self._channels = shape, (shape[1], shape[2]), shape[0]
         super().__init__(folder.name, shape, tuple(folders), len(self._files))
 
     def blocks(
