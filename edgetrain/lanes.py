@@ -77,7 +77,7 @@ def _sample_vectors(graph: Graph, node: Node, g: Product, lanes: int) -> float:
 
 
 def _feeds_max_pool(graph: Graph, node: Node) -> bool:
-    """Whether a max pool whose windows do not overlap, nor reach into a border, is all that reads a product."""
+    """Whether all that reads a product is a max pool whose windows lie inside the map."""
     readers = graph.consumers(node.y.name)
     while len(readers) == 1 and readers[0].op_type in _BETWEEN:
         readers = graph.consumers(readers[0].y.name)
