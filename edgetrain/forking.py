@@ -21,6 +21,19 @@ _LOCKS: weakref.WeakValueDictionary[int, ForkLock] = weakref.WeakValueDictionary
 _HELD = threading.local()
 
 
+class NotCopied:
+    """What has threads and memory of its own, such as a learner.
+
+    Raises:
+        TypeError: it is copied or pickled.
+    """
+
+    def __reduce__(self) -> NoReturn:
+        """Refuse, for ``copy`` and ``pickle`` both ask here."""
+        raise TypeError(f"a {type(self).__name__} cannot be copied or pickled; save it, and load the file where it is "
+                        "wanted (Learner.save, Learner.load), or take learner.state()")  # fmt: skip
+
+
 class ForkLock:
     """A reentrant lock that no other thread holds when a process forks.
 
@@ -30,10 +43,6 @@ class ForkLock:
     def __init__(self) -> None:
         self._lock, self.number = threading.RLock(), next(_NUMBERS)
         _LOCKS[self.number] = self
-
-    def __reduce__(self) -> NoReturn:
-        raise TypeError("a learner cannot be copied or pickled; save it, and load the file where it is wanted "
-                        "(Learner.save, Learner.load), or take learner.state()")  # fmt: skip
 
     def __enter__(self) -> None:
         self._lock.acquire()

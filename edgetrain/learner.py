@@ -28,7 +28,7 @@ from edgetrain.errors import CheckpointError, DataError, UsageError
 from edgetrain.executor import Executor, Team
 from edgetrain.filters import InstanceFilter
 from edgetrain.fitting import Data, History, fit_loop
-from edgetrain.forking import ForkLock
+from edgetrain.forking import ForkLock, NotCopied
 from edgetrain.graph import FixedNames, Graph, Normalization
 from edgetrain.kernels.registry import compile_kernels, working_clock
 from edgetrain.losses import log_softmax, sample_losses
@@ -60,7 +60,7 @@ class Position:
     batch: int = 0
 
 
-class Learner:
+class Learner(NotCopied):
     """Trains a graph and predicts with it.
 
     Args:

@@ -51,7 +51,6 @@ class LoweringCore:
         self._workspaces = 0
         self._masked: set[str] = set()  # weights of which a copy lies where their gradient will be
         self._written: dict[str, Ref] = {}  # where weights are written out for nodes to come, by name
-        self._copied = 0  # bytes of those
         self._choice: Choice | None = None
         self.threads = 1  # that will run the plan: scratch memory is theirs, results are not
 

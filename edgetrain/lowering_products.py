@@ -187,9 +187,8 @@ class ProductLowering(SparseLowering):
             return self.again(self._written[weight.name])
         nbytes = 4 * index.size + ALIGNMENT  # a tile may read behind the last row
         dense = self.workspace(nbytes)
-        if g.out == (1, 1) and self._copied + nbytes <= _MOST_COPIED:
+        if g.out == (1, 1) and nbytes + sum(self.plan.sizes[r.buffer] for r in self._written.values()) <= _MOST_COPIED:
             self._written[weight.name] = dense
-            self._copied += nbytes
         bits = self.rows_of_bits(weight, g)
         kernel, sizes = ("expand_bits", (WORD,)) if bits else ("expand_sparse", ())
         stored = {**bits, "dense_row": g.weight_out} if bits else self._stored(weight, g)

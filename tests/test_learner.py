@@ -769,6 +769,7 @@ def test_what_a_learner_trains_is_settled_when_it_is_made(change):
     assert learner.graph.trainable == et.models.lenet5().trainable
 
 
-def test_a_learner_that_is_copied_names_what_does_it():
-    with pytest.raises(TypeError, match=r"cannot be copied or pickled; save it, .*Learner\.save"):
-        copy.deepcopy(et.Learner(et.models.lenet5(), threads=1))
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy])
+def test_a_learner_that_is_copied_names_what_does_it(copied):
+    with pytest.raises(TypeError, match=r"a Learner cannot be copied or pickled; save it, .*Learner\.save"):
+        copied(et.Learner(et.models.lenet5(), threads=1))
