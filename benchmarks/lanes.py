@@ -57,6 +57,16 @@ def convolutions(size: int, channels: int, normalised: bool) -> et.Graph:
     return made.finish(made.linear(made.pooled_features(x), "fc", 10))
 
 
+def concatenated(size: int, growth: int) -> et.Graph:
+    """Return six 3x3 convolutions, each beside all that came before."""
+    made = Layers("concatenated", (3, size, size), 0, "kaiming_uniform")
+    x = made.conv(made.input, "conv", 16, (3, 3), pads=(1, 1, 1, 1))
+    for number in range(6):
+        y = made.batch_norm(made.conv(x, f"conv{number}", growth, (3, 3), pads=(1, 1, 1, 1)), f"bn{number}")
+        x = made.graph.add("Concat", [x, made.relu(y)], axis=1)
+    return made.finish(made.linear(made.pooled_features(x), "fc", 10))
+
+
 def connected(*sizes: int) -> et.Graph:
     """Return fully connected layers."""
     made = Layers("connected", (sizes[0],), 0, "kaiming_uniform")
@@ -74,6 +84,7 @@ MODELS: dict[str, Callable[[], et.Graph]] = {
     "32 channels, 14x14, BN": partial(convolutions, 14, 32, True),
     "32 channels, 14x14": partial(convolutions, 14, 32, False),
     "4 channels, 28x28": partial(convolutions, 28, 4, False),
+    "Concat, 30x30": partial(concatenated, 30, 12),
 }
 
 
