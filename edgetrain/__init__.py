@@ -43,7 +43,7 @@ _PUBLIC = {
     "load_onnx": "edgetrain.onnx_io",
     "EdgetrainError": "edgetrain.errors",
 }
-_MODULES = ("models", "errors", "data", "optim")
+_MODULES = ("models", "errors", "data", "optim", "ops")
 
 __all__ = ["__version__", *_PUBLIC, *_MODULES]
 

@@ -1,6 +1,6 @@
 """What a training step did, and what each method saved. Plain numbers.
 
-Floor 1. Operations are multiply-accumulates of convolutions and fully connected layers, forward and backward.
+Floor 0. Operations are multiply-accumulates of convolutions and fully connected layers, forward and backward.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ class StepResult:
         correct: samples whose largest output was the label's.
         instances_seen, instances_trained: samples handed in, and samples trained on.
         macs_dense, macs_done: multiply-accumulates that training on everything densely needs, and those executed.
-        seconds: wall-clock time.
+        seconds: wall-clock time, without the compiling of kernels.
         instances_kept: samples that the instance filter let pass; they are trained on when a micro-batch is full.
         instances_uncertain: rejected samples that got a forward pass of the network, for a label of the filter.
         macs_selection: the part of ``macs_done`` that choosing instances took: the filter's own network, its training,

@@ -79,11 +79,21 @@ class Defaults:
 
 @dataclass(frozen=True, kw_only=True)
 class DeviceProfile:
-    """What a device can do; every number has its unit in its name and its origin in ``sources``.
+    """What a device can do; every number has its unit in its name and its origin in ``sources``. None means unknown.
 
-    ``cores`` are the fast cores training uses, ``little_cores`` the slower rest; peak figures count ``cores``
-    only. Cache sizes are those one core reaches, ``l2_shared_by_cores`` tells how many share an L2.
-    ``memory_copy_gb_per_s`` counts each copied byte once. None means unknown.
+    Attributes:
+        name, description, cpu: for people; ``name`` is the file's.
+        architecture: as ``uname -m`` tells it, such as ``aarch64``.
+        cores, little_cores: the fast cores, which training uses, and the slower rest; peak figures count ``cores``.
+        clock_mhz, simd, simd_float32_lanes, simd_fma_per_cycle: of a core: name of the vector instructions, float32
+            numbers in a vector, fused multiply-adds of vectors in a cycle.
+        l1d_kib, l2_kib, l3_kib, l2_shared_by_cores: caches that one core reaches, and how many cores share an L2.
+        ram_mib, memory_bandwidth_peak_gb_per_s, memory_copy_gb_per_s: memory; a copied byte counts once.
+        float32_peak_gflops, float32_measured_gflops: of all ``cores``.
+        power_idle_w, power_load_w: of the whole board.
+        defaults: threads, batch size, memory budget and recipe of a run.
+        generic: whether it stands for a class of machines instead of a board.
+        device_tree_match: what the board's device tree says, to recognise it.
     """
 
     name: str

@@ -150,6 +150,14 @@ class FixedNames(set[str]):
 class Graph:
     """A network: values, nodes in execution order, and the arrays of its parameters.
 
+    Args:
+        name: of the model.
+        input_shape: of a sample; ``None`` where ``add_input`` comes later.
+        input_name: of that input.
+
+    Raises:
+        GraphError: a size that is not positive; also of ``add_input`` and ``parameter``, and for a name that is taken.
+
     Attributes:
         name: of the model.
         inputs, outputs: names of values.

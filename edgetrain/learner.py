@@ -68,10 +68,11 @@ class Learner(NotCopied):
         profile: name of a device profile, path to a TOML file, ``"host"``, or a profile.
         batch_size: samples of a usual step; the profile's by default. Any number is accepted later.
         seed: of shuffling, augmentation and dropout; 0 to 2**63 - 1.
-        threads: at most the processors of this machine; the profile's by default.
+        threads: 1 to 64, or to the number of processors if that is more; the profile's by default, at most the
+            processors of this machine.
         memory_budget: bytes (or text such as ``"64MiB"``) that the plan may need, 0 for no limit; the profile's by
-            default.
-        optimizer: ``SGD``, ``Adam`` or ``AdamW``; plain SGD with momentum 0.9 by default.
+            default. It is checked when a plan is made: by ``prepare``, ``fit`` and the first step.
+        optimizer: ``SGD``, ``Adam`` or ``AdamW``; ``SGD(lr=0.05, momentum=0.9)`` by default.
         loss: ``"cross_entropy"`` (integer labels) or ``"mse"`` (targets of the output's shape).
         label_smoothing: share of the uniform distribution in the targets (cross-entropy).
         sparsity: which weights exist: ``SWAT``, ``RigL``, ``SET`` or ``StaticSparse``; all of them by default.
@@ -86,7 +87,6 @@ class Learner(NotCopied):
         UsageError: an argument of a wrong kind or out of range, a network that the instance filter is too large for or
             the others find no layer in, or the graph of a sparse learner (no values: ``export_onnx`` gives them).
         ProfileError: the profile is not there or bad.
-        MemoryBudgetError: a training step does not fit into the budget.
 
     Example:
         >>> import edgetrain as et, numpy as np
@@ -159,7 +159,7 @@ class Learner(NotCopied):
         """Return a number of threads that was asked for, or the profile's.
 
         Raises:
-            UsageError: more than this machine has, or less than 1.
+            UsageError: less than 1, or more than 64 and than this machine has.
         """
         available = len(os.sched_getaffinity(0))
         if threads is None:

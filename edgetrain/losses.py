@@ -1,6 +1,6 @@
 """Losses of samples from a network's outputs, as evaluation and instance filters need them. The gradient is compiled.
 
-Floor 1: NumPy only.
+Floor 0: NumPy only.
 """
 
 from __future__ import annotations

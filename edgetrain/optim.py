@@ -30,7 +30,7 @@ class Schedule:
             (Smith and Topin 2018, as in ``torch.optim.lr_scheduler.OneCycleLR``).
         warmup: share of training in which the rate rises linearly from almost 0 (not for ``one_cycle``).
         total_steps: length of training in steps; ``None`` lets ``fit`` fill it in.
-        final: factor at the end.
+        final: factor at the end, of ``cosine`` and ``one_cycle``.
         milestones, gamma: of ``step``.
 
     Raises:
@@ -58,6 +58,8 @@ class Schedule:
             raise UsageError(f"schedule: warmup={self.warmup!r}, expected a share of training, at least 0 and below 1")
         if self.total_steps is not None and not (isinstance(self.total_steps, int) and self.total_steps >= 1):
             raise UsageError(f"schedule: total_steps={self.total_steps!r}, expected an integer of at least 1, or None")
+        if not all(isinstance(value, int | float) and 0 <= value <= 1 for value in self.milestones):
+            raise UsageError(f"schedule: milestones={self.milestones!r}, expected shares of training from 0 to 1")
         if not all(isinstance(value, int | float) and value >= 0 for value in (self.final, self.gamma)):
             raise UsageError(f"schedule: final={self.final!r}, gamma={self.gamma!r}, expected numbers of at least 0")
 
@@ -209,6 +211,10 @@ class Optimizer:
 class SGD(Optimizer):
     """Stochastic gradient descent with momentum, as ``torch.optim.SGD``.
 
+    Attributes:
+        momentum: share of the velocity that stays from step to step, below 1; 0 for no velocity.
+        nesterov: look ahead by the velocity (Nesterov's form); needs a momentum.
+
     Example:
         >>> SGD(lr=0.1, momentum=0.9, nesterov=True).lr_at(0)
         0.1
@@ -244,7 +250,13 @@ class SGD(Optimizer):
 
 @dataclass(frozen=True)
 class Adam(Optimizer):
-    """Adam (Kingma and Ba 2015, algorithm 1), as ``torch.optim.Adam``: weight decay is added to the gradient."""
+    """Adam (Kingma and Ba 2015, algorithm 1), as ``torch.optim.Adam``: weight decay is added to the gradient.
+
+    Attributes:
+        lr: learning rate, 0.001 by default.
+        beta1, beta2: share of the first and second moment that stays from step to step, below 1.
+        epsilon: added to the root of the second moment.
+    """
 
     lr: float = 1e-3
     beta1: float = 0.9
@@ -275,7 +287,10 @@ class Adam(Optimizer):
 
 @dataclass(frozen=True)
 class AdamW(Adam):
-    """Adam with decoupled weight decay (Loshchilov and Hutter 2019, algorithm 2), as ``torch.optim.AdamW``."""
+    """Adam with decoupled weight decay (Loshchilov and Hutter 2019, algorithm 2), as ``torch.optim.AdamW``.
+
+    ``weight_decay`` is 0.01 by default.
+    """
 
     weight_decay: float = 1e-2
 

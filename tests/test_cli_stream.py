@@ -800,6 +800,8 @@ def test_boards_learn_streams_with_edge_where_the_network_knows_its_data(tmp_pat
         own = f'stream_recipe = "{recipe}"\nfilter = "random:rate=0.5"'
         path.write_text(text.replace('stream_recipe = "edge"', own))
         assert methods(profile=str(path)) == RECIPES["dense"] | {"filter": "random:rate=0.5"}
+        for asked in ("edge", "dense"):
+            assert methods(recipe=asked, profile=str(path)) == RECIPES[asked]
 
 
 @pytest.mark.parametrize(("model", "recipe", "methods", "told"), [

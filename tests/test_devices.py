@@ -17,8 +17,9 @@ from edgetrain.errors import ProfileError
 
 ROOT = Path(__file__).parent.parent
 FOLDER = devices._profile_folder()
-BOARDS = ("raspberrypi3", "raspberrypi4", "raspberrypi5", "raspberrypizero2w", "jetsonnano-cpu", "rock5b")
+REQUIRED = ("raspberrypi3", "raspberrypi4", "raspberrypi5", "raspberrypizero2w", "jetsonnano-cpu", "rock5b")
 GENERIC = ("generic-aarch64", "generic-x86_64")
+BOARDS = tuple(name for name in list_profiles() if not load_profile(name).generic)
 UNITS = ("_mhz", "_kib", "_mib", "_gflops", "_gb_per_s", "_w", "_lanes", "_per_cycle")
 COUNTS = {"cores", "little_cores", "l2_shared_by_cores", "threads", "batch_size", "epochs"}
 RATIOS = {"lr", "momentum", "weight_decay", "warmup_fraction", "label_smoothing", "clip_norm"}
@@ -37,7 +38,8 @@ def table_of(name: str) -> dict:
 
 
 def test_the_required_profiles_exist():
-    assert set(BOARDS + GENERIC) <= set(list_profiles())
+    assert set(REQUIRED) <= set(BOARDS)
+    assert set(list_profiles()) - set(BOARDS) == set(GENERIC)
 
 
 def test_file_and_profile_have_the_same_name(name):

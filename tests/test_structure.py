@@ -9,6 +9,7 @@ import importlib
 import subprocess
 import sys
 from collections.abc import Iterator
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -58,6 +59,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("cli",),
     ("__main__",),
 )
+COARSE = tuple(f"| {number}" for number in range(9))  # rows of the table of docs/architecture.md
 FLOOR = {unit: number for number, units in enumerate(FLOORS) for unit in units}
 # Imports inside functions that go up, each with the reason why the other way round is worse.
 UPWARD = {
@@ -111,6 +113,17 @@ def test_the_root_package_imports_nothing_but_its_version():
 
 def test_every_unit_has_a_floor_and_every_floor_exists():
     assert {unit_of(name) for name in FILES} - {""} == FLOOR.keys()
+
+
+def test_the_table_of_architecture_md_has_every_file_and_its_floors_hold():
+    rows = [line.split("|") for line in (ROOT / "docs/architecture.md").read_text().splitlines() if line[:3] in COARSE]
+    names = {name.rstrip("/").removesuffix(".py"): int(row[1]) for row in rows for name in row[2].split("`")[1::2]}
+    assert set(names) - set(FLOOR) == {"bench*"}
+    names |= {"models": 2, "device_profiles": 0}  # as the sentence behind the table says
+    floor = {unit: next(number for name, number in names.items() if fnmatch(unit, name)) for unit in FLOOR}
+    for name in FILES.keys() - {"edgetrain"}:
+        for unit in {unit_of(module) for module in imported(name)} - {""}:
+            assert floor[unit_of(name)] >= floor[unit] or (unit_of(name), unit) in UPWARD, (name, unit)
 
 
 def test_every_exception_is_needed():

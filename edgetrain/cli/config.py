@@ -124,9 +124,9 @@ _USUAL_LR = {"sgd": 0.05, "adam": 0.001, "adamw": 0.001}
 # Kind of policy -> the learner's argument, which is its name in checkpoints too.
 ARGUMENTS = {"filter": "instance_filter", "sparsity": "sparsity", "error_pruning": "error_pruning"}
 METHODS = tuple(ARGUMENTS)
-# What --recipe names; "edge" gives way to the profile's own recipe if that skips anything. It is what measured best on
-# streams whose data change and whose network knows the old ones (docs/streams.md), so profiles of boards name it as
-# their ``stream_recipe``, the default of fit --stream with trained weights. A network that begins untrained has
+# What --recipe names. "edge" is what measured best on streams whose data change and whose network knows the old ones
+# (docs/streams.md), so profiles of boards name it as their ``stream_recipe``, the default of fit --stream with trained
+# weights where the profile's own recipe skips nothing. A network that begins untrained has
 # everything to learn: after 60,000 instances seen once LeNet-5 had 76 % with edge, 86 % with all of them. Epochs from
 # scratch stay dense too: there no method clearly beat dense training for fewer steps at equal time
 # (docs/learning_accuracy.md, docs/sparse_accuracy.md).
@@ -296,11 +296,11 @@ def _from_profile(profile: DeviceProfile, name: str) -> Table:
 
 
 def _methods(profile: DeviceProfile, recipe: str | None, usual: str) -> Table:
-    """Return what to skip by the recipe of that name, or by the profile's; if that skips nothing, by the usual one."""
+    """Return what to skip: by the recipe asked for, else by what the profile names, else by the usual recipe."""
     if recipe is not None and recipe not in RECIPES:
         raise UsageError(f"--recipe '{recipe}', expected one of {', '.join(RECIPES)}")
     own = {key: getattr(profile.recipe, key) for key in METHODS}
-    if recipe != "dense" and own != RECIPES["dense"]:
+    if recipe is None and own != RECIPES["dense"]:
         return own
     return dict(RECIPES[recipe or usual])
 

@@ -41,8 +41,8 @@ def load_dataset(
 
     Args:
         source: "embedded" (or "fashion-mnist-subset"), or a path: a folder with MNIST's IDX files, a folder
-            or file of the binary CIFAR version, a .npz file, a folder with ``train`` and ``test`` sub-folders
-            of classes, or a folder with one sub-folder of images per class.
+            or file of the binary CIFAR version, a .npz file, a folder with sub-folders ``train``, ``test`` and
+            ``validation`` (one or more) of classes, or a folder with one sub-folder of images per class.
         split: one of ``available_splits(source)``.
         image_size: (H, W) in pixels to resize to; folders of images only.
         channels: 1 or 3; folders of images only.

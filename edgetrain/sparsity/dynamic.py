@@ -46,10 +46,10 @@ class DynamicPolicy(CompactPolicy):
 
     Attributes:
         refresh: steps between changes.
-        fraction: share of weights that the first change replaces.
+        fraction: share of the weights that changes replace at the very beginning of training.
         until: share of training after which the topology stays.
-        total_steps: length of training for ``partial_fit`` and ``observe``, where ``fit`` does not tell it; 32,000 if
-            ``None``.
+        total_steps: length of training in steps. ``None``: what ``fit`` knows; 32,000 for ``partial_fit`` and
+            ``observe``, which know none.
     """
 
     refresh: int = 100

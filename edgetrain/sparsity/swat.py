@@ -44,6 +44,9 @@ class SWAT(SparsityPolicy):
     may change, and does so every ``refresh`` steps. The forward pass sees all activations; only the copy that is kept
     for the weight gradient is thinned. The network that predicts, and is exported, has the sparse weights.
 
+    Training may diverge at first unless the norm of the gradients is bounded (LeNet-5 with 0.05 and momentum 0.9 does).
+    ``edgetrain fit`` bounds it to 1; a learner does what its optimizer says: ``SGD(..., clip_norm=1.0)``.
+
     What that saves in memory depends on the network, for a list takes 8 bytes per number kept and has room for a
     quarter more. Where a map is kept for the weight gradient alone (sums with another branch) the list, and bits of
     the Relu, take its place: ResNet-20 at batch 32 plans 35.6 MiB with 90 % zeros instead of 44.6 (ERK, whose first
