@@ -250,7 +250,7 @@ WRONG = {
     "warm-up all the time": (lambda: Schedule(warmup=1.0), "warmup=1.0, expected a share"),
     "no steps": (lambda: Schedule(total_steps=0), "total_steps=0, expected an integer of at least 1"),
     "negative end": (lambda: Schedule(final=-1), "final=-1"),
-    "milestone behind the end": (lambda: Schedule("step", milestones=(0.5, 2)), "milestones=(0.5, 2)"),
+    "milestone behind the end": (lambda: Schedule("step", milestones=(2.0,)), r"milestones=\(2.0,\), expected shares"),
     "unknown optimizer": (lambda: Optimizer.from_dict({"name": "lion"}),
                           "'lion' is unknown; expected one of sgd, adam, adamw"),
     "no name": (lambda: Optimizer.from_dict({"lr": 1}), "optimizer 'None' is unknown"),
