@@ -17,6 +17,7 @@ from edgetrain.kernels.codes import ERRORS, KEPT, PARTS, REST, WHOLE
 from edgetrain.lowering_core import Pair, border_of, strides
 from edgetrain.lowering_listed import ListedLowering
 from edgetrain.ops import get_op
+from edgetrain.ops.normalization import epsilon_of
 from edgetrain.plan import Ref
 
 if TYPE_CHECKING:
@@ -294,7 +295,7 @@ class Lowering(ListedLowering):
 
         def emit_stage(stage: int, **choice: Ref | int) -> None:
             jobs = x.planes if stage in (PARTS, REST, KEPT) else x.channels
-            emit(stage, jobs, parts=parts, channels=x.channels, **(choice or none))
+            emit(stage, jobs, parts=parts, channels=x.channels, f_epsilon=epsilon_of(node), **(choice or none))
 
         if kept is None:
             for stage in (PARTS, REST) if by_blocks else (WHOLE,):

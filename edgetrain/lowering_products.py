@@ -464,9 +464,9 @@ class ProductLowering(SparseLowering):
 
 
 def lanes_of(places: list[int]) -> int:
-    """Return the widest vector that ``places``, byte offsets of float32, consist of; 0 if they are no whole vectors."""
+    """Return the widest vector that ``places``, byte offsets of float32, consist of; 0 if there is no such."""
     lanes = next((lanes for lanes in (16, 8, 4) if lanes <= simd_lanes() and len(places) % lanes == 0), 0)
-    return lanes if places == list(range(0, 4 * len(places), 4)) else 0
+    return lanes if places and places == list(range(0, 4 * len(places), 4)) else 0
 
 
 def _chunk(count: int, wanted: int, multiple: int) -> int:

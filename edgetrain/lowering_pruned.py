@@ -26,6 +26,7 @@ from edgetrain.kernels.codes import (
     THRESHOLD,
 )
 from edgetrain.lowering_products import ProductLowering, lanes_of
+from edgetrain.ops.normalization import epsilon_of
 from edgetrain.ops.pruning import IMPORTANCE
 from edgetrain.plan import Ref
 
@@ -81,7 +82,7 @@ class PrunedLowering(ProductLowering):
             "settle_channels", (), x.channels, parts=parts, scale=self.address(node.input(2)),
             inverse_std=self.address(node.input(5)), grad_scale=self.address(grads[0]),
             grad_bias=self.address(grads[1]), scores=scores, state=Ref("state"), blocks=self.blocks,
-            pixels=x.rows * x.columns,
+            pixels=x.rows * x.columns, f_epsilon=epsilon_of(node),
         )  # fmt: skip
         if IMPORTANCE[node.get("importance")] == BY_CHANCE:
             self._score(node, node.x, scores)

@@ -344,11 +344,16 @@ def _kink_points(node: Node) -> tuple[float, ...]:
 
 def _clip(net: TorchNetwork, node: Node, x: Tensor) -> Tensor:
     low, high = (node.get(key) for key in ("min", "max"))
-    return torch.clamp(x, -math.inf if low is None else float(low), math.inf if high is None else float(high))
+    return _bounded(x, -math.inf if low is None else float(low), math.inf if high is None else float(high))
 
 
 def _hard_sigmoid(net: TorchNetwork, node: Node, x: Tensor) -> Tensor:
-    return torch.clamp(node.get("alpha", 0.2) * x + node.get("beta", 0.5), 0.0, 1.0)
+    return _bounded(node.get("alpha", 0.2) * x + node.get("beta", 0.5), 0.0, 1.0)
+
+
+def _bounded(x: Tensor, low: float, high: float) -> Tensor:
+    """Clamp without a gradient at the bounds, as ``hardtanh`` and ``hardsigmoid`` do; ``clamp`` has one there."""
+    return torch.where((x > low) & (x < high), x, torch.clamp(x, low, high).detach())
 
 
 def _pad(net: TorchNetwork, node: Node, x: Tensor) -> Tensor:

@@ -140,6 +140,7 @@ def convolutions() -> Iterable[Case]:
     yield conv("3x3-stride5-small-map", (2, 4, 4), 3, 2, 3, 3, strides=[5, 5], pads=same3)
     yield conv("3x3-one-pixel-map", (4, 1, 1), 5, 4, 3, 3, pads=same3)
     yield conv("1x1-one-pixel-map", (20, 1, 1), 18, 20, 1, 1)
+    yield conv("1x1-one-pixel-never-read", (8, 1, 1), 5, 8, 1, 1, strides=[2, 2], pads=[0, 1, 0, 1])
     yield conv("3x3-one-pixel-out", (4, 3, 3), 6, 4, 3, 3)
     yield conv("3x3-two-pixels-out", (4, 3, 4), 6, 4, 3, 3)
     yield conv("5x5", (2, 9, 9), 4, 2, 5, 5, pads=same5)

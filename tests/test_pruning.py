@@ -127,6 +127,29 @@ def test_both_products_equal_the_masked_dense_ones(norm, count, keep):
     assert_all_close(made.gradients(x, y), masked_gradients(graph, x, y, keep_largest(keep, False)), TOLERANCE)
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+def test_channels_are_chosen_by_their_norm_where_the_variance_is_as_small_as_epsilon(threads):
+    """The gradient follows the output, so most of it goes; 1 + epsilon / variance tells how much stays."""
+    shares, epsilon = np.array([0.1, 0.6]), 1e-3  # of var / (var + epsilon)
+    graph = Graph("norm", input_shape=(2, 4, 4))
+    weight = np.diag(np.sqrt(epsilon * shares / (1 - shares))).reshape(2, 2, 1, 1)
+    zeros, ones = np.zeros(2, np.float32), np.ones(2, np.float32)
+    names = [graph.parameter(name, value) for name, value in (("w", weight), ("scale", ones), ("bias", zeros))]
+    running = [graph.parameter(name, value, trainable=False) for name, value in (("mean", zeros), ("variance", ones))]
+    convolved = graph.add("Conv", ["input", names[0]])
+    graph.set_outputs([graph.add("BatchNormalization", [convolved, *names[1:], *running], epsilon=epsilon)])
+    x = np.random.default_rng(0).normal(size=(64, 2, 4, 4)).astype(np.float32)
+    pruned, dense = (
+        learner(graph, loss="mse", threads=threads, error_pruning=policy).gradients(x, np.zeros_like(x))["w"]
+        for policy in (ErrorMapPruning(keep=0.5), None)
+    )
+    # In float64 the norms are as sqrt(r) (1 - r)^1.5 of the shares r: the first channel has the larger one.
+    norms = np.sqrt(shares) * (1 - shares) ** 1.5
+    assert norms[0] > 1.3 * norms[1]
+    assert_close(pruned[0], dense[0], TOLERANCE)
+    assert not pruned[1].any()
+
+
 def residual_network() -> Graph:
     """Normalised branches added to what they start from, with Relus in between and behind, and a Clip."""
     net = Net((3, 8, 8))

@@ -100,6 +100,21 @@ def test_activations_pass(op_type):
     assert report.passed, report.table()
 
 
+@pytest.mark.parametrize(("op_type", "attributes", "bias"), [
+    ("Clip", {"min": 0.0, "max": 6.0}, 0.0), ("HardSigmoid", {"alpha": 0.25, "beta": 0.5}, 2.0),
+])  # fmt: skip
+def test_numbers_exactly_at_a_bound_pass(op_type, attributes, bias):
+    """Behind a Relu many are: there is no gradient, as of PyTorch's hardtanh and hardsigmoid."""
+    rng, graph = np.random.default_rng(0), Graph("bound", input_shape=(2, 6, 6))
+    first = graph.parameter("first", rng.normal(size=(1, 2, 3, 3)))
+    second = [graph.parameter("second", rng.normal(size=(4, 1, 1, 1))), graph.parameter("bias", np.full(4, bias))]
+    x = graph.add("Conv", [graph.add("Relu", [graph.add("Conv", ["input", first])]), *second])
+    x = graph.add("Flatten", [graph.add(op_type, [x], **attributes)])
+    graph.set_outputs([graph.add("Gemm", [x, graph.parameter("last", rng.normal(size=(3, 64)))], transB=1)])
+    report = verify(graph, steps=2, threads=1)
+    assert report.passed, report.table()
+
+
 POOLS = [
     {"kernel_shape": [3, 3], "strides": [2, 2], "pads": [1, 1, 1, 1]},
     {"kernel_shape": [3, 2], "strides": [2, 2], "pads": [0, 1, 1, 0], "ceil_mode": 1},

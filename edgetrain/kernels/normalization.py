@@ -99,17 +99,19 @@ def _share(stage: Any, job: Any, channels: Any, blocks: Any) -> Any:
 @njit
 def _settle(
     stage: Any, grad_scale: Any, grad_bias: Any, scores: Any, channel: Any, scale: Any, inverse: Any, total: Any,
-    product: Any, squares: Any, count: Any,
+    product: Any, squares: Any, count: Any, epsilon: Any,
 ) -> None:  # fmt: skip
     """Write a channel's gradients of scale and bias, and with ``SUMS`` the L2 norm of its ``grad_x``.
 
     This is ``(grad - mean(grad) - xhat * mean(grad * xhat)) * scale * inverse``, of which the two means are orthogonal
-    parts: the norm follows from the sum of the squares of ``grad``. Scores as in ``channel_scores``.
+    parts: the norm follows from the sum of the squares of ``grad``. The mean square of ``xhat`` is not 1 but
+    ``1 - epsilon * inverse^2``, which matters where the variance is small. Scores as in ``channel_scores``.
     """
     store_f32(grad_bias + 4 * channel, total)
     store_f32(grad_scale + 4 * channel, product * inverse)
     if stage == SUMS:
-        energy = squares - (total * total + product * product * inverse * inverse) / count
+        slope = product * inverse
+        energy = squares - (total * total + slope * slope * (1.0 + epsilon * inverse * inverse)) / count
         norm = 0.0 if energy < 0.0 else math.sqrt(energy)  # what is not finite stays so
         store_f32(scores + 8 * channel, norm * abs(load_f32(scale + 4 * channel) * inverse))
         store_f32(scores + 8 * channel + 4, 0.0)
@@ -137,7 +139,7 @@ def _combined(parts: Any, channel: Any, blocks: Any) -> Any:
 @njit
 def _settled(
     stage: Any, grad_scale: Any, grad_bias: Any, scores: Any, parts: Any, channel: Any, begin: Any, blocks: Any,
-    scale: Any, inverse: Any, total: Any, product: Any, squares: Any, count: Any,
+    scale: Any, inverse: Any, total: Any, product: Any, squares: Any, count: Any, epsilon: Any,
 ) -> Any:  # fmt: skip
     """Do as ``_settle`` if that is not done, and return the sums (total, product) that ``grad_x`` is made from.
 
@@ -147,23 +149,26 @@ def _settled(
     if stage == REST:
         total, product, squares = _combined(parts, channel, blocks)
     if stage not in (ERRORS, KEPT) and begin == 0:
-        _settle(stage, grad_scale, grad_bias, scores, channel, scale, inverse, total, product, squares, count)
+        _settle(stage, grad_scale, grad_bias, scores, channel, scale, inverse, total, product, squares, count, epsilon)
     if stage in (SUMS, ERRORS, KEPT):
         return float(load_f32(grad_bias + 4 * channel)), load_f32(grad_scale + 4 * channel) / inverse
     return total, product
 
 
-@kernel("parts", "scale", "inverse_std", "grad_scale", "grad_bias", "scores", "state", "blocks", "pixels")
+@kernel(
+    "parts", "scale", "inverse_std", "grad_scale", "grad_bias", "scores", "state", "blocks", "pixels", "f_epsilon"
+)
 def settle_channels() -> Body:
     """Write gradients of scale and bias and the score of every channel from the sums of its blocks. Job: channel."""
 
     def body(args: int, first: int, last: int) -> None:
         parts, scale, inverse_std, grad_scale, grad_bias, scores, state, blocks, pixels = arguments(args, 9)
+        epsilon = load_f32(args + 72)
         count = load_i64(state) * pixels
         for channel in range(first, last):
             total, product, squares = _combined(parts, channel, blocks)
             _settle(SUMS, grad_scale, grad_bias, scores, channel, scale, load_f32(inverse_std + 4 * channel), total,
-                    product, squares, count)  # fmt: skip
+                    product, squares, count, epsilon)  # fmt: skip
 
     return body
 
@@ -305,7 +310,7 @@ def batch_norm_inference(lanes: int, inverted: int) -> Body:
     "x", "y", "grad_out", "grad_x", "scale", "bias", "mean", "inverse_std", "grad_scale", "grad_bias", "mask", "state",
     "parts", "channels", *_MAPS, "x_block", "x_channel", "x_row", "y_block", "y_channel", "y_row", "grad_block",
     "grad_channel", "grad_row", "grad_x_block", "grad_x_channel", "grad_x_row", *_BORDER,
-    *(f"y_{side}" for side in _BORDER), *_CHOICE, "f_low", "f_high",
+    *(f"y_{side}" for side in _BORDER), *_CHOICE, "f_low", "f_high", "f_epsilon",
 )  # fmt: skip
 def batch_norm_gradient(lanes: int, again: int, stage: int) -> Body:
     """Write the gradients of input, scale and bias (Ioffe and Szegedy 2015, section 3), and y if ``again``.
@@ -323,6 +328,7 @@ def batch_norm_gradient(lanes: int, again: int, stage: int) -> Body:
          grad_row, grad_x_block, grad_x_channel, grad_x_row, top, left, bottom, right, y_top, y_left, y_bottom,
          y_right, scores, kept, kept_count) = arguments(args, 40)  # fmt: skip
         low, high = broadcast(load_f32(args + 320), lanes), broadcast(load_f32(args + 328), lanes)
+        epsilon = load_f32(args + 336)
         zero = broadcast(0.0, lanes)
         count = load_i64(state) * rows * columns
         for job in range(first, last):
@@ -368,7 +374,7 @@ def batch_norm_gradient(lanes: int, again: int, stage: int) -> Body:
                 continue
             total, product = _settled(
                 stage, grad_scale, grad_bias, scores, parts, channel, begin, blocks, scale, inverse, total, product,
-                squares, count,
+                squares, count, epsilon,
             )  # fmt: skip
             if stage in (SUMS, ERRORS, KEPT) and not is_kept(kept, kept_count, channel):
                 continue
@@ -390,7 +396,7 @@ def batch_norm_gradient(lanes: int, again: int, stage: int) -> Body:
     "mask", "state", "parts", "channels", *_MAPS, "x_block", "x_channel", "x_row", "y_block", "y_channel", "y_row",
     "grad_block", "grad_channel", "grad_row", "more_block", "more_channel", "more_row", "grad_sum_block",
     "grad_sum_channel", "grad_sum_row", "grad_x_block", "grad_x_channel", "grad_x_row", *_BORDER, *_CHOICE, "f_low",
-    "f_high",
+    "f_high", "f_epsilon",
 )  # fmt: skip
 def residual_norm_gradient(lanes: int, sums: int, bits: int, stage: int) -> Body:
     """Write the gradients of ``y = clip(norm(x) + addend)``: of the addend (``grad_sum``), input, scale and bias.
@@ -407,6 +413,7 @@ def residual_norm_gradient(lanes: int, sums: int, bits: int, stage: int) -> Body
          grad_x_block, grad_x_channel, grad_x_row, top, left, bottom, right, scores, kept,
          kept_count) = arguments(args, 43)  # fmt: skip
         low, high = broadcast(load_f32(args + 344), lanes), broadcast(load_f32(args + 352), lanes)
+        epsilon = load_f32(args + 360)
         zero, least, most = broadcast(0.0, lanes), broadcast(-math.inf, lanes), broadcast(math.inf, lanes)
         none = whole(0, lanes)
         count = load_i64(state) * rows * columns
@@ -455,7 +462,7 @@ def residual_norm_gradient(lanes: int, sums: int, bits: int, stage: int) -> Body
                 continue
             total, product = _settled(
                 stage, grad_scale, grad_bias, scores, parts, channel, begin, blocks, scale, inverse, total, product,
-                squares, count,
+                squares, count, epsilon,
             )  # fmt: skip
             if stage in (SUMS, ERRORS, KEPT) and not is_kept(kept, kept_count, channel):
                 continue

@@ -105,12 +105,13 @@ class BatchNormalizationTraining(Op):
         """All gradients in one node: they share their sums."""
         x, scale, bias, mean, inverse = node.x, node.input(1), node.input(2), node.outputs[1], node.outputs[3]
         (low, high), addend = bounds_of(node), node.optional(5)
+        shared = {"low": low, "high": high, "epsilon": epsilon_of(node)}
         if addend is None:
             inputs = [x.name, grad_out[0], scale.name, bias.name, mean.name, inverse.name]
-            grads = tape.add_many("BatchNormalizationGrad", inputs, 3, like=x, low=low, high=high)
+            grads = tape.add_many("BatchNormalizationGrad", inputs, 3, like=x, **shared)
         else:
             inputs = [x.name, grad_out[0], scale.name, node.y.name, mean.name, inverse.name]
-            grad_sum, *grads = tape.add_many("ResidualNormalizationGrad", inputs, 4, like=x, low=low, high=high)
+            grad_sum, *grads = tape.add_many("ResidualNormalizationGrad", inputs, 4, like=x, **shared)
         own = [grads[0] if tape.needs(x) else None, grads[1] if tape.needs(scale) else None,
                grads[2] if tape.needs(bias) else None, None, None]  # fmt: skip
         return own if addend is None else [*own, grad_sum if tape.needs(addend) else None]
@@ -159,7 +160,7 @@ class BatchNormalizationGrad(Op):
     arity = (6, 6)
     in_place = 1
     training_only = True
-    attributes: ClassVar[tuple[str, ...]] = ("like", "low", "high")
+    attributes: ClassVar[tuple[str, ...]] = ("like", "low", "high", "epsilon")
 
     def output_count(self, node: Node) -> int:
         """Three."""
@@ -224,7 +225,7 @@ class ResidualNormalizationGrad(Op):
     arity = (6, 7)
     in_place = 1
     training_only = True
-    attributes: ClassVar[tuple[str, ...]] = ("like", "low", "high")
+    attributes: ClassVar[tuple[str, ...]] = ("like", "low", "high", "epsilon")
 
     def output_count(self, node: Node) -> int:
         """Four."""
