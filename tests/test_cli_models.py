@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 import struct
 import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 import edgetrain as et
 from edgetrain.runs import open_run
@@ -37,6 +39,47 @@ def test_evaluate_agrees_with_the_run(inside, capsys, source):
     assert code == 0
     assert set(result) == {"model", "data", "images", "loss", "accuracy"}
     assert result["accuracy"] == open_run("runs/fit-1").read_metrics()[-1]["validation_accuracy"]
+
+
+def test_evaluate_takes_data_that_lack_classes(inside, capsys, tmp_path):
+    """Even a single image: the model tells what a label means."""
+    with np.load("digits.npz") as arrays:
+        x, y = arrays["x_test"], arrays["y_test"]
+    learner = et.Learner(et.load_onnx("runs/fit-1/model.onnx"))
+    for chosen in (y == y.max(), np.arange(len(y)) == np.flatnonzero(y)[0]):
+        np.savez(tmp_path / "some.npz", x=x[chosen], y=y[chosen])
+        code, out, _ = run(capsys, "evaluate", "runs/fit-1", "--data", tmp_path / "some.npz", "--json")
+        assert code == 0
+        assert json.loads(out)["accuracy"] == pytest.approx(learner.evaluate(x[chosen], y[chosen])["accuracy"])
+    flags = ["--model", "runs/fit-1/model.onnx", "--epochs", "1", "--quiet", "--out", tmp_path]
+    np.savez(tmp_path / "train.npz", x=x[y != 0], y=y[y != 0])
+    assert run(capsys, "fit", "--data", tmp_path / "train.npz", *flags)[0] == 0
+
+
+def test_folders_with_some_classes_of_a_model_have_its_labels(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(0)
+    for name, level in (("cat", 40), ("dog", 200), ("emu", 120)):
+        for number in range(12):
+            file = tmp_path / f"all/{name}/{number}.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(rng.integers(level - 30, level + 30, (12, 12), np.uint8)).save(file)
+    (tmp_path / "some").mkdir()
+    for name in ("dog", "emu"):
+        (tmp_path / "some" / name).symlink_to(tmp_path / "all" / name)
+    flags = ["--epochs", "20", "--batch-size", "4", "--lr", "0.01", "--quiet", "--threads", "1"]
+    assert run(capsys, "fit", "--data", "all", *flags)[0] == 0
+    shutil.copy("runs/fit-1/model.onnx", "model.onnx")
+    accuracies = [
+        json.loads(run(capsys, "evaluate", "model.onnx", "--data", folder, "--json")[1])["accuracy"]
+        for folder in ("all", "some")
+    ]
+    assert min(accuracies) > 0.9
+    assert run(capsys, "fit", "--model", "model.onnx", "--data", "some", *flags)[0] == 0
+    assert run(capsys, "fit", "--stream", "--model", "model.onnx", "--data", "some", "--quiet")[0] == 0
+    for folder in ("fit-2", "fit-3"):
+        _, out, _ = run(capsys, "evaluate", f"runs/{folder}", "--data", "some", "--json")
+        assert json.loads(out)["accuracy"] > 0.9
 
 
 def test_predict_of_an_array_file(inside, capsys, tmp_path):

@@ -767,14 +767,14 @@ def test_flags_turn_the_file_of_a_run_into_a_stream(inside, capsys, tmp_path):
 
 
 def test_a_profile_may_name_methods(tmp_path):
-    from edgetrain.cli.config import effective
+    from edgetrain.cli.config import RECIPES, effective
 
     text = (Path(__file__).parents[1] / "device_profiles/raspberrypi4.toml").read_text()
     path = tmp_path / "board.toml"
     path.write_text(text.replace('augmentation = ""', 'augmentation = ""\nfilter = "random:rate=0.5"'))
     device = {"device": {"profile": str(path)}}
     assert effective(device)[0].methods.filter == "random:rate=0.5"
-    assert effective(device, "edge")[0].methods.filter == "random:rate=0.5"
+    assert effective(device, "edge")[0].methods.filter == RECIPES["edge"]["filter"]
     assert effective(device, "dense")[0].methods.filter == "none"
 
 

@@ -34,13 +34,22 @@ def load_splits(config: Config) -> tuple[Dataset, Dataset, str]:
     Raises:
         DataError, UsageError: the source is bad.
     """
-    source, size = config.data.source, image_size_of(config)
-    training = load_dataset(source, split="train", image_size=size)
+    source, names = config.data.source, _known_classes(config)
+    options: dict[str, Any] = {"image_size": image_size_of(config), "class_names": names}
+    training = load_dataset(source, split="train", **options)
     splits = available_splits(source)
     for name in ("test", "validation"):
         if name in splits:
-            return training, load_dataset(source, split=name, image_size=size), name
+            return training, load_dataset(source, split=name, **options), name
     return (*training.split(1 - HELD_OUT, config.training.seed), "held-out")
+
+
+def _known_classes(config: Config) -> tuple[str, ...] | None:
+    """Return the classes of the network that a run goes on with; ``None`` where it is built for those of the data."""
+    from edgetrain.catalog import build_model
+
+    name = config.model.name
+    return build_model(name).class_names if name.lower().endswith(".onnx") else None
 
 
 def image_size_of(config: Config) -> tuple[int, int] | None:
@@ -220,6 +229,8 @@ def without_checkpoint(run: Run, missing: Path) -> str:
 def load_for(graph: Graph, source: str, split: str | None) -> Dataset:
     """Return labelled data in the shape that a model takes; images in folders are resized to it.
 
+    They may lack classes of the model; folders with the names of its classes have its labels.
+
     Raises:
         DataError, UsageError: the source is bad, or its classes are not those of the model.
     """
@@ -235,7 +246,8 @@ def load_unlabelled(graph: Graph, source: str, split: str | None) -> Dataset:
         DataError, UsageError: the source is bad.
     """
     chosen = split or default_split(source)
-    return load_dataset(source, split=chosen, **_image_options(source, graph.input_shape))
+    options = _image_options(source, graph.input_shape)
+    return load_dataset(source, split=chosen, class_names=graph.class_names, **options)
 
 
 def default_split(source: str) -> str:

@@ -33,7 +33,7 @@ _CIFAR10 = _Version(1, 10, "batches.meta.txt", {"train": "data_batch_*.bin", "te
 _CIFAR100 = _Version(2, 100, "fine_label_names.txt", {"train": "train.bin", "test": "test.bin"})
 
 
-def load_cifar(path: str | Path, train: bool = True) -> Dataset:
+def load_cifar(path: str | Path, train: bool = True, *, allow_missing_classes: bool = False) -> Dataset:
     """Read CIFAR-10 or CIFAR-100 in the binary version.
 
     Args:
@@ -41,6 +41,7 @@ def load_cifar(path: str | Path, train: bool = True) -> Dataset:
             ``test.bin`` (CIFAR-100), or one such file. Class names come from ``batches.meta.txt`` or
             ``fine_label_names.txt`` beside the data, and are "0", "1", ... without it.
         train: the training split; False: the test split. Without meaning for one file.
+        allow_missing_classes: accept classes without an example in the training split, too.
 
     Returns:
         A Dataset with uint8 images of shape (N, 3, 32, 32); CIFAR-100 with the fine labels. Classes without
@@ -57,7 +58,7 @@ def load_cifar(path: str | Path, train: bool = True) -> Dataset:
     for version in (_CIFAR10, _CIFAR100):
         files = _files(path, version, split)
         if files:
-            return _load(files, version, path, path.name, allow_missing_classes=not train)
+            return _load(files, version, path, path.name, allow_missing_classes=allow_missing_classes or not train)
     raise missing_split(path, split, cifar_splits(path))
 
 

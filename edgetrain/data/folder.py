@@ -76,6 +76,17 @@ def class_folders(path: Path) -> dict[str, Path]:
     return {folder.name: folder for folder in sorted(visible)}
 
 
+def matched_classes(path: Path, known: Sequence[str] | None) -> tuple[str, ...]:
+    """Return the classes of a folder: those a network knows, if its sub-folders have such names, else the sub-folders.
+
+    Args:
+        path: of class folders.
+        known: the network's classes, in the order of its outputs; ``None`` without a network.
+    """
+    own = tuple(class_folders(path))
+    return tuple(known) if known and set(own) <= set(known) else own
+
+
 def image_files(folder: Path) -> list[Path]:
     """Return the visible files with an image suffix directly in a folder, sorted."""
     return sorted(

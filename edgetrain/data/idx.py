@@ -78,8 +78,13 @@ def idx_pairs(folder: Path) -> dict[str, tuple[Path, Path]]:
     return pairs
 
 
-def load_idx_folder(folder: Path, split: str) -> Dataset:
+def load_idx_folder(folder: Path, split: str, allow_missing_classes: bool = False) -> Dataset:
     """Read one of the splits in ``idx_pairs(folder)``; the training labels define the classes.
+
+    Args:
+        folder: of the files.
+        split: "train" or "test".
+        allow_missing_classes: accept classes without an example in the training split, too.
 
     Raises:
         DataError: a file is bad.
@@ -88,7 +93,8 @@ def load_idx_folder(folder: Path, split: str) -> Dataset:
     names = None
     if split != "train" and "train" in pairs:
         names = class_names_for(read_idx_labels(pairs["train"][1]))
-    return load_idx(*pairs[split], class_names=names, name=folder.name, allow_missing_classes=split != "train")
+    lenient = allow_missing_classes or split != "train"
+    return load_idx(*pairs[split], class_names=names, name=folder.name, allow_missing_classes=lenient)
 
 
 def _find(folder: Path, stem: str, dimensions: int) -> Path | None:

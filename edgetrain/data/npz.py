@@ -30,7 +30,7 @@ DAMAGED = (
 _KEYS_BY_SPLIT = {"train": (("x", "y"), ("x_train", "y_train")), "test": (("x_test", "y_test"),)}
 
 
-def load_npz(path: str | Path, split: str = "train") -> Dataset:
+def load_npz(path: str | Path, split: str = "train", *, allow_missing_classes: bool = False) -> Dataset:
     """Read arrays ``x``, ``y`` (or ``x_train``, ``y_train``), or for the test split ``x_test``, ``y_test``.
 
     Shapes and dtypes are those of ``Dataset.from_arrays``. An optional array ``class_names`` of strings names
@@ -39,6 +39,7 @@ def load_npz(path: str | Path, split: str = "train") -> Dataset:
     Args:
         path: a file as written by ``numpy.savez`` or ``numpy.savez_compressed``.
         split: "train" or "test".
+        allow_missing_classes: accept classes without an example in the training split, too.
 
     Raises:
         DataError: the file is missing or damaged, lacks the split, or its arrays are bad.
@@ -62,7 +63,7 @@ def load_npz(path: str | Path, split: str = "train") -> Dataset:
         images = images_from(arrays[x_key])
         labels = {key: labels_from(arrays[key]) for key in label_keys}
         names = stored_class_names(arrays.get("class_names"), np.concatenate(list(labels.values())))
-        return Dataset(images, labels[y_key], names, path.stem, allow_missing_classes=split == "test")
+        return Dataset(images, labels[y_key], names, path.stem, allow_missing_classes or split == "test")
 
 
 def npz_splits(path: Path) -> tuple[str, ...]:

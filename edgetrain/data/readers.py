@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,23 +10,29 @@ from edgetrain.data.checks import missing_split
 from edgetrain.data.cifar import cifar_splits, load_cifar
 from edgetrain.data.dataset import Dataset
 from edgetrain.data.embedded import EMBEDDED_NAMES, EMBEDDED_SPLITS, load_embedded
-from edgetrain.data.folder import class_folders, common_channels, load_folder
+from edgetrain.data.folder import class_folders, common_channels, load_folder, matched_classes
 from edgetrain.data.idx import idx_pairs, load_idx_folder
 from edgetrain.data.npz import load_npz, npz_splits
 from edgetrain.errors import DataError, UsageError
 
 
 @dataclass(frozen=True)
-class _ImageOptions:
+class _Options:
     image_size: tuple[int, int] | None = None
     channels: int | None = None
+    class_names: tuple[str, ...] | None = None
+
+    @property
+    def known(self) -> bool:
+        """Whether a network knows the classes, so that data may lack some."""
+        return self.class_names is not None
 
 
 @dataclass(frozen=True)
 class _Format:
     description: str
     splits: Callable[[Path], tuple[str, ...]]  # empty: not this format
-    load: Callable[[Path, str, _ImageOptions], Dataset]
+    load: Callable[[Path, str, _Options], Dataset]
     has_image_options: bool = False
 
 
@@ -36,6 +42,7 @@ def load_dataset(
     split: str = "train",
     image_size: tuple[int, int] | None = None,
     channels: int | None = None,
+    class_names: Sequence[str] | None = None,
 ) -> Dataset:
     """Read one split of a data set, whatever its format.
 
@@ -46,6 +53,8 @@ def load_dataset(
         split: one of ``available_splits(source)``.
         image_size: (H, W) in pixels to resize to; folders of images only.
         channels: 1 or 3; folders of images only.
+        class_names: of a network that the data are for. They may lack some of its classes then, and sub-folders that
+            are named after them have their labels.
 
     Raises:
         DataError: unknown format or split, or bad content.
@@ -55,7 +64,7 @@ def load_dataset(
         >>> load_dataset("embedded", split="test").input_shape
         (1, 28, 28)
     """
-    options = _ImageOptions(image_size, channels)
+    options = _Options(image_size, channels, None if class_names is None else tuple(class_names))
     if source in EMBEDDED_NAMES:
         _refuse_options(str(source), options)
         return load_embedded(split)
@@ -100,8 +109,8 @@ def _recognised(path: Path) -> tuple[_Format, tuple[str, ...]]:
     raise DataError(f"{path}: {what}, expected one of: 'embedded'; {known}")
 
 
-def _refuse_options(source: str, options: _ImageOptions) -> None:
-    if options != _ImageOptions():
+def _refuse_options(source: str, options: _Options) -> None:
+    if (options.image_size, options.channels) != (None, None):
         raise UsageError(f"{source}: image_size and channels are for folders of images; leave them out")
 
 
@@ -122,8 +131,8 @@ def _cifar_splits(path: Path) -> tuple[str, ...]:
     return cifar_splits(path)
 
 
-def _load_cifar(path: Path, split: str, _: _ImageOptions) -> Dataset:
-    return load_cifar(path, train=split == "train")
+def _load_cifar(path: Path, split: str, options: _Options) -> Dataset:
+    return load_cifar(path, train=split == "train", allow_missing_classes=options.known)
 
 
 def _npz_splits(path: Path) -> tuple[str, ...]:
@@ -138,15 +147,15 @@ def _split_folder_splits(path: Path) -> tuple[str, ...]:
     return tuple(split for split in found if class_folders(path / split))
 
 
-def _load_split_folder(path: Path, split: str, options: _ImageOptions) -> Dataset:
+def _load_split_folder(path: Path, split: str, options: _Options) -> Dataset:
     if split == "train" or "train" not in _split_folder_splits(path):
-        return load_folder(path / split, image_size=options.image_size, channels=options.channels)
+        return _load_class_folder(path / split, split, options)
     # The training split decides on classes and channels: a test split may lack a class, or all colour.
     return load_folder(
         path / split,
         image_size=options.image_size,
         channels=options.channels or common_channels(path / "train"),
-        class_names=tuple(class_folders(path / "train")),
+        class_names=matched_classes(path / "train", options.class_names),
         allow_missing_classes=True,
     )
 
@@ -155,8 +164,11 @@ def _class_folder_splits(path: Path) -> tuple[str, ...]:
     return ("train",) if path.is_dir() and class_folders(path) else ()
 
 
-def _load_class_folder(path: Path, _: str, options: _ImageOptions) -> Dataset:
-    return load_folder(path, image_size=options.image_size, channels=options.channels)
+def _load_class_folder(path: Path, _: str, options: _Options) -> Dataset:
+    return load_folder(
+        path, image_size=options.image_size, channels=options.channels,
+        class_names=matched_classes(path, options.class_names), allow_missing_classes=options.known,
+    )  # fmt: skip
 
 
 # Tried in this order: any folder with sub-folders would pass for a class folder, so that comes last.
@@ -164,10 +176,14 @@ _FORMATS = (
     _Format(
         "a folder with IDX files such as train-images-idx3-ubyte.gz",
         _idx_splits,
-        lambda path, split, _: load_idx_folder(path, split),
+        lambda path, split, options: load_idx_folder(path, split, options.known),
     ),
     _Format("a folder or .bin file of the binary CIFAR version", _cifar_splits, _load_cifar),
-    _Format("a .npz file with arrays x and y", _npz_splits, lambda path, split, _: load_npz(path, split)),
+    _Format(
+        "a .npz file with arrays x and y",
+        _npz_splits,
+        lambda path, split, options: load_npz(path, split, allow_missing_classes=options.known),
+    ),
     _Format(
         "a folder with sub-folders train and test, each with one sub-folder per class",
         _split_folder_splits,

@@ -46,7 +46,7 @@ from numpy.typing import NDArray
 from edgetrain.data.checks import naming
 from edgetrain.data.convert import images_from, labels_from
 from edgetrain.data.dataset import Dataset, check_labels
-from edgetrain.data.folder import class_folders, image_files, read_image
+from edgetrain.data.folder import class_folders, image_files, matched_classes, read_image
 from edgetrain.data.images import check_images
 from edgetrain.data.npz import DAMAGED, opened, read_npz, split_keys, stored_class_names
 from edgetrain.data.readers import available_splits, is_image_folder, load_dataset
@@ -109,7 +109,7 @@ def open_stream(
         source: "-" for standard input, or what ``load_dataset`` takes.
         graph_shape: of the network's input; images in folders are resized to it. Empty: to the size of the first one.
         graph_classes: number of the network's outputs.
-        class_names: of the network, for names as labels on standard input.
+        class_names: of the network, for names as labels on standard input and as those of folders.
         image_size: (H, W) in pixels to resize to instead; folders of images only.
 
     Raises:
@@ -126,8 +126,9 @@ def open_stream(
     if image_size is None and path.suffix == ".npz" and "train" in (split_keys(path) if path.is_file() else ()):
         return _Npz(path)
     if path.is_dir() and available_splits(source) and is_image_folder(path):
-        return _Folder(path / "train" if _has_classes(path / "train") else path, graph_shape, image_size)
-    return _Whole(load_dataset(source, image_size=image_size))
+        folder = path / "train" if _has_classes(path / "train") else path
+        return _Folder(folder, graph_shape, image_size, matched_classes(folder, class_names))
+    return _Whole(load_dataset(source, image_size=image_size, class_names=class_names or None))
 
 
 def _has_classes(folder: Path) -> bool:
@@ -267,10 +268,12 @@ def _members(path: Path, keys: tuple[str, str]) -> Iterator[tuple[_Member, _Memb
 class _Folder(InstanceSource):
     """Class folders, their images in the order of the file names, as a camera numbers them."""
 
-    def __init__(self, folder: Path, graph_shape: Shape, image_size: tuple[int, int] | None) -> None:
+    def __init__(
+        self, folder: Path, graph_shape: Shape, image_size: tuple[int, int] | None, class_names: tuple[str, ...]
+    ) -> None:
         folders = class_folders(folder)
         self._files = sorted(
-            ((file, label) for label, place in enumerate(folders.values()) for file in image_files(place)),
+            ((file, class_names.index(name)) for name, place in folders.items() for file in image_files(place)),
             key=lambda pair: (pair[0].name, pair[1]),
         )
         if not self._files:
@@ -279,7 +282,7 @@ class _Folder(InstanceSource):
         self._channels = graph_shape[0] if graph_shape and graph_shape[0] in (1, 3) else None
         shape = read_image(self._files[0][0], self._size, self._channels).shape
         self._shape, self._size, self._channels = shape, (shape[1], shape[2]), shape[0]
-        super().__init__(folder.name, shape, tuple(folders), len(self._files))
+        super().__init__(folder.name, shape, class_names, len(self._files))
 
     def blocks(
         self, size: int, start: int, should_stop: Callable[[], bool], is_due: Callable[[], bool] = lambda: False
