@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from edgetrain.accounting import StepResult
+from edgetrain.arguments import integer_of
 from edgetrain.arrays import array_of
 from edgetrain.data import Augmentation, Dataset, batch_count, batches
 from edgetrain.data.batches import Batch
@@ -296,9 +297,7 @@ def training_batches(
 
 def _begin(learner: Learner, dataset: Samples, epochs: int, normalize: bool) -> int:
     """Start a new fit or take up an unfinished one; return the number of epochs to reach."""
-    if isinstance(epochs, bool) or not isinstance(epochs, int) or epochs < 1:
-        raise UsageError(f"epochs is {epochs!r}, expected a whole number of at least 1")
-    history = learner.history
+    epochs, history = integer_of("epochs", epochs, 1), learner.history
     if history.finished:
         history.first_epoch, history.finished = learner.position.epoch, False
     last_epoch = history.first_epoch + epochs

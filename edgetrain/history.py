@@ -18,6 +18,14 @@ COUNTED = ("instances_seen", "instances_trained", "instances_kept", "instances_u
            "macs_selection", *(f"saved_{method}" for method in METHODS))  # fmt: skip
 
 
+@dataclass(frozen=True)
+class Position:
+    """Where ``fit`` stands: epochs done, batches done in the present epoch."""
+
+    epoch: int = 0
+    batch: int = 0
+
+
 @dataclass(frozen=True, kw_only=True)
 class EpochRecord:
     """What one epoch gave.

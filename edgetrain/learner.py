@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,14 +22,16 @@ from edgetrain.arguments import graph_of, integer_of, optimizer_of, profile_of, 
 from edgetrain.arrays import Checked, batch_of, labels_of, targets_of
 from edgetrain.autodiff import TARGET
 from edgetrain.checkpoint import load_checkpoint, save_checkpoint
+from edgetrain.data import Augmentation
 from edgetrain.devices import DeviceProfile
 from edgetrain.diagnosis import explain_outputs, explain_step
 from edgetrain.errors import CheckpointError, DataError, UsageError
 from edgetrain.executor import Executor, Team
 from edgetrain.filters import InstanceFilter
-from edgetrain.fitting import Data, History, fit_loop
+from edgetrain.fitting import Data, StepEvent, fit_loop
 from edgetrain.forking import ForkLock, NotCopied
 from edgetrain.graph import FixedNames, Graph, Normalization
+from edgetrain.history import EpochRecord, History, Position
 from edgetrain.kernels.registry import compile_kernels, working_clock
 from edgetrain.losses import log_softmax, sample_losses
 from edgetrain.lowering_products import whole_gradient
@@ -50,14 +52,6 @@ if TYPE_CHECKING:
 
 Inputs = ArrayLike | Mapping[str, ArrayLike]
 Arrays = dict[str, NDArray[np.float32]]
-
-
-@dataclass(frozen=True)
-class Position:
-    """Where ``fit`` stands: epochs done, batches done in the present epoch."""
-
-    epoch: int = 0
-    batch: int = 0
 
 
 class Learner(NotCopied):
@@ -282,16 +276,20 @@ class Learner(NotCopied):
             trained = [name for name in self.graph.arrays if name in self.graph.trainable]
             return {name: self._parameters.dense(name, "gradients") for name in trained}
 
-    def fit(self, data: Data, epochs: int = 5, **options: Any) -> History:
-        """Train for a number of epochs; see ``edgetrain.fitting.fit_loop`` for all options.
+    def fit(
+        self, data: Data, epochs: int = 5, *, validation: Data | None = None,
+        augmentation: Augmentation | str | None = None, shuffle: bool = True, normalize: bool = True,
+        on_step: Callable[[StepEvent], None] | None = None, on_epoch: Callable[[EpochRecord], None] | None = None,
+        should_stop: Callable[[], bool] | None = None,
+    ) -> History:  # fmt: skip
+        """Train for a number of epochs; ``edgetrain.fitting.fit_loop`` tells what arguments mean and what it raises.
 
-        Args:
-            data: a Dataset, or a pair (x, y) as for ``partial_fit``; with ``"mse"`` a pair.
-            epochs: at least 1.
-            options: ``validation``, ``augmentation``, ``shuffle``, ``normalize``, ``on_step``, ``on_epoch``,
-                ``should_stop``.
+        ``data``: a Dataset, or a pair (x, y) as for ``partial_fit``; with ``"mse"`` a pair.
         """
-        return fit_loop(self, data, epochs, **options)
+        return fit_loop(
+            self, data, epochs, validation=validation, augmentation=augmentation, shuffle=shuffle, normalize=normalize,
+            on_step=on_step, on_epoch=on_epoch, should_stop=should_stop,
+        )  # fmt: skip
 
     # --- predictions ---
 

@@ -548,7 +548,8 @@ def test_command_per_op(capsys):
 ERRORS = {
     "unknown contender": ([*TINY, "--contenders", "tf"], "contender 'tf' is unknown"),
     "too many threads": ([*TINY, "--threads", "9999"], "--threads is 9999, this machine has"),
-    "no folder": ([*TINY, "--out", "/no/such/folder/x.json"], "there is no folder '/no/such/folder'"),
+    "no folder": ([*TINY, "--out", "/no/such/folder/x.json"], "which cannot be written (No such file or directory)"),
+    "a folder as file": ([*TINY, "--out", "/tmp"], "--out is '/tmp', which cannot be written (Is a directory)"),
     "no turns": (["bench", "--turns", "0"], "--turns"),
     "unknown model": (["bench", "--model", "lenet6", "--contenders", "edgetrain"], "unknown model 'lenet6'; did you"),
 }  # fmt: skip

@@ -88,6 +88,11 @@ def test_profiles_list_and_show(capsys):
     names = [profile["name"] for profile in json.loads(out)["profiles"]]
     assert code == 0
     assert {"raspberrypi4", "generic-aarch64", "host"} <= set(names)
+    assert run(capsys, "profiles", "--json") == (0, out, "")
+    assert "raspberrypi4" in run(capsys, "profiles")[1]
+    code, _, err = run(capsys, "profiles", "--json", "list")
+    assert code == 2
+    assert "expected behind 'list'" in err
     code, out, _ = run(capsys, "profiles", "show", "raspberrypi4")
     assert code == 0
     assert "Raspberry Pi 4" in out

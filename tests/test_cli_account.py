@@ -334,6 +334,15 @@ def test_no_plot_fails_no_run(inside, capsys, monkeypatch, error, message):
     assert message in out
 
 
+def test_a_plot_that_cannot_be_written_is_told_in_one_line(inside, capsys):
+    pytest.importorskip("matplotlib")
+    assert run(capsys, *STREAM, "--quiet")[0] == 0
+    (inside / "runs/fit-1/accuracy.svg").mkdir()
+    code, _, err = run(capsys, "report", "runs/fit-1", "--plot")
+    assert code == 2
+    assert err.startswith("error: runs/fit-1/accuracy.svg: cannot be written")
+
+
 def test_a_kill_while_the_plot_is_written_leaves_the_old_one(inside, capsys, monkeypatch):
     figure = pytest.importorskip("matplotlib.figure")
     assert run(capsys, *STREAM, "--quiet")[0] == 0

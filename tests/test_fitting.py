@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
@@ -229,9 +230,19 @@ def test_evaluation_in_pieces_equals_the_whole():
     assert evaluate_dataset(learner, data) == pytest.approx(whole)
 
 
+def test_the_learner_names_all_options_and_takes_integers_of_any_type():
+    ours, theirs = (inspect.signature(made).parameters for made in (et.Learner.fit, fit_loop))
+    names = list(theirs)[1:]
+    assert list(ours)[1:] == names
+    assert [ours[n].default for n in names if n != "epochs"] == [theirs[n].default for n in names if n != "epochs"]
+    learner = FakeLearner()
+    fit_loop(learner, dataset(), np.int64(2))
+    assert learner.position == FakePosition(2, 0)
+
+
 @pytest.mark.parametrize("epochs", [0, -1, 1.5, True, None], ids=repr)
 def test_bad_number_of_epochs(epochs):
-    with pytest.raises(UsageError, match=r"epochs is .*, expected a whole number of at least 1"):
+    with pytest.raises(UsageError, match=r"epochs=.*, expected an integer of at least 1"):
         fit_loop(FakeLearner(), dataset(), epochs)
 
 

@@ -12,7 +12,8 @@ import typer
 _OPTIONS: dict[str, Any] = {"no_args_is_help": True, "rich_markup_mode": None, "add_completion": False}
 app = typer.Typer(help="Train small convolutional networks on the device where the data is.",
                   pretty_exceptions_enable=False, **_OPTIONS)  # fmt: skip
-profiles = typer.Typer(help="List device profiles, or show one.", **_OPTIONS)
+profiles = typer.Typer(help="List device profiles, or show one.", invoke_without_command=True,
+                       **{**_OPTIONS, "no_args_is_help": False})  # fmt: skip
 app.add_typer(profiles, name="profiles")
 
 # Typer reads these annotations at run time, on Python 3.11 too, hence Optional instead of "| None".
@@ -267,6 +268,15 @@ def warmup(profile: Profile = None, quiet: Quiet = False, json: Json = False) ->
     from edgetrain.cli.warming import warmup_command
 
     warmup_command(profile, quiet=quiet, as_json=json)
+
+
+@profiles.callback()
+def list_by_default(context: typer.Context, json: Json = False) -> None:
+    """List device profiles, or show one."""
+    if context.invoked_subcommand is None:
+        list_command(json)
+    elif json:
+        raise typer.BadParameter(f"expected behind '{context.invoked_subcommand}'", param_hint="--json")
 
 
 @profiles.command("list")

@@ -27,8 +27,8 @@ def bench_command(
     threads = threads or [number for number in bench.THREADS if number <= cores]
     if max(threads) > cores:
         raise UsageError(f"--threads is {max(threads)}, this machine has {count(cores, 'processor')}")
-    if out is not None and not out.parent.is_dir():
-        raise UsageError(f"--out is '{out}', but there is no folder '{out.parent}'")
+    if out is not None:
+        _check_writable(out)
     cases = [
         bench.Case(model, batch_size, number)
         for model in models or bench.MODELS
@@ -38,9 +38,24 @@ def bench_command(
     notes = _machine_notes()
     result = _per_op(cases, turns) if per_op else _compare(cases, _contenders(contenders, notes), turns, start_up)
     result["notes"] = notes
+    emit(result, _text(result), as_json)  # first, whatever becomes of the file
     if out is not None:
         out.write_text(json.dumps(finite(result), indent=1) + "\n", encoding="utf-8")
-    emit(result, _text(result), as_json)
+
+
+def _check_writable(file: Path) -> None:
+    """Refuse a file that could not be written when all is timed; one that is there keeps its content until then.
+
+    Raises:
+        UsageError: it could not.
+    """
+    there = file.exists()
+    try:
+        file.open("a").close()
+    except OSError as error:
+        raise UsageError(f"--out is '{file}', which cannot be written ({error.strerror}); choose another") from error
+    if not there:
+        file.unlink()
 
 
 def _contenders(given: Sequence[str], notes: list[str]) -> list[str]:

@@ -11,7 +11,7 @@ from typing import Any
 
 from edgetrain.checkpoint import write_file
 from edgetrain.cli.endings import resuming
-from edgetrain.errors import UsageError
+from edgetrain.errors import CheckpointError, UsageError
 from edgetrain.runs import Run
 
 Rows = list[dict[str, float | None]]
@@ -26,8 +26,8 @@ def plot_runs(run: Run, others: list[Run]) -> Path:
         others: runs to compare with, such as the baseline.
 
     Raises:
-        UsageError: matplotlib is not installed, a run has no rows yet, or the runs have no measure in common.
-        CheckpointError: the file cannot be written.
+        UsageError: matplotlib is not installed, a run has no rows yet, the runs have no measure in common, or the file
+            cannot be written.
     """
     figure, axes = _axes()
     runs = {one: one.read_metrics() for one in (run, *others)}
@@ -46,7 +46,10 @@ def plot_runs(run: Run, others: list[Run]) -> Path:
     axes[0].legend()
     path, picture = run.path / PLOT, io.BytesIO()
     figure.savefig(picture, format="svg", metadata={"Date": None})
-    write_file(path, picture.getvalue())
+    try:
+        write_file(path, picture.getvalue())
+    except CheckpointError as error:
+        raise UsageError(str(error)) from error
     return path
 
 
