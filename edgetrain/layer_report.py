@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 
 # Steps that are timed; their median counts.
 _TIMED_STEPS = 7
-_MOST_STEPS = 70  # where plans change too often for so many of one
 # What a product of a kind of operator skips by lists, unless it runs on lists of its weights.
 _LISTS = {
     "CompressedWeightGrad": "lists of activations",
@@ -64,18 +63,13 @@ def layer_report(learner: Learner) -> list[LayerUse]:
     y: NDArray[Any] = rng.integers(0, learner.graph.output_shape[0], learner.batch_size)
     if learner.loss == "mse":
         y = rng.random((learner.batch_size, *learner.graph.output_shape), np.float32)
-    # Plans change with the topology, and for steps that keep gradients of weights that do not exist: the usual one
-    # counts.
-    timed: dict[int, tuple[Plan, list[NDArray[np.float64]]]] = {}
-    plan, times = learner.training_plan(), list[NDArray[np.float64]]()
-    while len(times) < _TIMED_STEPS and sum(len(of_plan) for _, of_plan in timed.values()) < _MOST_STEPS:
-        seconds = learner.time_rows(x, y)[:-1]
-        assert learner.plans.latest is not None
-        used = learner.plans.latest.plan
-        timed.setdefault(id(used), (used, []))[1].append(seconds)
-        plan, times = max(timed.values(), key=lambda entry: len(entry[1]))
-    learner.restore(*state)
-    median = np.median(times, axis=0)
+    try:
+        with learner.topology.held():  # kernels, densities and times are those of one pattern
+            times = [learner.time_rows(x, y)[:-1] for _ in range(_TIMED_STEPS)]
+    finally:
+        learner.restore(*state)
+    assert learner.plans.latest is not None
+    plan, median = learner.plans.latest.plan, np.median(times, axis=0)
     layers: dict[str, list[int]] = {}
     for position, node in enumerate(plan.graph.nodes):
         weight = weights_of(node)

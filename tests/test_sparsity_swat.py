@@ -275,12 +275,16 @@ def test_the_report_tells_what_every_layer_did_and_changes_nothing(policy):
     assert twin.partial_fit(*batch(8, 2)).loss == step.loss
 
 
-def test_the_report_ends_where_plans_change_with_the_topology():
-    made = learner(et.SWAT(weights=0.6, activations=0.6, variant="momentum", refresh=3))
-    train(made, 2)
-    before = made.parameters()
+@pytest.mark.parametrize("refresh", [1, 3, 100])
+def test_the_report_is_about_the_topology_of_the_last_step(refresh):
+    """Whatever the next steps would choose: plans, densities and operations belong together."""
+    made = learner(et.SWAT(weights=0.6, activations=0.6, variant="momentum", refresh=refresh))
+    steps = [made.partial_fit(*batch(8, number)) for number in range(7)]
+    before, changes = made.parameters(), made.topology.changes
     report = layer_report(made)
+    assert sum(layer.macs_done for layer in report) == pytest.approx(steps[-1].macs_done, rel=1e-3)
     assert [layer.name for layer in report] == [n for n in network().arrays if n.endswith("weight")]
+    assert made.topology.changes == changes
     assert all(np.array_equal(before[name], array) for name, array in made.parameters().items())
 
 
@@ -302,7 +306,8 @@ def test_the_report_counts_what_all_methods_skip(group, pruning, word):
     rng = np.random.default_rng(0)  # what layer_report trains on
     x = rng.random((made.batch_size, *SHAPE), np.float32)
     y = rng.integers(0, CLASSES, made.batch_size)
-    step = [made.partial_fit(x, y) for _ in range(7)][-1]
+    with made.topology.held():
+        step = [made.partial_fit(x, y) for _ in range(7)][-1]
     made.restore(*state)
     report = layer_report(made)
     assert sum(layer.macs_dense for layer in report) == step.macs_dense

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -65,6 +66,7 @@ class Topology:
         self.densities: dict[str, float] = {}
         self._scales: dict[str, np.float32] = {}
         self.changes, self.seconds, self.beginning = 0, 0.0, ""
+        self._held = False
         _check_values(graph)
         if policy is not None:
             policy.check(optimizer)
@@ -191,6 +193,19 @@ class Topology:
         needs = [policy.change_bytes(layer.size, self.indices[layer.weight].capacity) for layer in layers if policy]
         return {"topology change": max(needs)} if any(needs) else {}
 
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Let no step change the topology meanwhile, for steps that only look at how long things take."""
+        self._held = True
+        try:
+            yield
+        finally:
+            self._held = False
+
+    @property
+    def _at_work(self) -> SparsityPolicy | None:
+        return self.policy if self.layers and not self._held else None
+
     @property
     def wants_gradients(self) -> bool:
         """Whether some steps must keep the gradients of weights that do not exist."""
@@ -198,17 +213,18 @@ class Topology:
 
     def wants_gradients_at(self, step: int) -> bool:
         """Whether step ``step`` (from 0) must."""
-        return self.policy is not None and bool(self.layers) and self.policy.wants_gradients_at(step, self.total_steps)
+        policy = self._at_work
+        return policy is not None and policy.wants_gradients_at(step, self.total_steps)
 
     def begin_step(self, step: int) -> None:
         """Change the topology before step ``step``."""
-        if self.policy is not None and self.layers:
-            self._measure(self.policy.before_step, step)
+        if (policy := self._at_work) is not None:
+            self._measure(policy.before_step, step)
 
     def end_step(self, step: int, gradients: Gradients) -> None:
         """Change the topology after step ``step``."""
-        if self.policy is not None and self.layers:
-            self._measure(self.policy.after_step, step, gradients)
+        if (policy := self._at_work) is not None:
+            self._measure(policy.after_step, step, gradients)
 
     def adopt(self, arrays: Mapping[str, NDArray[np.float32]]) -> dict[str, NDArray[np.float32]]:
         """Choose the patterns of layers whose weights are about to be replaced; moments stay with their weights.
