@@ -154,10 +154,6 @@ class Parameters:
         """Return the names of all arrays in the graph's order."""
         return list(self._shapes)
 
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Return an array's shape."""
-        return self._shapes[name]
-
     def load(self, arrays: Mapping[str, NDArray[np.float32]]) -> None:
         """Copy arrays in; the average of the weights goes on from them."""
         for name, array in arrays.items():

@@ -97,10 +97,10 @@ class Layers:
         """Append a rectifier."""
         return self.graph.add("Relu", [x])
 
-    def max_pool(self, x: str, size: int = 2) -> str:
-        """Append a maximum over windows of ``size`` along every spatial axis that do not overlap."""
-        axes = len(self.shape(x)) - 1
-        return self.graph.add("MaxPool", [x], kernel_shape=[size] * axes, strides=[size] * axes)
+    def max_pool(self, x: str) -> str:
+        """Append a maximum over windows of 2 along every spatial axis that do not overlap."""
+        twos = [2] * (len(self.shape(x)) - 1)
+        return self.graph.add("MaxPool", [x], kernel_shape=twos, strides=twos)
 
     def pooled_features(self, x: str) -> str:
         """Append the mean over all positions: ``(C, ...)`` to ``(C,)``."""
@@ -147,15 +147,15 @@ def checked_shape(model: str, input_shape: Sequence[int], layout: str, minimum: 
     return shape
 
 
-def checked_count(model: str, what: str, value: int, minimum: int = 1) -> int:
+def checked_count(model: str, what: str, value: int) -> int:
     """Return a count as an int; ``what`` names it in the error.
 
     Raises:
-        ModelError: not an integer, or below ``minimum``.
+        ModelError: not an integer, or below 1.
     """
     count = _integer(model, what, value)
-    if count < minimum:
-        raise ModelError(f"{model}: {what} is {count}, expected at least {minimum}")
+    if count < 1:
+        raise ModelError(f"{model}: {what} is {count}, expected at least 1")
     return count
 
 

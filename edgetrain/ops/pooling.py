@@ -69,10 +69,9 @@ class Pool(Window):
 
 
 class PoolOp(Op):
-    """What all pools share."""
+    """What all pools share. Their additions and comparisons are not counted (``macs``)."""
 
     attributes: ClassVar[tuple[str, ...]] = ("kernel_shape", "strides", "pads", "dilations", "ceil_mode", "auto_pad")
-    grad_name: str
 
     def pool(self, node: Node, x: Value) -> Pool:
         """Return the window.
@@ -89,10 +88,6 @@ class PoolOp(Op):
         if any(count == 0 for axis in (0, 1) for _, count, _ in pool.spans(axis)):
             raise GraphError(f"{describe(node)}: a window of {pool.kernel} lies in the padding alone; use smaller pads")
         return [(out_shape(channels_of(node.x), pool, len(node.x.shape) - 1), True)]
-
-    def macs(self, node: Node) -> int:
-        """None: additions and comparisons are not counted."""
-        return 0
 
 
 @register

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from numpy.typing import NDArray
 
 from edgetrain.errors import GraphError
-from edgetrain.graph import Node, Shape, Value
+from edgetrain.graph import Node, Shape
 
 if TYPE_CHECKING:
     from edgetrain.autodiff import Tape
@@ -145,8 +145,3 @@ def describe(node: Node) -> str:
     """Return ``node 'name' (Operator) with inputs ...`` for error messages."""
     shapes = ", ".join("-" if value is None else str(value) for value in node.inputs)
     return f"node '{node.name}' ({node.op_type}) with inputs [{shapes}]"
-
-
-def spatial(value: Value) -> Shape:
-    """Return the spatial sizes of a batched value: ``shape`` without the channels."""
-    return value.shape[1:]
