@@ -10,7 +10,7 @@ import numpy as np
 from edgetrain.arrays import map_sizes, packed_words
 from edgetrain.graph import Node, Shape, Value
 from edgetrain.kernels import codes, reference
-from edgetrain.ops.registry import Array, Op, register
+from edgetrain.ops.registry import Array, Op, get_op, register
 
 if TYPE_CHECKING:
     from edgetrain.autodiff import Tape
@@ -129,8 +129,6 @@ class ReluMaskGrad(ActivationGrad):
 
 
 def _activation(node: Node) -> Activation:
-    from edgetrain.ops.registry import get_op
-
     op = get_op(node.get("forward").op_type)
     assert isinstance(op, Activation)
     return op

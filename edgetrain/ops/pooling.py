@@ -13,7 +13,7 @@ from edgetrain.graph import Node, Shape, Value
 from edgetrain.kernels import reference
 from edgetrain.ops.conv import as_maps
 from edgetrain.ops.geometry import Window, channels_of, out_shape, window_of
-from edgetrain.ops.registry import Array, Op, describe, register
+from edgetrain.ops.registry import Array, Op, describe, get_op, register
 
 if TYPE_CHECKING:
     from edgetrain.autodiff import Tape
@@ -157,8 +157,6 @@ class PoolGrad(Op):
 
     def pool(self, node: Node) -> Pool:
         """Return the forward window."""
-        from edgetrain.ops.registry import get_op
-
         forward: Node = node.get("forward")
         op = get_op(forward.op_type)
         assert isinstance(op, PoolOp)
