@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from typing import Any
 
 from edgetrain import bench, calibration
@@ -56,12 +57,8 @@ def calibrate_command(
     size = profile.batch_size if batch_size is None else batch_size
     # One of each family: the wide MobileNets take as long as all others together, who has one names it.
     models = models or bench.MODELS
-    display = choose_display(quiet, as_json, 0.0)
-    try:
-        with CompileNotice(display.compiling):
-            measured = _measure(models, size, profile, display)
-    finally:
-        display.close()
+    with closing(choose_display(quiet, as_json, 0.0)) as display, CompileNotice(display.compiling):
+        measured = _measure(models, size, profile, display)
     load = watch.load()
     replaced = [{"product": label, "rule": found.rule, "tile": found.tile, "gain": found.gain}
                 for label, found in measured.items() if found.tile != found.rule]  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -62,7 +63,7 @@ def fit_command(flags: Mapping[str, Any]) -> None:
     display = choose_display(flags["quiet"], flags["json"], config.device.memory_budget_mib)
     for sentence in [*left_out, *why_dense(config, profile, flags["recipe"], by_recipe)]:
         display.say(sentence)
-    with runs_released(), _Closing(display):
+    with runs_released(), closing(display):
         if config.stream.enabled:
             fit_stream(flags, config, profile, display, began)
             return
@@ -125,7 +126,7 @@ def resume_command(path: Path, *, epochs: int | None, threads: int | None, quiet
         config = _changed(before, epochs, threads)
         check_unchanged(run, config)
         display = choose_display(quiet, as_json, config.device.memory_budget_mib)
-        with _Closing(display):
+        with closing(display):
             if config.stream.enabled:
                 resume_stream(run, config, display, as_json, began)
                 return
@@ -307,17 +308,6 @@ class _Session:
         augmentation = Augmentation.parse(self.config.data.augment)
         batches = training_batches(self.learner, self.training, size, augmentation=augmentation)
         return until_stopped(self, batches)
-
-
-class _Closing:
-    def __init__(self, display: Display) -> None:
-        self._display = display
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, *error: object) -> None:
-        self._display.close()
 
 
 def _check_augmentation(config: Config, training: Dataset) -> None:

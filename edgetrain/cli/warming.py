@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
+from contextlib import closing
 from typing import Any
 
 from edgetrain.catalog import build_model
@@ -32,14 +33,14 @@ def warmup_command(profile_name: str | None, *, quiet: bool, as_json: bool) -> N
     """Compile, and print how much there was to do."""
     start, compiled = time.perf_counter(), []
     profile = load_profile(profile_name or "host")
-    display = choose_display(quiet, as_json, 0.0)
-    try:
-        with CompileNotice(display.compiling), CompileNotice(lambda name, *_: compiled.append(name)):
-            interpreter()
-            kernels = needed_kernels(profile)
-            compile_kernels(kernels)
-    finally:
-        display.close()
+    with (
+        closing(choose_display(quiet, as_json, 0.0)) as display,
+        CompileNotice(display.compiling),
+        CompileNotice(lambda name, *_: compiled.append(name)),
+    ):
+        interpreter()
+        kernels = needed_kernels(profile)
+        compile_kernels(kernels)
     result = {"profile": profile.name, "kernels": len(kernels), "compiled": len(compiled),
               "seconds": time.perf_counter() - start, "cache": describe()}  # fmt: skip
     emit(result, _text(result), as_json)
