@@ -56,6 +56,10 @@ class Product(Window):
         """Multiply-accumulates per sample."""
         return self.channels_out * self.inputs * len(self.taps) * self.out[0] * self.out[1]
 
+    def macs_of(self, outputs: int) -> int:
+        """Return the multiply-accumulates per sample of so many output channels."""
+        return self.macs // self.channels_out * outputs
+
     @property
     def grad_border(self) -> Border:
         """Zeros that the input gradient touches around the output gradient."""

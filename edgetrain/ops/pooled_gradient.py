@@ -68,7 +68,8 @@ class PooledInputGrad(ProductInputGrad):
 
     def macs(self, node: Node) -> int:
         """The share of the listed channels."""
-        return _macs(self.product(node), node)
+        g = self.product(node)
+        return g.macs_of(int(node.get("kept", g.channels_out)))
 
     def borders(self, node: Node) -> Sequence[Border]:
         """None: only pixels that exist are listed."""
@@ -88,7 +89,8 @@ class PooledWeightGrad(ProductWeightGrad):
 
     def macs(self, node: Node) -> int:
         """The share of the listed channels."""
-        return _macs(self.product(node), node)
+        g = self.product(node)
+        return g.macs_of(int(node.get("kept", g.channels_out)))
 
     def borders(self, node: Node) -> Sequence[Border]:
         """None: the copy of x that is read has zeros around it."""
@@ -97,7 +99,3 @@ class PooledWeightGrad(ProductWeightGrad):
     def lower(self, node: Node, low: Lowering) -> None:
         """See ``lowering_pooled``."""
         low.pooled_weight_grad(node, self.product(node))
-
-
-def _macs(g: Product, node: Node) -> int:
-    return g.macs // g.channels_out * int(node.get("kept", g.channels_out))

@@ -125,7 +125,7 @@ class PrunedInputGrad(ProductInputGrad):
 
     def macs(self, node: Node) -> int:
         """The share of the kept channels."""
-        return _share_of(self, node, node.input(2))
+        return self.product(node).macs_of(node.input(2).size)
 
     def lower(self, node: Node, low: Lowering) -> None:
         """See ``lowering_pruned``."""
@@ -149,16 +149,11 @@ class PrunedWeightGrad(ProductWeightGrad):
 
     def macs(self, node: Node) -> int:
         """The share of the kept channels."""
-        return _share_of(self, node, node.input(2))
+        return self.product(node).macs_of(node.input(2).size)
 
     def lower(self, node: Node, low: Lowering) -> None:
         """See ``lowering_pruned``."""
         low.pruned_weight_grad(node, self.product(node))
-
-
-def _share_of(op: ProductGrad, node: Node, kept: Value) -> int:
-    g = op.product(node)
-    return g.macs // g.channels_out * kept.size
 
 
 @register
