@@ -243,7 +243,7 @@ def _accumulate(tape: Tape, total: str | None, grad: str, value: Value) -> str:
     return grad if total is None else tape.add("Add", [total, grad], like=value)
 
 
-def node_users(nodes: list[Node]) -> dict[str, list[int]]:
+def node_users(nodes: Sequence[Node]) -> dict[str, list[int]]:
     """Return for every value the positions of the nodes that read it, ascending."""
     users: dict[str, list[int]] = {}
     for position, node in enumerate(nodes):

@@ -281,11 +281,10 @@ class Executor:
 
         Only values that the plan keeps (the outputs) are still there after a run.
         """
+        start = self.plan.offsets[self.plan.buffer(value.name)]
         if not value.batched:
-            start = self.plan.offsets[self.plan.buffer(value.name)]
             return self._arena.memory[start : start + 4 * value.size].view(np.float32).reshape(value.shape).copy()
         layout = self.plan.layouts[value.name]
-        start = self.plan.offsets[self.plan.buffer(value.name)]
         top, left, bottom, right = layout.border
         height, width = top + layout.rows + bottom, left + layout.columns + right
         lanes = self._arena.memory[start : start + layout.nbytes].view(np.float32)

@@ -163,12 +163,10 @@ class Lowering(ListedLowering):
         shared: dict[str, int | Ref] = {
             "x": self.address(x), "y": self.address(y), "channels": source.channels, "rows": source.rows,
             "columns": source.columns, "y_channels": sizes[0], "y_rows": sizes[1], "y_columns": sizes[2],
-            "x_block": source.block, "x_channel": source.channel, "x_row": source.row,
+            **strides(x=source),
         }  # fmt: skip
         if y.batched:
-            out = self.layout(y)
-            strides = {"y_block": out.block, "y_channel": out.channel, "y_row": out.row}
-            self.emit("sum_maps", (self.lanes,), self.blocks * sizes[0], **shared, **strides)
+            self.emit("sum_maps", (self.lanes,), self.blocks * sizes[0], **shared, **strides(y=self.layout(y)))
         else:
             self.emit("sum_samples", (self.lanes,), sizes[0], blocks=self.blocks, **shared)
 

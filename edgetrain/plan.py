@@ -79,7 +79,7 @@ def share_memory(
     must survive to the end and are never overwritten; ``shares`` tells whether a reshape
     leaves all numbers where they are.
     """
-    users, wanted = node_users(list(nodes)), _wanted_borders(nodes)
+    users, wanted = node_users(nodes), _wanted_borders(nodes)
     values = {v.name: v for node in nodes for v in (*node.inputs, *node.outputs) if v is not None}
     root = {name: name for name in values}
     border = {name: wanted.get(name, NO_BORDER) for name in values}

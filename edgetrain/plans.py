@@ -172,7 +172,7 @@ class Plans:
         made = training_graph(self.graph, self._objective.loss, self._objective.label_smoothing)
         self.parameters.start_training(made.gradients, self._optimizer)
         self._macs["dense"] = _macs(made)
-        made.densities = {name: index.capacity / index.size for name, index in self.parameters.sparse.items()}
+        made.densities = {name: _share(index) for name, index in self.parameters.sparse.items()}
         if self._pools_first:
             self._list_pooled_errors(made)
         if self._rewrite is not None:

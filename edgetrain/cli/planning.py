@@ -62,9 +62,8 @@ def verify_command(
     from edgetrain.verify import verify
 
     report = verify(_graph(model, input_shape, classes, seed), steps=steps, batch_size=batch_size, seed=seed)
-    rows = [{"quantity": r.quantity, "error": r.error, "tolerance": r.tolerance, "ok": r.ok} for r in report.rows]
     result = {"model": model, "passed": report.passed, "steps": steps, "batch_size": batch_size, "seed": seed,
-              "notes": list(report.notes), "rows": rows}  # fmt: skip
+              "notes": list(report.notes), "rows": [asdict(row) for row in report.rows]}  # fmt: skip
     emit(result, report.table(), as_json)
     if not report.passed:
         worst = max((row for row in report.rows if not row.ok), key=lambda row: row.error)
