@@ -29,7 +29,7 @@ _COUNTERS = 1 << 14  # bytes of the counters of a digit when a threshold is sele
 
 
 @dataclass(frozen=True)
-class _Lists:
+class _ElementLists:
     """Where the parts of a list of numbers lie: segments, places, numbers.
 
     Attributes:
@@ -92,11 +92,11 @@ class ElementLowering(PrunedLowering):
             **strides(y=y),
         )  # fmt: skip
 
-    def _stored_lists(self, node: Node, x: Layout) -> _Lists:
+    def _stored_lists(self, node: Node, x: Layout) -> _ElementLists:
         numbers = self.plan.capacity * x.channels * x.rows * x.columns
-        return _Lists([], x.channels, _capacity(node, numbers))
+        return _ElementLists([], x.channels, _capacity(node, numbers))
 
-    def _list(self, node: Node, lists: _Lists, strips: list[list[Pair]], block: int, sample: int) -> None:
+    def _list(self, node: Node, lists: _ElementLists, strips: list[list[Pair]], block: int, sample: int) -> None:
         """Emit a threshold and lists; ``block``, ``sample``: bytes between those of the maps that places are in."""
         x = self.layout(node.x)
         self.plan.sizes[self.plan.buffer(node.y.name)] = lists.nbytes
@@ -183,7 +183,7 @@ class ElementLowering(PrunedLowering):
         )  # fmt: skip
         return memory + turned.origin
 
-    def _correlate_phase(self, node: Node, place: Ref, other: Ref, lists: _Lists, strips: list[int]) -> None:
+    def _correlate_phase(self, node: Node, place: Ref, other: Ref, lists: _ElementLists, strips: list[int]) -> None:
         """Emit the correlation of a phase, whose strips follow one another."""
         phase, base = lists.strips[strips[0]][0], self.address(node.x)
         g, turned = phase.product, self._turned(phase.product)
@@ -206,13 +206,13 @@ class ElementLowering(PrunedLowering):
         """Return the layout of turned maps: a block is a sample, lanes are all channels, in whole vectors."""
         return Layout(self.plan.capacity, -(-channels // vector) * vector, 1, *size, border)
 
-    def _element_lists(self, node: Node, g: Product, x: Value) -> _Lists:
+    def _element_lists(self, node: Node, g: Product, x: Value) -> _ElementLists:
         numbers = self.plan.capacity * g.channels_in * g.size[0] * g.size[1]
         if self._turned(g).nbytes >= 2**31:
             raise GraphError(f"node '{node.name}': no lists of numbers for error maps of 2 GiB and more; use a smaller "
                              "batch size, or group='lanes'")  # fmt: skip
         strips = [strip for phase in g.phases() if phase.taps for strip in self._strips(phase, self.layout(x))]
-        return _Lists(strips, g.channels_in, _capacity(node, numbers))
+        return _ElementLists(strips, g.channels_in, _capacity(node, numbers))
 
     def _strips(self, phase: Phase, x: Layout) -> list[tuple[Phase, list[Pair]]]:
         """Return a phase's pixels in strips of columns, so narrow that what they meet stays in the L2 cache.

@@ -24,7 +24,7 @@ _PARTS = 4  # parts of a channel's terms that different threads may take
 
 
 @dataclass(frozen=True)
-class _Lists:
+class _ErrorLists:
     """Where the parts of an error map's lists lie, see ``kernels.error_lists``.
 
     Attributes:
@@ -62,7 +62,7 @@ class _Lists:
 
 
 @dataclass(frozen=True)
-class _Copies:
+class _ErrorCopies:
     """Where the parts of lists with copies of their vectors lie, see ``kernels.error_lists.list_pool_vectors``.
 
     Attributes:
@@ -223,12 +223,12 @@ class ListedLowering(PooledLowering):
             target_channel=g.weight_out,
         )  # fmt: skip
 
-    def _pooled_vectors(self, g: Product, pixels: int) -> _Copies:
+    def _pooled_vectors(self, g: Product, pixels: int) -> _ErrorCopies:
         """Return where lists and vectors of a map are, of which windows of a pool cover so many pixels."""
-        return _Copies(self.blocks * g.channels_out, pixels, 4 * self.lanes)
+        return _ErrorCopies(self.blocks * g.channels_out, pixels, 4 * self.lanes)
 
-    def _error_lists(self, g: Product) -> _Lists:
-        return _Lists(g.channels_out, g.out[0] * g.out[1], self.blocks)
+    def _error_lists(self, g: Product) -> _ErrorLists:
+        return _ErrorLists(g.channels_out, g.out[0] * g.out[1], self.blocks)
 
 
 def _meets(

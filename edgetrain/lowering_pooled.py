@@ -26,7 +26,7 @@ _FREE = 4
 
 
 @dataclass(frozen=True)
-class _Lists:
+class _PooledLists:
     """Where the parts of an error map's lists lie: segments, places, numbers.
 
     Attributes:
@@ -138,7 +138,7 @@ class PooledLowering(ElementLowering):
     def _tiles(self, g: Product) -> _Tiles:
         return _Tiles.of(g, self._maps(g), self._vector(g))
 
-    def _pooled_lists(self, g: Product, windows: int) -> _Lists:
+    def _pooled_lists(self, g: Product, windows: int) -> _PooledLists:
         if self._maps(g).nbytes >= 2**31:  # places are int32
             raise GraphError(f"node '{self.node.name}': a batch of {self.plan.capacity} needs maps of 2 GiB and more; "
                              "use a smaller batch size")  # fmt: skip
@@ -146,7 +146,7 @@ class PooledLowering(ElementLowering):
         while samples > 1 and samples * self._maps(g).block > _STRIP_BYTES:
             samples //= 2
         capacity = self.plan.capacity * windows + self.lanes  # a whole vector is written behind the last number
-        return _Lists(self.plan.capacity // samples, samples, g.channels_out, capacity)
+        return _PooledLists(self.plan.capacity // samples, samples, g.channels_out, capacity)
 
 
 @dataclass(frozen=True)

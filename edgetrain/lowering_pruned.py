@@ -194,7 +194,7 @@ class PrunedLowering(ProductLowering):
 
     def compress_activation(self, node: Node, g: Product) -> None:
         """Emit norms, the choice of a threshold, and the lists of the vectors that reach it."""
-        x, pixels, lists = self.layout(node.x), g.size[0] * g.size[1], self._lists(node, g)
+        x, pixels, lists = self.layout(node.x), g.size[0] * g.size[1], self._vector_lists(node, g)
         self.plan.sizes[self.plan.buffer(node.y.name)] = lists.nbytes
         grad = self.layout(node.get("grad_out"))
         norms, starts, threshold = self._vector_threshold(node, pixels, lists.capacity)
@@ -244,7 +244,7 @@ class PrunedLowering(ProductLowering):
             self._compressed_weight_grad(node, g, target)
 
     def _compressed_weight_grad(self, node: Node, g: Product, target: Ref) -> None:
-        grad, base, lists = self.layout(node.input(1)), self.address(node.x), self._lists(node, g)
+        grad, base, lists = self.layout(node.input(1)), self.address(node.x), self._vector_lists(node, g)
         self.clear_unmet(node, g, target)
         for number, phase in enumerate(lists.phases):
             # In the order of the weights, as ``kernels.tiles`` expects.
@@ -266,14 +266,14 @@ class PrunedLowering(ProductLowering):
             self.emit("fill", (1,), 1, y=target, channels=1, rows=1, vectors=node.y.size, f_value=0.0,
                       y_block=0, y_channel=0, y_row=0)  # fmt: skip
 
-    def _lists(self, node: Node, g: Product) -> _Lists:
+    def _vector_lists(self, node: Node, g: Product) -> _VectorLists:
         vectors = self.blocks * g.channels_in * g.size[0] * g.size[1]
         capacity = min(vectors, max(1, math.ceil(float(node.get("capacity")) * vectors)))
-        return _Lists([phase for phase in g.phases() if phase.taps], g.channels_in, capacity, 4 * self.lanes)
+        return _VectorLists([phase for phase in g.phases() if phase.taps], g.channels_in, capacity, 4 * self.lanes)
 
 
 @dataclass(frozen=True)
-class _Lists:
+class _VectorLists:
     """Where the parts of a compressed activation lie: segments, pairs of offsets, vectors.
 
     Attributes:
