@@ -13,9 +13,8 @@ from edgetrain.arrays import ALIGNMENT, Layout
 from edgetrain.choice import simd_lanes, target
 from edgetrain.errors import GraphError
 from edgetrain.graph import Node, Value
-from edgetrain.kernels.codes import TALLY_BYTES
 from edgetrain.lowering_core import Pair, border_of, strides
-from edgetrain.lowering_pruned import PrunedLowering
+from edgetrain.lowering_pruned import COUNTERS, PrunedLowering
 from edgetrain.ops.registry import Border
 from edgetrain.plan import Ref
 
@@ -25,7 +24,6 @@ if TYPE_CHECKING:
 # Of turned error maps that one strip of a list meets. Measured for ResNet-20 (batch 32, 90 % zeros, L2 of 1 MiB): all
 # correlations take 2.5 ms with 800 KiB, 2.9 with 400 KiB and with whole maps.
 _STRIP_BYTES = 800 << 10
-_COUNTERS = 1 << 14  # bytes of the counters of a digit when a threshold is selected
 
 
 @dataclass(frozen=True)
@@ -141,8 +139,8 @@ class ElementLowering(PrunedLowering):
         count(**shared)
         self.emit(
             "element_threshold", (x.lanes,), 1, **shared, **choice, starts=starts, capacity=capacity,
-            magnitudes=self.workspace(4 * x.lanes * x.columns * x.rows * x.planes), counters=self.workspace(_COUNTERS),
-            tally=Ref("tally", TALLY_BYTES * int(node.get("record"))), state=Ref("state"), blocks=self.blocks,
+            magnitudes=self.workspace(4 * x.lanes * x.columns * x.rows * x.planes), counters=self.workspace(COUNTERS),
+            tally=self.tally_of(node), state=Ref("state"), blocks=self.blocks,
             refresh=int(node.get("refresh")), sample_numbers=x.channels * x.rows * x.columns,
         )  # fmt: skip
         self.remember_threshold(record, choice["threshold"])

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 from edgetrain.arrays import ALIGNMENT, Layout
 from edgetrain.choice import target
 from edgetrain.graph import Node
-from edgetrain.kernels.codes import RECORD, TALLY_BYTES
 from edgetrain.lowering_pooled import PooledLowering
 from edgetrain.plan import Ref
 
@@ -20,7 +19,6 @@ if TYPE_CHECKING:
 _PIXELS_PER_JOB = 64
 # Accumulators of a tile: one vector per term, or per channel. The 16 registers of AVX2 hold 12 of them.
 _ACCUMULATORS = {32: 16, 16: 12}
-_PARTS = 4  # parts of a channel's terms that different threads may take
 
 
 @dataclass(frozen=True)
@@ -98,8 +96,7 @@ class ListedLowering(PooledLowering):
         """Emit the pruning, and the record of this step's mean and counts in the update."""
         x, y, by_element = self.layout(node.x), self.layout(node.y), node.get("group") == "element"
         magnitudes = self.kept(f"magnitudes:{node.y.name}", 8 * x.planes)
-        counts, number = self.kept(f"counts:{node.y.name}", 16 * x.planes), int(node.get("record"))
-        record = Ref("records", 4 * RECORD * number)
+        counts, record = self.kept(f"counts:{node.y.name}", 16 * x.planes), self.record_of(node)
         self.emit(
             "prune_elements" if by_element else "prune_vectors", (self.lanes,), x.planes, grad=self.address(node.x),
             y=self.address(node.y), magnitudes=magnitudes, counts=counts, record=record, state=Ref("state"),
@@ -110,7 +107,7 @@ class ListedLowering(PooledLowering):
         pixels = x.rows * x.columns
         with self.stage("update"):
             self.emit("record_mean", (), 1, magnitudes=magnitudes, counts=counts, record=record,
-                      tally=Ref("tally", TALLY_BYTES * number), state=Ref("state"), parts=x.planes,
+                      tally=self.tally_of(node), state=Ref("state"), parts=x.planes,
                       count=pixels * (x.channels if by_element else x.planes), per_sample=int(by_element))  # fmt: skip
 
     def error_lists(self, node: Node, g: Product) -> None:
@@ -161,7 +158,7 @@ class ListedLowering(PooledLowering):
         planes = self.layout(pruned).channels
         self.emit(
             "count_listed", (), 1, segments=segments, counts=Ref(f"counts:{pruned.name}"),
-            tally=Ref("tally", TALLY_BYTES * int(node.get("record"))), channels=g.channels_out, planes=planes,
+            tally=self.tally_of(node), channels=g.channels_out, planes=planes,
             groups=math.gcd(planes, g.channels_out), blocks=self.blocks, vectors=self._error_lists(g).vectors,
             parts=parts,
         )  # fmt: skip
@@ -194,33 +191,28 @@ class ListedLowering(PooledLowering):
     def _listed_weight_grad(self, node: Node, g: Product, place: Ref) -> None:
         if len(node.inputs) > 2:
             grad, lists = node.input(1), self.address(node.input(2))
-            self._correlate_lists(node, g, place, lists, lists + self._error_lists(g).pairs, self.address(grad),
-                                  g.channels_out, self.layout(grad).channel)  # fmt: skip
+            self._correlate_error_lists(node, g, place, lists, lists + self._error_lists(g).pairs, self.address(grad),
+                                        g.channels_out, self.layout(grad).channel)  # fmt: skip
             return
         copies, lists = self._pooled_vectors(g, int(node.get("covered"))), self.address(node.input(1))
         # A thread meets the blocks that it listed: a part of the input that another one used last comes slowly. With a
         # list per channel LeNet-5's first layer took 18 us on two threads, as on one (batch 32, rate 0.8).
         part_bytes = g.channels_out * g.weight_out
         sums = place if self.blocks == 1 else self.workspace(self.blocks * part_bytes)
-        self._correlate_lists(node, g, sums, lists, lists + copies.pairs, lists + copies.values, copies.planes, 0)
+        self._correlate_error_lists(node, g, sums, lists, lists + copies.pairs, lists + copies.values, copies.planes, 0)
         if self.blocks > 1:
             self.sum_parts(sums, place, self.blocks, part_bytes)
 
-    def _correlate_lists(
+    def _correlate_error_lists(
         self, node: Node, g: Product, place: Ref, segments: Ref, pairs: Ref, values: Ref, count: int,
         value_channel: int,
     ) -> None:  # fmt: skip
         """Emit the correlation of x with ``count`` lists, each of which gives the gradients of a channel's weights."""
         x = self.layout(node.x)
         terms = list(zip(g.forward_terms(x), g.forward_sources(), strict=True))
-        width = min(_ACCUMULATORS[target().registers], len(terms))
-        chunk = -(-len(terms) // (width * _PARTS)) * width
-        chunks = -(-len(terms) // chunk)
-        self.emit(
-            "correlate_lists", (self.lanes, width), count * chunks, other=self.address(node.x), values=values,
-            target=place, segments=segments, pairs=pairs, term_count=len(terms), term_chunk=chunk, term_chunks=chunks,
-            terms=self.table(terms + [terms[-1]] * (-len(terms) % width)), value_channel=value_channel,
-            target_channel=g.weight_out,
+        self.correlate_lists(
+            terms, _ACCUMULATORS[target().registers], count, other=self.address(node.x), values=values, target=place,
+            segments=segments, pairs=pairs, value_channel=value_channel, target_channel=g.weight_out,
         )  # fmt: skip
 
     def _pooled_vectors(self, g: Product, pixels: int) -> _ErrorCopies:

@@ -25,6 +25,7 @@ from edgetrain.kernels.codes import (
     TALLY_BYTES,
     THRESHOLD,
 )
+from edgetrain.lowering_core import Pair
 from edgetrain.lowering_products import ProductLowering, lanes_of
 from edgetrain.ops.normalization import epsilon_of
 from edgetrain.ops.pruning import IMPORTANCE
@@ -33,7 +34,7 @@ from edgetrain.plan import Ref
 if TYPE_CHECKING:
     from edgetrain.ops.conv import Phase, Product
 
-_COUNTERS = 1 << 14  # bytes of the counters of a digit when a threshold is selected
+COUNTERS = 1 << 14  # bytes of the counters of a digit when a threshold is selected
 _LISTED_TERMS = 16  # accumulators of a product over lists: each term one
 _PARTS = 4  # parts of a channel's terms that different threads may take
 
@@ -220,8 +221,8 @@ class PrunedLowering(ProductLowering):
             x_channel=x.channel, x_row=x.row,
         )  # fmt: skip
         self.emit(
-            "choose_threshold", (), 1, norms=norms, counts=counts, starts=starts, counters=self.workspace(_COUNTERS),
-            record=record, threshold=threshold, tally=Ref("tally", TALLY_BYTES * int(node.get("record"))),
+            "choose_threshold", (), 1, norms=norms, counts=counts, starts=starts, counters=self.workspace(COUNTERS),
+            record=record, threshold=threshold, tally=self.tally_of(node),
             state=Ref("state"), blocks=self.blocks, channels=x.channels, pixels=pixels, capacity=capacity,
             refresh=int(node.get("refresh")),
         )  # fmt: skip
@@ -231,6 +232,10 @@ class PrunedLowering(ProductLowering):
     def record_of(self, node: Node) -> Ref:
         """Return what a layer remembers from step to step, see ``kernels.codes.RECORD``."""
         return Ref("records", 4 * RECORD * int(node.get("record")))
+
+    def tally_of(self, node: Node) -> Ref:
+        """Return where a layer counts what it keeps in a step, see ``kernels.codes.TALLY_BYTES``."""
+        return Ref("tally", TALLY_BYTES * int(node.get("record")))
 
     def remember_threshold(self, record: Ref, threshold: Ref) -> None:
         """Emit, in the update, the copy of this step's threshold to the record."""
@@ -249,16 +254,24 @@ class PrunedLowering(ProductLowering):
         for number, phase in enumerate(lists.phases):
             # In the order of the weights, as ``kernels.tiles`` expects.
             terms = sorted(zip(phase.terms(grad), phase.sources(), strict=True), key=lambda term: term[1])
-            width = min(_LISTED_TERMS, len(terms))
-            chunk = -(-len(terms) // (width * _PARTS)) * width
-            chunks = -(-len(terms) // chunk)
-            self.emit(
-                "correlate_lists", (self.lanes, width), g.channels_in * chunks, other=self.address(node.input(1)),
-                values=base + lists.values, target=target, segments=base + number * lists.phase_bytes,
-                pairs=base + lists.pairs, terms=self.table(terms + [terms[-1]] * (-len(terms) % width)),
-                term_count=len(terms), term_chunk=chunk, term_chunks=chunks, value_channel=0,
+            self.correlate_lists(
+                terms, _LISTED_TERMS, g.channels_in, other=self.address(node.input(1)), values=base + lists.values,
+                target=target, segments=base + number * lists.phase_bytes, pairs=base + lists.pairs, value_channel=0,
                 target_channel=g.weight_in,
             )  # fmt: skip
+
+    def correlate_lists(self, terms: list[Pair], width: int, count: int, **arguments: int | Ref) -> None:
+        """Emit correlations with ``count`` lists; see ``kernels.vector_lists.correlate_lists``.
+
+        ``width``: most terms at a time, each in an accumulator. ``arguments``: those of the kernel but for its terms.
+        """
+        width = min(width, len(terms))
+        chunk = -(-len(terms) // (width * _PARTS)) * width
+        chunks = -(-len(terms) // chunk)
+        self.emit(
+            "correlate_lists", (self.lanes, width), count * chunks, term_count=len(terms), term_chunk=chunk,
+            term_chunks=chunks, terms=self.table(terms + [terms[-1]] * (-len(terms) % width)), **arguments,
+        )  # fmt: skip
 
     def clear_unmet(self, node: Node, g: Product, target: Ref) -> None:
         """Emit zeros where kernel positions meet nothing but padding: no phase computes their gradient."""
