@@ -113,10 +113,7 @@ class ProductLowering(SparseLowering):
         nbytes = 4 * index.size
         whole = self.kept(whole_gradient(weight.name), nbytes) if self.whole_gradients else self.workspace(nbytes)
         yield whole
-        bits = self.rows_of_bits(weight, g)
-        kernel, sizes = ("gather_bits", (WORD,)) if bits else ("gather_sparse", ())
-        stored = {**bits, "dense_row": g.weight_out} if bits else self._stored(weight, g)
-        self.emit(kernel, sizes, index.rows, values=self.address(node.y), dense=whole, **stored)
+        self._move(("gather_bits", "gather_sparse"), weight, g, values=self.address(node.y), dense=whole)
 
     def _winograd(self, g: Product, weight: Value, size: Pair) -> bool:
         """Whether a product over output maps of ``size`` needs fewer multiplications so."""
@@ -189,12 +186,21 @@ class ProductLowering(SparseLowering):
         dense = self.workspace(nbytes)
         if g.out == (1, 1) and nbytes + sum(self.plan.sizes[r.buffer] for r in self._written.values()) <= _MOST_COPIED:
             self._written[weight.name] = dense
-        bits = self.rows_of_bits(weight, g)
-        kernel, sizes = ("expand_bits", (WORD,)) if bits else ("expand_sparse", ())
-        stored = {**bits, "dense_row": g.weight_out} if bits else self._stored(weight, g)
-        self.emit(kernel, sizes, index.rows, values=self.address(weight), dense=dense, row_size=index.row_size,
-                  **stored)  # fmt: skip
+        self._move(("expand_bits", "expand_sparse"), weight, g, values=self.address(weight), dense=dense,
+                   row_size=index.row_size)  # fmt: skip
         return dense
+
+    def _move(self, kernels: tuple[str, str], weight: Value, g: Product, **arguments: int | Ref) -> None:
+        """Emit a move between compact weights and a dense array of them: by bits, or number by number.
+
+        ``kernels``: for the one and for the other. ``arguments``: those that both have.
+        """
+        rows, bits = self.sparse[weight.name].rows, self.rows_of_bits(weight, g)
+        if bits:
+            self.emit(kernels[0], (WORD,), rows, dense_row=g.weight_out, **bits, **arguments)
+            return
+        column = g.weight_tap if len(g.taps) > 1 else g.weight_in
+        self.emit(kernels[1], (), rows, dense_row=g.weight_out, dense_column=column, **self.index(weight), **arguments)
 
     def _masked_weight(self, weight: Value, index: SparseIndex) -> Ref:
         """Return where a copy of dense weights is in which those that do not exist are 0.
@@ -228,11 +234,6 @@ class ProductLowering(SparseLowering):
         assert bits is not None
         self.plan.fixed[name] = bits
         return Ref(name)
-
-    def _stored(self, weight: Value, g: Product) -> dict[str, int | Ref]:
-        """Return where the index of compact weights is, and the strides of a dense array of them."""
-        strides = {"dense_row": g.weight_out, "dense_column": g.weight_tap if len(g.taps) > 1 else g.weight_in}
-        return self.index(weight) | strides
 
     def _direct_weight_grad(self, node: Node, g: Product, target: Ref) -> None:
         """One gather-correlate, or an outer product where there is one pixel."""
