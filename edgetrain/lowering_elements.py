@@ -217,8 +217,8 @@ class ElementLowering(PrunedLowering):
 
         One channel's numbers meet a vector of the error map hardly twice; only the next channel's meet it again.
         """
-        g, turned = phase.product, self._turned(phase.product)
-        pixels, columns = phase.pixels(turned, x), len(range(phase.first[1], g.size[1], g.strides[1]))
+        turned = self._turned(phase.product)
+        pixels, columns = phase.pixels(turned, x), len(phase.columns)
         reach = max(b for *_, b in phase.taps) - min(b for *_, b in phase.taps)
         width = max(1, min(columns, _STRIP_BYTES // (turned.nbytes // turned.row * turned.pixel) - reach))
         starts = range(0, columns, -(-columns // -(-columns // width)))

@@ -234,9 +234,8 @@ def _meets(
     """
     starts, meets, targets = [0], [], []
     for phase in g.phases():
-        rows, columns = (range(phase.first[axis], g.size[axis], g.strides[axis]) for axis in (0, 1))
-        for n, h in enumerate(rows):
-            for m, w in enumerate(columns):
+        for n, h in enumerate(phase.rows):
+            for m, w in enumerate(phase.columns):
                 for i, j, a, b in phase.taps:
                     row, column = n + a, m + b
                     if 0 <= row < g.out[0] and 0 <= column < g.out[1]:

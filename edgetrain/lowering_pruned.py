@@ -324,8 +324,5 @@ class _VectorLists:
 
 def _places(phase: Phase, grad: Layout, x: Layout) -> list[tuple[int, int, int]]:
     """Return (number of the pixel, offset in the output gradient, offset in x) of every pixel of a phase."""
-    g, (row, column) = phase.product, phase.first
-    numbers = [
-        h * g.size[1] + w for h in range(row, g.size[0], g.strides[0]) for w in range(column, g.size[1], g.strides[1])
-    ]
+    numbers = [h * phase.product.size[1] + w for h in phase.rows for w in phase.columns]
     return [(number, *pair) for number, pair in zip(numbers, phase.pixels(grad, x), strict=True)]

@@ -238,8 +238,7 @@ class SparseLowering(LoweringCore):
         grad, out = self.layout(node.x), self.layout(node.y)
         for phase in g.phases():
             pixels = phase.pixels(grad, out)
-            columns = len(range(phase.first[1], g.size[1], g.strides[1]))
-            grid = self._grid(pixels, columns, (grad.pixel, g.strides[1] * out.pixel), grad, out)
+            grid = self._grid(pixels, len(phase.columns), (grad.pixel, g.strides[1] * out.pixel), grad, out)
             lists = self._expand(node.input(1), _phase_terms(phase, grad), g.channels_in, g.inputs,
                                  g.outputs * grad.channel, grid, "input_", flags)  # fmt: skip
             self._multiply(self.address(node.x), grad, self.address(node.y), out, grid, lists, g.channels_in,
@@ -319,10 +318,9 @@ class SparseLowering(LoweringCore):
 
     def _phase_grids(self, phase: Phase, grad: Layout, x: Layout, out: Layout) -> list[Grid]:
         """Return the pixels of a phase with those of the input, and with those of its gradient."""
-        g = phase.product
-        columns = len(range(phase.first[1], g.size[1], g.strides[1]))
+        columns, stride = len(phase.columns), phase.product.strides[1]
         return [
-            Grid(phase.pixels(grad, other)[::columns], columns, (grad.pixel, g.strides[1] * other.pixel), self.blocks)
+            Grid(phase.pixels(grad, other)[::columns], columns, (grad.pixel, stride * other.pixel), self.blocks)
             for other in (x, out)
         ]
 

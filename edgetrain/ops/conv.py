@@ -102,6 +102,16 @@ class Phase:
     first: Pair
 
     @property
+    def rows(self) -> range:
+        """Rows of the input that belong to the phase."""
+        return range(self.first[0], self.product.size[0], self.product.strides[0])
+
+    @property
+    def columns(self) -> range:
+        """Columns of the input that belong to the phase."""
+        return range(self.first[1], self.product.size[1], self.product.strides[1])
+
+    @property
     def taps(self) -> list[tuple[int, int, int, int]]:
         """Kernel positions that meet these pixels, each with its offset in the output: (i, j, row, column)."""
         g, (row, column) = self.product, self.first
@@ -124,10 +134,10 @@ class Phase:
         g, rows = self.product, [a for _, a in _phase(self.product, 0, self.first[0])]
         size = g.outputs * len(self.taps) // max(1, len(rows))
         found = []
-        for n in range(len(range(self.first[0], g.size[0], g.strides[0]))):
+        for n in range(len(self.rows)):
             inside = [k for k, a in enumerate(rows) if 0 <= n + a < g.out[0]] or [0, -1]
             pair = (inside[0] * size, (inside[-1] + 1) * size)
-            found += [pair] * len(range(self.first[1], g.size[1], g.strides[1]))
+            found += [pair] * len(self.columns)
         return found
 
     def _in_order(self) -> list[tuple[int, int, int, int, int]]:
@@ -138,11 +148,10 @@ class Phase:
 
     def pixels(self, grad: Layout, out: Layout) -> list[Pair]:
         """Return (output gradient, input gradient) byte offsets of every pixel of the phase."""
-        g, (row, column) = self.product, self.first
         return [
             (n * grad.row + m * grad.pixel, h * out.row + w * out.pixel)
-            for n, h in enumerate(range(row, g.size[0], g.strides[0]))
-            for m, w in enumerate(range(column, g.size[1], g.strides[1]))
+            for n, h in enumerate(self.rows)
+            for m, w in enumerate(self.columns)
         ]
 
 
