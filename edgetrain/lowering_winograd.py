@@ -70,20 +70,20 @@ def forward(low: ProductLowering, node: Node, g: Product) -> None:
     _emit(low, node.x, start, node.y, taps, weight, low.address(bias) if bias is not None else None)
 
 
-def input_grad(low: ProductLowering, node: Node, g: Product, listed: Ref | None = None) -> None:
+def input_grad(low: ProductLowering, node: Node, g: Product, kept: Ref | None = None) -> None:
     """Emit the gradient of a convolution's input: the convolution of the output gradient with flipped kernels.
 
-    ``listed``: where the numbers (float32) of the output channels that count are; ``g`` has so many.
+    ``kept``: where the numbers (float32) of the output channels that count are; ``g`` has so many.
     """
     grad = low.layout(node.x)
     start = (g.pads[0] - 2) * grad.row + (g.pads[1] - 2) * grad.pixel
     taps = _Filter(g.outputs, g.inputs, g.weight_out, g.weight_in, 8 * g.weight_tap, -g.weight_tap)
-    _emit(low, node.x, start, node.y, taps, low.dense_weight(node.input(1), g), None, listed)
+    _emit(low, node.x, start, node.y, taps, low.dense_weight(node.input(1), g), None, kept)
 
 
 def _emit(
     low: LoweringCore, x: Value, start: int, y: Value, f: _Filter, weight: Ref, bias: Ref | None,
-    listed: Ref | None = None,
+    kept: Ref | None = None,
 ) -> None:  # fmt: skip
     source, out, size = low.layout(x), low.layout(y), 4 * low.lanes
     rows, columns = out.rows // _TILE, out.columns // _TILE
@@ -94,13 +94,13 @@ def _emit(
     v, m = _apart(f.inputs * chunk * size), _apart(tiles * channels * chunk * size)
     packed, scratch = low.workspace(_POSITIONS * packed_position), low.workspace(slots * _POSITIONS * (v + m))
     low.emit(
-        "winograd_weights", (channels,), tiles, weight=weight, packed=packed, listed=listed or 0,
+        "winograd_weights", (channels,), tiles, weight=weight, packed=packed, listed=kept or 0,
         inputs=f.inputs, outputs=f.outputs, weight_in=f.weight_in, weight_out=f.weight_out, tap=f.tap,
         tap_step=f.tap_step, packed_position=packed_position,
     )  # fmt: skip
     low.emit(
         "winograd", (low.lanes, wide, channels, width), slots, x=low.address(x) + start, y=low.address(y),
-        packed=packed, bias=bias or low.zeros(f.outputs), listed=listed or 0, scratch=scratch,
+        packed=packed, bias=bias or low.zeros(f.outputs), listed=kept or 0, scratch=scratch,
         scratch_bytes=_POSITIONS * (v + m), slots=slots, blocks=low.blocks, tile_rows=rows, tile_columns=columns,
         inputs=f.inputs, outputs=f.outputs, chunk=chunk, x_block=source.block, x_channel=source.channel,
         x_row=source.row, y_block=out.block, y_channel=out.channel, y_row=out.row, packed_position=packed_position,
@@ -118,8 +118,8 @@ class _Part:
     rows: int
 
 
-def weight_grad(low: ProductLowering, node: Node, g: Product, target: Ref, listed: Ref | None = None) -> None:
-    """Emit the gradient of a convolution's weights, part by part of the batch; ``listed`` as for ``input_grad``.
+def weight_grad(low: ProductLowering, node: Node, g: Product, target: Ref, kept: Ref | None = None) -> None:
+    """Emit the gradient of a convolution's weights, part by part of the batch; ``kept`` as for ``input_grad``.
 
     Where sums are small beside what is summed, every group of blocks has its own, for threads that keep to their
     blocks.
@@ -140,12 +140,12 @@ def weight_grad(low: ProductLowering, node: Node, g: Product, target: Ref, liste
         _transform(low, 0, low.address(node.x) + start, x, part, groups, columns, v, channel, v_position, g.inputs,
                    None)  # fmt: skip
         _transform(low, 1, low.address(node.input(1)), grad, part, groups, columns, z, channel, z_position, g.outputs,
-                   listed)  # fmt: skip
+                   kept)  # fmt: skip
         _correlate(low, g, v, z, sums, part.blocks * part.rows * columns, (channel, v_position, z_position), groups,
                    keep=int(number > 0))  # fmt: skip
     low.emit(
         "winograd_weight_gradient", (), g.outputs, sums=sums, grad_weight=target,
-        listed=listed or 0, parts=groups, inputs=g.inputs,
+        listed=kept or 0, parts=groups, inputs=g.inputs,
         sums_part=_POSITIONS * position, sums_position=position, weight_out=g.weight_out, weight_in=g.weight_in,
         weight_tap=g.weight_tap,
     )  # fmt: skip
@@ -162,13 +162,13 @@ def _parts(blocks: int, groups: int, rows: int, row_bytes: int) -> list[_Part]:
 
 def _transform(
     low: LoweringCore, gradient: int, x: Ref, layout: Layout, part: _Part, groups: int, columns: int, v: Ref,
-    channel: int, position: int, channels: int, listed: Ref | None,
+    channel: int, position: int, channels: int, kept: Ref | None,
 ) -> None:  # fmt: skip
     """Emit the transforms of a part's tiles."""
     together = {"x_block": layout.block, "v_block": part.rows * columns * 4 * low.lanes}
     apart = {"x_block": low.blocks // groups * layout.block, "v_block": _POSITIONS * position}
     low.emit(
-        "winograd_transform", (low.lanes, gradient), groups * part.blocks * channels, v=v, listed=listed or 0,
+        "winograd_transform", (low.lanes, gradient), groups * part.blocks * channels, v=v, listed=kept or 0,
         channels=channels, tile_rows=part.rows, tile_columns=columns,
         x=x + part.block * layout.block + _TILE * part.row * layout.row, x_channel=layout.channel, x_row=layout.row,
         v_channel=channel, v_position=position, **(together if groups == 1 else apart),
