@@ -288,7 +288,7 @@ def _from_profile(profile: DeviceProfile, name: str) -> Table:
     recipe = asdict(profile.recipe)
     augment, _ = recipe.pop("augmentation"), recipe.pop("stream_recipe")
     training = {key: value for key, value in recipe.items() if value is not None and key not in METHODS}
-    threads = min(profile.threads, _usable_cores())
+    threads = min(profile.threads, len(os.sched_getaffinity(0)))
     limits = {"batch_size": profile.batch_size, "memory_budget_mib": float(profile.memory_budget_mib)}
     device = {"profile": name, "threads": threads, **limits}
     sections = {"model": {}, "data": {"augment": augment}, "device": device, "training": training}
@@ -362,10 +362,6 @@ def _kept_by_stream(file: Mapping[str, Any]) -> Table:
         return training
     has_peak = training.get("schedule", "constant") != "constant"
     return {"lr": training["lr"]} if "lr" in training and not has_peak else {}
-
-
-def _usable_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _given(flags: Mapping[str, Any]) -> Table:
