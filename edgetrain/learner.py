@@ -34,7 +34,7 @@ from edgetrain.graph import FixedNames, Graph, Normalization
 from edgetrain.history import EpochRecord, History, Position
 from edgetrain.kernels.registry import compile_kernels, working_clock
 from edgetrain.losses import log_softmax, sample_losses
-from edgetrain.lowering_products import whole_gradient
+from edgetrain.lowering_products import whole_gradient_name
 from edgetrain.optim import SGD, Optimizer
 from edgetrain.parameters import Parameters
 from edgetrain.plan import KernelKey, Plan
@@ -523,8 +523,8 @@ class Learner(NotCopied):
 
     def _end_step(self, executor: Executor) -> None:
         """Count a step that was taken; the topology may change after it."""
-        shapes = self.graph.values
-        self.topology.end_step(self.step_count, lambda name: executor.kept(whole_gradient(name), shapes[name].shape))
+        values = self.graph.values
+        self.topology.end_step(self.step_count, lambda n: executor.kept(whole_gradient_name(n), values[n].shape))
         self.step_count += 1
         self.graph.trained = True
 

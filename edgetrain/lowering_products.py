@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from edgetrain.ops.conv import Product
 
 
-def whole_gradient(weight: str) -> str:
+def whole_gradient_name(weight: str) -> str:
     """Return the name of the memory that keeps the gradient of all of a sparse product's weights."""
     return f"whole gradient:{weight}"
 
@@ -111,7 +111,7 @@ class ProductLowering(SparseLowering):
             yield self.address(node.y)
             return
         nbytes = 4 * index.size
-        whole = self.kept(whole_gradient(weight.name), nbytes) if self.whole_gradients else self.workspace(nbytes)
+        whole = self.kept(whole_gradient_name(weight.name), nbytes) if self.whole_gradients else self.workspace(nbytes)
         yield whole
         self._move(("gather_bits", "gather_sparse"), weight, g, values=self.address(node.y), dense=whole)
 
