@@ -1,6 +1,6 @@
 """What a training step did, and what each method saved. Plain numbers.
 
-Floor 0. Operations are multiply-accumulates of convolutions and fully connected layers, forward and backward.
+Operations are multiply-accumulates of convolutions and fully connected layers, forward and backward.
 """
 
 from __future__ import annotations

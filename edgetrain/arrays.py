@@ -1,6 +1,6 @@
 """Arrays at the door, and how samples lie in memory behind it.
 
-Floor 0. A ``Layout`` describes one batched value in lanes (docs/architecture.md,
+A ``Layout`` describes one batched value in lanes (docs/architecture.md,
 "One lane, one sample"): ``[blocks][channels][top + rows + bottom][left + columns +
 right][lanes]`` float32, the border being zeros.
 """

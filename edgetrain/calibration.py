@@ -1,6 +1,6 @@
 """The tiles that measuring found better than the rule on this machine, kept in the user's cache folder.
 
-One JSON file, made by ``edgetrain doctor --calibrate`` alone (``calibrate``). Its name has the fingerprint of the
+One JSON file, made by ``edgetrain doctor --calibrate`` alone (``bench_tiles``). Its name has the fingerprint of the
 compiled kernels: another processor, another version of edgetrain or Numba finds no calibration and goes by the rules.
 """
 

@@ -1,6 +1,6 @@
 """Checkpoints: everything a learner needs to go on exactly, in one file that survives a power cut.
 
-Floor 6. The file is safetensors (tensors and text, nothing executable); its one metadata entry holds JSON: the
+The file is safetensors (tensors and text, nothing executable); its one metadata entry holds JSON: the
 graph, the settings, the position in the data, the history, and a SHA-256 over all of it. A file is first written
 beside its destination, then synced and renamed, so the destination is always a whole file, old or new.
 """

@@ -3,7 +3,7 @@
 A tile is a block of accumulators kept in registers (channels x pixels, or channels x terms). The rules go by
 instruction set and by the product's sizes: AVX-512 and NEON have 32 vector registers, where 16 accumulators measured
 best of 4x4, 4x6, 6x4, 8x2, 2x8, 8x3 (docs/performance.md); AVX2 has 16, where 16 accumulators would spill. What the
-rules get wrong on a machine, ``edgetrain doctor --calibrate`` finds out (``calibrate``) and keeps (``calibration``).
+rules get wrong on a machine, ``edgetrain doctor --calibrate`` finds out (``bench_tiles``) and keeps (``calibration``).
 
 No tile changes a bit of any result: every accumulator adds the same numbers in the same order, whatever its
 neighbours are (a test compares all candidates). What would change results, direct products or Winograd's, dense

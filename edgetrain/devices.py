@@ -1,6 +1,6 @@
 """Device profiles: what a board can do, and how to train on it.
 
-Floor 2. A profile is one TOML file of ``edgetrain.device_profiles``; no board is named in code. The records
+A profile is one TOML file of ``edgetrain.device_profiles``; no board is named in code. The records
 below are its schema (see ``edgetrain.schema``). ``host`` is detected instead of read.
 """
 

@@ -1,6 +1,6 @@
 """Every exception that edgetrain raises on purpose.
 
-Floor 0: imports nothing. A message names the thing, the value found, what was
+A message names the thing, the value found, what was
 expected and the remedy. The command line maps ``exit_code`` to its exit status
 (see docs/architecture.md); a library user catches ``EdgetrainError``.
 """

@@ -1,6 +1,6 @@
 """The fit loop: epochs of training steps, their history, and going on exactly where a fit stopped.
 
-Floor 6. Nothing here prints or touches signals: a caller watches through callbacks and stops through
+Nothing here prints or touches signals: a caller watches through callbacks and stops through
 ``should_stop``.
 """
 

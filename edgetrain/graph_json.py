@@ -1,6 +1,6 @@
 """A graph's structure as JSON, so that a checkpoint can rebuild the network without the code that built it.
 
-Floor 6. Arrays of parameters are not part of it: they travel as tensors beside the JSON.
+Arrays of parameters are not part of it: they travel as tensors beside the JSON.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """What training has given so far: one record per epoch, and the sums of the running one.
 
-Floor 5. Plain numbers that survive JSON exactly.
+Plain numbers that survive JSON exactly.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """What this machine tells about itself in ``/proc`` and ``/sys``.
 
-Floor 0: standard library only. Knows files, not device profiles; every reader takes the root folder, so tests
+Standard library only. Knows files, not device profiles; every reader takes the root folder, so tests
 use a folder of their own. A file that is missing or unreadable is no error: its fact is then unknown.
 """
 

@@ -137,9 +137,9 @@ def keep_masks(train: Graph, forward_count: int) -> int:
 
 
 def keep_residual_masks(train: Graph, forward_count: int) -> int:
-    """Do the same for Relus that a normalisation with an addend does along the way.
+    """Do as ``keep_masks`` for Relus that are fused into a normalisation with an addend.
 
-    Usually the next product's weight gradient reads their output, too: this is for those that a policy has freed.
+    Usually the next product's weight gradient reads their output, too: this is for where a policy has ended that.
 
     Returns:
         How many nodes were added to the forward pass.

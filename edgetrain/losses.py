@@ -1,7 +1,4 @@
-"""Losses of samples from a network's outputs, as evaluation and instance filters need them. The gradient is compiled.
-
-Floor 0: NumPy only.
-"""
+"""Losses of samples from a network's outputs, for evaluation and instance filters; their gradients are compiled."""
 
 from __future__ import annotations
 

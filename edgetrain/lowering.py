@@ -1,7 +1,10 @@
 """What operators emit their kernel calls through: the one place that knows kernels' arguments and job sizes.
 
-Products (convolutions and fully connected layers) are in ``lowering_products.py``, buffers and rows in
-``lowering_core.py``; everything else is here.
+It is one class in several files, each the base of the next: buffers and rows (``lowering_core``), products on lists of
+weights (``lowering_sparse``), all products (``lowering_products``), pruned error maps and lists of vectors
+(``lowering_pruned``), lists of numbers (``lowering_elements``), exact zeros behind max pools (``lowering_pooled``),
+pruned gradients (``lowering_listed``). Everything else is here; ``lowering_channels`` has what differs with channels in
+the lanes.
 """
 
 from __future__ import annotations

@@ -52,11 +52,11 @@ class PrunedLowering(ProductLowering):
         self._choose(scores, node.y, g.channels_out)
 
     def in_stages(self, node: Node, channels: int, kept: Value, emit: Callable[..., None]) -> None:
-        """Call ``emit`` with the stages of a normalisation's gradient and their arguments for a choice of channels.
+        """Call ``emit`` with each stage of a normalisation's gradient whose sums tell which channels to choose.
 
-        They are chosen by the sums. Those of the last step get their input gradient along with their sums, while their
-        maps are in the cache, and those that the choice adds get it after it: the normalisations of ResNet-20 took
-        1.40 ms so and 1.54 when all waited for the choice (batch 32, keep 0.7, one thread).
+        First come the sums, and the input gradient of the channels chosen in the last step, whose maps are in the cache
+        then; next the choice; last the input gradient of the channels that are new in it. The normalisations of
+        ResNet-20 took 1.40 ms so and 1.54 when all waited for the choice (batch 32, keep 0.7, one thread).
         """
         scores, chosen = self.workspace(8 * channels), self.address(kept)
         if IMPORTANCE[node.get("importance")] == BY_CHANCE:  # needs no sums

@@ -1,8 +1,7 @@
 """From a graph to a table of kernel calls: layouts, shared memory, offsets, addresses.
 
-``Plan`` walks the nodes in order; every operator's ``lower`` emits rows through
-``Lowering`` (file ``lowering.py``). Afterwards the memory planner places the buffers
-and the rows become a program for the interpreter.
+``Lowering.run`` (file ``lowering.py``) walks the nodes in order; every operator's ``lower`` emits rows of a ``Plan``.
+``settle`` then places the buffers (``memory.place``), and ``bind`` makes of the rows a program for the interpreter.
 """
 
 from __future__ import annotations

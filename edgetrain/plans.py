@@ -110,7 +110,7 @@ class Plans:
         threads: of the team that runs the plans.
         whole_gradients: whether some training steps keep the gradients of weights that do not exist.
         rewrite: changes the training graph that autodiff made, told whether it may make lists of activations.
-        needs_lists: whether it must.
+        needs_lists: whether it must make them: then lanes hold samples.
         error_pruning: rewrites the training graph so that error maps are thinned out.
 
     Attributes:

@@ -1,6 +1,6 @@
 """Run folders: one folder per run with its configuration, measurements and checkpoints.
 
-Floor 7. A run folder holds
+A run folder holds
 
 - ``config.toml``: the effective configuration, every value that the run really used
 - ``environment.json``: the machine, the versions, and what the data looked like

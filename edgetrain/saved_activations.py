@@ -1,4 +1,4 @@
-"""Which operators to put where in a training graph so that saved activations lose what counts least: for SWAT.
+"""Rewrites of a training graph after which only the largest part of the saved activations is kept: for SWAT.
 
 A weight gradient reads lists of the kept numbers or vectors, or a copy of its input with zeros (``ops/pruning.py``).
 """
@@ -120,7 +120,7 @@ def _compress(train: TrainingGraph, node: Node, attributes: Mapping[str, Any]) -
 
 
 def _store(train: TrainingGraph, node: Node, attributes: Mapping[str, Any]) -> None:
-    """Let a weight gradient read a map with zeros of which the forward pass keeps a list."""
+    """Let a weight gradient read its input written out again, with zeros, from a list that the forward pass keeps."""
     graph, x = train.graph, train.again.get(node.x.name, node.x)
     lists, expanded = Value(f"{node.y.name}.lists", (1,), batched=False), Value(f"{node.y.name}.expanded", x.shape)
     graph.add_value(lists)

@@ -1,6 +1,6 @@
 """Checks a TOML table against a dataclass, and the numbers of a record, with messages a user can act on.
 
-Floor 1. A field's annotation says its type, and ``Annotated[int, Within(1, 8)]`` its range; a field without
+A field's annotation says its type, and ``Annotated[int, Within(1, 8)]`` its range; a field without
 default is required. Nested dataclasses are nested tables.
 """
 

@@ -1,6 +1,6 @@
 """The command line: flags to calls, results to text.
 
-Floor 8. ``app`` declares commands and flags and imports nothing heavy; every command imports its own file when it
+``app`` declares commands and flags and imports nothing heavy; every command imports its own file when it
 runs, so ``edgetrain --help`` needs neither NumPy nor Numba nor onnx. Exit codes: 0 done, 1 a verification
 disagreed, 2 usage, 3 bad model or data or numbers that are not finite, 4 over the memory budget, 5 interrupted with
 the state saved; 70 is a defect of edgetrain itself, 130 Ctrl-C in other commands than fit and resume.

@@ -1,6 +1,6 @@
 """Data sets: reading, checking, augmenting and batching.
 
-Floor 5: needs NumPy, the standard library and ``edgetrain.errors``; Pillow only for folders of images.
+Needs NumPy and the standard library; Pillow only for folders of images.
 """
 
 from __future__ import annotations

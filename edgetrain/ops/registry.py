@@ -2,7 +2,7 @@
 
 An operator keeps side by side everything the system asks about it: shape rule,
 meaning (NumPy), gradient, cost, borders it wants around its inputs, and the
-kernel calls that carry it out. Gradient operators (``ConvWeightGrad`` ...) are
+kernel calls that carry it out. Gradient operators (``ProductWeightGrad`` ...) are
 operators like all others; they exist only in training graphs.
 """
 
