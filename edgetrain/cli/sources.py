@@ -12,7 +12,7 @@ from edgetrain.checkpoint import load_checkpoint
 from edgetrain.cli.config import ARGUMENTS, Config
 from edgetrain.cli.output import parse_sizes
 from edgetrain.data import Dataset, available_splits, load_dataset
-from edgetrain.data.folder import class_folders
+from edgetrain.data.readers import is_image_folder
 from edgetrain.errors import DataError, UsageError
 from edgetrain.policies import NONE, parse_policy
 from edgetrain.runs import Run, open_run
@@ -246,7 +246,7 @@ def load_unlabelled(graph: Graph, source: str, split: str | None) -> Dataset:
         DataError, UsageError: the source is bad.
     """
     chosen = split or default_split(source)
-    options = _image_options(source, graph.input_shape)
+    options = image_options(source, graph.input_shape)
     return load_dataset(source, split=chosen, class_names=graph.class_names, **options)
 
 
@@ -289,11 +289,13 @@ def check_classes(graph: Graph, dataset: Dataset | InstanceSource) -> None:
         )
 
 
-def _image_options(source: str, shape: Shape) -> dict[str, Any]:
-    """Return how to bring a folder of images to the model's shape; other formats are taken as they are."""
-    folder = Path(source)
-    is_images = folder.is_dir() and bool(class_folders(folder)) and not any(folder.glob("*.bin"))
-    if not is_images or len(shape) != 3:
+def image_options(source: str, shape: Shape) -> dict[str, Any]:
+    """Return how to bring a folder of images to the model's shape; other formats are taken as they are.
+
+    Raises:
+        DataError: a folder of no known format.
+    """
+    if len(shape) != 3 or not (Path(source).is_dir() and is_image_folder(Path(source))):
         return {}
     return {"image_size": (shape[1], shape[2]), "channels": shape[0]}
 

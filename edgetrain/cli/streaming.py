@@ -8,7 +8,6 @@ import time
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
@@ -34,7 +33,14 @@ from edgetrain.cli.output import count, emit
 from edgetrain.cli.progress import CompileNotice, Display, resident_mib
 from edgetrain.cli.savings import account_of, account_text, itself, layers_of, savings_of
 from edgetrain.cli.signals import StopOnSignal
-from edgetrain.cli.sources import check_classes, check_several, image_size_of, make_learner, take_initial_weights
+from edgetrain.cli.sources import (
+    check_classes,
+    check_several,
+    image_options,
+    image_size_of,
+    make_learner,
+    take_initial_weights,
+)
 from edgetrain.cli.stream_lines import last_line, stream_line
 from edgetrain.data import Dataset, available_splits, load_dataset
 from edgetrain.data.batches import Batch
@@ -558,14 +564,11 @@ class StreamSession:
 
 def _test_data(config: Config, graph: Graph) -> Dataset | None:
     """Return the test data of a stream's source, if it has any, with images in the size that the network takes."""
-    from edgetrain.data.readers import is_image_folder
-
-    source, shape = config.data.source, graph.input_shape
+    source = config.data.source
     if source == STANDARD_INPUT or "test" not in available_splits(source):
         return None
-    if Path(source).is_dir() and is_image_folder(Path(source)):
-        return load_dataset(source, split="test", image_size=(shape[-2], shape[-1]), channels=shape[0])
-    return load_dataset(source, split="test")
+    options = image_options(source, graph.input_shape)
+    return load_dataset(source, split="test", class_names=graph.class_names or None, **options)
 
 
 def _can_predict(learner: Learner) -> bool:
