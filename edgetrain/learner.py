@@ -32,7 +32,7 @@ from edgetrain.fitting import Data, StepEvent, fit_loop
 from edgetrain.forking import ForkLock, NotCopied
 from edgetrain.graph import FixedNames, Graph, Normalization
 from edgetrain.history import EpochRecord, History, Position
-from edgetrain.kernels.registry import compile_kernels, working_clock
+from edgetrain.kernels.registry import compile_kernels, interpreter, working_clock
 from edgetrain.losses import log_softmax, sample_losses
 from edgetrain.lowering_products import whole_gradient_name
 from edgetrain.optim import SGD, Optimizer
@@ -509,6 +509,7 @@ class Learner(NotCopied):
             return
         with self._lock:
             self.training_plan()  # the budget first: compiling takes long
+            interpreter()
             compile_kernels(self.kernels())
             self._prepared = True
 

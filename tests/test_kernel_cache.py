@@ -9,6 +9,7 @@ import shutil
 import struct
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -269,6 +270,32 @@ def test_objects_need_nothing_but_the_c_library(built_in):
     assert "sched_yield" in needs
     assert needs <= LIBRARY_FUNCTIONS
     assert all(hasattr(ctypes.CDLL(None), name) for name in LIBRARY_FUNCTIONS)
+
+
+def test_steps_are_timed_without_the_wait_for_a_compiler():
+    """Of this thread, nested once, or of another one that compiles what all threads need."""
+
+    def waited(wait):
+        before, start = registry.working_clock(), time.perf_counter()
+        wait()
+        return registry.working_clock() - before, time.perf_counter() - start
+
+    def nested():
+        with registry._standing_clock(), registry._standing_clock():
+            time.sleep(0.2)
+
+    def behind_another():
+        with registry._LOCK:
+            thread.start()
+            time.sleep(0.2)
+        thread.join()
+
+    told = []
+    thread = threading.Thread(target=lambda: told.append(waited(registry.interpreter.__wrapped__)))
+    behind_another()
+    for worked, passed in (waited(nested), *told):
+        assert passed >= 0.19
+        assert worked < 0.1
 
 
 def test_code_that_needs_more_is_refused():
