@@ -81,7 +81,7 @@ class Pace:
         self._seconds: dict[int, float] = {}
 
     def took(self, seconds: float) -> None:
-        """Hear how long a run with ``threads`` threads took; ``threads`` is then what the next run should have."""
+        """Take note of the seconds of a run with ``threads`` threads, and set ``threads`` for the next one."""
         if self._all == 1:
             return
         self._long = self._long + 1 if seconds > _LONG else 0

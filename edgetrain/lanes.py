@@ -17,9 +17,9 @@ from edgetrain.ops import get_op
 from edgetrain.ops.conv import Product, ProductOp
 from edgetrain.ops.pooling import MaxPool
 
-# How long a vector of samples takes; 1 is a sample with channels in all lanes. Fitted to steps of five networks with
-# vectors of 4, 8 and 16 lanes (docs/lanes.md has what came of it): what skips takes longer with the root of its own
-# lanes and of the machine's.
+# What a vector of samples costs, where one sample with channels in all lanes costs 1. Fitted to steps of five networks
+# with vectors of 4, 8 and 16 lanes (docs/lanes.md has what came of it): what skips takes longer with the root of its
+# own lanes and of the machine's.
 _DIRECT, _SKIPPING = 0.84, 0.37
 # What a weight of a list takes, 1 is one of a dense product: 1.4 in DS-CNN, 2.2 in cnn1d, 2.4 in MobileNetV1 (batch 5
 # to 8, with a tenth and three tenths of the weights), and more, since little else of a step becomes shorter.

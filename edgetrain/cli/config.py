@@ -126,9 +126,9 @@ ARGUMENTS = {"filter": "instance_filter", "sparsity": "sparsity", "error_pruning
 METHODS = tuple(ARGUMENTS)
 # What --recipe names. "edge" is what measured best on streams whose data change and whose network knows the old ones
 # (docs/streams.md), so profiles of boards name it as their ``stream_recipe``, the default of fit --stream with trained
-# weights where the profile's own recipe skips nothing. A network that begins untrained has
-# everything to learn: after 60,000 instances seen once LeNet-5 had 76 % with edge, 86 % with all of them. Epochs from
-# scratch stay dense too: there no method clearly beat dense training for fewer steps at equal time
+# weights where the profile's own recipe skips nothing. It is not the default from scratch: a network that begins
+# untrained has everything to learn (of 60,000 instances seen once LeNet-5 had 76 % with edge, 86 % when it learned from
+# every one), and for epochs no method clearly beat dense training for fewer steps at equal time
 # (docs/learning_accuracy.md, docs/sparse_accuracy.md).
 # One filter for every network, which saves about 70 % of the operations. With rate=0.25 and power=1.25 LeNet-5
 # learned 5.7 and ResNet-8 7.4 points less of the rotated images than from everything, so 4.0 and 5.0 (other seeds than

@@ -277,8 +277,8 @@ class KeptShare:
     def level(self, count: int) -> float:
         """Return the share to keep of the next ``count``, which are decided about together.
 
-        More than ``_MAKE_UP`` at once make up for the surplus exactly: were it divided by ``_MAKE_UP``, they would make
-        up for more than there is, and blocks would in turn keep nearly nothing and nearly everything.
+        A block longer than ``_MAKE_UP`` makes up for the whole surplus and no more; otherwise blocks would in turn keep
+        nearly nothing and nearly everything.
         """
         return min(1.0, max(0.1 * self.rate, self.rate - self.surplus / max(_MAKE_UP, count)))
 

@@ -12,9 +12,9 @@ BY_ERROR, BY_ERROR_AND_WEIGHTS, BY_CHANCE = range(3)
 ABSENT = -(2**31)  # in place of a byte offset: this column of a sparse weight takes no part
 # Which part of a sparse weight only counts where its output channel is kept.
 ALL_COUNT, FLAGGED_ROWS, FLAGGED_COLUMNS = range(3)
-# What of a normalisation or of its gradient to compute: all; or the sums, and with them the input gradient of some
-# channels; or that of some channels from sums that are there. By blocks of samples: the sums of each block by itself;
-# or what follows from these; or the input gradient of some channels.
+# What of a normalisation or of its gradient to compute. WHOLE: all. SUMS: the sums, and the input gradient of some
+# channels. ERRORS: that of some channels, from sums that are there. By blocks of samples: PARTS: sums of each block;
+# REST: what follows from them; KEPT: the input gradient of some channels.
 WHOLE, SUMS, ERRORS, PARTS, REST, KEPT = range(6)
 
 # A program: bytes of a row; sync words, one cache line each so that spinning threads do not disturb their neighbours.
