@@ -219,6 +219,7 @@ class Learner(NotCopied):
                 tell what was done until then (``stream.InstanceStream``).
         """
         with self._lock:
+            self.stream.latest = None  # also where a check fails
             arrays = self._inputs(x)
             if len(arrays) > 1:
                 raise DataError(f"observe takes networks with one input, '{self.graph.name}' has {sorted(arrays)}")

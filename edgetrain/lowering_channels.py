@@ -41,7 +41,7 @@ _PLAIN = (
 # Of fully connected layers: vectors in registers, and samples that a tile takes at once.
 _ACCUMULATORS, _MOST_SAMPLES = 8, 4
 _ROWS_PER_JOB, _WORDS_PER_JOB = 16, 16
-_COPIES = ("ChannelSlice", "Concat", "Flatten", "Reshape")
+_COPIES = ("ChannelSlice", "Concat", "Flatten", "Pad", "Reshape")
 
 
 def fits(nodes: Sequence[Node]) -> bool:

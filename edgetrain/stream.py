@@ -139,7 +139,7 @@ class InstanceStream:
             return None
         done = _Done(working_clock(), Choice(np.zeros(0, bool), 0))
         try:
-            self._train_waiting(done, least=1)
+            _raise(self._train_waiting(done, least=1))
         finally:
             result = self._result(done)
             if observed:
@@ -197,9 +197,10 @@ class InstanceStream:
         done = _Done(start, choice, losses, hits)
         try:
             self._collect(x, y, choice.keep)
-            self._train_waiting(done, least=self._learner.batch_size)
+            interrupt = self._train_waiting(done, least=self._learner.batch_size, whole=not observed)
             if self._selector is not None:
                 done.lessons.append(self._selector.catch_up())
+            _raise(interrupt)
         finally:
             self.latest = result = self._result(done)
             if observed:
@@ -270,14 +271,24 @@ class InstanceStream:
         np.take(x, places, axis=0, out=images[waiting:], mode="clip")  # "raise", the default, takes a copy of its own
         self._x, self._y = images, np.concatenate([self._y, y[places]]) if waiting else y[places]
 
-    def _train_waiting(self, done: _Done, least: int) -> None:
-        """Train on micro-batches as long as at least so many instances wait; those of a step that fails are gone."""
-        x, y, last = self._x, self._y, 0
+    def _train_waiting(self, done: _Done, least: int, whole: bool = False) -> KeyboardInterrupt | None:
+        """Train on micro-batches as long as at least so many instances wait; those of a step that fails are gone.
+
+        Returns:
+            The interrupt (Ctrl-C) that struck a step which was taken, to be raised when the filter has learned from it,
+            too. With ``whole`` the other micro-batches come first: so a ``fit`` that is called again has done the same.
+        """
+        x, y, last, interrupt = self._x, self._y, 0, None
         try:
-            while len(y) - last >= least:
-                first, last = last, min(last + self._learner.batch_size, len(y))
-                batch = _checked(self._learner, x[first:last])
-                done.steps.append(self._learner.partial_fit(batch, y[first:last]))
+            while len(y) - last >= least and (whole or interrupt is None):
+                first, last, before = last, min(last + self._learner.batch_size, len(y)), self._learner.step_count
+                try:
+                    step = self._learner.partial_fit(_checked(self._learner, x[first:last]), y[first:last])
+                    done.steps.append(step)
+                except KeyboardInterrupt as struck:
+                    if self._learner.step_count == before:
+                        raise
+                    interrupt = struck
                 if self._selector is not None:
                     losses = _step_losses(self._learner, last - first)
                     done.lessons.append(self._selector.learn(x[first:last], y[first:last], losses))
@@ -285,6 +296,12 @@ class InstanceStream:
             if last:
                 # A copy of the rest: a view would keep every batch it was ever a part of alive.
                 self._x, self._y = x[last:].copy(), y[last:].copy()
+        return interrupt
+
+
+def _raise(interrupt: KeyboardInterrupt | None) -> None:
+    if interrupt is not None:
+        raise interrupt
 
 
 def _judge(learner: Learner) -> Judge:

@@ -56,6 +56,15 @@ def poison(trained: Learner) -> None:
         trained._parameters.view(name, "gradients")[...] = np.nan
 
 
+def assert_padding_is_zero(trained: Learner) -> None:
+    """Check that nothing stands between the arrays of gradients: the norm of clipping is that of the whole buffer."""
+    parameters = trained._parameters
+    flat = parameters.buffers["gradients"].astype(np.float64)
+    arrays = [parameters.view(name, "gradients").astype(np.float64) for name in trained.graph.trainable]
+    assert np.isfinite(flat).all()
+    assert (flat**2).sum() == pytest.approx(sum((array**2).sum() for array in arrays), rel=1e-6)
+
+
 def assert_close(got: Array, wanted: Array, tolerance: float, what: str = "") -> None:
     """Compare relative to the largest entry."""
     wanted = np.asarray(wanted)

@@ -362,6 +362,8 @@ def data_movement() -> Iterable[Case]:
     yield one("pad-nothing", (2, 4, 4), "Pad", pads=[0] * 8)
     yield one("pad-signal", (2, 6), "Pad", pads=[0, 1, 2, 0, 0, 3], value=-0.5)
     yield one("pad-vector", (6,), "Pad", pads=[0, 2, 0, -1])
+    yield Case("pad-channels-behind-convolution", (2, 5, 5), lambda net, x: net.Pad(
+        net.conv(x, 6, 2, 3, 3, pads=[1] * 4), pads=[0, 3, 0, 0, 0, 3, 0, 0]))  # fmt: skip
     yield Case("pad-before-convolution", (2, 5, 5), lambda net, x: net.conv(
         net.Pad(x, pads=[0, 0, 1, 0, 0, 1, 0, 1], value=0.5), 3, 3, 3, 3, pads=[1] * 4))  # fmt: skip
     yield Case("shortcut-option-a", (3, 6, 6), lambda net, x: net.Add(

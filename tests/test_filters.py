@@ -234,6 +234,26 @@ def test_settings_out_of_range_are_refused(kind, bad):
         kind(**bad)
 
 
+@pytest.mark.parametrize("power", [0, -1, 100.5, math.nan])
+def test_powers_that_leave_nothing_of_small_scores_are_refused(power):
+    with pytest.raises(UsageError, match=r"EarlyInstanceFilter: power=.*, expected above 0 and at most 100, or inf"):
+        et.EarlyInstanceFilter(power=power)
+    share = KeptShare(0.3)
+    assert share.probabilities(np.full(512, 0.01), 100.0).mean() == pytest.approx(0.3, abs=1e-3)
+
+
+def test_what_waits_for_a_label_and_cannot_be_predicted_is_left_out():
+    some = learner(et.EarlyInstanceFilter(rate=0.3, start=0, uncertain=1.0))
+    selector, (x, y, _) = some.stream._selector, instances(400)
+    some.observe(x[:40], y[:40])
+    selector._queue.add(np.full((1, *SHAPE), 3e38, np.float32), y[:1], np.ones(1), np.full(1, -1.0))
+    waited, results = selector._queue.count, [some.observe(x[i : i + 40], y[i : i + 40]) for i in range(40, 400, 40)]
+    assert waited > 1
+    assert selector._queue.count < 256
+    assert math.isfinite(selector.facts["threshold"])
+    assert sum(result.instances_uncertain for result in results) > 100
+
+
 @pytest.mark.parametrize("kind", [et.EarlyInstanceFilter, et.SelectiveBackprop, et.RandomFilter])
 def test_networks_with_several_inputs_are_refused_when_the_learner_is_made(kind):
     graph = Graph("two", input_shape=(4,))

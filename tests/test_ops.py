@@ -16,6 +16,7 @@ from edgetrain.plan import Ref
 from tests.engine import (
     assert_all_close,
     assert_close,
+    assert_padding_is_zero,
     assert_same,
     channel_learner,
     learner,
@@ -56,6 +57,7 @@ def test_channels_in_the_lanes_agree_with_the_twins(case, count):
     assert_all_close(made.gradients(x, y), wanted, TOLERANCE)
     poison(made)
     assert_all_close(made.gradients(x, y), wanted, TOLERANCE)
+    assert_padding_is_zero(made)
     assert made.partial_fit(x, y).loss == pytest.approx(loss, rel=TOLERANCE)
     alone = channel_learner(graph, loss=case.loss, label_smoothing=case.label_smoothing)
     alone.partial_fit(x, y)

@@ -212,6 +212,44 @@ def test_a_step_that_fails_leaves_consistent_books(predict):
     assert (some.step_count, some.stream.waiting, some.stream.position) == (3, 7, 71)
 
 
+def struck_at(some: et.Learner, step: int) -> et.Learner:
+    """Raise an interrupt behind the step of that number, as the executor does after Ctrl-C in the middle of a step."""
+    partial_fit = some.partial_fit
+
+    def stub(x, y):
+        result = partial_fit(x, y)
+        if some.step_count == step:
+            some.partial_fit = partial_fit
+            raise KeyboardInterrupt
+        return result
+
+    some.partial_fit = stub
+    return some
+
+
+@pytest.mark.parametrize("kind", [et.RandomFilter, et.SelectiveBackprop, et.EarlyInstanceFilter])
+@pytest.mark.parametrize("step", [1, 2, 3, 5, 8])
+def test_a_fit_that_an_interrupt_strikes_goes_on_exactly(kind, step):
+    data = instances(640)[:2]
+    some, other = (learner(kind(rate=0.5, start=100)) for _ in range(2))
+    other.fit(data, epochs=2)
+    with pytest.raises(KeyboardInterrupt):
+        struck_at(some, step).fit(data, epochs=2)
+    some.fit(data, epochs=2)
+    assert some.step_count == other.step_count
+    for name, array in other.parameters().items():
+        np.testing.assert_array_equal(some.parameters()[name], array)
+
+
+def test_what_waits_when_an_interrupt_strikes_a_stream_is_learned_from_later():
+    some, (x, y, _) = struck_at(learner(), 2), instances(70)
+    with pytest.raises(KeyboardInterrupt):
+        some.observe(x, y)
+    assert (some.step_count, some.stream.waiting, some.stream.position) == (2, 38, 70)
+    some.observe(x[:1], y[:1])
+    assert (some.step_count, some.stream.waiting) == (4, 7)
+
+
 def test_a_flush_that_fails_leaves_consistent_books():
     some, (x, y, _) = failing_at(failing_at(learner(), 1), 0), instances(50)
     with pytest.raises(NumericalError):
@@ -257,6 +295,10 @@ def test_bad_instances_are_refused_at_the_door():
     with pytest.raises(DataError, match="label 9"):
         some.observe(x, y + 9)
     assert some.stream.position == 0
+    some.observe(x, y)
+    with pytest.raises(DataError):
+        some.observe(x * np.nan, y)
+    assert some.stream.latest is None, "what failed did nothing"
 
 
 def test_a_dropped_learner_is_freed_at_once():

@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgetrain.arrays import Checked
-from edgetrain.errors import UsageError
+from edgetrain.errors import NumericalError, UsageError
 from edgetrain.filters.base import (
     Choice,
     Floats,
@@ -70,8 +70,8 @@ class EarlyInstanceFilter(InstanceFilter):
     Attributes:
         rate, start: as ``InstanceFilter``; while everything passes the filter learns already.
         uncertain: share of the rejected instances that get a forward pass of the main network for a label.
-        power: instances are kept with a probability proportional to this power of the score; infinity keeps exactly
-            those above a threshold. More finds more of a new condition and forgets more of what was known.
+        power: instances are kept with a probability proportional to this power of the score, at most 100; infinity
+            keeps exactly those above a threshold. More finds more of a new condition and forgets more of the old ones.
         labels: "soft" or "hard", see the head of this file.
         lr: learning rate of the tiny network (SGD, momentum 0.9).
         cells, hidden: cells per side of the pooled image, width of the hidden layer; ``None`` derives them.
@@ -97,7 +97,8 @@ class EarlyInstanceFilter(InstanceFilter):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.require_number("uncertain", lambda u: 0 <= u <= 1, "0 to 1: a share of the rejected instances")
-        self.require_number("power", lambda power: power > 0, "a number above 0")
+        # Larger powers of small scores are 0 in float64, and then nothing or everything is kept.
+        self.require_number("power", lambda p: 0 < p <= 100 or p == math.inf, "above 0 and at most 100, or inf")
         self.require("labels", self.labels in ("soft", "hard"), "'soft' or 'hard'")
         self.require_number("lr", lambda lr: 0 < lr < 10, "a number above 0 and below 10")
         for key in ("cells", "hidden"):
@@ -207,7 +208,10 @@ class _Early(Selector):
         unknown = losses == _UNKNOWN
         uncertain = int(unknown.sum())
         if uncertain:
-            losses[unknown] = self._judge.losses(x[unknown], y[unknown])
+            try:
+                losses[unknown] = self._judge.losses(x[unknown], y[unknown])
+            except NumericalError as error:
+                return self._without(np.flatnonzero(unknown)[list(error.samples)], error, (x, y, weights, losses))
         self._follow(losses, weights)
         if self.settings.labels == "soft":
             target = losses / (losses + self._threshold)
@@ -217,6 +221,18 @@ class _Early(Selector):
             weights = weights / np.where(target > 0, rate, max(1 - rate, _LEAST))
         step = self._train(x, target, weights / weights.mean())
         return Lesson(uncertain, uncertain * self._judge.executed() + step.macs_done)
+
+    def _without(self, bad: NDArray[np.intp], error: NumericalError, columns: tuple[NDArray[Any], ...]) -> Lesson:
+        """Take the step without samples that the main network cannot predict: they came in earlier calls.
+
+        Raises:
+            NumericalError: it can predict none, as its parameters are to blame.
+        """
+        if not len(bad):
+            raise error
+        rest = [np.delete(column, bad, axis=0) for column in columns]
+        lesson = self._lesson(*rest) if len(rest[0]) else Lesson()
+        return Lesson(lesson.uncertain + len(bad), lesson.macs + len(bad) * self._judge.executed())
 
     def kernels(self) -> list[tuple[str, tuple[int, ...]]]:
         """Return the kernels of the tiny network."""
