@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import struct
+import subprocess
+import sys
 import zlib
 from pathlib import Path
 
@@ -77,9 +80,42 @@ def test_folders_with_some_classes_of_a_model_have_its_labels(capsys, tmp_path, 
     assert min(accuracies) > 0.9
     assert run(capsys, "fit", "--model", "model.onnx", "--data", "some", *flags)[0] == 0
     assert run(capsys, "fit", "--stream", "--model", "model.onnx", "--data", "some", "--quiet")[0] == 0
+    Path("model.onnx").unlink()  # a run has what it needs
+    assert run(capsys, "resume", "runs/fit-2", "--epochs", "21", "--quiet")[0] == 0
     for folder in ("fit-2", "fit-3"):
         _, out, _ = run(capsys, "evaluate", f"runs/{folder}", "--data", "some", "--json")
         assert json.loads(out)["accuracy"] > 0.9
+
+
+def test_folders_with_more_than_the_numbered_classes_of_a_model_are_refused(inside, capsys, tmp_path):
+    """By their places in the folder "10" would be class 0."""
+    for names, code in ((("2", "7"), 0), (("2", "7", "10"), 3), (("cat", "dog"), 0)):
+        folder = tmp_path / "-".join(names)
+        for name in names:
+            (folder / name).mkdir(parents=True)
+            Image.fromarray(np.zeros((28, 28), np.uint8)).save(folder / name / "a.png")
+        found, _, told = run(capsys, "evaluate", "runs/fit-1", "--data", folder)
+        assert found == code
+        assert ("'10' is none of them: remove or rename it" in told) == (code == 3)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+def test_names_that_are_no_text_end_no_command(inside, encoding, tmp_path):
+    name = b"\xff.png"
+    Image.fromarray(np.zeros((28, 28), np.uint8)).save(tmp_path / "a.png")
+    (tmp_path / "a.png").rename(Path(os.fsdecode(bytes(tmp_path) + b"/" + name)))
+    command = [sys.executable, "-m", "edgetrain", "predict", "runs/fit-1", str(tmp_path)]
+    environment = os.environ | {"PYTHONIOENCODING": encoding, "PYTHONPATH": str(Path(__file__).parents[1])}
+    done = subprocess.run(command, capture_output=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    assert (name if encoding == "utf-8" else b"?.png") in done.stdout
+
+
+def test_an_error_is_one_line_whatever_it_names(capsys, tmp_path):
+    code, _, told = run(capsys, "evaluate", tmp_path / "a\nb.onnx")
+    assert code == 3
+    assert told.count("\n") == 1
+    assert r"a\nb.onnx" in told
 
 
 def test_predict_of_an_array_file(inside, capsys, tmp_path):

@@ -9,6 +9,7 @@ import math
 import os
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import termios
@@ -97,6 +98,61 @@ def test_a_signal_saves_the_stream(inside, capsys, tmp_path):
     code, _, _ = run(capsys, "resume", tmp_path / "fit-1", "--quiet")
     assert code == 0
     assert_same_result(tmp_path / "fit-1", inside / "runs/fit-1")
+
+
+def test_a_stream_that_is_stopped_behind_its_last_block_has_all_rows(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    x, y = np.random.default_rng(0).integers(0, 256, (70, 1, 16, 16), np.uint8), np.arange(70) % 2
+    np.savez("a.npz", x=x, y=y)
+    flags = ["fit", "--stream", "--data", "a.npz", "--threads", "1", "--batch-size", "8", "--quiet"]
+    assert run(capsys, *flags)[0] == 0
+    after = StreamSession._after
+
+    def struck(self, count):
+        after(self, count)
+        if self.learner.stream.position == 70:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(StreamSession, "_after", struck)
+    assert run(capsys, *flags)[0] == 5
+    monkeypatch.setattr(StreamSession, "_after", after)
+    assert run(capsys, "resume", "runs/fit-2", "--quiet")[0] == 0
+    assert_same_result(Path("runs/fit-2"), Path("runs/fit-1"))
+
+
+def test_a_stream_that_has_shrunk_is_refused(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    x, y = np.random.default_rng(0).integers(0, 256, (64, 1, 16, 16), np.uint8), np.arange(64) % 2
+    np.savez("a.npz", x=x, y=y)
+    assert run(capsys, "fit", "--stream", "--data", "a.npz", "--threads", "1", "--quiet")[0] == 0
+    np.savez("a.npz", x=x[:20], y=y[:20])
+    code, _, told = run(capsys, "resume", "runs/fit-1")
+    assert code == 3
+    assert "stream 'a' has 20 instances, but 64 were learned from; bring the old data back" in told
+
+
+def test_a_stream_of_a_trained_network_may_lack_classes(capsys, tmp_path, monkeypatch):
+    """Also of one whose classes have no names, and in formats that are read whole."""
+    monkeypatch.chdir(tmp_path)
+    graph = et.models.lenet5()
+    et.Learner(graph).export_onnx("model.onnx")
+    images, labels = np.zeros((20, 28, 28), np.uint8), np.array([3, 7] * 10, np.uint8)
+    Path("idx").mkdir()
+    for name, numbers in (("images-idx3", images), ("labels-idx1", labels)):
+        header = struct.pack(f">I{numbers.ndim}I", 0x800 + numbers.ndim, *numbers.shape)
+        Path(f"idx/train-{name}-ubyte").write_bytes(header + numbers.tobytes())
+    for flags in (["--stream"], ["--epochs", "1"]):
+        assert run(capsys, "fit", *flags, "--data", "idx", "--model", "model.onnx", "--quiet")[0] == 0
+    assert run(capsys, "fit", "--stream", "--data", "idx", "--quiet")[0] == 3
+
+
+def test_class_names_of_a_stream_are_looked_at_before_it_begins(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    np.savez("a.npz", x=np.zeros((9, 8, 8), np.uint8), y=np.arange(9) % 3, class_names=["a", "b", "b"])
+    code, _, told = run(capsys, "fit", "--stream", "--data", "a.npz")
+    assert code == 3
+    assert "class name 'b' appears twice" in told
+    assert not Path("runs").exists()
 
 
 def test_a_stream_whose_classes_have_other_names_than_the_network_is_refused(capsys, tmp_path, monkeypatch):

@@ -9,6 +9,7 @@ the state saved; 70 is a defect of edgetrain itself, 130 Ctrl-C in other command
 from __future__ import annotations
 
 import io
+import re
 import sys
 import traceback
 from collections.abc import Sequence
@@ -35,13 +36,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     debug = "--debug" in given
     given = [argument for argument in given if argument != "--debug"]
     for stream in (sys.stdout, sys.stderr):
-        # A name that the terminal cannot show must not end a training.
-        if isinstance(stream, io.TextIOWrapper) and stream.encoding.lower().replace("-", "") != "utf8":
-            stream.reconfigure(errors="replace")
+        # A name that the terminal cannot show, or that is no UTF-8, must not end a training.
+        if isinstance(stream, io.TextIOWrapper):
+            is_utf8 = stream.encoding.lower().replace("-", "") == "utf8"
+            stream.reconfigure(errors="surrogateescape" if is_utf8 else "replace")
     try:
         app(given, prog_name="edgetrain")
     except Exception as error:
         message, exit_code = _described(error)
+        message = re.sub(r"[\x00-\x1f\x7f]", lambda found: repr(found[0])[1:-1], message)  # one line, whatever it names
         write_line("".join(traceback.format_exception(error)).rstrip() if debug else message, sys.stderr)
         sys.exit(exit_code)
 

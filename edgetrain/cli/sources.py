@@ -28,14 +28,18 @@ if TYPE_CHECKING:
 HELD_OUT = 0.1
 
 
-def load_splits(config: Config) -> tuple[Dataset, Dataset, str]:
+def load_splits(config: Config, class_names: tuple[str, ...] | None) -> tuple[Dataset, Dataset, str]:
     """Return training data, validation data, and what the latter is called: "test", "validation" or "held-out".
+
+    Args:
+        config: of the run.
+        class_names: of the network that goes on; ``None`` where one is built for the classes of the data.
 
     Raises:
         DataError, UsageError: the source is bad.
     """
-    source, names = config.data.source, _known_classes(config)
-    options: dict[str, Any] = {"image_size": image_size_of(config), "class_names": names}
+    source = config.data.source
+    options: dict[str, Any] = {"image_size": image_size_of(config), "class_names": class_names}
     training = load_dataset(source, split="train", **options)
     splits = available_splits(source)
     for name in ("test", "validation"):
@@ -44,12 +48,20 @@ def load_splits(config: Config) -> tuple[Dataset, Dataset, str]:
     return (*training.split(1 - HELD_OUT, config.training.seed), "held-out")
 
 
-def _known_classes(config: Config) -> tuple[str, ...] | None:
-    """Return the classes of the network that a run goes on with; ``None`` where it is built for those of the data."""
+def brings_network(config: Config) -> bool:
+    """Whether a run begins with the network of an .onnx file; any other is built for the data."""
+    return config.model.name.lower().endswith(".onnx")
+
+
+def classes_of_file(config: Config) -> tuple[str, ...] | None:
+    """Return the classes of the network that a new run begins with, for ``load_splits``.
+
+    Raises:
+        ModelError: the .onnx file is bad.
+    """
     from edgetrain.catalog import build_model
 
-    name = config.model.name
-    return build_model(name).class_names if name.lower().endswith(".onnx") else None
+    return build_model(config.model.name).class_names if brings_network(config) else None
 
 
 def image_size_of(config: Config) -> tuple[int, int] | None:
@@ -90,7 +102,7 @@ def make_graph(config: Config, data: Dataset) -> Graph:
     from edgetrain.catalog import build_model
 
     name = config.model.name
-    if name.lower().endswith(".onnx"):
+    if brings_network(config):
         return build_model(name)
     check_several(data.class_names, data.name)
     channels, height, width = data.input_shape
@@ -276,16 +288,22 @@ def check_several(class_names: tuple[str, ...], source: str) -> None:
 def check_classes(graph: Graph, dataset: Dataset | InstanceSource) -> None:
     """Refuse data whose classes are named differently: label 3 would mean something else.
 
+    Numbers are no names: labels without any mean the model's classes in their order, and any names will do for a model
+    that has none, unless some are its numbers.
+
     Raises:
         DataError: the names differ.
     """
     known, found = graph.class_names, dataset.class_names
     numbers = tuple(str(label) for label in range(len(found)))
-    if known and found != known and found != numbers and known != tuple(map(str, range(len(known)))):
+    unnamed = known == tuple(map(str, range(len(known)))) and not set(found) & set(known)
+    if known and found not in (known, numbers) and not unnamed:
         kind = "data set" if isinstance(dataset, Dataset) else "stream"
+        more = [name for name in found if name not in known]
+        advice = f"{more[0]!r} is none of them: remove or rename it" if more else "use data with them in this order"
         raise DataError(
             f"{kind} '{dataset.name}' has the classes {', '.join(found)}, but the model was trained on "
-            f"{', '.join(known)}; use data with the same classes in the same order"
+            f"{', '.join(known)}; {advice}"
         )
 
 

@@ -109,11 +109,16 @@ def _taken_up(run: Run, config: Config, display: Display, stop: StopOnSignal, be
         learner = load_checkpoint(run.last)
         learner.threads = config.device.threads
         learner.prepare()
-    source = stream_source(config, learner.graph)
+    source, position = stream_source(config, learner.graph), learner.stream.position
+    if source.count is not None and position > source.count:
+        raise DataError(
+            f"stream '{source.name}' has {count(source.count, 'instance')}, but {position:,} were learned from; bring "
+            "the old data back, or start a new run with: edgetrain fit --stream"
+        )
     session = StreamSession(run, learner, config, display, stop, source, began, judges=run.comparison() != "")
     if run.status() == "failed":
-        session.failed_at = learner.stream.position
-    session.rows = run.keep_metrics(learner.stream.position - learner.history.running.instances_seen)
+        session.failed_at = position
+    session.rows = run.keep_metrics(position - learner.history.running.instances_seen)
     return session
 
 
@@ -235,7 +240,9 @@ class StreamSession:
         Raises:
             InterruptedRunError: a signal asked to stop; what ``train`` raises, too.
         """
-        if not self.is_over:
+        if self.is_over:
+            self._end()  # the run may have been stopped between the last block and its row
+        else:
             self.train()
         self.conclude()
         heed_stop(self)
@@ -568,7 +575,7 @@ def _test_data(config: Config, graph: Graph) -> Dataset | None:
     if source == STANDARD_INPUT or "test" not in available_splits(source):
         return None
     options = image_options(source, graph.input_shape)
-    return load_dataset(source, split="test", class_names=graph.class_names or None, **options)
+    return load_dataset(source, split="test", class_names=graph.class_names, **options)
 
 
 def _can_predict(learner: Learner) -> bool:

@@ -31,7 +31,9 @@ from edgetrain.cli.progress import CompileNotice, Display, choose_display, resid
 from edgetrain.cli.savings import account_of, account_text, itself, layers_of, savings_of
 from edgetrain.cli.signals import StopOnSignal
 from edgetrain.cli.sources import (
+    brings_network,
     check_classes,
+    classes_of_file,
     describe_data,
     load_splits,
     make_graph,
@@ -67,7 +69,7 @@ def fit_command(flags: Mapping[str, Any]) -> None:
         if config.stream.enabled:
             fit_stream(flags, config, profile, display, began)
             return
-        training, validation, held_out = load_splits(config)
+        training, validation, held_out = load_splits(config, classes_of_file(config))
         learner = _new_learner(config, training, validation, profile, display)
         with StopOnSignal(display) as stop:
             run = create_run(flags["out"], "fit")
@@ -143,7 +145,9 @@ def _resumed(run: Run, before: Config, config: Config, display: Display, began: 
     Raises:
         UsageError, DataError: it cannot.
     """
-    training, validation, held_out = load_splits(config)
+    # Those of the checkpoint, as an .onnx file may be gone by now, or be another one.
+    names = read_checkpoint(run.last)[1]["graph"]["class_names"] if brings_network(config) else None
+    training, validation, held_out = load_splits(config, None if names is None else tuple(names))
     _check_same_data(run, training, validation)
     _refuse_finished(run, config)
     learner = _taken_up(run, config, display)
@@ -163,9 +167,9 @@ def _taken_up(run: Run, config: Config, display: Display) -> Learner:
         learner = load_checkpoint(run.last)
         learner.threads = config.device.threads
         learner.prepare()
-    _renew_best(run, learner)
     # A finished run that gets more epochs goes on as if it had been asked for them from the start.
     learner.history.finished = False
+    _renew_best(run, learner)
     run.write_config(config.to_dict())
     run.write_metrics(learner.history.epochs)
     return learner

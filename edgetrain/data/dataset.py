@@ -49,7 +49,7 @@ class Dataset:
         """Check everything once, here, so that no later floor has to."""
         try:
             check_images(self.images)
-            _check_class_names(self.class_names)
+            check_class_names(self.class_names)
             check_labels(self.labels, len(self.images), self.class_names)
             if not self.allow_missing_classes:
                 _check_no_empty_class(self.labels, self.class_names)
@@ -188,7 +188,12 @@ def _share(fraction: float, count: int) -> int:
     return min(max(round(fraction * count), 1), max(count - 1, 1))
 
 
-def _check_class_names(names: tuple[str, ...]) -> None:
+def check_class_names(names: tuple[str, ...]) -> None:
+    """Refuse names that are no distinct strings.
+
+    Raises:
+        DataError: they are not.
+    """
     if not isinstance(names, tuple) or not names or not all(isinstance(name, str) for name in names):
         raise DataError(f"class_names is {names!r}, expected a tuple of at least one string")
     if len(set(names)) < len(names):

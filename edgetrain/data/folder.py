@@ -154,7 +154,7 @@ def _expected_folders(path: Path, class_names: Sequence[str] | None) -> dict[str
         raise DataError(f"{path}: no sub-folder, expected one sub-folder of images per class")
     for name, folder in folders.items():
         if class_names is not None and name not in class_names:
-            raise DataError(f"{folder}: class {name!r} is not in the training split; found there: {class_names}")
+            raise DataError(f"{folder}: class {name!r} is none of {', '.join(class_names)}; remove or rename it")
         if not image_files(folder):
             suffixes = " ".join(sorted(IMAGE_SUFFIXES))
             raise DataError(f"{folder}: no image, expected files in {suffixes}; fill or remove the folder")

@@ -45,7 +45,7 @@ from numpy.typing import NDArray
 
 from edgetrain.data.checks import naming
 from edgetrain.data.convert import images_from, labels_from
-from edgetrain.data.dataset import Dataset, check_labels
+from edgetrain.data.dataset import Dataset, check_class_names, check_labels
 from edgetrain.data.folder import class_folders, image_files, matched_classes, read_image
 from edgetrain.data.images import check_images
 from edgetrain.data.npz import DAMAGED, opened, read_npz, split_keys, stored_class_names
@@ -100,7 +100,7 @@ class InstanceSource(ABC):
 
 
 def open_stream(
-    source: str, graph_shape: Shape, graph_classes: int, class_names: tuple[str, ...] = (),
+    source: str, graph_shape: Shape, graph_classes: int, class_names: tuple[str, ...] | None = None,
     image_size: tuple[int, int] | None = None,
 ) -> InstanceSource:  # fmt: skip
     """Return the instances of a source.
@@ -109,7 +109,8 @@ def open_stream(
         source: "-" for standard input, or what ``load_dataset`` takes.
         graph_shape: of the network's input; images in folders are resized to it. Empty: to the size of the first one.
         graph_classes: number of the network's outputs.
-        class_names: of the network, for names as labels on standard input and as those of folders.
+        class_names: of the network, for names as labels on standard input and as those of folders; ``None`` where one
+            is still to be built for the classes of the source.
         image_size: (H, W) in pixels to resize to instead; folders of images only.
 
     Raises:
@@ -122,13 +123,13 @@ def open_stream(
             raise UsageError("standard input is closed, expected instances from it; redirect it, or name a file")
         if image_size is not None:
             raise UsageError("standard input: image_size is for folders of images, the network decides; leave it out")
-        return _JsonLines(0, graph_shape, graph_classes, class_names)
+        return _JsonLines(0, graph_shape, graph_classes, class_names or ())
     if image_size is None and path.suffix == ".npz" and "train" in (split_keys(path) if path.is_file() else ()):
         return _Npz(path)
     if path.is_dir() and available_splits(source) and is_image_folder(path):
         folder = path / "train" if _has_classes(path / "train") else path
         return _Folder(folder, graph_shape, image_size, matched_classes(folder, class_names))
-    return _Whole(load_dataset(source, image_size=image_size, class_names=class_names or None))
+    return _Whole(load_dataset(source, image_size=image_size, class_names=class_names))
 
 
 def _has_classes(folder: Path) -> bool:
@@ -170,6 +171,7 @@ class _Npz(InstanceSource):
         shape = (channels, *space) if len(space) == 2 else (channels, 1, *space)
         with naming(path):
             class_names = stored_class_names(names, np.array([largest]))
+            check_class_names(class_names)
         super().__init__(path.stem, shape, class_names, count)
 
     def blocks(
