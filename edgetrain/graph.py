@@ -171,6 +171,7 @@ class Graph:
         normalization: input normalisation that belongs to the model, or ``None``.
         class_names: labels of the outputs, empty when unknown.
         softmax_output: whether users of the model get probabilities: the exported file ends in Softmax.
+        log_softmax_output: whether they get their logarithms: it ends in LogSoftmax.
 
     Example:
         >>> graph = Graph("tiny", input_shape=(3,))
@@ -193,7 +194,7 @@ class Graph:
         self.densities: dict[str, float] = {}
         self.normalization: Normalization | None = None
         self.class_names: tuple[str, ...] = ()
-        self.softmax_output = False
+        self.softmax_output = self.log_softmax_output = False
         if input_shape is not None:
             self.add_input(input_name, input_shape)
 
@@ -299,7 +300,7 @@ class Graph:
         twin.arrays = {name: a if share or is_placeholder(a) else a.copy() for name, a in self.arrays.items()}
         twin.trainable, twin.trained, twin.densities = set(self.trainable), self.trained, dict(self.densities)
         twin.normalization, twin.class_names = self.normalization, self.class_names
-        twin.softmax_output = self.softmax_output
+        twin.softmax_output, twin.log_softmax_output = self.softmax_output, self.log_softmax_output
         return twin
 
     def producer(self, value: str) -> Node | None:

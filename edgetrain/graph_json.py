@@ -38,6 +38,7 @@ def graph_to_dict(graph: Graph) -> dict[str, Any]:
         },
         "class_names": list(graph.class_names),
         "softmax_output": graph.softmax_output,
+        "log_softmax_output": graph.log_softmax_output,
         "trained": graph.trained,
     }  # fmt: skip
 
@@ -60,6 +61,7 @@ def graph_from_dict(table: Mapping[str, Any], arrays: Mapping[str, NDArray[np.fl
         graph.normalization = _normalization(table["normalization"])
         graph.class_names = tuple(table["class_names"])
         graph.softmax_output = bool(table["softmax_output"])
+        graph.log_softmax_output = bool(table.get("log_softmax_output", False))  # unknown before 2026-11
         graph.trained = bool(table.get("trained", False))  # not in files from before it was kept
     except (KeyError, TypeError, ValueError) as error:
         raise GraphError(f"stored graph: {error!r} while rebuilding it; the file is damaged") from error

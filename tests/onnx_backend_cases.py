@@ -91,7 +91,8 @@ class Case:
         samples = max(1, len(next(iter(data.values()))))
         learner = et.Learner(graph, batch_size=min(samples, 8), seed=0)
         y = learner.logits(data if len(data) > 1 else next(iter(data.values())))
-        return [_softmax(y) if graph.softmax_output else y]
+        probabilities = _softmax(y) if graph.softmax_output or graph.log_softmax_output else y
+        return [np.log(probabilities) if graph.log_softmax_output else probabilities]
 
 
 def _softmax(y: Array) -> Array:

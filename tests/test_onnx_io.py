@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 import edgetrain as et
+from edgetrain.checkpoint import load_checkpoint
 from edgetrain.errors import ModelError, UsageError
 from edgetrain.graph import Graph, Normalization
 from edgetrain.onnx_io import load_onnx, save_onnx
@@ -148,6 +149,44 @@ def test_softmax_at_the_end_is_taken_off(exported: Callable[[str, str], Exported
     graph = load_onnx(exported("softmax", "dynamo").path)
     assert graph.softmax_output
     assert graph.nodes[-1].op_type == "Gemm"
+
+
+def test_log_softmax_at_the_end_is_taken_off_and_comes_back(tmp_path: Path) -> None:
+    """As PyTorch's MNIST example ends; checkpoints know it, too."""
+    text = "(float[N,3] x) => (float[N,2] y) { z = Gemm(x, w, b) y = LogSoftmax<axis = 1>(z) }"
+    rng = np.random.default_rng(0)
+    model = net(text, w=rng.normal(size=(3, 2)).astype(np.float32), b=rng.normal(size=2).astype(np.float32))
+    graph, x = load_onnx(model), rng.normal(size=(4, 3)).astype(np.float32)
+    assert [node.op_type for node in graph.nodes] == ["Gemm"]
+    assert (graph.softmax_output, graph.log_softmax_output) == (False, True)
+    learner = et.Learner(graph, batch_size=4, threads=1)
+    learner.save(tmp_path / "a.safetensors")
+    load_checkpoint(tmp_path / "a.safetensors").export_onnx(tmp_path / "m.onnx")
+    onnx.save(model, tmp_path / "first.onnx")
+    np.testing.assert_allclose(run(tmp_path / "m.onnx", x), run(tmp_path / "first.onnx", x), rtol=1e-5, atol=1e-6)
+    again = load_onnx(tmp_path / "m.onnx")
+    assert (again.softmax_output, again.log_softmax_output) == (False, True)
+
+
+def test_a_bias_of_one_output_is_trained() -> None:
+    """As Keras writes ``Dense(1)``; a number without an axis is no bias."""
+    text = "(float[N,3] x) => (float[N,1] y) { z = MatMul(x, w) y = Add(z, b) }"
+    assert load_onnx(net(text, w=ones(3, 1), b=ones(1))).trainable == {"w", "b"}
+    assert load_onnx(net(text, w=ones(3, 1), b=ones())).trainable == {"w"}
+
+
+def test_numbers_of_a_sample_are_repeated_as_squeeze_and_excite_does() -> None:
+    text = """(float[N,3,4,5] x) => (float[N,3,4,5] y) {
+        s = GlobalAveragePool(x) n = Shape(x) e = Expand(s, n) y = Mul(x, e) }"""
+    x = np.random.default_rng(0).normal(size=(2, 3, 4, 5)).astype(np.float32)
+    np.testing.assert_allclose(evaluate(load_onnx(net(text)), x), x * x.mean((2, 3), keepdims=True), rtol=1e-5)
+
+
+def test_a_constant_is_cast_as_a_value_of_the_network() -> None:
+    """As PyTorch's exporter writes bounds and biases where it does not optimise."""
+    text = "(float[N,5] x) => (float[N,5] y) { d = CastLike(c, x) y = Add(x, d) }"
+    graph, x = load_onnx(net(text, c=np.arange(5))), ones(2, 5)
+    np.testing.assert_allclose(evaluate(graph, x), x + np.arange(5))
 
 
 def test_external_data_beside_the_file(exported: Callable[[str, str], Exported], tmp_path: Path) -> None:

@@ -99,10 +99,11 @@ def build_model(
         nodes += more_nodes
         tensors += more_tensors
     outputs = [_described(graph.values[name]) for name in graph.outputs]
-    if graph.softmax_output:
+    if graph.softmax_output or graph.log_softmax_output:
         logits = graph.outputs[0]
         name = PROBABILITIES if PROBABILITIES not in graph.values else f"{logits}.{PROBABILITIES}"
-        nodes.append(helper.make_node("Softmax", [logits], [name], name=name, axis=-1))
+        ending = "LogSoftmax" if graph.log_softmax_output else "Softmax"
+        nodes.append(helper.make_node(ending, [logits], [name], name=name, axis=-1))
         outputs[0] = _described(Value(name, graph.output_shape))
     inputs = [_described(graph.values[name]) for name in graph.inputs]
     body = helper.make_graph(nodes, graph.name, inputs, outputs, tensors)

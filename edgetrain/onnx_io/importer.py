@@ -42,8 +42,8 @@ def load_onnx(source: str | PathLike[str] | ModelProto) -> Graph:
     Returns:
         A graph whose inputs have dimension 0 of the file's inputs as batch. Weights of Conv, Gemm and MatMul,
         scale and bias of BatchNormalization, and biases added right after a layer are trainable; running
-        averages and all other constants are not. A Softmax at the end is taken off (``softmax_output``). The weights
-        count as trained (``trained``).
+        averages and all other constants are not. A Softmax or LogSoftmax at the end is taken off (``softmax_output``,
+        ``log_softmax_output``). The weights count as trained (``trained``).
 
     Raises:
         UnsupportedError: an operator, attribute, shape or type is not supported; names node, operator, opset, reason.
@@ -279,7 +279,8 @@ def _set_outputs(r: Reading, names: list[str]) -> None:
             raise ModelError(f"the output '{name}' of the network is made by no node")
         if r.values[name] in r.graph.inputs:
             r.values[name] = r.graph.add("Identity", [r.values[name]], name=name, outputs=[name])
-    r.graph.softmax_output = names[0] in r.probabilities
+    ending = r.probabilities.get(names[0])
+    r.graph.softmax_output, r.graph.log_softmax_output = ending == "Softmax", ending == "LogSoftmax"
     r.graph.set_outputs(dict.fromkeys(r.values[name] for name in names))
 
 

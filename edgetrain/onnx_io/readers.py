@@ -12,6 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from edgetrain.graph import Value
 from edgetrain.onnx_io import shapes
@@ -38,6 +39,9 @@ def _cast(r: Reading, node: Source) -> None:
     float32 = 1  # TensorProto.FLOAT
     if node.op_type == "Cast" and node.get("to") != float32:
         r.fail(node, "converts to another type than float32; edgetrain computes in float32")
+    if r.is_constant(node, 0):  # CastLike: what it shall be like is a value of the network, so float32
+        r.constants[node.outputs[0]] = r.constants[node.inputs[0]].astype(np.float32)
+        return
     shapes.read_identity(r, node)
 
 
@@ -124,9 +128,9 @@ def _softmax(r: Reading, node: Source) -> None:
     x = r.value(node)
     axis = node.get("axis", -1 if r.opset >= 13 else 1)
     if len(x.shape) != 1 or axis not in (1, -1):
-        r.fail(node, f"over axis {axis} of {x}; supported is a Softmax over (N, classes) at the end")
+        r.fail(node, f"over axis {axis} of {x}; supported is a {node.op_type} over (N, classes) at the end")
     r.alias(node, x)
-    r.probabilities.add(node.outputs[0])
+    r.probabilities[node.outputs[0]] = node.op_type
 
 
 # --- pooling ---------------------------------------------------------------------------------------------------------
@@ -174,15 +178,15 @@ def _operand(r: Reading, node: Source, index: int) -> str:
     array = r.constants[node.inputs[index]] = without_repeats(r.constants[node.inputs[index]], r.batch)
     if array.ndim > len(other.shape) and (array.ndim > len(other.shape) + 1 or array.shape[0] != 1):
         r.fail(node, f"a constant of shape {array.shape} with {other}: the batch dimension must stay free")
-    return r.parameter(node, index, trainable=node.op_type == "Add" and _is_bias(r, array.size, other))
+    return r.parameter(node, index, trainable=node.op_type == "Add" and _is_bias(r, array, other))
 
 
-def _is_bias(r: Reading, size: int, value: Value) -> bool:
-    """Whether a constant added to ``value`` is the bias of the layer before."""
+def _is_bias(r: Reading, array: NDArray[Any], value: Value) -> bool:
+    """Whether a constant added to ``value`` is the bias of the layer before; one number without an axis is none."""
     layer = r.graph.producer(value.name)
-    if layer is None or layer.op_type not in _BIAS_AFTER or size == 1 or not value.shape:
+    if layer is None or layer.op_type not in _BIAS_AFTER or not value.shape or not array.ndim:
         return False
-    return size == value.shape[0 if layer.op_type == "Conv" else -1]
+    return bool(array.size == value.shape[0 if layer.op_type == "Conv" else -1])
 
 
 def _both_batched(r: Reading, node: Source) -> bool:
@@ -268,6 +272,7 @@ READERS: dict[str, Reader] = {
     "HardSwish": _plain(),
     "Identity": shapes.read_identity,
     "LeakyRelu": _plain("alpha"),
+    "LogSoftmax": _softmax,
     "MatMul": _matmul,
     "MaxPool": _max_pool,
     "Mul": _add_or_mul,

@@ -136,7 +136,7 @@ class Reading:
         transposed: ONNX name of a folded matrix -> the one that it is the transpose of.
         values: ONNX name -> value of the graph.
         averages: names of running averages in the graph.
-        probabilities: ONNX names of Softmax outputs; their entry in ``values`` is the logits.
+        probabilities: Softmax or LogSoftmax by the ONNX name of its output, whose entry in ``values`` is the logits.
         withheld: ONNX name of an output that is not made -> the reason.
         mean, std: of an input normalisation that edgetrain wrote.
     """
@@ -150,7 +150,7 @@ class Reading:
     transposed: dict[str, str] = field(default_factory=dict)
     values: dict[str, str] = field(default_factory=dict)
     averages: set[str] = field(default_factory=set)
-    probabilities: set[str] = field(default_factory=set)
+    probabilities: dict[str, str] = field(default_factory=dict)
     withheld: dict[str, str] = field(default_factory=dict)
     mean: Array | None = None
     std: Array | None = None

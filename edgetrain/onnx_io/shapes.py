@@ -12,7 +12,7 @@ from edgetrain.onnx_io.reading import Reading, Source
 def read_identity(r: Reading, node: Source) -> None:
     """Let the output be the input; a Softmax stays recognisable behind it."""
     if node.inputs[0] in r.probabilities:
-        r.probabilities.add(node.outputs[0])
+        r.probabilities[node.outputs[0]] = r.probabilities[node.inputs[0]]
         r.values[node.outputs[0]] = r.values[node.inputs[0]]
     else:
         r.alias(node, r.value(node))
@@ -107,12 +107,20 @@ def read_transpose(r: Reading, node: Source) -> None:
 
 
 def read_expand(r: Reading, node: Source) -> None:
-    """Accept an Expand that changes nothing."""
+    """Read an Expand of a sample's axes of size 1, a product with ones; most change nothing."""
     x, target = r.value(node), r.integers(node, 1, "shape") or []
-    sizes = zip(reversed(target), reversed(x.shape), strict=False)
-    if len(target) > len(x.shape) + 1 or any(wanted not in (1, size) for wanted, size in sizes):
-        r.fail(node, f"from {x} to {target}: supported is an Expand that changes nothing")
-    read_identity(r, node)
+    rank = len(x.shape)
+    wanted = ([1] * rank + target)[-rank:]
+    grows = len(target) == rank + 1 and target[0] not in (1, r.batch, r.fixed_batch)  # the batch
+    cut = any(size > 1 and n not in (1, size) for n, size in zip(wanted, x.shape, strict=True))
+    if grows or cut or len(target) > rank + 1:
+        told = ["N" if n == r.batch else n for n in target]
+        r.fail(node, f"from {x} to {told}: supported is an Expand over axes of size 1 that leaves the batch alone")
+    ones = [n if size == 1 else 1 for n, size in zip(wanted, x.shape, strict=True)]
+    if max(ones, default=1) == 1:
+        read_identity(r, node)
+    else:
+        r.emit(node, "Mul", [x.name, r.place(f"{node.name}.ones", np.ones(ones, np.float32))])
 
 
 def read_slice(r: Reading, node: Source) -> None:

@@ -147,7 +147,9 @@ def _pad_axes(node: Node) -> list[tuple[int, int]]:
     """
     rank = len(node.x.shape)
     pads = [int(n) for n in node.get("pads") or ()]
-    if len(pads) != 2 * (rank + 1) or pads[0] or pads[rank + 1] or not 1 <= rank <= 3:
+    if not 1 <= rank <= 3:
+        raise GraphError(f"{describe(node)}: {node.x} has {rank} dimensions beside the batch, expected 1 to 3")
+    if len(pads) != 2 * (rank + 1) or pads[0] or pads[rank + 1]:
         raise GraphError(f"{describe(node)}: pads={pads}, expected {2 * (rank + 1)} numbers that leave the batch alone")
     pairs = list(zip(pads[1 : rank + 1], pads[rank + 2 :], strict=True))
     return {1: [pairs[0], (0, 0), (0, 0)], 2: [pairs[0], (0, 0), pairs[-1]]}.get(rank, pairs)
