@@ -288,22 +288,22 @@ def check_several(class_names: tuple[str, ...], source: str) -> None:
 def check_classes(graph: Graph, dataset: Dataset | InstanceSource) -> None:
     """Refuse data whose classes are named differently: label 3 would mean something else.
 
-    Numbers are no names: labels without any mean the model's classes in their order, and any names will do for a model
-    that has none, unless some are its numbers.
+    Numbers are no names: labels without any mean the model's classes in their order, and any names but numbers will do
+    for a model that has none.
 
     Raises:
         DataError: the names differ.
     """
     known, found = graph.class_names, dataset.class_names
     numbers = tuple(str(label) for label in range(len(found)))
-    unnamed = known == tuple(map(str, range(len(known)))) and not set(found) & set(known)
+    unnamed = known == tuple(map(str, range(len(known)))) and not any(name.isdecimal() for name in found)
     if known and found not in (known, numbers) and not unnamed:
         kind = "data set" if isinstance(dataset, Dataset) else "stream"
         more = [name for name in found if name not in known]
-        advice = f"{more[0]!r} is none of them: remove or rename it" if more else "use data with them in this order"
+        differs = f": {more[0]!r} is none of them" if more else " in the same order"
         raise DataError(
             f"{kind} '{dataset.name}' has the classes {', '.join(found)}, but the model was trained on "
-            f"{', '.join(known)}; {advice}"
+            f"{', '.join(known)}; use data with the same classes{differs}"
         )
 
 
