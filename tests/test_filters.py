@@ -236,7 +236,7 @@ def test_settings_out_of_range_are_refused(kind, bad):
 
 @pytest.mark.parametrize("power", [0, -1, 100.5, math.nan])
 def test_powers_that_leave_nothing_of_small_scores_are_refused(power):
-    with pytest.raises(UsageError, match=r"EarlyInstanceFilter: power=.*, expected above 0 and at most 100, or inf"):
+    with pytest.raises(UsageError, match=r"EarlyInstanceFilter: power=.*, expected a number above 0, at most 100"):
         et.EarlyInstanceFilter(power=power)
     share = KeptShare(0.3)
     assert share.probabilities(np.full(512, 0.01), 100.0).mean() == pytest.approx(0.3, abs=1e-3)

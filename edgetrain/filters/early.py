@@ -98,7 +98,7 @@ class EarlyInstanceFilter(InstanceFilter):
         super().__post_init__()
         self.require_number("uncertain", lambda u: 0 <= u <= 1, "0 to 1: a share of the rejected instances")
         # Larger powers of small scores are 0 in float64, and then nothing or everything is kept.
-        self.require_number("power", lambda p: 0 < p <= 100 or p == math.inf, "above 0 and at most 100, or inf")
+        self.require_number("power", lambda p: 0 < p <= 100 or p == math.inf, "a number above 0, at most 100, or inf")
         self.require("labels", self.labels in ("soft", "hard"), "'soft' or 'hard'")
         self.require_number("lr", lambda lr: 0 < lr < 10, "a number above 0 and below 10")
         for key in ("cells", "hidden"):
