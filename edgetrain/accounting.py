@@ -20,7 +20,7 @@ class StepResult:
         correct: samples whose largest output was the label's.
         instances_seen, instances_trained: samples handed in, and samples trained on.
         macs_dense, macs_done: multiply-accumulates that training on everything densely needs, and those executed.
-        seconds: wall-clock time, without the compiling of kernels.
+        seconds: wall-clock time, without the wait for compilers.
         instances_kept: samples that the instance filter let pass; they are trained on when a micro-batch is full.
         instances_uncertain: rejected samples that got a forward pass of the network, for a label of the filter.
         macs_selection: the part of ``macs_done`` that choosing instances took: the filter's own network, its training,

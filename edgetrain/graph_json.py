@@ -61,7 +61,7 @@ def graph_from_dict(table: Mapping[str, Any], arrays: Mapping[str, NDArray[np.fl
         graph.normalization = _normalization(table["normalization"])
         graph.class_names = tuple(table["class_names"])
         graph.softmax_output = bool(table["softmax_output"])
-        graph.log_softmax_output = bool(table.get("log_softmax_output", False))  # unknown before 2026-11
+        graph.log_softmax_output = bool(table.get("log_softmax_output", False))  # older files lack it
         graph.trained = bool(table.get("trained", False))  # not in files from before it was kept
     except (KeyError, TypeError, ValueError) as error:
         raise GraphError(f"stored graph: {error!r} while rebuilding it; the file is damaged") from error

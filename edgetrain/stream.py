@@ -287,6 +287,7 @@ class InstanceStream:
                     done.steps.append(step)
                 except KeyboardInterrupt as struck:
                     if self._learner.step_count == before:
+                        last = first  # no step was taken: they wait
                         raise
                     interrupt = struck
                 if self._selector is not None:

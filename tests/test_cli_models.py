@@ -80,6 +80,15 @@ def test_folders_with_some_classes_of_a_model_have_its_labels(capsys, tmp_path, 
     assert min(accuracies) > 0.9
     assert run(capsys, "fit", "--model", "model.onnx", "--data", "some", *flags)[0] == 0
     assert run(capsys, "fit", "--stream", "--model", "model.onnx", "--data", "some", "--quiet")[0] == 0
+    for split, names in (("train", ("dog", "emu")), ("test", ("emu",))):
+        for name in names:
+            (tmp_path / "split" / split / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / "split" / split / name).symlink_to(tmp_path / "all" / name)
+    for split, labels in (("train", [1, 2]), ("test", [2])):
+        data = et.load_dataset(tmp_path / "split", split=split, class_names=("cat", "dog", "emu"))
+        assert sorted(set(data.labels.tolist())) == labels
+        _, out, _ = run(capsys, "evaluate", "model.onnx", "--data", "split", "--split", split, "--json")
+        assert json.loads(out)["accuracy"] > 0.9
     Path("model.onnx").unlink()  # a run has what it needs
     assert run(capsys, "resume", "runs/fit-2", "--epochs", "21", "--quiet")[0] == 0
     for folder in ("fit-2", "fit-3"):
@@ -110,6 +119,16 @@ def test_names_that_are_no_text_end_no_command(inside, encoding, tmp_path):
     done = subprocess.run(command, capture_output=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr
     assert (name if encoding == "utf-8" else b"?.png") in done.stdout
+
+
+def test_an_error_may_name_what_no_encoding_knows(inside, tmp_path):
+    command = [sys.executable, "-m", "edgetrain", "fit", "--stream", "--data", "-", "--model", "runs/fit-1/model.onnx",
+               "--quiet", "--out", str(tmp_path)]  # fmt: skip
+    environment = os.environ | {"PYTHONIOENCODING": "utf-8", "PYTHONPATH": str(Path(__file__).parents[1])}
+    line = b'{"image": "\\ud800.png", "y": 0}'
+    done = subprocess.run(command, input=line, capture_output=True, env=environment, check=False)
+    assert (done.returncode, done.stderr.count(b"\n")) == (3, 1)
+    assert rb"\ud800.png" in done.stderr
 
 
 def test_an_error_is_one_line_whatever_it_names(capsys, tmp_path):

@@ -240,6 +240,16 @@ def test_the_learner_names_all_options_and_takes_integers_of_any_type():
     assert learner.position == FakePosition(2, 0)
 
 
+@pytest.mark.parametrize(("labels", "names"), [([0, 1, 2], ("0", "1", "2")), ([0, 1, 1], ())])
+def test_only_as_many_names_as_a_network_has_outputs_are_its_classes(labels, names):
+    graph = et.Graph("line", input_shape=(1, 2, 2))
+    flat = graph.add("Flatten", ["input"])
+    graph.set_outputs([graph.add("Gemm", [flat, graph.parameter("w", np.ones((3, 4)))], transB=1)])
+    learner = et.Learner(graph, batch_size=3, threads=1)
+    learner.fit(Dataset.from_arrays(np.zeros((3, 1, 2, 2), np.uint8), labels), epochs=1)
+    assert learner.graph.class_names == names
+
+
 @pytest.mark.parametrize("epochs", [0, -1, 1.5, True, None], ids=repr)
 def test_bad_number_of_epochs(epochs):
     with pytest.raises(UsageError, match=r"epochs=.*, expected an integer of at least 1"):

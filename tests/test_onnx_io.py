@@ -182,6 +182,12 @@ def test_numbers_of_a_sample_are_repeated_as_squeeze_and_excite_does() -> None:
     np.testing.assert_allclose(evaluate(load_onnx(net(text)), x), x * x.mean((2, 3), keepdims=True), rtol=1e-5)
 
 
+def test_an_expand_of_a_number_that_changes_nothing() -> None:
+    text = "(float[N,3] x) => (float[N] y) { z = MatMul(x, w) s = Squeeze(z, a) n = Shape(s) y = Expand(s, n) }"
+    graph = load_onnx(net(text, w=ones(3, 1), a=np.array([1])))
+    np.testing.assert_allclose(evaluate(graph, ones(2, 3)), [3, 3])
+
+
 def test_a_constant_is_cast_as_a_value_of_the_network() -> None:
     """As PyTorch's exporter writes bounds and biases where it does not optimise."""
     text = "(float[N,5] x) => (float[N,5] y) { d = CastLike(c, x) y = Add(x, d) }"

@@ -38,8 +38,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for stream in (sys.stdout, sys.stderr):
         # A name that the terminal cannot show, or that is no UTF-8, must not end a training.
         if isinstance(stream, io.TextIOWrapper):
-            is_utf8 = stream.encoding.lower().replace("-", "") == "utf8"
-            stream.reconfigure(errors="surrogateescape" if is_utf8 else "replace")
+            if stream.encoding.lower().replace("-", "") != "utf8":
+                stream.reconfigure(errors="replace")
+            elif stream is sys.stdout:  # errors are escaped anyway
+                stream.reconfigure(errors="surrogateescape")
     try:
         app(given, prog_name="edgetrain")
     except Exception as error:

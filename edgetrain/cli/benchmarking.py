@@ -28,6 +28,7 @@ def bench_command(
     if max(threads) > cores:
         raise UsageError(f"--threads is {max(threads)}, this machine has {count(cores, 'processor')}")
     if out is not None:
+        out = out.resolve()  # a link stays one
         _check_writable(out)
     cases = [
         bench.Case(model, batch_size, number)

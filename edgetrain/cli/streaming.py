@@ -34,6 +34,7 @@ from edgetrain.cli.progress import CompileNotice, Display, resident_mib
 from edgetrain.cli.savings import account_of, account_text, itself, layers_of, savings_of
 from edgetrain.cli.signals import StopOnSignal
 from edgetrain.cli.sources import (
+    brings_network,
     check_classes,
     check_several,
     image_options,
@@ -189,7 +190,7 @@ def stream_graph(config: Config) -> Graph:
     from edgetrain.catalog import build_model
 
     name = config.model.name
-    if name.lower().endswith(".onnx") or config.data.source == STANDARD_INPUT:
+    if brings_network(config) or config.data.source == STANDARD_INPUT:
         return build_model(name, seed=config.training.seed)
     shape = build_model(name).input_shape
     source = open_stream(config.data.source, (), 2, image_size=image_size_of(config))

@@ -84,14 +84,16 @@ def load_idx_folder(folder: Path, split: str, allow_missing_classes: bool = Fals
     Args:
         folder: of the files.
         split: "train" or "test".
-        allow_missing_classes: accept classes without an example in the training split, too.
+        allow_missing_classes: accept classes without an example in the training split, too; all labels define them.
 
     Raises:
         DataError: a file is bad.
     """
     pairs = idx_pairs(folder)
     names = None
-    if split != "train" and "train" in pairs:
+    if allow_missing_classes:
+        names = class_names_for(np.concatenate([read_idx_labels(labels) for _, labels in pairs.values()]))
+    elif split != "train" and "train" in pairs:
         names = class_names_for(read_idx_labels(pairs["train"][1]))
     lenient = allow_missing_classes or split != "train"
     return load_idx(*pairs[split], class_names=names, name=folder.name, allow_missing_classes=lenient)

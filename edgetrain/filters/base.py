@@ -224,6 +224,9 @@ class Selector(ABC):
         self.share.recent = np.array(tensors["recent"], np.float64)
 
 
+_LARGEST_POWER = 100.0
+
+
 class KeptShare:
     """Turns scores into probabilities of being kept whose mean is the wanted share.
 
@@ -240,9 +243,10 @@ class KeptShare:
 
         Args:
             scores: float64 ``(N,)``, at least 0; larger is kept rather.
-            power: infinity keeps exactly those above a threshold; equal ones that are the threshold share what is left.
+            power: above 100, where powers of small scores underflow, as infinity: exactly those above a threshold are
+                kept; equal ones that are the threshold share what is left.
         """
-        if math.isinf(power):
+        if power > _LARGEST_POWER:
             self.remember(scores)
             return self._from_threshold(scores)
         weights = scores**power

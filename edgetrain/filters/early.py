@@ -70,8 +70,8 @@ class EarlyInstanceFilter(InstanceFilter):
     Attributes:
         rate, start: as ``InstanceFilter``; while everything passes the filter learns already.
         uncertain: share of the rejected instances that get a forward pass of the main network for a label.
-        power: instances are kept with a probability proportional to this power of the score, at most 100; infinity
-            keeps exactly those above a threshold. More finds more of a new condition and forgets more of the old ones.
+        power: instances are kept with a probability proportional to this power of the score; above 100 exactly
+            those above a threshold are kept. More finds more of a new condition and forgets more of the old ones.
         labels: "soft" or "hard", see the head of this file.
         lr: learning rate of the tiny network (SGD, momentum 0.9).
         cells, hidden: cells per side of the pooled image, width of the hidden layer; ``None`` derives them.
@@ -97,8 +97,7 @@ class EarlyInstanceFilter(InstanceFilter):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.require_number("uncertain", lambda u: 0 <= u <= 1, "0 to 1: a share of the rejected instances")
-        # Larger powers of small scores are 0 in float64, and then nothing or everything is kept.
-        self.require_number("power", lambda p: 0 < p <= 100 or p == math.inf, "a number above 0, at most 100, or inf")
+        self.require_number("power", lambda power: power > 0, "a number above 0")
         self.require("labels", self.labels in ("soft", "hard"), "'soft' or 'hard'")
         self.require_number("lr", lambda lr: 0 < lr < 10, "a number above 0 and below 10")
         for key in ("cells", "hidden"):

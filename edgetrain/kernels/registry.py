@@ -81,7 +81,7 @@ def argument_names(name: str) -> tuple[str, ...]:
 def compile_kernels(wanted: list[tuple[str, tuple[int, ...]]]) -> dict[tuple[str, tuple[int, ...]], int]:
     """Return the address of every wanted ``(name, compile-time sizes)``, compiling what is missing."""
     for number, key in enumerate(wanted, 1):
-        with _LOCK:  # for one kernel, so that a fork need not wait for all
+        with _standing_clock(), _LOCK:  # for one kernel, so that a fork need not wait for all
             if key not in _ADDRESSES:
                 _ADDRESSES[key] = _kernel_address(key, number, len(wanted))
     return {key: _ADDRESSES[key] for key in wanted}
@@ -93,7 +93,7 @@ def interpreter() -> tuple[_Call, _Call]:
     functions = []
     for name, parameters in (("lead", 5), ("follow", 5)):
         key = (name, ())
-        # Another thread may be compiling it, which the lock waits for: the first step was told as 0.3 s of 0.02.
+        # Another thread may be compiling it, and the lock waits for that: 0.3 s, where a step takes 0.02.
         with _standing_clock(), _LOCK:
             if key not in _ADDRESSES:
                 _ADDRESSES[key] = _interpreter_address(name, parameters)

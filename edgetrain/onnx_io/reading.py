@@ -192,7 +192,8 @@ class Reading:
         """
         name = node.inputs[index] if node.has(index) else ""
         if name in self.probabilities:
-            self.fail(node, f"its input '{name}' comes from a Softmax, which is supported at the end of a network only")
+            kind = self.probabilities[name]
+            self.fail(node, f"its input '{name}' comes from a {kind}, which is supported at the end of a network only")
         if name in self.constants:
             self.fail(node, f"input {index} ('{name}') is a constant; expected a value that depends on the input")
         if name in self.withheld:

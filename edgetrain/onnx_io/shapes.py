@@ -10,7 +10,7 @@ from edgetrain.onnx_io.reading import Reading, Source
 
 
 def read_identity(r: Reading, node: Source) -> None:
-    """Let the output be the input; a Softmax stays recognisable behind it."""
+    """Let the output be the input; a Softmax or LogSoftmax stays recognisable behind it."""
     if node.inputs[0] in r.probabilities:
         r.probabilities[node.outputs[0]] = r.probabilities[node.inputs[0]]
         r.values[node.outputs[0]] = r.values[node.inputs[0]]
@@ -110,7 +110,7 @@ def read_expand(r: Reading, node: Source) -> None:
     """Read an Expand of a sample's axes of size 1, a product with ones; most change nothing."""
     x, target = r.value(node), r.integers(node, 1, "shape") or []
     rank = len(x.shape)
-    wanted = ([1] * rank + target)[-rank:]
+    wanted = ([1] * rank + target)[len(target) :]  # of a sample, whose last axes they are
     grows = len(target) == rank + 1 and target[0] not in (1, r.batch, r.fixed_batch)  # the batch
     cut = any(size > 1 and n not in (1, size) for n, size in zip(wanted, x.shape, strict=True))
     if grows or cut or len(target) > rank + 1:
