@@ -308,10 +308,8 @@ def _begin(learner: Learner, dataset: Samples, epochs: int, normalize: bool) -> 
     _set_schedule(learner, history, learner.topology.total_steps)
     if normalize and learner.step_count == 0 and learner.graph.normalization is None:
         learner.graph.normalization = Normalization(*dataset.statistics())
-    if isinstance(dataset, Dataset) and not learner.graph.class_names:
-        # Data that lack the last classes of a network do not name all.
-        fits = len(dataset.class_names) == learner.graph.output_shape[0]
-        learner.graph.class_names = dataset.class_names if fits else ()
+    if isinstance(dataset, Dataset):
+        learner.graph.name_classes(dataset.class_names)
     return last_epoch
 
 

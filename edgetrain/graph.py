@@ -198,6 +198,11 @@ class Graph:
         if input_shape is not None:
             self.add_input(input_name, input_shape)
 
+    def name_classes(self, names: tuple[str, ...]) -> None:
+        """Take names of the outputs from data, if there are none yet and those are as many: data may lack classes."""
+        if not self.class_names and len(names) == self.output_shape[0]:
+            self.class_names = names
+
     @property
     def input_shape(self) -> Shape:
         """Shape of the first input without the batch dimension."""

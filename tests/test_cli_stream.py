@@ -719,14 +719,17 @@ def test_bad_methods_and_contradictions_start_nothing(inside, capsys, tmp_path, 
     assert list(tmp_path.iterdir()) == []
 
 
+def write_images(folder: Path, shape: tuple[int, ...]) -> None:
+    image, rng = pytest.importorskip("PIL.Image"), np.random.default_rng(0)
+    for number in range(40):
+        file = folder / "ab"[number % 2] / f"{number:03d}.png"
+        file.parent.mkdir(exist_ok=True, parents=True)
+        image.fromarray(rng.integers(0, 255, shape, np.uint8)).save(file)
+
+
 @pytest.mark.parametrize("flags", [[], ["--stream"]], ids=["epochs", "stream"])
 def test_a_folder_of_images_gets_the_size_that_was_asked_for(capsys, tmp_path, flags):
-    image = pytest.importorskip("PIL.Image")
-    rng = np.random.default_rng(0)
-    for number in range(40):
-        folder = tmp_path / "images" / "ab"[number % 2]
-        folder.mkdir(exist_ok=True, parents=True)
-        image.fromarray(rng.integers(0, 255, (20, 20), np.uint8)).save(folder / f"{number:03d}.png")
+    write_images(tmp_path / "images", (20, 20))
     command = ["fit", *flags, "--data", tmp_path / "images", "--image-size", "24x22", "--batch-size", "8",
                "--out", tmp_path, "--quiet"]  # fmt: skip
     assert run(capsys, *command, *([] if flags else ["--epochs", "1"]))[0] == 0
@@ -735,12 +738,7 @@ def test_a_folder_of_images_gets_the_size_that_was_asked_for(capsys, tmp_path, f
 
 @pytest.mark.parametrize("flags", [[], ["--stream"]], ids=["epochs", "stream"])
 def test_a_network_is_built_for_the_images_as_they_are(capsys, tmp_path, flags):
-    image = pytest.importorskip("PIL.Image")
-    rng = np.random.default_rng(0)
-    for number in range(40):
-        folder = tmp_path / "images" / "ab"[number % 2]
-        folder.mkdir(exist_ok=True, parents=True)
-        image.fromarray(rng.integers(0, 255, (20, 24, 3), np.uint8)).save(folder / f"{number:03d}.png")
+    write_images(tmp_path / "images", (20, 24, 3))
     command = ["fit", *flags, "--data", tmp_path / "images", "--batch-size", "8", "--out", tmp_path, "--quiet"]
     assert run(capsys, *command, *([] if flags else ["--epochs", "1"]))[0] == 0
     assert load_checkpoint(tmp_path / "fit-1/last.safetensors").graph.input_shape == (3, 20, 24)

@@ -42,13 +42,17 @@ class FakePosition:
     batch: int = 0
 
 
+class FakeGraph(SimpleNamespace):
+    name_classes = et.Graph.name_classes
+
+
 class FakeLearner:
     """Softmax regression in float64: the least that can be trained."""
 
     loss = "cross_entropy"
 
     def __init__(self, batch_size=4, seed=0, optimizer=None):
-        self.graph = SimpleNamespace(
+        self.graph = FakeGraph(
             name="fake", inputs=["input"], input_shape=(1, 2, 2), output_shape=(3,), normalization=None, class_names=()
         )
         self.batch_size, self.seed, self.optimizer = batch_size, seed, optimizer or FakeOptimizer()

@@ -276,7 +276,12 @@ def why_dense(config: Config, profile: DeviceProfile, recipe: str | None, by_rec
 
 def _begins_trained(model: Mapping[str, Any]) -> bool:
     """Whether a network comes with weights that somebody trained."""
-    return bool(model.get("initial_weights")) or str(model.get("name", "")).lower().endswith(".onnx")
+    return bool(model.get("initial_weights")) or is_onnx_file(str(model.get("name", "")))
+
+
+def is_onnx_file(model: str) -> bool:
+    """Whether a run's model is a file that brings its own network and weights; any other is built for the data."""
+    return model.lower().endswith(".onnx")
 
 
 def dense(config: Config) -> Config:
@@ -379,7 +384,7 @@ def _given(flags: Mapping[str, Any]) -> Table:
 
 _PATHS: dict[str, Callable[[str], bool]] = {
     "model.initial_weights": lambda value: True,
-    "model.name": lambda value: value.lower().endswith(".onnx"),
+    "model.name": is_onnx_file,
     "data.source": lambda value: value not in EMBEDDED_NAMES and value != STANDARD_INPUT,
     "device.profile": lambda value: value.endswith(".toml") or os.sep in value,
 }

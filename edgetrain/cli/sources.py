@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgetrain.checkpoint import load_checkpoint
-from edgetrain.cli.config import ARGUMENTS, Config
+from edgetrain.cli.config import ARGUMENTS, Config, is_onnx_file
 from edgetrain.cli.output import parse_sizes
 from edgetrain.data import Dataset, available_splits, load_dataset
 from edgetrain.data.readers import is_image_folder
@@ -48,11 +48,6 @@ def load_splits(config: Config, class_names: tuple[str, ...] | None) -> tuple[Da
     return (*training.split(1 - HELD_OUT, config.training.seed), "held-out")
 
 
-def brings_network(config: Config) -> bool:
-    """Whether a run begins with the network of an .onnx file; any other is built for the data."""
-    return config.model.name.lower().endswith(".onnx")
-
-
 def classes_of_file(config: Config) -> tuple[str, ...] | None:
     """Return the classes of the network that a new run begins with, for ``load_splits``.
 
@@ -61,7 +56,7 @@ def classes_of_file(config: Config) -> tuple[str, ...] | None:
     """
     from edgetrain.catalog import build_model
 
-    return build_model(config.model.name).class_names if brings_network(config) else None
+    return build_model(config.model.name).class_names if is_onnx_file(config.model.name) else None
 
 
 def image_size_of(config: Config) -> tuple[int, int] | None:
@@ -102,7 +97,7 @@ def make_graph(config: Config, data: Dataset) -> Graph:
     from edgetrain.catalog import build_model
 
     name = config.model.name
-    if brings_network(config):
+    if is_onnx_file(name):
         return build_model(name)
     check_several(data.class_names, data.name)
     channels, height, width = data.input_shape

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from edgetrain._version import __version__
 from edgetrain.checkpoint import load_checkpoint, save_checkpoint
-from edgetrain.cli.config import Config, MethodSettings
+from edgetrain.cli.config import Config, MethodSettings, is_onnx_file
 from edgetrain.cli.endings import (
     begin,
     heed_stop,
@@ -34,7 +34,6 @@ from edgetrain.cli.progress import CompileNotice, Display, resident_mib
 from edgetrain.cli.savings import account_of, account_text, itself, layers_of, savings_of
 from edgetrain.cli.signals import StopOnSignal
 from edgetrain.cli.sources import (
-    brings_network,
     check_classes,
     check_several,
     image_options,
@@ -132,8 +131,7 @@ def _new_learner(
     """
     graph = stream_graph(config)
     source = stream_source(config, graph) if source is None else source
-    if source.class_names and not graph.class_names and len(source.class_names) == graph.output_shape[0]:
-        graph.class_names = source.class_names
+    graph.name_classes(source.class_names)
     matched = take_initial_weights(config, graph)
     if matched is not None:
         display.say(str(matched))
@@ -190,7 +188,7 @@ def stream_graph(config: Config) -> Graph:
     from edgetrain.catalog import build_model
 
     name = config.model.name
-    if brings_network(config) or config.data.source == STANDARD_INPUT:
+    if is_onnx_file(name) or config.data.source == STANDARD_INPUT:
         return build_model(name, seed=config.training.seed)
     shape = build_model(name).input_shape
     source = open_stream(config.data.source, (), 2, image_size=image_size_of(config))

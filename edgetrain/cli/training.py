@@ -13,7 +13,7 @@ import numpy as np
 
 import edgetrain
 from edgetrain.checkpoint import load_checkpoint, read_checkpoint, save_checkpoint
-from edgetrain.cli.config import Config, MethodSettings, check_stream, from_flags, from_run, why_dense
+from edgetrain.cli.config import Config, MethodSettings, check_stream, from_flags, from_run, is_onnx_file, why_dense
 from edgetrain.cli.endings import (
     begin,
     check_baseline,
@@ -31,7 +31,6 @@ from edgetrain.cli.progress import CompileNotice, Display, choose_display, resid
 from edgetrain.cli.savings import account_of, account_text, itself, layers_of, savings_of
 from edgetrain.cli.signals import StopOnSignal
 from edgetrain.cli.sources import (
-    brings_network,
     check_classes,
     classes_of_file,
     describe_data,
@@ -146,7 +145,7 @@ def _resumed(run: Run, before: Config, config: Config, display: Display, began: 
         UsageError, DataError: it cannot.
     """
     # Those of the checkpoint, as an .onnx file may be gone by now, or be another one.
-    names = read_checkpoint(run.last)[1]["graph"]["class_names"] if brings_network(config) else None
+    names = read_checkpoint(run.last)[1]["graph"]["class_names"] if is_onnx_file(config.model.name) else None
     training, validation, held_out = load_splits(config, None if names is None else tuple(names))
     _check_same_data(run, training, validation)
     _refuse_finished(run, config)

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from edgetrain.checkpoint import read_checkpoint
-from edgetrain.cli.config import ARGUMENTS, Config
+from edgetrain.cli.config import ARGUMENTS, Config, is_onnx_file
 from edgetrain.cli.sources import make_optimizer, without_checkpoint
 from edgetrain.errors import CheckpointError, UsageError
 from edgetrain.optim import Optimizer
@@ -67,7 +67,7 @@ def _graph_name(config: Config, of_file: str) -> str:
     from edgetrain.catalog import build_model
 
     # An .onnx file may be gone by now, or be another one: its name is taken as it is.
-    return of_file if config.model.name.lower().endswith(".onnx") else build_model(config.model.name).name
+    return of_file if is_onnx_file(config.model.name) else build_model(config.model.name).name
 
 
 def _by_key(settings: Mapping[str, Any], model: str) -> dict[str, Any]:

@@ -107,13 +107,12 @@ def _kernel_address(key: tuple[str, tuple[int, ...]], number: int, total: int) -
     symbol = f"edgetrain_{label}"
     content = cache.read(cache.file_name(label))
     if content is None:
-        with _standing_clock():
-            for callback in on_compile:
-                callback(label, number, total)
-            from edgetrain.kernels.compiler import compile_object
+        for callback in on_compile:
+            callback(label, number, total)
+        from edgetrain.kernels.compiler import compile_object
 
-            content = compile_object(load_factories()[key[0]][0](*key[1]), symbol, 3)
-            cache.write(cache.file_name(label), content)
+        content = compile_object(load_factories()[key[0]][0](*key[1]), symbol, 3)
+        cache.write(cache.file_name(label), content)
     return load(symbol, content)
 
 
