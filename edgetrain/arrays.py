@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from edgetrain.errors import DataError
 
 ALIGNMENT = 64  # bytes; a cache line, and the largest vector
+READ_BEHIND = 16 * ALIGNMENT  # bytes behind the last row of weights that a tile may read, not use
 _MANY = 1 << 15  # numbers, of which the largest and the smallest are looked for sooner than all are looked at
 
 

@@ -198,6 +198,7 @@ class ChannelTiles:
     narrow: Tile
     wide: Tile
     few_pixels: Tile
+    four_pixels: Tile
     depthwise: int
     gradient_narrow: Tile
     gradient_wide: Tile
@@ -208,7 +209,12 @@ class ChannelTiles:
         if sizes.kind == DEPTHWISE:
             return sizes.lanes, self.depthwise
         vectors = -(-sizes.channels // sizes.lanes)
-        tile = self.few_pixels if sizes.pixels <= self.few_pixels[1] else self.narrow if vectors == 1 else self.wide
+        if sizes.pixels <= self.few_pixels[1]:
+            tile = self.few_pixels
+        elif vectors > 1 and sizes.pixels <= self.four_pixels[1]:
+            tile = self.four_pixels
+        else:
+            tile = self.narrow if vectors == 1 else self.wide
         return min(tile[0], vectors) * sizes.lanes, tile[1]
 
     def correlate(self, sizes: Sizes) -> Tile:
@@ -222,9 +228,9 @@ class ChannelTiles:
 # By number of vector registers: lanes hold samples, lanes hold channels.
 _RULES = {
     32: (Tiles((4, 4), (8, 2), (16, 1), (1, 8), (4, 4), 13, odd=(6, 4), gradient_odd=(6, 3)),
-         ChannelTiles((1, 12), (2, 8), (8, 1), 8, (1, 12), (2, 8), 13)),
+         ChannelTiles((1, 12), (2, 8), (8, 1), (4, 4), 8, (1, 12), (2, 8), 13)),
     16: (Tiles((4, 3), (6, 2), (12, 1), (1, 8), (4, 3), 12),
-         ChannelTiles((1, 8), (2, 5), (8, 1), 6, (1, 9), (2, 5), 9)),
+         ChannelTiles((1, 8), (2, 5), (8, 1), (2, 4), 6, (1, 9), (2, 5), 9)),
 }  # fmt: skip
 
 
@@ -274,7 +280,7 @@ def _even(count: int, most: int) -> int:
 # --- candidates of a calibration ---
 
 # In accumulators along the channels and along the pixels or terms; more than 16 along the channels would read
-# beyond what lies behind a row of weights or a bias (``parameters``).
+# beyond what lies behind a row of weights or a bias (``arrays.READ_BEHIND``).
 _SHAPES = ((1, 4), (1, 6), (1, 8), (1, 12), (1, 16), (2, 4), (2, 6), (2, 8), (3, 4), (4, 3), (4, 4), (4, 6), (6, 2),
            (6, 3), (6, 4), (8, 1), (8, 2), (8, 3), (12, 1), (12, 2), (16, 1))  # fmt: skip
 _PARTS = (5, 7, 9, 13, 18, 25)  # most terms at once where a product has one channel or a map of its own per channel

@@ -12,22 +12,20 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from edgetrain import lowering_few as few
 from edgetrain.arrays import Layout, map_sizes
 from edgetrain.choice import Sizes, channel_lanes
 from edgetrain.errors import GraphError
 from edgetrain.graph import Node, Value
-from edgetrain.kernels.codes import CHANNELS, DEPTHWISE, SAMPLES
+from edgetrain.kernels.codes import CHANNELS, DEPTHWISE
 from edgetrain.lowering import Lowering, Place, maps_of
-from edgetrain.lowering_core import Pair, strides
-from edgetrain.lowering_products import lanes_of
-from edgetrain.lowering_sparse import is_read_by_bits
+from edgetrain.lowering_core import Pair, lanes_of, strides
 from edgetrain.ops import Border, describe, get_op
 from edgetrain.ops.conv import ProductGrad, ProductOp
 from edgetrain.plan import Ref
-from edgetrain.sparse_index import WORD
 
 if TYPE_CHECKING:
-    from edgetrain.ops.conv import Product
+    pass
 
 _PLAIN = (
     "ActivationGrad", "AveragePool", "AveragePoolGrad", "BatchNormalization", "BatchNormalizationAgain",
@@ -38,9 +36,6 @@ _PLAIN = (
     "Sigmoid", "SoftmaxCrossEntropyLoss", "SoftmaxCrossEntropyLossGrad", "Tanh",
 )  # fmt: skip
 
-# Of fully connected layers: vectors in registers, and samples that a tile takes at once.
-_ACCUMULATORS, _MOST_SAMPLES = 8, 4
-_ROWS_PER_JOB, _WORDS_PER_JOB = 16, 16
 _COPIES = ("ChannelSlice", "Concat", "Flatten", "Pad", "Reshape")
 
 
@@ -117,57 +112,6 @@ class ChannelLowering(Lowering):
         numbers[: x.channels] = 1
         return {"mask": self.table(numbers.view(np.int64)), "mask_block": 0, "mask_channel": x.pixel}
 
-    def product(self, node: Node, g: Product) -> None:
-        """See ``ProductLowering.product``; few samples meet sparse weights as they are stored."""
-        read = self._few(node.input(1), g, node.x, node.y)
-        if not read:
-            super().product(node, g)
-            return
-        bias, y = node.optional(2), self.layout(node.y)
-        padded = y.maps * y.lanes
-        self.emit(
-            "multiply_bits", self._sizes(node.input(1)), -(-padded // _ROWS_PER_JOB), x=self.address(node.x),
-            values=self.address(node.input(1)), y=self.address(node.y), padded=padded,
-            x_block=self.layout(node.x).block, y_block=y.block, row_chunk=_ROWS_PER_JOB, row_size=g.inputs,
-            bias=self.zeros(g.channels_out) if bias is None else self.address(bias), **read,
-        )  # fmt: skip
-
-    def product_input_grad(self, node: Node, g: Product) -> None:
-        """See ``product``."""
-        read = self._few(node.input(1), g, node.y, node.x)
-        if not read:
-            super().product_input_grad(node, g)
-            return
-        words = self.sparse[node.input(1).name].row_words
-        self.emit(
-            "multiply_bits_back", self._sizes(node.input(1)), -(-words // _WORDS_PER_JOB), row_size=g.inputs,
-            values=self.address(node.input(1)), grad_out=self.address(node.x), grad_x=self.address(node.y),
-            grad_block=self.layout(node.x).block, grad_x_block=self.layout(node.y).block, word_chunk=_WORDS_PER_JOB,
-            **read,
-        )  # fmt: skip
-
-    def product_weight_grad(self, node: Node, g: Product) -> None:
-        """See ``product``."""
-        read = self._few(node.get("like"), g, node.x, node.input(1))
-        if not read or self.whole_gradients or not self.sparse[node.get("like").name].compact:
-            super().product_weight_grad(node, g)
-            return
-        self.emit(
-            "correlate_bits", (WORD, self.blocks), -(-g.channels_out // _ROWS_PER_JOB), values=self.address(node.y),
-            x=self.address(node.x), grad_out=self.address(node.input(1)), x_block=self.layout(node.x).block,
-            grad_block=self.layout(node.input(1)).block, row_chunk=_ROWS_PER_JOB, **read,
-        )  # fmt: skip
-
-    def _few(self, weight: Value, g: Product, x: Value, y: Value) -> dict[str, int | Ref]:
-        """Return where the rows of a fully connected layer's weights are, if few samples read them by bits."""
-        bits, source, out = self.rows_of_bits(weight, g), self.layout(x), self.layout(y)
-        if not bits or not is_read_by_bits(g) or self.blocks > _MOST_SAMPLES or source.lanes != WORD:
-            return {}
-        return {**bits, "rows": g.channels_out} if _is_vector(source) and _is_vector(out) else {}
-
-    def _sizes(self, weight: Value) -> tuple[int, int, int]:
-        return WORD, self.blocks, int(self.sparse[weight.name].compact)
-
     def multiply(self, x: Ref, x_layout: Layout, y: Ref, y_layout: Layout, *, pixels: list[Pair], terms: list[int],
                  weight: Ref, sources: list[int], weight_channel: int, weight_group: int, groups: int, inputs: int,
                  outputs: int, bias: Ref | None, ranges: list[Pair] | None = None,
@@ -177,10 +121,14 @@ class ChannelLowering(Lowering):
         Results of groups always lie side by side.
         """
         lanes = lanes_of(sources)
-        if groups == 1 and _is_vector(y_layout) and lanes and terms == sources:
-            start = x + pixels[0][0]
-            self._rows_times_samples(start, x_layout, y, y_layout, lanes, len(terms), weight, weight_channel, outputs,
-                                     bias)  # fmt: skip
+        if groups == 1 and few.is_vector(y_layout) and lanes and terms == sources:
+            samples = few.Apart(x + pixels[0][0], self.blocks, x_layout.block)
+            few.rows_times_samples(self, samples, few.Apart(y, self.blocks, y_layout.block), lanes, len(terms), weight,
+                                   weight_channel, outputs)  # fmt: skip
+            self.emit(
+                "add_bias_channels", (y_layout.lanes,), self.blocks * y_layout.maps, y=y, maps=y_layout.maps,
+                bias=bias or self.zeros(y_layout.maps * y_layout.lanes), channels=outputs, y_block=y_layout.block,
+            )  # fmt: skip
             return
         pixels, blocks = self.merge_blocks(pixels, x_layout, y_layout)
         lanes, depthwise = y_layout.lanes, groups > 1
@@ -198,33 +146,6 @@ class ChannelLowering(Lowering):
                 y_channel=y_layout.channel, **weights,
             )  # fmt: skip
 
-    def _rows_times_samples(
-        self, x: Ref, x_layout: Layout, y: Ref, y_layout: Layout, lanes: int, inputs: int, weight: Ref,
-        weight_channel: int, outputs: int, bias: Ref | None,
-    ) -> None:  # fmt: skip
-        """Emit a fully connected layer: the lanes run along an output channel's weights, which lie side by side.
-
-        That is a gather-correlate whose output gradient are the weights, and whose terms are the samples. The weights
-        are read once and not packed: LeNet-5's fc1 at batch 1 took 17.3 us with packing, and takes 2.4 so (one thread).
-        """
-        width = min(self.blocks, _MOST_SAMPLES)
-        channels = _ACCUMULATORS // width
-        tiles, chunks = -(-outputs // channels), -(-self.blocks // width)
-        samples = [(sample * x_layout.block, sample * y_layout.block) for sample in range(self.blocks)]
-        vectors = [(place, place) for place in range(0, 4 * inputs, 4 * lanes)]
-        self.emit(
-            "correlate", (lanes, channels, width, SAMPLES, 0), tiles * chunks, x=x, grad_out=weight, grad_weight=y,
-            pixels=self.table(vectors), terms=self.table(samples + samples[-1:] * (-self.blocks % width)),
-            pixel_count=len(vectors), term_count=self.blocks, channel_count=outputs, x_block=0, grad_block=0, x_group=0,
-            grad_group=0, weight_group=0, grad_channel=weight_channel, weight_channel=4, blocks=1, groups=1,
-            pixel_chunk=len(vectors), term_chunk=width, term_chunks=chunks, channel_tiles=tiles, parts=1, part_bytes=0,
-            keep=0,
-        )  # fmt: skip
-        self.emit(
-            "add_bias_channels", (y_layout.lanes,), self.blocks * y_layout.maps, y=y, maps=y_layout.maps,
-            bias=bias or self.zeros(y_layout.maps * y_layout.lanes), channels=outputs, y_block=y_layout.block,
-        )  # fmt: skip
-
     def reads_rows(self, channels: int) -> bool:
         """Vectors are stored whole: lanes behind the last channel must meet zeros."""
         return channels % channel_lanes(channels, self.lanes) == 0
@@ -238,7 +159,7 @@ class ChannelLowering(Lowering):
         cache saves. The weight gradients of MobileNetV1 0.25 at batch 4 took 0.37 ms with shorter ones, 0.32 so.
         """
         columns, places = [a for a, _ in terms], [place for _, place in terms]
-        if groups == 1 and _is_vector(grad_layout) and lanes_of(places) and columns == places:
+        if groups == 1 and few.is_vector(grad_layout) and lanes_of(places) and columns == places:
             start = x + pixels[0][0]
             self._outer_of_samples(start, x_layout, grad, grad_layout, target, lanes_of(places), len(terms), outputs,
                                    weight_channel)  # fmt: skip
@@ -277,7 +198,7 @@ class ChannelLowering(Lowering):
         vectors = next(n for n in (8, 4, 2, 1) if inputs // lanes % n == 0)  # no tile reads behind the last input
         rows = [(grad_layout.at(channel), channel * weight_channel) for channel in range(outputs)]
         self.emit_multiply(
-            grad, target, rows, (vectors * lanes, _ACCUMULATORS // vectors), kind=CHANNELS, lanes=lanes, blocks=1,
+            grad, target, rows, (vectors * lanes, few.ACCUMULATORS // vectors), kind=CHANNELS, lanes=lanes, blocks=1,
             groups=1, channel_count=inputs, terms=self.table([s * grad_layout.block for s in range(self.blocks)]),
             term_count=self.blocks, weight=x, weight_group=0, weight_tile=4 * vectors * lanes,
             weight_step=x_layout.block, bias=self.zeros(inputs + vectors * lanes), x_block=0, y_block=0, x_group=0,
@@ -431,11 +352,6 @@ class ChannelLowering(Lowering):
             samples=self.blocks,
             logits_block=x.block, f_smoothing=smoothing,
         )  # fmt: skip
-
-
-def _is_vector(layout: Layout) -> bool:
-    """Whether a sample's maps are of one pixel, so that its channels lie side by side."""
-    return layout.rows == layout.columns == 1 and not layout.bordered
 
 
 def _at(layout: Layout, place: Place, start: Place) -> int:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from edgetrain.arrays import Layout, aligned, map_sizes
 from edgetrain.autodiff import LABELS
-from edgetrain.choice import Choice, Sizes, Tile, choose
+from edgetrain.choice import Choice, Sizes, Tile, choose, simd_lanes
 from edgetrain.errors import GraphError
 from edgetrain.graph import Graph, Node, Value
 from edgetrain.kernels.codes import CHANNELS, SAMPLES
@@ -241,3 +241,9 @@ def _runs(pixels: list[Pair], together: int, size: int) -> bool:
     firsts = [first for first in pixels[::together] for _ in range(together)]
     steps = [size * (i % together) for i in range(len(firsts))]
     return pixels == [(a + step, c + step) for (a, c), step in zip(firsts, steps, strict=True)]
+
+
+def lanes_of(places: list[int]) -> int:
+    """Return the widest vector that ``places``, byte offsets of float32, consist of; 0 if there is no such."""
+    lanes = next((lanes for lanes in (16, 8, 4) if lanes <= simd_lanes() and len(places) % lanes == 0), 0)
+    return lanes if places and places == list(range(0, 4 * len(places), 4)) else 0

@@ -11,12 +11,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from edgetrain import lowering_few as few
 from edgetrain import lowering_winograd as winograd
-from edgetrain.arrays import ALIGNMENT, Layout
+from edgetrain.arrays import READ_BEHIND, Layout
 from edgetrain.choice import Sizes, simd_lanes
 from edgetrain.graph import Node, Value
 from edgetrain.kernels.codes import CHANNELS, ROWS, SAMPLES
-from edgetrain.lowering_core import Pair, widened
+from edgetrain.lowering_core import Pair, lanes_of, widened
 from edgetrain.lowering_sparse import SparseLowering, moves_by_bits
 from edgetrain.plan import Ref
 from edgetrain.sparse_index import WORD, SparseIndex
@@ -42,8 +43,6 @@ _PIXELS_PER_SUM = 256
 _SMALL_MAP = 16
 # Terms are left out where at most this share of them remains.
 _WORTHWHILE = 0.9
-# Numbers of all samples that one job moves before an outer product.
-_COLUMNS_PER_JOB = 64
 _NUMBERS_PER_JOB = 512  # of adding up the parts of a gradient
 # Weight gradients with sums for each group of blocks: most groups, and the least bytes of a block. Threads read what
 # they wrote themselves then, and each its own samples only: dense steps of ResNet-20, ResNet-8 and MobileNetV1 0.25
@@ -70,6 +69,8 @@ class ProductLowering(SparseLowering):
             winograd.forward(self, node, g)
         elif self.runs_sparse(node.input(1), g):
             self.sparse_forward(node, g)
+        elif few.suits(self, node.input(1), g, node.x, node.y):
+            few.forward(self, node, g)
         else:
             self._direct_forward(node, g)
 
@@ -79,13 +80,19 @@ class ProductLowering(SparseLowering):
             winograd.input_grad(self, node, g)
         elif self.runs_sparse(node.input(1), g):
             self.sparse_input_grad(node, g)
+        elif few.suits(self, node.input(1), g, node.y, node.x):
+            few.input_grad(self, node, g)
         else:
             self._direct_input_grad(node, g)
 
     def product_weight_grad(self, node: Node, g: Product) -> None:
         """Emit the gradient of a product's weights, from (x, grad_out)."""
-        if self.keeps_lists(node.get("like"), g, winograd.suits(self, g, g.out)):
+        weight = node.get("like")
+        if self.keeps_lists(weight, g, winograd.suits(self, g, g.out)):
             self.sparse_weight_grad(node, g)
+            return
+        if self._is_compact(weight) and few.suits(self, weight, g, node.x, node.input(1), gradient=True):
+            few.weight_grad(self, node, g)
             return
         with self.whole_gradient(node, g) as target:
             if winograd.suits(self, g, g.out):
@@ -95,9 +102,12 @@ class ProductLowering(SparseLowering):
 
     def keeps_lists(self, weight: Value, g: Product, winograd: bool) -> bool:
         """Whether only the gradients of weights that exist are wanted, and computed by lists; see ``runs_sparse``."""
+        return self._is_compact(weight) and self.runs_sparse(weight, g, winograd)
+
+    def _is_compact(self, weight: Value) -> bool:
+        """Whether gradients are wanted, and stored, for the weights that exist only."""
         index = self.sparse.get(weight.name)
-        compact = index is not None and index.compact and not self.whole_gradients
-        return compact and self.runs_sparse(weight, g, winograd)
+        return index is not None and index.compact and not self.whole_gradients
 
     @contextmanager
     def whole_gradient(self, node: Node, g: Product) -> Iterator[Ref]:
@@ -182,7 +192,7 @@ class ProductLowering(SparseLowering):
             return self._masked_weight(weight, index)
         if weight.name in self._written:
             return self.again(self._written[weight.name])
-        nbytes = 4 * index.size + ALIGNMENT  # a tile may read behind the last row
+        nbytes = 4 * index.size + READ_BEHIND
         dense = self.workspace(nbytes)
         if g.out == (1, 1) and nbytes + sum(self.plan.sizes[r.buffer] for r in self._written.values()) <= _MOST_COPIED:
             self._written[weight.name] = dense
@@ -211,7 +221,7 @@ class ProductLowering(SparseLowering):
         """
         dense = self.idle_gradient(weight)
         if dense is None:
-            dense = self.workspace(4 * index.size + ALIGNMENT)
+            dense = self.workspace(4 * index.size + READ_BEHIND)
         elif weight.name in self._masked:
             return dense
         else:
@@ -254,6 +264,10 @@ class ProductLowering(SparseLowering):
         ``ranges``: the (first, behind last) term of every pixel that is not known to be 0; ``None`` for all.
         ``y_group``: bytes between the results of groups, those of their channels by default.
         """
+        if few.multiply_apart(self, x + pixels[0][0], y + pixels[0][1], y_layout.channel, pixels=len(pixels),
+                              groups=groups, terms=terms, weight=weight, sources=sources,
+                              weight_channel=weight_channel, outputs=outputs, bias=bias):  # fmt: skip
+            return
         pixels, blocks, lanes = self.vectors(pixels, x_layout, y_layout)
         with self.chosen(Sizes("multiply", SAMPLES, lanes, outputs, len(pixels), len(terms), groups)) as tile:
             # Packed weights pay when many pixels use them. LeNet-5's fc1 at batch 8 (its forward pass) took 32 us with
@@ -393,16 +407,12 @@ class ProductLowering(SparseLowering):
         lanes = lanes_of(list(range(0, 4 * count, 4)))
         terms = [block * b_layout.block + 4 * lane for block in range(self.blocks) for lane in range(self.lanes)]
         with self.chosen(Sizes("multiply", CHANNELS, lanes, count, len(rows), samples)) as tile:
-            turned = self.workspace(4 * (samples * count + tile[0]))  # a tile may read behind the last column
-            self.emit(
-                "turn_samples", (self.lanes,), self.blocks * -(-count // _COLUMNS_PER_JOB), x=a, y=turned,
-                columns=self.table(columns), count=count, chunk=_COLUMNS_PER_JOB, x_block=a_layout.block,
-            )  # fmt: skip
+            turned = few.turn(self, a, columns, a_layout.block, behind=tile[0])
             self.emit_multiply(
                 b, target, rows, tile, kind=CHANNELS, lanes=lanes, blocks=1, groups=1, channel_count=count,
-                terms=self.table(terms), term_count=samples, weight=turned, weight_group=0, weight_tile=4 * tile[0],
-                weight_step=4 * count, bias=self.zeros(count + tile[0]), x_block=0, y_block=0, x_group=0, y_group=0,
-                y_channel=4 * lanes,
+                terms=self.table(terms), term_count=samples, weight=turned.start, weight_group=0,
+                weight_tile=4 * tile[0], weight_step=4 * count, bias=self.zeros(count + tile[0]), x_block=0,
+                y_block=0, x_group=0, y_group=0, y_channel=4 * lanes,
             )  # fmt: skip
 
     def emit_correlate(self, x: Ref, x_layout: Layout, grad: Ref, grad_layout: Layout, target: Ref, pixels: list[Pair],
@@ -462,12 +472,6 @@ class ProductLowering(SparseLowering):
         pixels, blocks = self.merge_blocks(pixels, x, y)
         firsts, lanes = widened(pixels, self.lanes, simd_lanes())
         return firsts, blocks, lanes
-
-
-def lanes_of(places: list[int]) -> int:
-    """Return the widest vector that ``places``, byte offsets of float32, consist of; 0 if there is no such."""
-    lanes = next((lanes for lanes in (16, 8, 4) if lanes <= simd_lanes() and len(places) % lanes == 0), 0)
-    return lanes if places and places == list(range(0, 4 * len(places), 4)) else 0
 
 
 def _chunk(count: int, wanted: int, multiple: int) -> int:

@@ -25,8 +25,8 @@ from edgetrain.kernels.codes import (
     TALLY_BYTES,
     THRESHOLD,
 )
-from edgetrain.lowering_core import Pair
-from edgetrain.lowering_products import ProductLowering, lanes_of
+from edgetrain.lowering_core import Pair, lanes_of
+from edgetrain.lowering_products import ProductLowering
 from edgetrain.ops.normalization import epsilon_of
 from edgetrain.ops.pruning import IMPORTANCE
 from edgetrain.plan import Ref

@@ -12,13 +12,14 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from edgetrain.arrays import ALIGNMENT, aligned
+from edgetrain.arrays import ALIGNMENT, READ_BEHIND, aligned
 from edgetrain.graph import Graph, Node, Normalization, placeholder
 from edgetrain.kernels.codes import DENSITY, RECORD, TALLY_BYTES
 from edgetrain.optim import SETTINGS, Optimizer
 from edgetrain.sparse_index import SparseIndex
 
 _LINE = ALIGNMENT // 4  # floats per cache line; every array starts on a line and is padded with zeros
+_SPARE = READ_BEHIND // 4  # floats behind the last array
 
 
 class Parameters:
@@ -49,7 +50,7 @@ class Parameters:
             for group in range(self._group(graph, optimizer, name), 3):
                 ends[group] = place
         self.decayed, self.trained, self.total = ends
-        self.buffers: dict[str, NDArray[np.generic]] = {"weights": aligned(self.total + _LINE)}
+        self.buffers: dict[str, NDArray[np.generic]] = {"weights": aligned(self.total + _SPARE)}
         self.buffers["state"] = aligned(8, np.int64)
         self.buffers["result"] = aligned(8, np.float64)
         self.buffers["settings"] = aligned(max(_LINE, SETTINGS))
@@ -70,9 +71,9 @@ class Parameters:
         self.moments = optimizer.moments
         for buffer in ("gradients", *self.moments):
             if buffer not in self.buffers:
-                self.buffers[buffer] = aligned(self.trained + _LINE)
+                self.buffers[buffer] = aligned(self.trained + _SPARE)
         if optimizer.averaging and "average" not in self.buffers:
-            self.buffers["average"] = aligned(self.total + _LINE)  # the first step begins it
+            self.buffers["average"] = aligned(self.total + _SPARE)  # the first step begins it
 
     @property
     def carried(self) -> tuple[str, ...]:

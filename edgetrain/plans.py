@@ -404,9 +404,10 @@ class Plans:
     def kernels(self) -> list[KernelKey]:
         """Return the kernels that training steps and predictions of a batch need, and of fewer blocks.
 
-        Products with dense weights need no others for any number in between; lists of weights may.
+        Products with dense weights need no others for any number in between (with channels in the lanes up to four
+        samples have tiles of their own); lists of weights may.
         """
-        some = {self._blocks(count): count for count in (self._batch_size, self.lanes + 1, 1)}
+        some = {self._blocks(count): count for count in (self._batch_size, self.lanes + 1, 4, 1)}
         counts = [count for blocks, count in sorted(some.items()) if blocks <= self._blocks(self._batch_size)]
         plans = [self.plan(training, count) for training in (True, False) for count in counts]
         if self.by_channel:  # where fully connected layers take up to four samples at once

@@ -35,7 +35,7 @@ def random_index(rows: int, row_size: int, density: float, seed: int = 0) -> Spa
 @pytest.mark.parametrize(("rows", "row_size"), [(2, 1), (5, 15), (4, 16), (7, 17), (6, 25), (3, 96), (9, 400)])
 def test_rows_are_written_out_and_gathered(rows, row_size):
     index, rng = random_index(rows, row_size, 0.4), np.random.default_rng(1)
-    values, dense = aligned(index.capacity), aligned(rows * row_size + 16)
+    values, dense = aligned(index.capacity + 16), aligned(rows * row_size + 16)  # vectors are read whole
     values[:], dense[:] = rng.normal(size=values.size), 7
     stored = {"starts": index.starts, "bits": index.bits, "row_words": index.row_words, "dense_row": 4 * row_size}
     run_kernel("expand_bits", 16, rows, values=values, dense=dense, row_size=row_size, **stored)

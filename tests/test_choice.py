@@ -35,6 +35,8 @@ RULES = {
     "channels, one vector": (Sizes(MULTIPLY, CHANNELS, 8, 8, 256, 27), (8, 12), (8, 8)),
     "channels, two vectors": (Sizes(MULTIPLY, CHANNELS, 8, 16, 256, 27), (16, 8), (16, 5)),
     "channels, one pixel": (Sizes(MULTIPLY, CHANNELS, 8, 32, 1, 27), (32, 1), (32, 1)),
+    "channels, four pixels": (Sizes(MULTIPLY, CHANNELS, 8, 64, 4, 27), (32, 4), (16, 4)),
+    "channels, four pixels of one vector": (Sizes(MULTIPLY, CHANNELS, 8, 8, 4, 27), (8, 12), (8, 8)),
     "channels, depthwise": (Sizes(MULTIPLY, DEPTHWISE, 8, 8, 256, 9, 4), (8, 8), (8, 6)),
     "channels, weight gradient": (Sizes(CORRELATE, CHANNELS, 8, 8, 256, 27), (8, 12), (8, 9)),
     "channels, wide weight gradient": (Sizes(CORRELATE, CHANNELS, 8, 64, 256, 27), (16, 8), (16, 5)),
@@ -304,7 +306,7 @@ def test_command_calibrates_and_the_table_tells(folder, capsys, monkeypatch):
         return {sizes: factor * seconds for sizes, seconds in timed(steps, learner).items()}
 
     monkeypatch.setattr(bench_tiles._Steps, "_time", rule_is_slow)
-    monkeypatch.setattr(bench_tiles, "_SHORTEST_SECONDS", 0.0)
+    monkeypatch.setattr(bench_tiles, "_SHORTEST_SECONDS", 1e-9)
     flags = ("--model", "cnn1d", "--batch-size", "2")
     code, text, progress = run(capsys, "doctor", "--calibrate", *flags, "--json")
     assert code == 0

@@ -45,6 +45,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("plan", "parameters", "checkpoint", "reference", "stream", "pooled_errors"),
     ("lowering_core", "executor", "runs"),
     ("lowering_winograd", "lowering_sparse"),
+    ("lowering_few",),
     ("lowering_products", "combining", "lanes"),
     ("lowering_pruned", "pruning"),
     ("lowering_elements", "saved_activations"),

@@ -154,6 +154,20 @@ def turn_samples(lanes: int) -> Body:
     return body
 
 
+@kernel("x", "y", "bias", "count", "chunk", "x_sample", "y_channel")
+def join_samples(lanes: int) -> Body:
+    """Put samples that are apart into lanes: ``y[i][lane] = x[lane][i] + bias[i]``. Job: ``chunk`` channels."""
+
+    def body(args: int, first: int, last: int) -> None:
+        x, y, bias, count, chunk, x_sample, y_channel = arguments(args, 7)
+        for i in range(first * chunk, min(count, last * chunk)):
+            target, shift = y + i * y_channel, load_f32(bias + 4 * i)
+            for lane in range(lanes):
+                store_f32(target + 4 * lane, load_f32(x + lane * x_sample + 4 * i) + shift)
+
+    return body
+
+
 @kernel("x", "y", "table", "count", "x_block", "y_block")
 def copy_table(lanes: int) -> Body:
     """Copy the pixels of a table of int64 pairs (input, output byte offset). Job: block."""
