@@ -124,7 +124,7 @@ def test_weights_of_a_file_bring_the_normalisation_that_they_were_trained_with(t
     trained = et.Learner(et.models.lenet5(), batch_size=8)
     trained.fit((x, np.arange(40) % 10), 1)
     trained.export_onnx(tmp_path / "m.onnx")
-    fresh, other = et.Learner(et.models.lenet5(seed=1)), et.Learner(et.models.lenet5(seed=2), batch_size=8)
+    fresh, other = (et.Learner(et.models.lenet5(seed=seed), batch_size=8) for seed in (1, 2))
     other.fit((x + 5, np.arange(40) % 10), 1)  # has one of its own
     for learner in (fresh, other):
         learner.load_parameters(tmp_path / "m.onnx")

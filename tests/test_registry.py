@@ -277,6 +277,7 @@ def test_the_operator_cases_use_every_kernel():
     elsewhere = {"sgd", "adam", "average", "sum_of_squares", "check_step", "stamp"}  # the update of a step, and timing
     # Where threads keep to their blocks of samples: of error maps, and of large maps.
     elsewhere |= {"settle_channels", "sum_parts"}
+    elsewhere |= {"join_samples"}  # large layers whose samples fill a part of a vector (test_few.py)
     # Those of methods are tested with the methods.
     methods = ("bits", "csr", "pooled_errors", "sparse_storage", *PRUNING_KERNELS)
     elsewhere |= {name for name, (made, _) in factories().items() if made.__module__.rpartition(".")[2] in methods}
