@@ -140,8 +140,8 @@ class ChannelLowering(Lowering):
                 weights["weight_group"] = 4 * lanes * len(terms)
             self.emit_multiply(
                 x, y, pixels, tile, terms=self.table(terms), term_count=len(terms), kind=kind, lanes=lanes,
-                ranges=self.ranges(ranges or [], blocks, len(pixels), tile[1]), blocks=blocks,
-                groups=maps, channel_count=channel_count, bias=bias or self.zeros(channels + tile[0]),
+                ranges=self.ranges(ranges or [], blocks, [range(i, i + 1) for i in range(len(pixels))], tile[1]),
+                blocks=blocks, groups=maps, channel_count=channel_count, bias=bias or self.zeros(channels + tile[0]),
                 x_block=x_layout.block, y_block=y_layout.block, x_group=x_layout.channel, y_group=y_layout.channel,
                 y_channel=y_layout.channel, **weights,
             )  # fmt: skip

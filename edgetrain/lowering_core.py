@@ -236,6 +236,24 @@ def widened(pixels: list[Pair], lanes: int, widest: int) -> tuple[list[Pair], in
     return pixels[::together], together * lanes
 
 
+def overlapping(pixels: list[Pair], lanes: int, widest: int) -> tuple[list[int], int]:
+    """As ``widened``, for results that may be written twice; return the places of the first pixels, and the lanes.
+
+    The last vector of a run that they do not fill begins sooner: the fewest vectors count.
+
+    Example:
+        >>> overlapping([(16 * i, 16 * i) for i in (0, 1, 2, 3, 4, 10, 11, 12, 13)], lanes=4, widest=16)
+        ([0, 1, 5], 16)
+    """
+    size = 4 * lanes
+    breaks = [i for i in range(1, len(pixels)) if pixels[i] != (pixels[i - 1][0] + size, pixels[i - 1][1] + size)]
+    runs = list(zip([0, *breaks], [*breaks, len(pixels)], strict=True)) if pixels else []
+    together, shortest = max(1, widest // lanes), min((end - start for start, end in runs), default=1)
+    sizes = [n for n in (1, 2, 4) if n <= min(together, shortest)]
+    best = min(sizes, key=lambda n: (sum(-(-(end - start) // n) for start, end in runs), n))
+    return [min(i, end - best) for start, end in runs for i in range(start, end, best)], best * lanes
+
+
 def _runs(pixels: list[Pair], together: int, size: int) -> bool:
     """Whether the pixels are runs of ``together`` neighbours in both operands."""
     firsts = [first for first in pixels[::together] for _ in range(together)]

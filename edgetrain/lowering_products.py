@@ -17,7 +17,7 @@ from edgetrain.arrays import READ_BEHIND, Layout
 from edgetrain.choice import Sizes, simd_lanes
 from edgetrain.graph import Node, Value
 from edgetrain.kernels.codes import CHANNELS, ROWS, SAMPLES
-from edgetrain.lowering_core import Pair, lanes_of, widened
+from edgetrain.lowering_core import Pair, lanes_of, overlapping, widened
 from edgetrain.lowering_sparse import SparseLowering, moves_by_bits
 from edgetrain.plan import Ref
 from edgetrain.sparse_index import WORD, SparseIndex
@@ -268,7 +268,7 @@ class ProductLowering(SparseLowering):
                               groups=groups, terms=terms, weight=weight, sources=sources,
                               weight_channel=weight_channel, outputs=outputs, bias=bias):  # fmt: skip
             return
-        pixels, blocks, lanes = self.vectors(pixels, x_layout, y_layout)
+        pixels, blocks, lanes, places = self.result_vectors(pixels, x_layout, y_layout)
         with self.chosen(Sizes("multiply", SAMPLES, lanes, outputs, len(pixels), len(terms), groups)) as tile:
             # Packed weights pay when many pixels use them. LeNet-5's fc1 at batch 8 (its forward pass) took 32 us with
             # packing, and takes 10 us so (2 threads, ``edgetrain bench --per-op``).
@@ -282,30 +282,31 @@ class ProductLowering(SparseLowering):
                 weights = self.weights(weight, sources, tile[0], outputs, weight_channel, groups, weight_group)
             self.emit_multiply(
                 x, y, pixels, tile, terms=self.table(terms), term_count=len(terms), lanes=lanes,
-                ranges=self.ranges(ranges or [], blocks, len(pixels), tile[1]),
+                ranges=self.ranges(ranges or [], blocks, places, tile[1]),
                 kind=ROWS if by_row else SAMPLES, blocks=blocks, groups=groups, channel_count=outputs,
                 bias=bias or self.zeros(groups * outputs + tile[0]), **weights, x_block=x_layout.block,
                 y_block=y_layout.block, x_group=inputs * x_layout.channel,
                 y_group=outputs * y_layout.channel if y_group is None else y_group, y_channel=y_layout.channel,
             )  # fmt: skip
 
-    def ranges(self, ranges: list[Pair], blocks: int, vectors: int, width: int) -> Ref | int:
+    def ranges(self, ranges: list[Pair], blocks: int, places: list[range], width: int) -> Ref | int:
         """Return the table of the terms that tiles of ``width`` vectors need; 0 if that would save less than a tenth.
 
-        ``ranges``: (first, behind the last) term of every pixel of a block; ``vectors``: of pixels, in each of
-        ``blocks`` blocks (one where the pixels of all are one list).
+        ``ranges``: (first, behind the last) term of every pixel of a block; ``places``: of the pixels of every vector,
+        in each of ``blocks`` blocks (one where the pixels of all are one list).
 
         A convolution's input gradient without padding: the windows of a pixel near the edge lie partly outside.
         LeNet-5's second convolution at batch 8 took 28.7 us and takes 20.9 us so (one thread).
         """
+        if not ranges:
+            return 0
         ranges = ranges * (self.blocks // blocks)
-        size = max(1, len(ranges) // vectors * width)  # pixels of a tile
-        tiles = [ranges[i : i + size] for i in range(0, len(ranges), size)]
+        tiles = [[ranges[i] for place in places[n : n + width] for i in place] for n in range(0, len(places), width)]
         needed = [(min(a for a, _ in tile), max(b for _, b in tile)) for tile in tiles]
-        most = max((b for _, b in ranges), default=0)
+        most = max(b for _, b in ranges)
         if sum(b - a for a, b in needed) > _WORTHWHILE * most * len(needed):
             return 0
-        return self.table(needed) if needed else 0
+        return self.table(needed)
 
     def weights(self, weight: Ref, sources: list[int], width: int, channels: int, channel_bytes: int, groups: int = 1,
                 weight_group: int = 0) -> dict[str, int | Ref]:  # fmt: skip
@@ -472,6 +473,16 @@ class ProductLowering(SparseLowering):
         pixels, blocks = self.merge_blocks(pixels, x, y)
         firsts, lanes = widened(pixels, self.lanes, simd_lanes())
         return firsts, blocks, lanes
+
+    def result_vectors(self, pixels: list[Pair], x: Layout, y: Layout) -> tuple[list[Pair], int, int, list[range]]:
+        """See ``vectors``, for pixels that are results; also return the places of every vector's pixels.
+
+        They may be written twice (``overlapping``).
+        """
+        pixels, blocks = self.merge_blocks(pixels, x, y)
+        firsts, lanes = overlapping(pixels, self.lanes, simd_lanes())
+        together = lanes // self.lanes
+        return [pixels[i] for i in firsts], blocks, lanes, [range(i, i + together) for i in firsts]
 
 
 def _chunk(count: int, wanted: int, multiple: int) -> int:

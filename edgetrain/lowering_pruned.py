@@ -117,7 +117,7 @@ class PrunedLowering(ProductLowering):
         grad, out = self.layout(node.x), self.layout(node.y)
         weight = self.dense_weight(node.input(1), g)
         for phase, few in zip(g.phases(), kept.phases(), strict=True):
-            pixels, blocks, lanes = self.vectors(phase.pixels(grad, out), grad, out)
+            pixels, blocks, lanes, places = self.result_vectors(phase.pixels(grad, out), grad, out)
             terms, sources, count = self._listed_terms(node, g, phase)
             with self.chosen(Sizes("multiply", SAMPLES, lanes, g.channels_in, len(pixels), count, 1)) as tile:
                 width, tiles = tile[0], -(-g.channels_in // tile[0])
@@ -133,7 +133,7 @@ class PrunedLowering(ProductLowering):
                     weight=packed, weight_group=0, weight_tile=4 * width * count, weight_step=4 * width,
                     bias=self.zeros(g.channels_in + width), x_block=grad.block, y_block=out.block, x_group=0, y_group=0,
                     y_channel=out.channel,
-                    ranges=self.ranges(few.ranges(), blocks, len(pixels), tile[1]),
+                    ranges=self.ranges(few.ranges(), blocks, places, tile[1]),
                 )  # fmt: skip
 
     def _listed_terms(self, node: Node, g: Product, phase: Phase) -> tuple[Ref, Ref, int]:
