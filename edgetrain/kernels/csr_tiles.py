@@ -81,14 +81,14 @@ def csr_multiply_tile(
             builder.store(zero, slot)
         with builder.if_then(builder.icmp_signed("!=", keep_, _constant(0))):
             for slot, place in zip(slots[0], places, strict=True):
-                builder.store(builder.load(place, align=4 * n), slot)
+                builder.store(builder.load(place, align=4), slot)
 
         def add(entry: Any, part: list[Any]) -> None:
             offset = _offset(builder, entry)
             weight = splat(builder, builder.load(pointer(builder, builder.add(entry, _constant(4)), F32)), n)
             pixels = _tile(builder, [builder.add(source, offset) for source in sources], step, nc, n)
             for slot, pixel in zip(part, pixels, strict=True):
-                builder.store(_fma(builder, builder.load(pixel, align=4 * n), weight, builder.load(slot)), slot)
+                builder.store(_fma(builder, builder.load(pixel, align=4), weight, builder.load(slot)), slot)
 
         count = builder.sdiv(builder.sub(last_, entries_), _constant(ENTRY))
         whole = builder.sdiv(count, _constant(nu))
@@ -105,7 +105,7 @@ def csr_multiply_tile(
             total = builder.load(slots[0][i])
             for part in slots[1:]:
                 total = builder.fadd(total, builder.load(part[i]))
-            builder.store(builder.fadd(total, shift), place, align=4 * n)
+            builder.store(builder.fadd(total, shift), place, align=4)
         return context.get_dummy_value()
 
     integer = types.int64
@@ -135,21 +135,21 @@ def csr_correlate_tile(
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         x_, dy_, entries_, last_, sums_, table_, keep_, y_step_ = args
         sources, targets = _runs(builder, table_, nr, x_, dy_)
-        grads = [builder.load(place, align=4 * n) for place in _tile(builder, targets, y_step_, nc, n)]
+        grads = [builder.load(place, align=4) for place in _tile(builder, targets, y_step_, nc, n)]
         zero = ir.Constant(grads[0].type, [0.0] * n)
         kept = builder.icmp_signed("!=", keep_, _constant(0))
         count = builder.sdiv(builder.sub(last_, entries_), _constant(ENTRY))
         with cgutils.for_range(builder, count) as loop:
             offset = _offset(builder, builder.add(entries_, builder.mul(loop.index, _constant(ENTRY))))
             target = pointer(builder, builder.add(sums_, builder.mul(loop.index, _constant(4 * n))), zero.type)
-            totals = [builder.select(kept, builder.load(target, align=4 * n), zero)] + [zero] * (nk - 1)
+            totals = [builder.select(kept, builder.load(target, align=4), zero)] + [zero] * (nk - 1)
             pixels = _tile(builder, [builder.add(source, offset) for source in sources], step, nc, n)
             for i, (grad, pixel) in enumerate(zip(grads, pixels, strict=True)):
-                totals[i % nk] = _fma(builder, builder.load(pixel, align=4 * n), grad, totals[i % nk])
+                totals[i % nk] = _fma(builder, builder.load(pixel, align=4), grad, totals[i % nk])
             while len(totals) > 1:
                 pairs = zip(totals[0::2], [*totals[1::2], None], strict=False)
                 totals = [a if b is None else builder.fadd(a, b) for a, b in pairs]
-            builder.store(totals[0], target, align=4 * n)
+            builder.store(totals[0], target, align=4)
         return context.get_dummy_value()
 
     def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
@@ -201,7 +201,7 @@ def csr_gradients_tile(
         sources, inputs, targets = (
             [builder.add(address, o) for o in offsets[i::3]] for i, address in enumerate((dy_, x_, dx_))
         )
-        pixels = [builder.load(place, align=step) for place in _tile(builder, inputs, x_step_, nc, n)]
+        pixels = [builder.load(place, align=4) for place in _tile(builder, inputs, x_step_, nc, n)]
         if norm:
             middle_, factor_, offset_, low_, high_ = (splat(builder, number, n) for number in args[12:17])
             for i, pixel in enumerate(pixels):
@@ -215,7 +215,7 @@ def csr_gradients_tile(
             builder.store(zero, slot)
         with builder.if_then(builder.icmp_signed("!=", part_, _constant(0))):
             for slot, place in zip(slots, places, strict=True):
-                builder.store(builder.load(place, align=step), slot)
+                builder.store(builder.load(place, align=4), slot)
         kept = builder.icmp_signed("!=", keep_, _constant(0))
         count = builder.sdiv(builder.sub(last_, entries_), _constant(ENTRY))
         with cgutils.for_range(builder, count) as loop:
@@ -224,15 +224,15 @@ def csr_gradients_tile(
             weight = splat(builder, builder.load(pointer(builder, builder.add(entry, _constant(4)), F32)), n)
             number = _offset(builder, builder.add(order_, builder.mul(loop.index, _constant(4))))
             target = pointer(builder, builder.add(sums_, builder.mul(number, _constant(step))), vector)
-            totals = [builder.select(kept, builder.load(target, align=step), zero), zero]
+            totals = [builder.select(kept, builder.load(target, align=4), zero), zero]
             errors = _tile(builder, [builder.add(source, at) for source in sources], step, nc, n)
             for i, (slot, pixel, place) in enumerate(zip(slots, pixels, errors, strict=True)):
-                error = builder.load(place, align=step)
+                error = builder.load(place, align=4)
                 builder.store(_fma(builder, error, weight, builder.load(slot)), slot)
                 totals[i % 2] = _fma(builder, error, pixel, totals[i % 2])
-            builder.store(builder.fadd(*totals), target, align=step)
+            builder.store(builder.fadd(*totals), target, align=4)
         for slot, place in zip(slots, places, strict=True):
-            builder.store(builder.load(slot), place, align=step)
+            builder.store(builder.load(slot), place, align=4)
         return context.get_dummy_value()
 
     kinds = [types.int64] * 12 + [types.float32] * 5
