@@ -10,6 +10,7 @@ import math
 from collections.abc import Mapping
 from types import MappingProxyType
 
+from edgetrain import lowering_few as few
 from edgetrain import lowering_winograd as winograd
 from edgetrain.choice import channel_lanes, simd_lanes
 from edgetrain.graph import Graph, Node
@@ -19,8 +20,8 @@ from edgetrain.ops.pooling import MaxPool
 
 # What a vector of samples costs, where one sample with channels in all lanes costs 1. Fitted to steps of five networks
 # with vectors of 4, 8 and 16 lanes (docs/lanes.md has what came of it): what skips takes longer with the root of its
-# own lanes and of the machine's.
-_DIRECT, _SKIPPING = 0.84, 0.37
+# own lanes and of the machine's. The last is of a sample, in fully connected layers whose samples are put apart.
+_DIRECT, _SKIPPING, _APART = 0.9, 0.35, 1.1
 # What a weight of a list takes, 1 is one of a dense product: 1.4 in DS-CNN, 2.2 in cnn1d, 2.4 in MobileNetV1 (batch 5
 # to 8, with a tenth and three tenths of the weights), and more, since little else of a step becomes shorter.
 _LISTED = 3.0
@@ -73,11 +74,20 @@ def _sample_vectors(graph: Graph, node: Node, g: Product, lanes: int) -> float:
     simd = simd_lanes()
     if winograd.pays(g, g.out) or (g.groups == 1 and _feeds_max_pool(graph, node)):
         return _SKIPPING * math.sqrt(lanes * simd)
-    # Neighbouring pixels fill the rest of a vector, where they are neighbours in input and output.
-    together = simd // lanes
-    while together > 1 and (g.strides[1] > 1 or g.out[1] % together):
-        together //= 2
-    return _DIRECT * simd / together
+    if few.puts_apart(g, lanes):
+        return _APART * lanes
+    return _DIRECT * simd * _unfilled(g.out[1] if g.strides[1] == 1 else 1, simd // lanes)
+
+
+def _unfilled(columns: int, most: int) -> float:
+    """Return how many vectors a row of pixels takes, per pixel: neighbours in input and output fill the rest of one.
+
+    In two of three products of training the last vector of a row may begin sooner; else all must be full.
+    """
+    sizes = [n for n in (1, 2, 4) if n <= most]
+    overlapping = min(-(-columns // n) for n in sizes) / columns
+    full = 1 / max(n for n in sizes if columns % n == 0)
+    return (2 * overlapping + full) / 3
 
 
 def _feeds_max_pool(graph: Graph, node: Node) -> bool:

@@ -148,6 +148,11 @@ def _join(low: ProductLowering, samples: Apart, value: Value) -> None:
 # --- dense weights ---
 
 
+def puts_apart(g: Product, lanes: int) -> bool:
+    """Whether samples of a fully connected layer are put apart, where lanes hold so many samples."""
+    return g.out == g.size == (1, 1) and g.groups == 1 and lanes < simd_lanes() and g.macs >= _APART
+
+
 def _is_narrow(low: ProductLowering, pixels: int, groups: int) -> bool:
     """Whether vectors of samples would fill a part of the widest vector."""
     return low.kind == SAMPLES and pixels == groups == low.blocks == 1 and low.lanes < simd_lanes()

@@ -48,19 +48,20 @@ _KEPT_PLANS, _KEPT_OF_CHANNELS = 8, 16
 # Products that skip the zeros of an error map.
 _LISTED = ("ListedInputGrad", "ListedWeightGrad", "PooledInputGrad", "PooledWeightGrad")
 # Batches so small nevertheless have lists of weights, and mostly empty lanes, where the lists leave at most this share
-# of the operations, by batch size (a step against dense, lists and channels in the lanes, a tenth of ResNet-8's
-# weights: at batch 1 1.70 and 0.93, 2 0.94 and 0.99, 3 0.66 and 0.98, 4 0.50 and 0.98; a hundredth at batch 1 0.84 and
-# 0.92). Or, where weights have few operations each, at most this share of the weights (LeNet-5 with a tenth, a
-# twentieth and a hundredth of them: at batch 1 1.35, 1.05, 0.79 and 0.84, 0.82, 0.82, at batch 2 0.97, 0.74, 0.55 and
-# 0.86, 0.84, 0.85; a fifth at batch 3 0.90 and 0.89, three tenths at batch 4 0.83 and 0.93). Layers with a larger share
-# of their weights count as dense: about there lists stop being faster (``lowering_sparse``). So do fully connected ones
-# that are read by bits: four of them, 512 wide, with a tenth of their weights took 0.90 by lists and 0.51 (batch 4).
-_LISTED_SHARE = 0.3
+# of the operations, by batch size (a step against dense, lists and channels in the lanes, uniform densities, a tenth
+# of ResNet-8's weights: at batch 1 1.29 and 1.01, 2 0.68 and 1.01, 3 0.46 and 1.00, 4 0.35 and 1.00; a fifth at batch 2
+# 0.98 and 1.01; three tenths at batch 3 1.00 and 1.01, 4 0.75 and 1.00; a hundredth at batch 1 0.75 and 1.01). Or,
+# where weights have few operations each, at most this share of the weights (LeNet-5 with a tenth, a twentieth and a
+# hundredth of them: at batch 1 1.16, 0.88, 0.62 and 0.84, 0.84, 0.83; with three tenths and a fifth at batch 2 0.89,
+# 0.79 and 0.89, 0.87). Layers with a larger share of their weights count as dense: about there lists stop being faster
+# (``lowering_sparse``). So do fully connected ones that are read by bits: four of them, 512 wide, with a tenth of their
+# weights took 0.90 by lists and 0.51 (batch 4).
+_LISTED_SHARE = 0.33
 # Of fewer weights bits take more memory than they are worth, but where few samples read weights by them: writing out a
 # tenth of 30,720 takes 4.4 us by bits and 5.4 number by number, gathering 5.1 and 3.9 (one thread).
 _BITS_SHARE = 0.0625
-_LEFT, _FEW_OPERATIONS = {1: 0.02, 2: 0.1, 3: 0.57, 4: 0.7}, 10
-_FEW_WEIGHTS = {1: 0.01, 2: 0.07, 3: 0.2, 4: 0.3}
+_LEFT, _FEW_OPERATIONS = {1: 0.03, 2: 0.17, 3: 0.3, 4: 0.7}, 10
+_FEW_WEIGHTS = {1: 0.03, 2: 0.22, 3: 0.3, 4: 0.3}
 
 
 @dataclass(frozen=True)
