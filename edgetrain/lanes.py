@@ -21,7 +21,7 @@ from edgetrain.ops.pooling import MaxPool
 # What a vector of samples costs, where one sample with channels in all lanes costs 1. Fitted to steps of five networks
 # with vectors of 4, 8 and 16 lanes (docs/lanes.md has what came of it): what skips takes longer with the root of its
 # own lanes and of the machine's. The last is of a sample, in fully connected layers whose samples are put apart.
-_DIRECT, _SKIPPING, _APART = 0.9, 0.35, 1.1
+_DIRECT, _SKIPPING, _APART = 0.87, 0.36, 1.1
 # What a weight of a list takes, 1 is one of a dense product: 1.4 in DS-CNN, 2.2 in cnn1d, 2.4 in MobileNetV1 (batch 5
 # to 8, with a tenth and three tenths of the weights), and more, since little else of a step becomes shorter.
 _LISTED = 3.0

@@ -48,7 +48,9 @@ SKIPS_WEIGHTS = ("multiply_csr", "correlate_csr", "gradients_csr")
 # both were equally fast, writing out included (forward and both gradients, one thread, batch 8 to 128, AVX-512): 0.12
 # to 0.14 for one vector (fully connected, batch 16), 0.18 for two, 0.34 for four, 0.43 for eight, from 0.44 on for
 # more. With a fixed share of 0.45 fully connected layers with 0.4 of their weights took 2.9 times as long as dense.
-_VECTORS, _DIRECT_SHARES = (1, 2, 4, 8, 16), (0.12, 0.18, 0.33, 0.42, 0.45)
+# Less than a vector, of fully connected layers at batch 4 and 8: dense ones put samples apart, lists cannot. A step of
+# LeNet-5 with a tenth of its weights (uniform) took 0.80 and 0.81 of the dense one with 0.12, takes 0.66 and 0.74 so.
+_VECTORS, _DIRECT_SHARES = (0.25, 0.5, 1, 2, 4, 8, 16), (0.05, 0.08, 0.12, 0.18, 0.33, 0.42, 0.45)
 # Of Winograd's kernels: 0.28 to 0.4 in layers of ResNet-20 at batch 32, 0.27 at batch 8.
 _WINOGRAD_SHARE = 0.27
 _ROW_ENTRIES = 2.5
@@ -75,8 +77,8 @@ class Grid:
     def widened(self, widest: int) -> Grid:
         """Return the same pixels with as many neighbours of a row in one vector as fit ``widest`` lanes.
 
-        Where samples fill part of a vector: forward and both gradients of 64@8x8 at density 0.1 and batch 4 took
-        0.0 ms and take 0.0 so (one thread).
+        Where samples fill part of a vector: a step of ResNet-20 with a tenth of its weights (RigL, uniform) at batch 4
+        took 2.44 ms with vectors of samples alone and takes 1.57 so (AVX-512, one thread).
 
         Example:
             >>> Grid([(0, 0), (192, 128)], 6, (16, 16), 1, 4).widened(16)

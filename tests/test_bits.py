@@ -182,7 +182,7 @@ def test_few_samples_meet_weights_as_they_are_stored(count, threads):
 @by_vectors
 @pytest.mark.parametrize("count", [4, 9, 16])
 def test_more_samples_meet_weights_that_are_written_out(count, monkeypatch):
-    monkeypatch.setattr("edgetrain.lowering_sparse._DIRECT_SHARES", (0.0,) * 5)
+    monkeypatch.setattr("edgetrain.lowering_sparse._DIRECT_SHARES", (0.0,) * 7)
     case = sparse_case(lambda graph: learner(graph, 16))
     for seed, density in ((1, 0.5), (2, 0.2)):
         case.take(seed, density)

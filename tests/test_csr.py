@@ -12,6 +12,7 @@ from edgetrain.combining import combine_gradients
 from edgetrain.graph import Graph
 from edgetrain.kernels.registry import argument_names
 from edgetrain.learner import Learner
+from edgetrain.lowering_sparse import Grid
 from edgetrain.ops import get_op
 from edgetrain.ops.conv import ProductOp
 from edgetrain.sparse_index import SparseIndex
@@ -49,7 +50,7 @@ class Sparse:
 
     def __init__(self, case: Case, monkeypatch: pytest.MonkeyPatch, lanes: int = 4, threads: int = 1) -> None:
         self.case, self.indexes = case, products(case)
-        monkeypatch.setattr("edgetrain.lowering_sparse._DIRECT_SHARES", (1e9,) * 5)
+        monkeypatch.setattr("edgetrain.lowering_sparse._DIRECT_SHARES", (1e9,) * 7)
         monkeypatch.setattr("edgetrain.lowering_sparse._WINOGRAD_SHARE", np.inf)
         self.learner: Learner = learner(case.graph(), lanes, threads, loss=case.loss)
         self.learner._parameters.sparse.update(self.indexes)
@@ -398,3 +399,27 @@ def test_fully_connected_layers_have_lists_by_how_many_vectors_of_samples_there_
     policy = StaticSparse(weights=1 - density, distribution="uniform", dense_first=False)
     made = Learner(net.graph, PROFILE, batch_size=vectors * simd_lanes(), loss="mse", sparsity=policy)
     assert ("multiply_csr" in [row.kernel[0] for row in made.training_plan().rows]) == listed
+
+
+# ---- vectors that neighbouring pixels fill
+
+
+@pytest.mark.parametrize(
+    ("columns", "lanes", "widest", "together"),
+    [(8, 4, 16, 4), (6, 4, 16, 2), (7, 4, 16, 1), (8, 8, 16, 2), (8, 16, 16, 1), (8, 4, 4, 1)],
+)
+def test_neighbours_of_a_row_fill_vectors(columns, lanes, widest, together):
+    step = 4 * lanes
+    grid = Grid([(0, 0), (640, 512)], columns, (step, step), 1, lanes)
+    wanted = Grid(grid.rows, columns // together, (step * together, step * together), 1, lanes * together)
+    assert grid.widened(widest) == wanted
+    strided = Grid(grid.rows, columns, (2 * step, step), 1, lanes)
+    assert strided.widened(widest) == strided
+
+
+@pytest.mark.skipif(simd_lanes() < 8, reason="no batch fills a part of vectors of 4")
+def test_small_batches_have_lists_of_whole_vectors(monkeypatch):
+    sparse = Sparse(next(case for case in convolutions() if case.id.endswith("3x3-same")), monkeypatch)
+    kernels = [row.kernel for row in sparse.learner.plans.plan(True, 4).rows if row.kernel[0].endswith("_csr")]
+    widths = {sizes[0] for name, sizes in kernels if name in ("multiply_csr", "correlate_csr", "sum_csr")}
+    assert max(widths) > 4

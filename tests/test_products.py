@@ -11,7 +11,7 @@ from edgetrain.graph import Graph
 from edgetrain.kernels.codes import CHANNELS
 from edgetrain.kernels.registry import argument_names
 from edgetrain.learner import Learner
-from edgetrain.lowering_core import widened
+from edgetrain.lowering_core import overlapping, widened
 from edgetrain.plan import Ref, Row
 from tests.engine import PROFILE, assert_all_close
 
@@ -92,6 +92,19 @@ def test_pixels_that_are_no_neighbours_stay_apart():
     assert widened(strided, 4, 16) == (strided, 4)
     odd = [(16 * p, 16 * p) for p in range(7)]
     assert widened(odd, 4, 16) == (odd, 4)
+
+
+@pytest.mark.parametrize(
+    ("columns", "lanes", "starts", "wide"),
+    [(10, 4, (0, 4, 6), 16), (8, 4, (0, 4), 16), (5, 8, (0, 2, 3), 16), (3, 4, (0, 1), 8), (1, 4, (0,), 4)],
+)
+def test_vectors_of_results_overlap_where_a_row_does_not_fill_them(columns, lanes, starts, wide):
+    rows = [[(4 * lanes * c + 4096 * r, 4 * lanes * c + 2048 * r) for c in range(columns)] for r in range(3)]
+    found, lanes_found = overlapping([pixel for row in rows for pixel in row], lanes, 16)
+    assert (found, lanes_found) == ([columns * r + start for r in range(3) for start in starts], wide)
+    strided = [(32 * p, 16 * p) for p in range(8)]
+    assert overlapping(strided, 4, 16) == (list(range(8)), 4)
+    assert overlapping([], 4, 16) == ([], 4)
 
 
 @pytest.mark.parametrize(

@@ -388,7 +388,7 @@ def test_a_few_samples_are_computed_as_is_faster(policy, batch_size, by_channel,
 
 
 @pytest.mark.parametrize(("width", "weights", "batch_size", "by_channel"), [
-    (64, 0.9, 4, True), (64, 0.99, 2, True), (0, 0.9, 4, False), (0, 0.7, 3, True),
+    (64, 0.9, 4, True), (64, 0.99, 2, True), (0, 0.9, 4, False), (0, 0.7, 3, False), (0, 0.7, 1, True),
 ])  # fmt: skip
 def test_fully_connected_layers_do_not_speak_for_lists(width, weights, batch_size, by_channel, monkeypatch):
     """Few samples read them by bits, faster than by lists (``width``: of four such layers, 0 for LeNet-5)."""
