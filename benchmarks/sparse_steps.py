@@ -2,6 +2,7 @@
 
 Usage:
     python benchmarks/sparse_steps.py              on an idle machine; about twelve minutes
+    python benchmarks/sparse_steps.py --parts denser   batches with more of their weights alone
     python benchmarks/sparse_steps.py --document   the document from the stored results alone
 
 Every contender is a process of its own; they take turns with idle gaps after warm-up. That is done three times with
@@ -12,6 +13,7 @@ first in the order is often the slower. A ratio is the median of those of the th
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
@@ -151,12 +153,17 @@ def main() -> None:
     """Measure, store, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--document", action="store_true", help="write the document, measure nothing")
-    if not parser.parse_args().document:
-        stored: dict = {"machine": machines.facts(), "models": {}}
-        for model in SETTINGS:
-            stored["models"][model] = measure(model)
-        denser = {f"{model}, {batch}": measure_denser(model, batch) for model in SETTINGS for batch in BATCHES}
-        stored["denser"] = denser
+    parser.add_argument("--parts", nargs="+", choices=("models", "denser"), default=("models", "denser"),
+                        help="what to measure; the rest stays as this machine has it stored")  # fmt: skip
+    arguments = parser.parse_args()
+    if not arguments.document:
+        stored: dict = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {"models": {}, "denser": {}}
+        stored["machine"] = machines.facts()
+        if "models" in arguments.parts:
+            stored["models"] = {model: measure(model) for model in SETTINGS}
+        if "denser" in arguments.parts:
+            cases = [(model, batch) for model in SETTINGS for batch in BATCHES]
+            stored["denser"] = {f"{model}, {batch}": measure_denser(model, batch) for model, batch in cases}
         machines.write(RESULTS, stored)
     DOCUMENT.write_text(document(machines.stored(RESULTS)))
 
