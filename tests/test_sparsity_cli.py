@@ -13,7 +13,7 @@ import edgetrain as et
 from edgetrain.runs import open_run
 from tests.cli_support import FIT, run, write_data
 
-POLICY = "rigl:weights=0.9,refresh=20"
+POLICY = "rigl:weights=0.95,refresh=20"
 
 
 @pytest.fixture
@@ -62,7 +62,7 @@ def test_a_sparse_run_goes_on(folder, capsys):
     assert code == 0
     assert json.loads(out)["epochs"] == 5
     learner = et.Learner.load("runs/fit-1/last.safetensors")
-    assert learner.sparsity == et.RigL(weights=0.9, refresh=20)
+    assert learner.sparsity == et.RigL(weights=0.95, refresh=20)
     assert learner.topology.total_steps == 5 * 40
     assert learner.topology.changes == 4 + 1  # those of the first process, and after 140
     assert learner.topology.indices["fc1.weight"].count == learner.topology.indices["fc1.weight"].capacity
