@@ -8,7 +8,6 @@ channels, or indexes them, differs. ``fits`` says which graphs can be lowered so
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -23,9 +22,6 @@ from edgetrain.lowering_core import Pair, lanes_of, strides
 from edgetrain.ops import Border, describe, get_op
 from edgetrain.ops.conv import ProductGrad, ProductOp
 from edgetrain.plan import Ref
-
-if TYPE_CHECKING:
-    pass
 
 _PLAIN = (
     "ActivationGrad", "AveragePool", "AveragePoolGrad", "BatchNormalization", "BatchNormalizationAgain",

@@ -149,7 +149,7 @@ def _join(low: ProductLowering, samples: Apart, value: Value) -> None:
 
 
 def puts_apart(g: Product, lanes: int) -> bool:
-    """Whether samples of a fully connected layer are put apart, where lanes hold so many samples."""
+    """Whether a fully connected layer is so large that its samples are put apart, where lanes hold so many samples."""
     return g.out == g.size == (1, 1) and g.groups == 1 and lanes < simd_lanes() and g.macs >= _APART
 
 

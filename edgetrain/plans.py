@@ -408,11 +408,10 @@ class Plans:
         Products with dense weights need no others for any number in between (with channels in the lanes up to four
         samples have tiles of their own); lists of weights may.
         """
-        some = {self._blocks(count): count for count in (self._batch_size, self.lanes + 1, 4, 1)}
+        # With channels in the lanes fully connected layers take up to four samples at once.
+        some = {self._blocks(count): count for count in (self._batch_size, self.lanes + 1, 4, 3, 2, 1)}
         counts = [count for blocks, count in sorted(some.items()) if blocks <= self._blocks(self._batch_size)]
         plans = [self.plan(training, count) for training in (True, False) for count in counts]
-        if self.by_channel:  # where fully connected layers take up to four samples at once
-            plans += [self.plan(False, count) for count in (2, 3) if count < self._batch_size]
         plans += [self.plan(True, count, True) for count in counts if self._whole_gradients]
         return list(dict.fromkeys(key for plan in plans for key in plan.kernels))
 

@@ -369,6 +369,19 @@ def test_a_learner_knows_its_kernels(model, batch_size):
         assert set(learner.plans.plan(False, count).kernels) <= known
 
 
+def test_a_learner_of_few_samples_knows_the_kernels_of_fewer():
+    graph = et.Graph("connected", (16,))
+    rng = np.random.default_rng(0)
+    first, second = (graph.parameter(n, rng.normal(size=shape)) for n, shape in (("a", (64, 16)), ("b", (32, 64))))
+    graph.set_outputs([graph.add("Gemm", [graph.add("Gemm", ["input", first], transB=1), second], transB=1)])
+    policy = et.StaticSparse(0.5, distribution="uniform", dense_first=False)
+    for sparsity in (None, policy):
+        learner = et.Learner(graph, batch_size=4, sparsity=sparsity)
+        known = set(learner.kernels())
+        for count in (1, 2, 3, 4):
+            assert set(learner.plans.plan(True, count).kernels) <= known
+
+
 def test_warmup_shows_its_progress_and_takes_a_profile(monkeypatch, tmp_path, capsys):
     from tests.cli_support import run
 
