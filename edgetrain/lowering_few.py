@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 # Vectors in registers, and samples that a tile takes at once.
 ACCUMULATORS, MOST_SAMPLES = 8, 4
-_ROWS_PER_JOB, _COLUMNS_PER_JOB = 16, 64
+_ROWS_PER_JOB, _WORDS_PER_JOB, _COLUMNS_PER_JOB = 16, 4, 64  # the words are those of ``multiply_bits_back``
 # Weights from which samples are put apart. LeNet-5's fc2 has 10,080: a step takes 1 to 3 % less with it (batch 4).
 _APART = 8192
 
@@ -61,7 +61,7 @@ def suits(low: ProductLowering, weight: Value, g: Product, x: Value, y: Value, g
         return False
     if low.kind == SAMPLES:
         pays = gradient or not low.sparse[weight.name].compact
-        return pays and _is_narrow(low, 1, 1) and weight.size >= _APART
+        return pays and low.blocks == 1 and puts_apart(g, low.lanes)
     return low.blocks <= MOST_SAMPLES and source.lanes == WORD
 
 
@@ -88,7 +88,7 @@ def input_grad(low: ProductLowering, node: Node, g: Product) -> None:
     errors, out = _apart(low, node.x, g.channels_out), _beside(low, node.y, words * WORD)
     for part, target in zip(_parts(errors), _parts(out), strict=True):
         low.emit(
-            "multiply_bits_back", _sizes(low, weight, part), -(-words // 4), row_size=g.inputs,
+            "multiply_bits_back", _sizes(low, weight, part), -(-words // _WORDS_PER_JOB), row_size=g.inputs,
             values=low.address(weight), grad_out=part.start, grad_x=target.start, grad_block=part.block,
             grad_x_block=target.block, rows=g.channels_out, **low.rows_of_bits(weight, g),
         )  # fmt: skip
@@ -153,11 +153,6 @@ def puts_apart(g: Product, lanes: int) -> bool:
     return g.out == g.size == (1, 1) and g.groups == 1 and lanes < simd_lanes() and g.macs >= _APART
 
 
-def _is_narrow(low: ProductLowering, pixels: int, groups: int) -> bool:
-    """Whether vectors of samples would fill a part of the widest vector."""
-    return low.kind == SAMPLES and pixels == groups == low.blocks == 1 and low.lanes < simd_lanes()
-
-
 def multiply_apart(low: ProductLowering, x: Ref, y: Ref, y_channel: int, *, pixels: int, groups: int,
                    terms: list[int], weight: Ref, sources: list[int], weight_channel: int, outputs: int,
                    bias: Ref | None) -> bool:  # fmt: skip
@@ -165,7 +160,8 @@ def multiply_apart(low: ProductLowering, x: Ref, y: Ref, y_channel: int, *, pixe
 
     See ``ProductLowering.multiply``. The lanes run along an output's weights, or along the outputs.
     """
-    if not _is_narrow(low, pixels, groups) or len(terms) * outputs < _APART:
+    narrow = low.kind == SAMPLES and pixels == groups == low.blocks == 1 and low.lanes < simd_lanes()
+    if not narrow or len(terms) * outputs < _APART:
         return False
     along, step = lanes_of(sources), sources[1] - sources[0] if len(sources) > 1 else 4
     across = weight_channel == 4 and sources == list(range(0, step * len(sources), step))

@@ -1,8 +1,9 @@
 """The register tiles of products whose weights are lists of non-zeros.
 
-A tile is a few *runs* of neighbouring pixels, all lanes holding samples. Offsets between pixels of a run are
-compile-time constants, so that every multiply-accumulate reads its input by one addressing mode; with an address
-per pixel, as in ``tiles``, the sixteen integer registers of x86 would not hold a tile.
+A tile is a few *runs* of neighbouring pixels, all lanes holding samples, of several pixels where the samples of one
+fill a part of a vector (``lowering_sparse.Grid.widened``): so vectors may begin at any float32. Offsets between pixels
+of a run are compile-time constants, so that every multiply-accumulate reads its input by one addressing mode; with an
+address per pixel, as in ``tiles``, the sixteen integer registers of x86 would not hold a tile.
 
 An entry of a list is 8 bytes: the input's byte offset (int32), the weight (float32).
 """
