@@ -126,6 +126,29 @@ def _step(exist: Any, compact: Any, lanes: Any) -> Any:
     return 4 * (count_bits(exist) if compact else lanes)
 
 
+@njit
+def _plus(sums: Any, a: Any, b: Any, samples: Any) -> Any:
+    """Return four vectors of sums, of so many samples, with products added: one factor of each, and a common one."""
+    return (
+        fma(a[0], b, sums[0]),
+        fma(a[1], b, sums[1]) if samples > 1 else sums[1],
+        fma(a[2], b, sums[2]) if samples > 2 else sums[2],
+        fma(a[3], b, sums[3]) if samples > 3 else sums[3],
+    )
+
+
+@njit
+def _store_sums(target: Any, step: Any, sums: Any, shift: Any, samples: Any) -> None:
+    """Store the sum of the lanes of every sample's vector."""
+    store_f32(target, sum_lanes(sums[0]) + shift)
+    if samples > 1:
+        store_f32(target + step, sum_lanes(sums[1]) + shift)
+    if samples > 2:
+        store_f32(target + 2 * step, sum_lanes(sums[2]) + shift)
+    if samples > 3:
+        store_f32(target + 3 * step, sum_lanes(sums[3]) + shift)
+
+
 @kernel(
     "values", "x", "y", "bias", "starts", "bits", "row_words", "rows", "x_block", "y_block", "row_chunk", "padded",
     "row_size",
@@ -134,38 +157,38 @@ def multiply_bits(lanes: int, samples: int, compact: int) -> Body:
     """Write ``y[sample][row] = bias[row] + sum over columns of weight[row][column] * x[sample][column]``.
 
     Job: ``row_chunk`` rows of ``padded``; those that do not exist get 0. Vectors of ``x`` are read whole: behind the
-    last column it must hold finite numbers. ``samples``: 1 to 4, each with sums in registers of its own.
+    last column it must hold finite numbers. ``samples``: 1 to 4. Two rows at a time, the last twice if it is alone.
     """
     step = 4 * lanes
 
     def body(args: int, first: int, last: int) -> None:
         (values, x, y, bias, starts, bits, row_words, rows, x_block, y_block, row_chunk, padded,
          row_size) = arguments(args, 13)  # fmt: skip
-        for row in range(first * row_chunk, min(padded, last * row_chunk)):
-            a, b, c, d = broadcast(0.0, lanes), broadcast(0.0, lanes), broadcast(0.0, lanes), broadcast(0.0, lanes)
-            shift = 0.0
-            if row < rows:
-                at, word = _row(values, starts, row, row_size, compact), bits + 2 * row * row_words
-                shift = load_f32(bias + 4 * row)
-                for vector in range(row_words):
-                    exist, source = load_u16(word + 2 * vector), x + step * vector
-                    weights = _weights(at, exist, compact, lanes)
-                    a = fma(weights, load(source, lanes), a)
-                    if samples > 1:
-                        b = fma(weights, load(source + x_block, lanes), b)
-                    if samples > 2:
-                        c = fma(weights, load(source + 2 * x_block, lanes), c)
-                    if samples > 3:
-                        d = fma(weights, load(source + 3 * x_block, lanes), d)
-                    at += _step(exist, compact, lanes)
-            target = y + 4 * row
-            store_f32(target, sum_lanes(a) + shift)
-            if samples > 1:
-                store_f32(target + y_block, sum_lanes(b) + shift)
-            if samples > 2:
-                store_f32(target + 2 * y_block, sum_lanes(c) + shift)
-            if samples > 3:
-                store_f32(target + 3 * y_block, sum_lanes(d) + shift)
+        zero, end = broadcast(0.0, lanes), min(padded, last * row_chunk)
+        for row in range(first * row_chunk, min(rows, end), 2):
+            other = min(row + 1, rows - 1)
+            upper, lower = (zero, zero, zero, zero), (zero, zero, zero, zero)
+            at, word = _row(values, starts, row, row_size, compact), bits + 2 * row * row_words
+            below, next_word = _row(values, starts, other, row_size, compact), bits + 2 * other * row_words
+            for vector in range(row_words):
+                exist, exist_below = load_u16(word + 2 * vector), load_u16(next_word + 2 * vector)
+                source = x + step * vector
+                numbers = (
+                    load(source, lanes),
+                    load(source + x_block, lanes) if samples > 1 else zero,
+                    load(source + 2 * x_block, lanes) if samples > 2 else zero,
+                    load(source + 3 * x_block, lanes) if samples > 3 else zero,
+                )
+                upper = _plus(upper, numbers, _weights(at, exist, compact, lanes), samples)
+                lower = _plus(lower, numbers, _weights(below, exist_below, compact, lanes), samples)
+                at += _step(exist, compact, lanes)
+                below += _step(exist_below, compact, lanes)
+            _store_sums(y + 4 * row, y_block, upper, load_f32(bias + 4 * row), samples)
+            if row + 1 < min(rows, end):
+                _store_sums(y + 4 * other, y_block, lower, load_f32(bias + 4 * other), samples)
+        for row in range(max(first * row_chunk, rows), end):
+            for sample in range(samples):
+                store_f32(y + 4 * row + sample * y_block, 0.0)
 
     return body
 
@@ -182,9 +205,8 @@ def _exist(word: Any, vector: Any, row_words: Any) -> Any:
 def multiply_bits_back(lanes: int, samples: int, compact: int) -> Body:
     """Write ``grad_x[sample][column] = sum over rows of grad_out[sample][row] * weight[row][column]``.
 
-    Job: four words of every row. Vectors are written whole, with 0 behind the last column. Two samples at a time (one
-    twice if there is no other) keep their sums in registers: of LeNet-5's fc1 half the weights took 4.5 us at batch 4
-    with the sums in memory, and take 2.5 so; 4.3 and 3.5 at batch 1 in compact storage (one thread).
+    Job: four words of every row. Vectors are written whole, with 0 behind the last column. All sums stay in registers:
+    of LeNet-5's fc1 half the weights took 4.5 us at batch 4 with the sums in memory, two samples at a time 2.5.
     """
     step = 4 * lanes
 
@@ -194,43 +216,54 @@ def multiply_bits_back(lanes: int, samples: int, compact: int) -> Body:
         zero = broadcast(0.0, lanes)
         for job in range(first, last):
             begin = 4 * job
-            for sample in range(0, samples, 2):
-                other = min(sample + 1, samples - 1)
-                a, b, c, d, e, f, g, h = zero, zero, zero, zero, zero, zero, zero, zero
-                for row in range(rows):
-                    at, word = _row(values, starts, row, row_size, compact), bits + 2 * row * row_words
-                    if compact:
-                        for before in range(0, begin, 4):
-                            at += 4 * count_bits(load_i64(word + 2 * before))
-                    else:
-                        at += step * begin
-                    one = broadcast(load_f32(grad_out + sample * grad_block + 4 * row), lanes)
-                    two = broadcast(load_f32(grad_out + other * grad_block + 4 * row), lanes)
-                    exist = _exist(word, begin, row_words)
-                    weights = _weights(at, exist, compact, lanes)
-                    a, e = fma(one, weights, a), fma(two, weights, e)
-                    at += _step(exist, compact, lanes)
-                    exist = _exist(word, begin + 1, row_words)
-                    weights = _weights(at, exist, compact, lanes)
-                    b, f = fma(one, weights, b), fma(two, weights, f)
-                    at += _step(exist, compact, lanes)
-                    exist = _exist(word, begin + 2, row_words)
-                    weights = _weights(at, exist, compact, lanes)
-                    c, g = fma(one, weights, c), fma(two, weights, g)
-                    at += _step(exist, compact, lanes)
-                    weights = _weights(at, _exist(word, begin + 3, row_words), compact, lanes)
-                    d, h = fma(one, weights, d), fma(two, weights, h)
-                for place, vectors in ((sample, (a, b, c, d)), (other, (e, f, g, h))):
-                    target = grad_x + place * grad_x_block + step * begin
-                    store(target, vectors[0])
-                    if begin + 1 < row_words:
-                        store(target + step, vectors[1])
-                    if begin + 2 < row_words:
-                        store(target + 2 * step, vectors[2])
-                    if begin + 3 < row_words:
-                        store(target + 3 * step, vectors[3])
+            a, b, c, d = (zero, zero, zero, zero), (zero, zero, zero, zero), (zero, zero, zero, zero), (zero, zero, zero, zero)
+            for row in range(rows):
+                at, word = _row(values, starts, row, row_size, compact), bits + 2 * row * row_words
+                if compact:
+                    for before in range(0, begin, 4):
+                        at += 4 * count_bits(load_i64(word + 2 * before))
+                else:
+                    at += step * begin
+                error = grad_out + 4 * row
+                errors = (
+                    broadcast(load_f32(error), lanes),
+                    broadcast(load_f32(error + grad_block), lanes) if samples > 1 else zero,
+                    broadcast(load_f32(error + 2 * grad_block), lanes) if samples > 2 else zero,
+                    broadcast(load_f32(error + 3 * grad_block), lanes) if samples > 3 else zero,
+                )
+                exist = _exist(word, begin, row_words)
+                a = _plus(a, errors, _weights(at, exist, compact, lanes), samples)
+                at += _step(exist, compact, lanes)
+                exist = _exist(word, begin + 1, row_words)
+                b = _plus(b, errors, _weights(at, exist, compact, lanes), samples)
+                at += _step(exist, compact, lanes)
+                exist = _exist(word, begin + 2, row_words)
+                c = _plus(c, errors, _weights(at, exist, compact, lanes), samples)
+                at += _step(exist, compact, lanes)
+                exist = _exist(word, begin + 3, row_words)
+                d = _plus(d, errors, _weights(at, exist, compact, lanes), samples)
+            target = grad_x + step * begin
+            _store_samples(target, grad_x_block, a, samples)
+            if begin + 1 < row_words:
+                _store_samples(target + step, grad_x_block, b, samples)
+            if begin + 2 < row_words:
+                _store_samples(target + 2 * step, grad_x_block, c, samples)
+            if begin + 3 < row_words:
+                _store_samples(target + 3 * step, grad_x_block, d, samples)
 
     return body
+
+
+@njit
+def _store_samples(target: Any, step: Any, vectors: Any, samples: Any) -> None:
+    """Store every sample's vector."""
+    store(target, vectors[0])
+    if samples > 1:
+        store(target + step, vectors[1])
+    if samples > 2:
+        store(target + 2 * step, vectors[2])
+    if samples > 3:
+        store(target + 3 * step, vectors[3])
 
 
 @kernel("values", "x", "grad_out", "starts", "bits", "row_words", "rows", "x_block", "grad_block", "row_chunk")
