@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 # Of turned error maps that one strip of a list meets. Measured for ResNet-20 (batch 32, 90 % zeros, L2 of 1 MiB): all
 # correlations take 2.5 ms with 800 KiB, 2.9 with 400 KiB and with whole maps.
 _STRIP_BYTES = 800 << 10
+# Of a copy, for as many threads: of planes where there are fewer, rows.
+_FEWEST_JOBS = 4
 
 
 @dataclass(frozen=True)
@@ -116,8 +118,12 @@ class ElementLowering(PrunedLowering):
         numbers = self.plan.capacity * x.channels * x.rows * x.columns
         room = _capacity(node, numbers)
         copy: dict[str, int | Ref] = {"y": self.address(node.y), **strides(y=y)}
-        count = functools.partial(self.emit, "copy_elements", (x.lanes,), x.planes, **copy, **border_of(y))
-        _, choice = self._element_threshold(node, room, count)
+        lines = y.border[0] + x.rows + y.border[2]
+        chunk = -(-lines // -(-_FEWEST_JOBS // x.planes))
+        parts = -(-lines // chunk)
+        count = functools.partial(self.emit, "copy_elements", (x.lanes, _row_lanes(x)), x.planes * parts,
+                                  row_chunk=chunk, parts=parts, **copy, **border_of(y))  # fmt: skip
+        _, choice = self._element_threshold(node, room, count, parts)
         self.emit("keep_elements", (x.lanes,), x.planes, x=self.address(node.x), record=self.record_of(node), **choice,
                   **copy, **self.alive(x), **self._planes(x))  # fmt: skip
 
@@ -125,13 +131,16 @@ class ElementLowering(PrunedLowering):
     def _planes(x: Layout) -> dict[str, int]:
         return {"channels": x.maps, "rows": x.rows, "columns": x.columns, **strides(x=x)}
 
-    def _element_threshold(self, node: Node, capacity: int, count: Callable[..., None]) -> tuple[Ref, dict[str, Ref]]:
+    def _element_threshold(
+        self, node: Node, capacity: int, count: Callable[..., None], parts: int = 1
+    ) -> tuple[Ref, dict[str, Ref]]:
         """Emit the choice; return where every channel's numbers go, and the arguments that tell what was chosen.
 
-        ``count``: emits what counts the numbers that reach the threshold of the step before.
+        ``count``: emits what counts the numbers that reach the threshold of the step before, in so many ``parts`` of a
+        plane: 1 where it matters where they go.
         """
         x, record = self.layout(node.x), self.record_of(node)
-        counts, starts = self.workspace(8 * x.planes), self.workspace(8 * (x.maps + 1))
+        counts, starts = self.workspace(8 * x.planes * parts), self.workspace(8 * (x.maps + 1))
         choice = {"threshold": self.kept(f"threshold:{node.y.name}", ALIGNMENT), "quotas": self.workspace(8 * x.planes)}
         shared: dict[str, int | Ref] = {
             "x": self.address(node.x), "counts": counts, "record": record, **self.alive(x), **self._planes(x)
@@ -141,7 +150,7 @@ class ElementLowering(PrunedLowering):
             "element_threshold", (x.lanes,), 1, **shared, **choice, starts=starts, capacity=capacity,
             magnitudes=self.workspace(4 * x.lanes * x.columns * x.rows * x.planes), counters=self.workspace(COUNTERS),
             tally=self.tally_of(node), state=Ref("state"), blocks=self.blocks,
-            refresh=int(node.get("refresh")), sample_numbers=x.channels * x.rows * x.columns,
+            refresh=int(node.get("refresh")), sample_numbers=x.channels * x.rows * x.columns, parts=parts,
         )  # fmt: skip
         self.remember_threshold(record, choice["threshold"])
         return starts, choice
@@ -226,6 +235,14 @@ class ElementLowering(PrunedLowering):
             (phase, [pair for i, pair in enumerate(pixels) if start <= i % columns < start + starts.step])
             for start in starts
         ]
+
+
+def _row_lanes(x: Layout) -> int:
+    """Return the lanes of the widest vectors that rows are whole numbers of."""
+    lanes = simd_lanes()
+    while lanes > x.lanes and x.columns * x.lanes % lanes:
+        lanes //= 2
+    return max(lanes, x.lanes)
 
 
 def _capacity(node: Node, numbers: int) -> int:

@@ -34,6 +34,7 @@ from edgetrain.kernels.simd import (
     load_i32,
     load_i64,
     pointer,
+    repeat,
     select_ge,
     select_gt,
     splat,
@@ -102,7 +103,7 @@ def _count_planes(
 
 @kernel(
     "x", "magnitudes", "counts", "quotas", "starts", "counters", "record", "mask", "mask_block", "mask_channel",
-    "threshold", "tally", "state", "blocks", *_MAPS, "capacity", "refresh", "sample_numbers",
+    "threshold", "tally", "state", "blocks", *_MAPS, "capacity", "refresh", "sample_numbers", "parts",
 )  # fmt: skip
 def element_threshold(lanes: int) -> Body:
     """Do as ``vector_lists.choose_threshold`` for single numbers, whose sizes it computes only when it needs them.
@@ -113,19 +114,20 @@ def element_threshold(lanes: int) -> Body:
     ``magnitudes``: scratch for all of them. ``starts`` has one entry more than there are channels. ``sample_numbers``:
     how many a sample has. ``threshold``: the limit, and the number from which on all are kept: where the capacity does
     not hold all that are equal to the limit, that is the next one, and of the equal ones every plane keeps the first
-    ``quotas`` (int64). One job.
+    ``quotas`` (int64). ``parts``: counts of a plane, of which ``starts`` takes the first: it is for ``parts`` 1. One
+    job.
     """
     step = 4 * lanes
 
     def body(args: int, first: int, last: int) -> None:
         (x, magnitudes, counts, quotas, starts, counters, record, mask, mask_block, mask_channel, threshold, tally,
-         state, blocks, channels, rows, columns, x_block, x_channel, x_row, capacity, refresh,
-         sample_numbers) = arguments(args, 23)  # fmt: skip
+         state, blocks, channels, rows, columns, x_block, x_channel, x_row, capacity, refresh, sample_numbers,
+         parts) = arguments(args, 24)  # fmt: skip
         planes = blocks * channels
         total, limit, room = 0, load_f32(record + 4 * THRESHOLD), planes * rows * columns * lanes
         numbers = load_i64(state) * sample_numbers  # without those of lanes that hold no sample
-        for plane in range(planes):
-            total += load_i64(counts + 8 * plane)
+        for part in range(planes * parts):
+            total += load_i64(counts + 8 * part)
         above = limit
         if limit <= 0.0 or total > capacity or load_i64(state + 8) % refresh == 0:
             target = magnitudes
@@ -168,38 +170,42 @@ def element_threshold(lanes: int) -> Body:
 
 @kernel(
     "x", "y", "counts", "record", "mask", "mask_block", "mask_channel", *_MAPS, "y_block", "y_channel", "y_row", "top",
-    "left", "bottom", "right",
+    "left", "bottom", "right", "row_chunk", "parts",
 )  # fmt: skip
-def copy_elements(lanes: int) -> Body:
+def copy_elements(lanes: int, width: int) -> Body:
     """Do the work of ``count_elements``; copy the numbers that are counted, 0 for the others, zeros around them.
 
     Counted apart, in a pass of its own, SWAT of half the weights and activations took 2 % more of a step of ResNet-20
-    (batch 32, two threads). Job: (block, channel).
+    (batch 32, two threads). Job: (block, channel, part), ``row_chunk`` rows with a count of their own, the border's
+    counted as rows. ``width``: lanes of the vectors in which rows without their border are read, a multiple of
+    ``lanes``.
     """
-    step = 4 * lanes
+    step, wide = 4 * lanes, 4 * width
 
     def body(args: int, first: int, last: int) -> None:
         (x, y, counts, record, mask, mask_block, mask_channel, channels, rows, columns, x_block, x_channel, x_row,
-         y_block, y_channel, y_row, top, left, bottom, right) = arguments(args, 20)  # fmt: skip
-        limit = broadcast(load_f32(record + 4 * THRESHOLD), lanes)
-        zero, one = broadcast(0.0, lanes), broadcast(1.0, lanes)
+         y_block, y_channel, y_row, top, left, bottom, right, row_chunk, parts) = arguments(args, 22)  # fmt: skip
+        limit = broadcast(load_f32(record + 4 * THRESHOLD), width)
+        nothing, zero, one = broadcast(0.0, lanes), broadcast(0.0, width), broadcast(1.0, width)
         for job in range(first, last):
-            block, channel, count = job // channels, job % channels, 0
-            alive = load(mask + block * mask_block + channel * mask_channel, lanes)
-            for row in range(-top, rows + bottom):
+            plane, part, count = job // parts, job % parts, 0
+            block, channel = plane // channels, plane % channels
+            alive = repeat(load(mask + block * mask_block + channel * mask_channel, lanes), width)
+            begin = part * row_chunk - top
+            for row in range(begin, min(begin + row_chunk, rows + bottom)):
                 source = x + block * x_block + channel * x_channel + row * x_row
                 target = y + block * y_block + channel * y_channel + row * y_row
-                inside, part = columns if 0 <= row < rows else 0, zero
+                inside, found = columns if 0 <= row < rows else 0, zero
                 for i in range(-left, 0):
-                    store(target + i * step, zero)
-                for i in range(inside):
-                    value = load(source + i * step, lanes)
+                    store(target + i * step, nothing)
+                for place in range(0, inside * step, wide):
+                    value = load(source + place, width)
                     size = absolute(value)
-                    store(target + i * step, select_gt(limit, size, zero, value))
-                    part = part + select_ge(size * alive, limit, one, zero)
+                    store(target + place, select_gt(limit, size, zero, value))
+                    found = found + select_ge(size * alive, limit, one, zero)
                 for i in range(inside, columns + right):
-                    store(target + i * step, zero)
-                count += int(sum_lanes(part))
+                    store(target + i * step, nothing)
+                count += int(sum_lanes(found))
             store_i64(counts + 8 * job, count)
 
     return body

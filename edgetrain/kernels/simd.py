@@ -261,6 +261,19 @@ def minimum(typingctx: Any, a: Any, b: Any) -> Any:
     return a(a, a), codegen
 
 
+@intrinsic(prefer_literal=True)
+def repeat(typingctx: Any, vector: Any, width: Any) -> Any:
+    """Return a vector of ``width`` lanes, a multiple of those of ``vector``, which follow each other again and again."""
+    lanes = literal(width)
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        kind = args[0].type
+        order = ir.Constant(ir.VectorType(I32, lanes), [lane % kind.count for lane in range(lanes)])
+        return builder.shuffle_vector(args[0], ir.Constant(kind, ir.Undefined), order)
+
+    return Vec(lanes)(vector, width), codegen
+
+
 @intrinsic
 def sum_lanes(typingctx: Any, a: Any) -> Any:
     """Return the sum of all lanes, added pairwise in a fixed order."""
