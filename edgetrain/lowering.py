@@ -17,7 +17,7 @@ from edgetrain.arrays import Layout, map_sizes
 from edgetrain.choice import target
 from edgetrain.graph import Node, Value
 from edgetrain.kernels.codes import ERRORS, KEPT, PARTS, REST, WHOLE
-from edgetrain.lowering_core import Pair, border_of, strides
+from edgetrain.lowering_core import Pair, border_of, row_lanes, strides
 from edgetrain.lowering_listed import ListedLowering
 from edgetrain.ops import get_op
 from edgetrain.ops.normalization import epsilon_of
@@ -77,16 +77,20 @@ class Lowering(ListedLowering):
     def keep_mask(self, y: Value, mask: Value) -> None:
         """Emit one bit per number of ``y``: whether it is positive."""
         x, out = self.layout(y), self.layout(mask)
-        self.emit("keep_mask", (x.lanes,), x.planes, y=self.address(y), mask=self.address(mask), rows=x.rows,
-                  vectors=x.columns, y_plane=x.channel, y_row=x.row, mask_plane=out.channel)  # fmt: skip
+        width = row_lanes(x, out.rows * out.columns)
+        self.emit(
+            "keep_mask", (width,), x.planes, y=self.address(y), mask=self.address(mask), rows=x.rows,
+            vectors=x.columns * x.lanes // width, y_plane=x.channel, y_row=x.row, mask_plane=out.channel,
+        )  # fmt: skip
 
     def apply_mask(self, mask: Value, grad: Value, y: Value) -> None:
         """Emit ``y = grad`` where the bit is set, else 0."""
         source, g, out = self.layout(mask), self.layout(grad), self.layout(y)
+        width = row_lanes(out, source.rows * source.columns)
         self.emit(
-            "apply_mask", (out.lanes,), out.planes, mask=self.address(mask), grad_out=self.address(grad),
-            grad_x=self.address(y), rows=out.rows, vectors=out.columns, mask_plane=source.channel, grad_plane=g.channel,
-            grad_row=g.row, grad_x_plane=out.channel, grad_x_row=out.row,
+            "apply_mask", (width,), out.planes, mask=self.address(mask), grad_out=self.address(grad),
+            grad_x=self.address(y), rows=out.rows, vectors=out.columns * out.lanes // width, mask_plane=source.channel,
+            grad_plane=g.channel, grad_row=g.row, grad_x_plane=out.channel, grad_x_row=out.row,
         )  # fmt: skip
 
     def _walk(self, *values: Value) -> tuple[int, int, int, list[Pair]]:
@@ -229,7 +233,7 @@ class Lowering(ListedLowering):
         parts = self.workspace(_PART_BYTES * x.planes)
         for stage in (PARTS, REST) if self._by_blocks(x) else (WHOLE,):
             self.emit(
-                "batch_norm", (self.lanes, int(addend is not None and stage != PARTS), stage),
+                "batch_norm", (self.lanes, row_lanes(x), int(addend is not None and stage != PARTS), stage),
                 x.channels if stage == WHOLE else x.planes, x=self.address(node.x), y=self.address(node.y),
                 addend=self.address(other), scale=self.address(node.input(1)), bias=self.address(node.input(2)),
                 mean=self.address(outs[1]), variance=self.address(outs[2]), inverse_std=self.address(outs[3]),
@@ -255,7 +259,7 @@ class Lowering(ListedLowering):
         """Emit batch normalisation with given statistics, the last being the variance or ``1 / std``."""
         x, y = self.layout(node.x), self.layout(node.y)
         self.emit(
-            "batch_norm_inference", (self.lanes, int(inverted)), x.channels, x=self.address(node.x),
+            "batch_norm_inference", (self.lanes, row_lanes(x), int(inverted)), x.channels, x=self.address(node.x),
             y=self.address(node.y), scale=self.address(node.input(1)), bias=self.address(node.input(2)),
             mean=self.address(node.input(3)),
             spread=self.address(node.input(4)), f_epsilon=epsilon, f_low=bounds[0], f_high=bounds[1], **maps_of(x),
@@ -278,8 +282,8 @@ class Lowering(ListedLowering):
 
         def emit(stage: int, jobs: int, **choice: Ref | int) -> None:
             repeats = int(again is not None and stage not in (ERRORS, REST, KEPT))  # written along with the sums
-            self.emit("batch_norm_gradient", (self.lanes, repeats, stage), jobs, mask=Ref("mask"), state=Ref("state"),
-                      **borders, **arguments, **choice)  # fmt: skip
+            self.emit("batch_norm_gradient", (self.lanes, row_lanes(out), repeats, stage), jobs, mask=Ref("mask"),
+                      state=Ref("state"), **borders, **arguments, **choice)  # fmt: skip
 
         self._emit_gradient(node, node.outputs[1:3], kept, emit)
 
@@ -338,11 +342,12 @@ class Lowering(ListedLowering):
         ``bits``: 1 where those of ``ReluMask`` take the place of the output.
         """
         out, sums = self.layout(node.outputs[1]), int(node.optional(6) is not None)
-        arguments = self.residual_arguments(node, bounds)
+        arguments, mask = self.residual_arguments(node, bounds), self.layout(node.input(3))
+        width = row_lanes(out, mask.rows * mask.columns if bits else None)
 
         def emit(stage: int, jobs: int, **choice: Ref | int) -> None:
             variant = (0, 0) if stage in (ERRORS, REST, KEPT) else (sums, bits)  # which play no part then
-            self.emit("residual_norm_gradient", (self.lanes, *variant, stage), jobs, mask=Ref("mask"),
+            self.emit("residual_norm_gradient", (self.lanes, width, *variant, stage), jobs, mask=Ref("mask"),
                       state=Ref("state"), **border_of(out), **arguments, **choice)  # fmt: skip
 
         self._emit_gradient(node, node.outputs[2:4], kept, emit)

@@ -13,7 +13,7 @@ from edgetrain.arrays import ALIGNMENT, Layout
 from edgetrain.choice import simd_lanes, target
 from edgetrain.errors import GraphError
 from edgetrain.graph import Node, Value
-from edgetrain.lowering_core import Pair, border_of, strides
+from edgetrain.lowering_core import Pair, border_of, row_lanes, strides
 from edgetrain.lowering_pruned import COUNTERS, PrunedLowering
 from edgetrain.ops.registry import Border
 from edgetrain.plan import Ref
@@ -121,7 +121,7 @@ class ElementLowering(PrunedLowering):
         lines = y.border[0] + x.rows + y.border[2]
         chunk = -(-lines // -(-_FEWEST_JOBS // x.planes))
         parts = -(-lines // chunk)
-        count = functools.partial(self.emit, "copy_elements", (x.lanes, _row_lanes(x)), x.planes * parts,
+        count = functools.partial(self.emit, "copy_elements", (x.lanes, row_lanes(x)), x.planes * parts,
                                   row_chunk=chunk, parts=parts, **copy, **border_of(y))  # fmt: skip
         _, choice = self._element_threshold(node, room, count, parts)
         self.emit("keep_elements", (x.lanes,), x.planes, x=self.address(node.x), record=self.record_of(node), **choice,
@@ -235,14 +235,6 @@ class ElementLowering(PrunedLowering):
             (phase, [pair for i, pair in enumerate(pixels) if start <= i % columns < start + starts.step])
             for start in starts
         ]
-
-
-def _row_lanes(x: Layout) -> int:
-    """Return the lanes of the widest vectors that rows are whole numbers of."""
-    lanes = simd_lanes()
-    while lanes > x.lanes and x.columns * x.lanes % lanes:
-        lanes //= 2
-    return max(lanes, x.lanes)
 
 
 def _capacity(node: Node, numbers: int) -> int:

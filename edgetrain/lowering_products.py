@@ -34,8 +34,8 @@ def whole_gradient_name(weight: str) -> str:
 # Jobs are the grain that threads share. Below this number per kernel call a product is cut further, so that
 # four threads find work; results do not depend on it.
 _WANTED_JOBS = 16
-# Pixels are cut only where channels leave less than this: with 16 jobs as the aim LeNet-5 at batch 8 takes 2 % more. The
-# input gradient of its second convolution was one job at batch 4: 78 us for a step, 73.5 so (two threads).
+# Pixels are cut further only where channels leave less than this: with 16 jobs as the aim LeNet-5 at batch 8 takes 2 %
+# more. The input gradient of its second convolution was one job at batch 4: 78 us for a step, 73.5 so (two threads).
 _FEWEST_JOBS = 4
 _PIXELS_PER_JOB = 64
 # Input pixels over which a weight gradient stays in registers: a channel's fit the first-level cache. It fixes the

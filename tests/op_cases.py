@@ -266,7 +266,9 @@ def normalizations() -> Iterable[Case]:
     yield Case("residual-repeated", (3, 4, 5), lambda net, x: net.Relu(net.Add(net.norm(x), net.GlobalAveragePool(x))))
     yield Case("residual-itself", (3, 4, 5), lambda net, x: (lambda y: net.Relu(net.Add(y, y)))(net.norm(x)))
     yield Case("residual-of-vectors", (6,), lambda net, x: net.Relu(net.Add(net.norm(x), net.Tanh(x))), least=4)
-    yield Case("batchnorm-twice", (3, 4, 4), lambda net, x: net.norm(net.Relu(net.norm(x))))
+    # A Relu would leave little of the first one's gradient, as the second takes mean and scale away: one draw in ten is
+    # off by more than 1e-5 in float32, whatever the order of summation.
+    yield Case("batchnorm-twice", (3, 4, 4), lambda net, x: net.norm(net.Clip(net.norm(x), min=-0.2, max=0.3)))
 
 
 def pools() -> Iterable[Case]:

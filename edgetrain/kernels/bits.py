@@ -216,7 +216,7 @@ def multiply_bits_back(lanes: int, samples: int, compact: int) -> Body:
         zero = broadcast(0.0, lanes)
         for job in range(first, last):
             begin = 4 * job
-            a, b, c, d = (zero, zero, zero, zero), (zero, zero, zero, zero), (zero, zero, zero, zero), (zero, zero, zero, zero)
+            a = b = c = d = (zero, zero, zero, zero)
             for row in range(rows):
                 at, word = _row(values, starts, row, row_size, compact), bits + 2 * row * row_words
                 if compact:

@@ -2,7 +2,8 @@
 
 Sums are made block by block in either case and put together in the same order: the results are the same bit for bit.
 ``mask`` holds one vector per block, 1 where a lane has a sample and 0 where it has
-none; ``state`` starts with the number of samples (int64).
+none; ``state`` starts with the number of samples (int64). ``width``: lanes of the vectors in which rows, without
+their border, are read and written: neighbouring pixels of the samples in the ``lanes``.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from edgetrain.kernels.simd import (
     load_i64,
     maximum,
     minimum,
+    repeat,
     select_gt,
     select_same,
     store,
@@ -48,20 +50,21 @@ _CHOICE = ("scores", "kept", "kept_count")
 @njit(inline="always")
 def _write_normalised(
     x: Any, y: Any, addend: Any, adds: Any, middle: Any, factor: Any, offset: Any, low: Any, high: Any, rows: Any,
-    columns: Any, x_row: Any, y_row: Any, addend_row: Any, top: Any, left: Any, bottom: Any, right: Any, width: Any,
+    columns: Any, x_row: Any, y_row: Any, addend_row: Any, top: Any, left: Any, bottom: Any, right: Any, lanes: Any,
+    width: Any,
 ) -> None:  # fmt: skip
     """Write ``y = clip((x - middle) * factor + offset [+ addend])`` of a map, and the zeros around it."""
-    step, zero = 4 * width, broadcast(0.0, width)
+    step, wide, zero = 4 * lanes, 4 * width, broadcast(0.0, lanes)
     for row in range(-top, rows + bottom):
         source, other, target = x + row * x_row, addend + row * addend_row, y + row * y_row
         inside = columns if 0 <= row < rows else 0
         for i in range(-left, 0):
             store(target + i * step, zero)
-        for i in range(inside):
-            value = fma(load(source + i * step, width) - middle, factor, offset)
+        for i in range(inside * lanes // width):
+            value = fma(load(source + i * wide, width) - middle, factor, offset)
             if adds:
-                value = value + load(other + i * step, width)
-            store(target + i * step, minimum(maximum(value, low), high))
+                value = value + load(other + i * wide, width)
+            store(target + i * wide, minimum(maximum(value, low), high))
         for i in range(inside, columns + right):
             store(target + i * step, zero)
 
@@ -70,22 +73,22 @@ def _write_normalised(
 def _write_gradient(
     x: Any, grad: Any, grad_x: Any, middle: Any, factor: Any, offset: Any, low: Any, high: Any, shift: Any, slope: Any,
     alive: Any, rows: Any, columns: Any, x_row: Any, grad_row: Any, grad_x_row: Any, top: Any, left: Any, bottom: Any,
-    right: Any, width: Any,
+    right: Any, lanes: Any, width: Any,
 ) -> None:  # fmt: skip
     """Write a map's input gradient, and the zeros around it; ``grad`` counts where y lies between the bounds."""
-    step, zero = 4 * width, broadcast(0.0, width)
+    step, wide, nothing, zero = 4 * lanes, 4 * width, broadcast(0.0, lanes), broadcast(0.0, width)
     for row in range(-top, rows + bottom):
         source, grads, target = x + row * x_row, grad + row * grad_row, grad_x + row * grad_x_row
         inside = columns if 0 <= row < rows else 0
         for i in range(-left, 0):
-            store(target + i * step, zero)
-        for i in range(inside):
-            away = load(source + i * step, width) - middle
-            value, own = fma(away, factor, offset), load(grads + i * step, width)
+            store(target + i * step, nothing)
+        for i in range(inside * lanes // width):
+            away = load(source + i * wide, width) - middle
+            value, own = fma(away, factor, offset), load(grads + i * wide, width)
             own = select_gt(value, low, select_gt(high, value, own, zero), zero)
-            store(target + i * step, (own - shift - away * slope) * alive)
+            store(target + i * wide, (own - shift - away * slope) * alive)
         for i in range(inside, columns + right):
-            store(target + i * step, zero)
+            store(target + i * step, nothing)
 
 
 @njit(inline="always")
@@ -178,12 +181,12 @@ _MOST_CANCELLED = 15.0 / 16.0
 
 
 @njit
-def _moments(x: Any, pivot: Any, rows: Any, columns: Any, x_row: Any, width: Any) -> Any:
+def _moments(x: Any, pivot: Any, rows: Any, vectors: Any, x_row: Any, width: Any) -> Any:
     """Return the sums of a map's distances from the pivot and of their squares, by lane."""
     whole = wholly = broadcast(0.0, width)
     for row in range(rows):
         part = along = broadcast(0.0, width)
-        for i in range(columns):
+        for i in range(vectors):
             away = load(x + row * x_row + i * 4 * width, width) - pivot
             part = part + away
             along = fma(away, away, along)
@@ -192,21 +195,22 @@ def _moments(x: Any, pivot: Any, rows: Any, columns: Any, x_row: Any, width: Any
 
 
 @njit
-def _map_statistics(x: Any, alive: Any, rows: Any, columns: Any, x_row: Any, width: Any) -> Any:
-    """Return the mean of a map and the sum of squares around it, lanes without a sample left out.
+def _map_statistics(x: Any, mask: Any, rows: Any, columns: Any, x_row: Any, lanes: Any, width: Any) -> Any:
+    """Return the mean of a map and the sum of squares around it, lanes without a sample (``mask``) left out.
 
     One pass around a pivot near the mean, that of the first row: E[x^2] - E[x]^2 would cancel where the mean is large
     against the deviation. Where the first row is no guide, a second pass follows.
     """
-    zero, samples = broadcast(0.0, width), sum_lanes(alive)
-    first, _ = _moments(x, zero, 1, columns, x_row, width)
+    zero, samples = broadcast(0.0, width), sum_lanes(load(mask, lanes))
+    alive, vectors = repeat(load(mask, lanes), width), columns * lanes // width
+    first, _ = _moments(x, zero, 1, vectors, x_row, width)
     pivot = sum_lanes(first * alive) / (samples * columns)
-    whole, wholly = _moments(x, broadcast(pivot, width), rows, columns, x_row, width)
+    whole, wholly = _moments(x, broadcast(pivot, width), rows, vectors, x_row, width)
     distance, squares = sum_lanes(whole * alive) / (samples * rows * columns), sum_lanes(wholly * alive)
     surplus = distance * distance * samples * rows * columns
     if surplus > _MOST_CANCELLED * squares:
         pivot, distance, surplus = pivot + distance, 0.0, 0.0
-        _, wholly = _moments(x, broadcast(pivot, width), rows, columns, x_row, width)
+        _, wholly = _moments(x, broadcast(pivot, width), rows, vectors, x_row, width)
         squares = sum_lanes(wholly * alive)
     return pivot + distance, squares - surplus
 
@@ -216,7 +220,7 @@ def _map_statistics(x: Any, alive: Any, rows: Any, columns: Any, x_row: Any, wid
     "x_block", "x_channel", "x_row", "y_block", "y_channel", "y_row", "addend_block", "addend_channel", "addend_row",
     *_BORDER, "f_epsilon", "f_low", "f_high",
 )  # fmt: skip
-def batch_norm(lanes: int, adds: int, stage: int) -> Body:
+def batch_norm(lanes: int, width: int, adds: int, stage: int) -> Body:
     """Normalise with the batch's own statistics, add ``addend`` if ``adds``, and clip to ``low``, ``high``.
 
     So a residual branch and a Relu or Clip behind a normalisation are done in its pass. Also writes mean, biased
@@ -230,14 +234,14 @@ def batch_norm(lanes: int, adds: int, stage: int) -> Body:
          x_channel, x_row, y_block, y_channel, y_row, addend_block, addend_channel, addend_row, top, left, bottom,
          right) = arguments(args, 27)  # fmt: skip
         epsilon = load_f32(args + 216)
-        low, high = broadcast(load_f32(args + 224), lanes), broadcast(load_f32(args + 232), lanes)
+        low, high = broadcast(load_f32(args + 224), width), broadcast(load_f32(args + 232), width)
         for job in range(first, last):
             channel, begin, end = _share(stage, job, channels, blocks)
             part = parts + 16 * blocks * channel
             if stage != REST:
                 for block in range(begin, end):
-                    source, alive = x + block * x_block + channel * x_channel, load(mask + block * step, lanes)
-                    own, squares = _map_statistics(source, alive, rows, columns, x_row, lanes)
+                    source = x + block * x_block + channel * x_channel
+                    own, squares = _map_statistics(source, mask + block * step, rows, columns, x_row, lanes, width)
                     store_f64(part + 16 * block, own)
                     store_f64(part + 16 * block + 8, squares)
             if stage == PARTS:
@@ -258,17 +262,17 @@ def batch_norm(lanes: int, adds: int, stage: int) -> Body:
                 store_f32(variance + 4 * channel, spread)
                 store_f32(inverse_std + 4 * channel, inverse)
             # As stored, in float32: the backward pass computes y again and must find the same bits.
-            middle = broadcast(centre, lanes)
-            factor = broadcast(load_f32(scale + 4 * channel) * np.float32(inverse), lanes)
-            offset = broadcast(load_f32(bias + 4 * channel), lanes)
+            middle = broadcast(centre, width)
+            factor = broadcast(load_f32(scale + 4 * channel) * np.float32(inverse), width)
+            offset = broadcast(load_f32(bias + 4 * channel), width)
             for block in range(begin, end):
                 # Lanes without a sample get the offset: where samples are alike, 1 / std is 316, and a dozen
                 # normalisations would make infinity of what these lanes hold, and NaN of its product with the mask.
-                own = factor * load(mask + block * step, lanes)
+                own = factor * repeat(load(mask + block * step, lanes), width)
                 _write_normalised(
                     x + block * x_block + channel * x_channel, y + block * y_block + channel * y_channel,
                     addend + block * addend_block + channel * addend_channel, adds, middle, own, offset, low, high,
-                    rows, columns, x_row, y_row, addend_row, top, left, bottom, right, lanes,
+                    rows, columns, x_row, y_row, addend_row, top, left, bottom, right, lanes, width,
                 )  # fmt: skip
 
     return body
@@ -278,7 +282,7 @@ def batch_norm(lanes: int, adds: int, stage: int) -> Body:
     "x", "y", "scale", "bias", "mean", "spread", *_MAPS,
     "x_block", "x_channel", "x_row", "y_block", "y_channel", "y_row", *_BORDER, "f_epsilon", "f_low", "f_high",
 )  # fmt: skip
-def batch_norm_inference(lanes: int, inverted: int) -> Body:
+def batch_norm_inference(lanes: int, width: int, inverted: int) -> Body:
     """Normalise with given statistics and clip.
 
     ``spread`` is the variance, or ``1 / std`` as ``batch_norm`` wrote it when ``inverted``:
@@ -288,19 +292,19 @@ def batch_norm_inference(lanes: int, inverted: int) -> Body:
         (x, y, scale, bias, mean, spread, blocks, rows, columns, x_block, x_channel, x_row, y_block, y_channel,
          y_row, top, left, bottom, right) = arguments(args, 19)  # fmt: skip
         epsilon = load_f32(args + 152)
-        low, high = broadcast(load_f32(args + 160), lanes), broadcast(load_f32(args + 168), lanes)
+        low, high = broadcast(load_f32(args + 160), width), broadcast(load_f32(args + 168), width)
         for channel in range(first, last):
             inverse = load_f32(spread + 4 * channel)
             if inverted == 0:
                 inverse = np.float32(1.0 / math.sqrt(inverse + epsilon))
-            middle = broadcast(load_f32(mean + 4 * channel), lanes)
-            factor = broadcast(load_f32(scale + 4 * channel) * inverse, lanes)
-            offset = broadcast(load_f32(bias + 4 * channel), lanes)
+            middle = broadcast(load_f32(mean + 4 * channel), width)
+            factor = broadcast(load_f32(scale + 4 * channel) * inverse, width)
+            offset = broadcast(load_f32(bias + 4 * channel), width)
             for block in range(blocks):
                 source = x + block * x_block + channel * x_channel
                 _write_normalised(
                     source, y + block * y_block + channel * y_channel, source, 0, middle, factor, offset, low, high,
-                    rows, columns, x_row, y_row, x_row, top, left, bottom, right, lanes,
+                    rows, columns, x_row, y_row, x_row, top, left, bottom, right, lanes, width,
                 )  # fmt: skip
 
     return body
@@ -312,7 +316,7 @@ def batch_norm_inference(lanes: int, inverted: int) -> Body:
     "grad_channel", "grad_row", "grad_x_block", "grad_x_channel", "grad_x_row", *_BORDER,
     *(f"y_{side}" for side in _BORDER), *_CHOICE, "f_low", "f_high", "f_epsilon",
 )  # fmt: skip
-def batch_norm_gradient(lanes: int, again: int, stage: int) -> Body:
+def batch_norm_gradient(lanes: int, width: int, again: int, stage: int) -> Body:
     """Write the gradients of input, scale and bias (Ioffe and Szegedy 2015, section 3), and y if ``again``.
 
     Where the output was clipped the gradient stops; that is found out again from ``x``, so
@@ -320,23 +324,23 @@ def batch_norm_gradient(lanes: int, again: int, stage: int) -> Body:
     ``stage``, see ``codes``: with ``SUMS``, ``ERRORS`` and ``KEPT``, ``grad_x`` is written for the channels that are
     ``kept`` alone. ``parts``: three sums, float64, by channel and block, which ``PARTS`` writes.
     """
-    step = 4 * lanes
+    step, wide = 4 * lanes, 4 * width
 
     def body(args: int, first: int, last: int) -> None:
         (x, y, grad_out, grad_x, scale, bias, mean, inverse_std, grad_scale, grad_bias, mask, state, parts, channels,
          blocks, rows, columns, x_block, x_channel, x_row, y_block, y_channel, y_row, grad_block, grad_channel,
          grad_row, grad_x_block, grad_x_channel, grad_x_row, top, left, bottom, right, y_top, y_left, y_bottom,
          y_right, scores, kept, kept_count) = arguments(args, 40)  # fmt: skip
-        low, high = broadcast(load_f32(args + 320), lanes), broadcast(load_f32(args + 328), lanes)
+        low, high = broadcast(load_f32(args + 320), width), broadcast(load_f32(args + 328), width)
         epsilon = load_f32(args + 336)
-        zero = broadcast(0.0, lanes)
+        nothing, zero = broadcast(0.0, lanes), broadcast(0.0, width)
         count = load_i64(state) * rows * columns
         for job in range(first, last):
             channel, begin, end = _share(stage, job, channels, blocks)
-            middle = broadcast(load_f32(mean + 4 * channel), lanes)
+            middle = broadcast(load_f32(mean + 4 * channel), width)
             inverse = load_f32(inverse_std + 4 * channel)
-            factor = broadcast(load_f32(scale + 4 * channel) * inverse, lanes)
-            offset = broadcast(load_f32(bias + 4 * channel), lanes)
+            factor = broadcast(load_f32(scale + 4 * channel) * inverse, width)
+            offset = broadcast(load_f32(bias + 4 * channel), width)
             total, product, squares = 0.0, 0.0, 0.0
             for block in range(begin, begin if stage in (ERRORS, REST, KEPT) else end):
                 summed, wholly, square = zero, zero, zero
@@ -349,21 +353,21 @@ def batch_norm_gradient(lanes: int, again: int, stage: int) -> Body:
                     inside = columns if 0 <= row < rows else 0
                     if again:
                         for i in range(-y_left, 0):
-                            store(result + i * step, zero)
-                    for i in range(inside):
-                        away = load(source + i * step, lanes) - middle
+                            store(result + i * step, nothing)
+                    for i in range(inside * lanes // width):
+                        away = load(source + i * wide, width) - middle
                         value = fma(away, factor, offset)
-                        grad = load(grads + i * step, lanes)
+                        grad = load(grads + i * wide, width)
                         grad = select_gt(value, low, select_gt(high, value, grad, zero), zero)
                         part = part + grad
                         along = fma(grad, away, along)
                         if stage in (SUMS, PARTS):
                             square = fma(grad, grad, square)
                         if again:
-                            store(result + i * step, minimum(maximum(value, low), high))
+                            store(result + i * wide, minimum(maximum(value, low), high))
                     if again:
                         for i in range(inside, columns + y_right):
-                            store(result + i * step, zero)
+                            store(result + i * step, nothing)
                     summed, wholly = summed + part, wholly + along
                 total += sum_lanes(summed)
                 product += sum_lanes(wholly)
@@ -378,14 +382,14 @@ def batch_norm_gradient(lanes: int, again: int, stage: int) -> Body:
             )  # fmt: skip
             if stage in (SUMS, ERRORS, KEPT) and not is_kept(kept, kept_count, channel):
                 continue
-            shift = broadcast(total / count, lanes)
-            slope = broadcast(product * inverse * inverse / count, lanes)
+            shift = broadcast(total / count, width)
+            slope = broadcast(product * inverse * inverse / count, width)
             for block in range(begin, end):
                 _write_gradient(
                     x + block * x_block + channel * x_channel, grad_out + block * grad_block + channel * grad_channel,
                     grad_x + block * grad_x_block + channel * grad_x_channel, middle, factor, offset, low, high,
-                    shift, slope, load(mask + block * step, lanes) * factor, rows, columns, x_row, grad_row,
-                    grad_x_row, top, left, bottom, right, lanes,
+                    shift, slope, repeat(load(mask + block * step, lanes), width) * factor, rows, columns, x_row,
+                    grad_row, grad_x_row, top, left, bottom, right, lanes, width,
                 )  # fmt: skip
 
     return body
@@ -398,13 +402,13 @@ def batch_norm_gradient(lanes: int, again: int, stage: int) -> Body:
     "grad_sum_channel", "grad_sum_row", "grad_x_block", "grad_x_channel", "grad_x_row", *_BORDER, *_CHOICE, "f_low",
     "f_high", "f_epsilon",
 )  # fmt: skip
-def residual_norm_gradient(lanes: int, sums: int, bits: int, stage: int) -> Body:
+def residual_norm_gradient(lanes: int, width: int, sums: int, bits: int, stage: int) -> Body:
     """Write the gradients of ``y = clip(norm(x) + addend)``: of the addend (``grad_sum``), input, scale and bias.
 
     ``grad_sum`` is ``grad_out``, plus ``more`` if ``sums``, where y was not clipped; it may be the memory of either.
     With ``bits``, ``y`` is what ``keep_mask`` wrote of it. The rest is as in ``batch_norm_gradient``.
     """
-    step = 4 * lanes
+    step, wide = 4 * lanes, 4 * width
 
     def body(args: int, first: int, last: int) -> None:
         (x, y, grad_out, more, grad_sum, grad_x, scale, mean, inverse_std, grad_scale, grad_bias, mask, state, parts,
@@ -412,20 +416,20 @@ def residual_norm_gradient(lanes: int, sums: int, bits: int, stage: int) -> Body
          grad_channel, grad_row, more_block, more_channel, more_row, grad_sum_block, grad_sum_channel, grad_sum_row,
          grad_x_block, grad_x_channel, grad_x_row, top, left, bottom, right, scores, kept,
          kept_count) = arguments(args, 43)  # fmt: skip
-        low, high = broadcast(load_f32(args + 344), lanes), broadcast(load_f32(args + 352), lanes)
+        low, high = broadcast(load_f32(args + 344), width), broadcast(load_f32(args + 352), width)
         epsilon = load_f32(args + 360)
-        zero, least, most = broadcast(0.0, lanes), broadcast(-math.inf, lanes), broadcast(math.inf, lanes)
-        none = whole(0, lanes)
+        zero, least, most = broadcast(0.0, width), broadcast(-math.inf, width), broadcast(math.inf, width)
+        none = whole(0, width)
         count = load_i64(state) * rows * columns
         for job in range(first, last):
             channel, begin, end = _share(stage, job, channels, blocks)
-            middle = broadcast(load_f32(mean + 4 * channel), lanes)
+            middle = broadcast(load_f32(mean + 4 * channel), width)
             inverse = load_f32(inverse_std + 4 * channel)
             total, product, squares = 0.0, 0.0, 0.0
             for block in range(begin, begin if stage in (ERRORS, REST, KEPT) else end):
                 summed, wholly, square = zero, zero, zero
                 packed, place = 0, y + block * y_block + channel * y_channel
-                word = load(place, lanes)
+                word = load(place, width)
                 for row in range(rows):
                     source = x + block * x_block + channel * x_channel + row * x_row
                     result = y + block * y_block + channel * y_channel + row * y_row
@@ -433,21 +437,21 @@ def residual_norm_gradient(lanes: int, sums: int, bits: int, stage: int) -> Body
                     others = more + block * more_block + channel * more_channel + row * more_row
                     target = grad_sum + block * grad_sum_block + channel * grad_sum_channel + row * grad_sum_row
                     part, along = zero, zero
-                    for i in range(columns):
-                        away = load(source + i * step, lanes) - middle
-                        grad = load(grads + i * step, lanes)
+                    for i in range(columns * lanes // width):
+                        away = load(source + i * wide, width) - middle
+                        grad = load(grads + i * wide, width)
                         if sums:
-                            grad = grad + load(others + i * step, lanes)
+                            grad = grad + load(others + i * wide, width)
                         if bits:
                             if packed == 32:
-                                packed, place = 0, place + step
-                                word = load(place, lanes)
+                                packed, place = 0, place + wide
+                                word = load(place, width)
                             grad = select_same(unpack(word, packed, 1), none, zero, grad)
                             packed += 1
                         else:
-                            value = load(result + i * step, lanes)
+                            value = load(result + i * wide, width)
                             grad = select_gt(value, low, select_gt(high, value, grad, zero), zero)
-                        store(target + i * step, grad)
+                        store(target + i * wide, grad)
                         part = part + grad
                         along = fma(grad, away, along)
                         if stage in (SUMS, PARTS):
@@ -466,16 +470,16 @@ def residual_norm_gradient(lanes: int, sums: int, bits: int, stage: int) -> Body
             )  # fmt: skip
             if stage in (SUMS, ERRORS, KEPT) and not is_kept(kept, kept_count, channel):
                 continue
-            factor = broadcast(load_f32(scale + 4 * channel) * inverse, lanes)
-            shift = broadcast(total / count, lanes)
-            slope = broadcast(product * inverse * inverse / count, lanes)
+            factor = broadcast(load_f32(scale + 4 * channel) * inverse, width)
+            shift = broadcast(total / count, width)
+            slope = broadcast(product * inverse * inverse / count, width)
             for block in range(begin, end):
                 _write_gradient(
                     x + block * x_block + channel * x_channel,
                     grad_sum + block * grad_sum_block + channel * grad_sum_channel,
                     grad_x + block * grad_x_block + channel * grad_x_channel, middle, factor, zero, least, most, shift,
-                    slope, load(mask + block * step, lanes) * factor, rows, columns, x_row, grad_sum_row, grad_x_row,
-                    top, left, bottom, right, lanes,
+                    slope, repeat(load(mask + block * step, lanes), width) * factor, rows, columns, x_row,
+                    grad_sum_row, grad_x_row, top, left, bottom, right, lanes, width,
                 )  # fmt: skip
 
     return body

@@ -263,7 +263,7 @@ def minimum(typingctx: Any, a: Any, b: Any) -> Any:
 
 @intrinsic(prefer_literal=True)
 def repeat(typingctx: Any, vector: Any, width: Any) -> Any:
-    """Return a vector of ``width`` lanes, a multiple of those of ``vector``, which follow each other again and again."""
+    """Return a vector of ``width`` lanes in which those of ``vector`` follow each other again and again."""
     lanes = literal(width)
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
