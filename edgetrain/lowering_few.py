@@ -68,16 +68,15 @@ def suits(low: ProductLowering, weight: Value, g: Product, x: Value, y: Value, g
 def forward(low: ProductLowering, node: Node, g: Product) -> None:
     """Emit ``y = weights * x + bias``."""
     weight, bias, y = node.input(1), node.optional(2), low.layout(node.y)
-    samples = _apart(low, node.x, g.channels_in)
+    x = _apart(low, node.x, g.channels_in)
     padded = -(-g.channels_out // y.lanes) * y.lanes if low.kind == CHANNELS else g.channels_out
-    out = _beside(low, node.y, padded)
-    for part, target in zip(_parts(samples), _parts(out), strict=True):
-        low.emit(
-            "multiply_bits", _sizes(low, weight, part), -(-padded // _ROWS_PER_JOB), x=part.start,
-            values=low.address(weight), y=target.start, padded=padded, x_block=part.block, y_block=target.block,
-            row_chunk=_ROWS_PER_JOB, row_size=g.inputs, rows=g.channels_out,
-            bias=low.zeros(g.channels_out) if bias is None else low.address(bias), **low.rows_of_bits(weight, g),
-        )  # fmt: skip
+    out, chunks, samples = _beside(low, node.y, padded), -(-padded // _ROWS_PER_JOB), _together(x)
+    low.emit(
+        "multiply_bits", (WORD, samples, _compact(low, weight)), x.count // samples * chunks, x=x.start,
+        values=low.address(weight), y=out.start, padded=padded, x_block=x.block, y_block=out.block,
+        row_chunk=_ROWS_PER_JOB, row_chunks=chunks, row_size=g.inputs, rows=g.channels_out,
+        bias=low.zeros(g.channels_out) if bias is None else low.address(bias), **low.rows_of_bits(weight, g),
+    )  # fmt: skip
     _join(low, out, node.y)
 
 
@@ -86,12 +85,13 @@ def input_grad(low: ProductLowering, node: Node, g: Product) -> None:
     weight = node.input(1)
     words = low.sparse[weight.name].row_words
     errors, out = _apart(low, node.x, g.channels_out), _beside(low, node.y, words * WORD)
-    for part, target in zip(_parts(errors), _parts(out), strict=True):
-        low.emit(
-            "multiply_bits_back", _sizes(low, weight, part), -(-words // _WORDS_PER_JOB), row_size=g.inputs,
-            values=low.address(weight), grad_out=part.start, grad_x=target.start, grad_block=part.block,
-            grad_x_block=target.block, rows=g.channels_out, **low.rows_of_bits(weight, g),
-        )  # fmt: skip
+    chunks, samples = -(-words // _WORDS_PER_JOB), _together(errors)
+    low.emit(
+        "multiply_bits_back", (WORD, samples, _compact(low, weight)), errors.count // samples * chunks,
+        values=low.address(weight), grad_out=errors.start, grad_x=out.start, grad_block=errors.block,
+        grad_x_block=out.block, word_chunks=chunks, row_size=g.inputs, rows=g.channels_out,
+        **low.rows_of_bits(weight, g),
+    )  # fmt: skip
     _join(low, out, node.y)
 
 
@@ -106,17 +106,13 @@ def weight_grad(low: ProductLowering, node: Node, g: Product) -> None:
     )  # fmt: skip
 
 
-def _sizes(low: ProductLowering, weight: Value, part: Apart) -> tuple[int, int, int]:
-    return WORD, part.count, int(low.sparse[weight.name].compact)
+def _together(samples: Apart) -> int:
+    """Return how many samples a kernel takes at once: 4, or all if there are fewer. Lanes hold 4 or 8."""
+    return min(MOST_SAMPLES, samples.count)
 
 
-def _parts(samples: Apart) -> list[Apart]:
-    """Return the samples, so many at a time as a kernel takes."""
-    firsts = range(0, samples.count, MOST_SAMPLES)
-    return [
-        Apart(samples.start + first * samples.block, min(MOST_SAMPLES, samples.count - first), samples.block)
-        for first in firsts
-    ]
+def _compact(low: ProductLowering, weight: Value) -> int:
+    return int(low.sparse[weight.name].compact)
 
 
 def _apart(low: ProductLowering, value: Value, channels: int) -> Apart:
