@@ -26,8 +26,8 @@ from edgetrain.plan import Ref
 _PLAIN = (
     "ActivationGrad", "AveragePool", "AveragePoolGrad", "BatchNormalization", "BatchNormalizationAgain",
     "BatchNormalizationGrad", "BatchNormalizationGradAgain", "BatchNormalizationTraining", "ChannelSlice", "Clip",
-    "Concat", "Dropout", "DropoutTraining", "Flatten", "GlobalAveragePool", "HardSigmoid", "HardSwish", "Identity",
-    "LeakyRelu", "MaskActivation", "MaxPool", "MaxPoolGrad", "MaxPoolTraining", "MeanSquaredErrorLoss",
+    "Concat", "Dropout", "DropoutTraining", "Elu", "Flatten", "GlobalAveragePool", "HardSigmoid", "HardSwish",
+    "Identity", "LeakyRelu", "MaskActivation", "MaxPool", "MaxPoolGrad", "MaxPoolTraining", "MeanSquaredErrorLoss",
     "MeanSquaredErrorLossGrad", "Pad", "Relu", "ReluMask", "ReluMaskGrad", "Reshape", "ResidualNormalizationGrad",
     "Sigmoid", "SoftmaxCrossEntropyLoss", "SoftmaxCrossEntropyLossGrad", "Tanh",
 )  # fmt: skip

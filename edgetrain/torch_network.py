@@ -332,7 +332,7 @@ def _gemm(net: TorchNetwork, node: Node, x: Tensor, w: Tensor, b: Tensor = None)
 
 def _kink_points(node: Node) -> tuple[float, ...]:
     """Return the inputs at which the derivative of an operator jumps."""
-    if node.op_type in ("Relu", "LeakyRelu"):
+    if node.op_type in ("Relu", "LeakyRelu") or (node.op_type == "Elu" and node.get("alpha", 1.0) != 1.0):
         return (0.0,)
     if node.op_type == "Clip":
         return tuple(float(limit) for key in ("min", "max") if (limit := node.get(key)) is not None)
@@ -369,6 +369,7 @@ _TABLE: dict[str, Rebuild] = {
     "Clip": _clip,
     "Concat": lambda net, node, *parts: torch.cat(parts, node.get("axis", 1)),
     "Conv": _conv,
+    "Elu": lambda net, node, x: torch.nn.functional.elu(x, node.get("alpha", 1.0)),
     "Flatten": lambda net, node, x: x.flatten(1),
     "Gemm": _gemm,
     "GlobalAveragePool": lambda net, node, x: x.mean(tuple(range(2, x.dim())), keepdim=True),

@@ -226,6 +226,7 @@ def activations() -> Iterable[Case]:
         ("clip-inexact-bounds", "Clip", {"min": -0.1, "max": 0.1}),
         ("sigmoid", "Sigmoid", {}), ("tanh", "Tanh", {}), ("hardsigmoid", "HardSigmoid", {}),
         ("hardsigmoid-torch", "HardSigmoid", {"alpha": 1 / 6, "beta": 0.5}), ("hardswish", "HardSwish", {}),
+        ("elu", "Elu", {}), ("elu-0.3", "Elu", {"alpha": 0.3}), ("elu-0", "Elu", {"alpha": 0.0}),
     )  # fmt: skip
     for name, op_type, attributes in functions:
         yield one(name, (3, 5, 6), op_type, spread=4.0, wide=True, **attributes)

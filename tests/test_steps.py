@@ -166,6 +166,7 @@ KINKS = {
     "leakyrelu": ("LeakyRelu", {"alpha": 0.2}, [0.0], lambda f, x: f.leaky_relu(x, 0.2)),
     "relu6": ("Clip", {"min": 0.0, "max": 6.0}, [0.0, 6.0], lambda f, x: f.relu6(x)),
     "hardsigmoid": ("HardSigmoid", {"alpha": 1 / 6}, [-3.0, 3.0], lambda f, x: f.hardsigmoid(x)),
+    "elu": ("Elu", {"alpha": 0.3}, [0.0], lambda f, x: f.elu(x, 0.3)),
     "hardswish": ("HardSwish", {}, [-3.0, 3.0], lambda f, x: f.hardswish(x)),
 }
 

@@ -91,7 +91,7 @@ def test_dropout_is_taken_as_off_and_the_report_says_so():
     assert "dropout" in report.table()
 
 
-ACTIVATIONS = ["LeakyRelu", "Sigmoid", "Tanh", "HardSigmoid", "HardSwish", "Identity"]
+ACTIVATIONS = ["LeakyRelu", "Elu", "Sigmoid", "Tanh", "HardSigmoid", "HardSwish", "Identity"]
 
 
 @pytest.mark.parametrize("op_type", ACTIVATIONS)

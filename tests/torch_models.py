@@ -107,6 +107,24 @@ class SqueezeExcite(nn.Module):
         return self.fc(F.hardswish(x * scale).mean([2, 3], keepdim=True).squeeze(-1).squeeze(-1))
 
 
+class Curved(nn.Module):
+    """Activations with a slope that is learned, or exponential, and bounds on one side."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.conv2 = nn.Conv2d(3, 6, 3), nn.Conv2d(6, 8, 3, stride=2)
+        self.sloping, self.alike = nn.PReLU(6), nn.PReLU(init=0.1)
+        self.fc1, self.fc2 = nn.Linear(72, 9), nn.Linear(9, 4)
+        self.register_buffer("low", torch.tensor(-0.9))
+        self.register_buffer("high", torch.tensor([1.5]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.elu(self.sloping(self.conv1(x)), 0.7)
+        x = F.celu(self.alike(self.conv2(x)), 0.5)
+        x = torch.maximum(F.selu(self.fc1(x.flatten(1))), self.low)
+        return self.fc2(torch.minimum(self.high, x))
+
+
 class HandWritten(nn.Module):
     """HardSwish and SiLU spelled out, input normalisation inside the network, a difference of branches."""
 
@@ -199,6 +217,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "cifar_resnet": (CifarResNet, (3, 10, 10)),
     "mobilenet": (mobilenet, (3, 16, 16)),
     "squeeze_excite": (SqueezeExcite, (3, 9, 9)),
+    "curved": (Curved, (3, 9, 9)),
     "hand_written": (HandWritten, (3, 8, 8)),
     "cnn1d": (cnn1d, (3, 32)),
     "dilated": (Dilated, (2, 14, 13)),

@@ -211,8 +211,8 @@ def multiply_bits_back(lanes: int, samples: int, compact: int) -> Body:
     """Write ``grad_x[sample][column] = sum over rows of grad_out[sample][row] * weight[row][column]``.
 
     Job: (``samples``, 1 to 4; four words of every row). Vectors are written whole, with 0 behind the last column. All
-    sums stay in registers: half of LeNet-5's fc1 took 4.5 us at batch 4 with the sums in memory, 3.0 with two samples at
-    a time, and takes 1.9 so (one thread).
+    sums stay in registers: half of LeNet-5's fc1 took 4.5 us at batch 4 with the sums in memory, 3.0 with two samples
+    at a time, and takes 1.9 so (one thread).
     """
     step = 4 * lanes
 

@@ -9,6 +9,7 @@ from numba import njit
 from edgetrain.kernels.codes import (
     ADD,
     CLIP,
+    ELU,
     HARD_SIGMOID,
     HARD_SWISH,
     LEAKY_RELU,
@@ -110,6 +111,9 @@ def unary(lanes: int, function: int) -> Body:
                         value = minimum(maximum(fma(value, a, b), zero), one)
                     elif function == HARD_SWISH:
                         value = value * minimum(maximum(fma(value, a, b), zero), one)
+                    elif function == ELU:
+                        below = a * (exponential(minimum(value, zero), lanes) - one)
+                        value = select_gt(value, zero, value, below)
                     else:
                         value = fma(value, a, b)
                     store(target + i * step, value)
@@ -156,6 +160,8 @@ def unary_gradient(lanes: int, function: int) -> Body:
                         gate = fma(v, a, b)
                         inner = g * fma(v, a, gate)
                         g = select_gt(gate, zero, select_gt(one, gate, inner, g), zero)
+                    elif function == ELU:
+                        g = select_gt(v, zero, g, g * (v + a))
                     else:
                         g = g * a
                     store(target + i * step, g)

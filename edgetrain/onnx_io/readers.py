@@ -118,6 +118,52 @@ def _clip(r: Reading, node: Source) -> None:
     r.emit(node, "Clip", [r.value(node).name], **attributes)
 
 
+def _bound(bound: str) -> Reader:
+    """Return a reader of the larger, or smaller, of a value and a number: a Clip with one ``bound``."""
+
+    def read(r: Reading, node: Source) -> None:
+        constants = [i for i in range(len(node.inputs)) if r.is_constant(node, i)]
+        numbers = [r.constants[node.inputs[i]] for i in constants]
+        if len(node.inputs) != 2 or len(constants) != 1 or numbers[0].size != 1 or not np.isfinite(numbers[0]).all():
+            r.fail(node, "of values, or of more than one number; supported is one value with one number")
+        limits: dict[str, Any] = {bound: float(numbers[0].reshape(-1)[0])}
+        r.emit(node, "Clip", [r.value(node, 1 - constants[0]).name], **limits)
+
+    return read
+
+
+def _prelu(r: Reading, node: Source) -> None:
+    """Read ``max(x, 0) + slope * min(x, 0)``, whose slope is trained."""
+    x = r.value(node)
+    slope = r.parameter(node, 1, trainable=True)
+    positive = r.emit(node, "Relu", [x.name], part="positive")
+    negative = r.emit(node, "Clip", [x.name], part="negative", max=0.0)
+    r.emit(node, "Add", [positive, r.emit(node, "Mul", [negative, slope], part="sloping")])
+
+
+def _selu(r: Reading, node: Source) -> None:
+    """Read ``gamma * Elu(x)``; the defaults are those of ONNX."""
+    alpha, gamma = node.get("alpha", 1.67326319217681884765625), node.get("gamma", 1.05070102214813232421875)
+    _scaled_elu(r, node, r.value(node).name, float(alpha), float(gamma))
+
+
+def _celu(r: Reading, node: Source) -> None:
+    """Read ``alpha * Elu(x / alpha)``, whose own alpha is 1."""
+    alpha, x = float(node.get("alpha", 1.0)), r.value(node).name
+    if alpha <= 0:
+        r.fail(node, f"alpha is {alpha}, expected more than 0")
+    if alpha != 1:
+        reciprocal = r.place(f"{node.name}.reciprocal", np.array(1 / alpha, np.float32))
+        x = r.emit(node, "Mul", [x, reciprocal], part="divided")
+    _scaled_elu(r, node, x, 1.0, alpha)
+
+
+def _scaled_elu(r: Reading, node: Source, x: str, alpha: float, factor: float) -> None:
+    y = r.emit(node, "Elu", [x], part="" if factor == 1 else "unscaled", alpha=alpha)
+    if factor != 1:
+        r.emit(node, "Mul", [y, r.place(f"{node.name}.factor", np.array(factor, np.float32))])
+
+
 def _dropout(r: Reading, node: Source) -> None:
     r.withhold(node, "the mask is not a value of the graph")
     ratio = r.scalar(node, 1, "ratio")
@@ -178,7 +224,8 @@ def _operand(r: Reading, node: Source, index: int) -> str:
     array = r.constants[node.inputs[index]] = without_repeats(r.constants[node.inputs[index]], r.batch)
     if array.ndim > len(other.shape) and (array.ndim > len(other.shape) + 1 or array.shape[0] != 1):
         r.fail(node, f"a constant of shape {array.shape} with {other}: the batch dimension must stay free")
-    return r.parameter(node, index, trainable=node.op_type == "Add" and _is_bias(r, array, other))
+    learned = _is_bias(r, array, other) if node.op_type == "Add" else _is_below_zero(r, other)
+    return r.parameter(node, index, trainable=learned)
 
 
 def _is_bias(r: Reading, array: NDArray[Any], value: Value) -> bool:
@@ -187,6 +234,12 @@ def _is_bias(r: Reading, array: NDArray[Any], value: Value) -> bool:
     if layer is None or layer.op_type not in _BIAS_AFTER or not value.shape or not array.ndim:
         return False
     return bool(array.size == value.shape[0 if layer.op_type == "Conv" else -1])
+
+
+def _is_below_zero(r: Reading, value: Value) -> bool:
+    """Whether a value is ``min(x, 0)``, which a PRelu multiplies with its slope (see ``_prelu``)."""
+    made = r.graph.producer(value.name)
+    return made is not None and made.op_type == "Clip" and made.get("max") == 0 and made.get("min") is None
 
 
 def _both_batched(r: Reading, node: Source) -> bool:
@@ -258,11 +311,13 @@ READERS: dict[str, Reader] = {
     "BatchNormalization": _batch_normalization,
     "Cast": _cast,
     "CastLike": _cast,
+    "Celu": _celu,
     "Clip": _clip,
     "Concat": shapes.read_concat,
     "Conv": _conv,
     "Div": _div,
     "Dropout": _dropout,
+    "Elu": _plain("alpha"),
     "Expand": shapes.read_expand,
     "Flatten": shapes.read_flatten,
     "Gemm": _gemm,
@@ -274,13 +329,17 @@ READERS: dict[str, Reader] = {
     "LeakyRelu": _plain("alpha"),
     "LogSoftmax": _softmax,
     "MatMul": _matmul,
+    "Max": _bound("min"),
     "MaxPool": _max_pool,
+    "Min": _bound("max"),
     "Mul": _add_or_mul,
     "Neg": _neg,
     "Pad": shapes.read_pad,
+    "PRelu": _prelu,
     "ReduceMean": _reduce_mean,
     "Relu": _plain(),
     "Reshape": shapes.read_reshape,
+    "Selu": _selu,
     "Shape": shapes.read_shape,
     "Sigmoid": _plain(),
     "Size": shapes.read_size,

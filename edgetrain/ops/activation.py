@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from edgetrain.arrays import map_sizes, packed_words
+from edgetrain.errors import GraphError
 from edgetrain.graph import Node, Shape, Value
 from edgetrain.kernels import codes, reference
 from edgetrain.ops.registry import Array, Op, get_op, register
@@ -170,6 +171,37 @@ class LeakyRelu(Activation):
     def slope(self, saved: Array, a: float, b: float) -> Array:
         """1 or ``alpha``."""
         return np.where(saved > 0, 1, a)
+
+
+@register
+class Elu(Activation):
+    """``x`` where positive, else ``alpha * (exp(x) - 1)``.
+
+    Source: Clevert, Unterthiner and Hochreiter, Fast and accurate deep network learning by exponential linear units,
+    ICLR 2016, section 3. The slope is found from the output, so ``alpha`` must not be negative.
+    """
+
+    name = "Elu"
+    attributes = ("alpha",)
+    code = codes.ELU
+
+    def constants(self, node: Node) -> tuple[float, float]:
+        """``alpha`` (1)."""
+        return float(node.get("alpha", 1.0)), 0.0
+
+    def infer(self, node: Node) -> Sequence[tuple[Shape, bool]]:
+        """Same shape."""
+        if self.constants(node)[0] < 0:
+            raise GraphError(f"node '{node.name}' [Elu]: alpha is {node.get('alpha')}, expected 0 or more")
+        return super().infer(node)
+
+    def apply(self, x: Array, a: float, b: float) -> Array:
+        """``x`` or ``alpha * (exp(x) - 1)``."""
+        return np.where(x > 0, x, a * np.expm1(np.minimum(x, 0)))
+
+    def slope(self, saved: Array, a: float, b: float) -> Array:
+        """1, or ``y + alpha``."""
+        return np.where(saved > 0, 1, saved + a)
 
 
 @register
