@@ -21,8 +21,10 @@ from edgetrain.kernels.registry import compile_kernels, interpreter
 from edgetrain.plan import STAGES, KernelKey, Plan
 
 _STAMP: KernelKey = ("stamp", ())
-# Seconds above which barriers do not matter; runs between two trials of the other number of threads; runs of a trial.
-_LONG, _PAUSE, _TRIAL = 2e-3, 200, 4
+# Seconds from which all threads always run a program; runs between two trials of the other number; runs of a trial. On a
+# machine whose two processors shared a core for a while, steps of ResNet-20 at batch 4 and 8 took 5.0 and 6.4 ms on two
+# threads and 4.0 and 5.8 on one, at batch 32 17.1 and 20.4.
+_LONG, _PAUSE, _TRIAL = 8e-3, 200, 4
 # Looks for another run before a thread sleeps, some 500 us: to wake it takes 50 us and more. What Python does between
 # two steps takes 30 us for LeNet-5 and 250 for ResNet-20, after whose steps it finds its own memory in no cache: with
 # 1,300 looks, 100 us, a step of ResNet-20 with a tenth of its weights took 4.81 ms, so it takes 4.68 (2 threads).
@@ -69,7 +71,7 @@ def _serve(order: _Order, start: threading.Lock, number: int, ticket: int) -> No
 class Pace:
     """Decides how many threads run a short program: all, or one where that is measured to be faster.
 
-    Programs of a few dozen microseconds between two barriers are slower on two threads than on one when the threads
+    Programs with little between two barriers are slower on two threads than on one when the threads
     share a core's units or wait for other processes: a step of LeNet-5 at batch 8 took 201 us on two threads then and
     147 on one, and 102 on two when both had a core of their own. Results do not depend on it. Now and then a few runs
     of the other kind are timed; long programs always have all threads.
@@ -84,7 +86,8 @@ class Pace:
         """Take note of the seconds of a run with ``threads`` threads, and set ``threads`` for the next one."""
         if self._all == 1:
             return
-        self._long = self._long + 1 if seconds > _LONG else 0
+        # What is long on the fewer threads of a trial alone is no long program: the trial decides, and rarely returns.
+        self._long = self._long + 1 if seconds > _LONG and self._runs <= self._pause else 0
         if self._long >= _TRIAL:  # not a run of a short program that another process interrupted
             self.threads, self._runs, self._seconds = self._all, 0, {}
         if self._long:
