@@ -125,6 +125,16 @@ def packed_words(count: int, bits: int) -> int:
     return -(-count // (32 // bits))
 
 
+def mask_words(pixels: int) -> int:
+    """Return how many words hold a bit per pixel of a map, for each lane: four vectors side by side have room, too.
+
+    Example:
+        >>> mask_words(1024), mask_words(196)
+        (32, 8)
+    """
+    return -(-packed_words(pixels, 1) // 4) * 4
+
+
 def aligned(count: int, dtype: Any = np.float32) -> NDArray[Any]:
     """Return ``count`` zeros that start at a multiple of ``ALIGNMENT`` bytes."""
     size = np.dtype(dtype).itemsize

@@ -21,9 +21,9 @@ from edgetrain.kernels.registry import compile_kernels, interpreter
 from edgetrain.plan import STAGES, KernelKey, Plan
 
 _STAMP: KernelKey = ("stamp", ())
-# Seconds from which all threads always run a program; runs between two trials of the other number; runs of a trial. On a
-# machine whose two processors shared a core for a while, steps of ResNet-20 at batch 4 and 8 took 5.0 and 6.4 ms on two
-# threads and 4.0 and 5.8 on one, at batch 32 17.1 and 20.4.
+# Seconds from which all threads always run a program; runs between two trials of the other number; runs of a trial.
+# While a machine's two processors shared a core, steps of ResNet-20 at batch 4 and 8 took 5.0 and 6.4 ms on two threads
+# and 4.0 and 5.8 on one; at batch 32 17.1 and 20.4.
 _LONG, _PAUSE, _TRIAL = 8e-3, 200, 4
 # Looks for another run before a thread sleeps, some 500 us: to wake it takes 50 us and more. What Python does between
 # two steps takes 30 us for LeNet-5 and 250 for ResNet-20, after whose steps it finds its own memory in no cache: with

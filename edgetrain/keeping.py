@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import replace
 
-from edgetrain.arrays import map_sizes, packed_words
+from edgetrain.arrays import map_sizes, mask_words
 from edgetrain.graph import Graph, Node, Value
 from edgetrain.ops import get_op
 from edgetrain.ops.activation import Activation
@@ -164,8 +164,8 @@ def keep_residual_masks(train: Graph, forward_count: int) -> int:
 def _mask_of(train: Graph, node: Node) -> Value | None:
     """Let the forward pass pack which numbers of a node's output are positive; ``None`` where that saves nothing."""
     channels, rows, columns = map_sizes(node.y.shape)
-    words = packed_words(rows * columns, 1)
-    if words == rows * columns:
+    words = mask_words(rows * columns)
+    if words >= rows * columns:
         return None
     mask = Value(f"edgetrain.mask.{node.y.name}", (channels, words))
     train.add_value(mask)

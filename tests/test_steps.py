@@ -314,7 +314,7 @@ def test_a_mask_takes_the_place_of_an_output_that_only_the_slope_reads():
     positions = {node.op_type: i for i, node in enumerate(plan.graph.nodes)}
     assert plan.lifetimes[plan.buffer(y)][1] <= positions["GlobalAveragePool"]
     assert plan.lifetimes[plan.buffer(f"edgetrain.mask.{y}")][1] == positions["ReluMaskGrad"]
-    assert plan.sizes[plan.buffer(f"edgetrain.mask.{y}")] * 18 == plan.sizes[plan.buffer(y)]  # 36 pixels in two words
+    assert plan.sizes[plan.buffer(f"edgetrain.mask.{y}")] * 9 == plan.sizes[plan.buffer(y)]  # 36 pixels in four words
 
 
 @pytest.mark.parametrize("row", [0, 3], ids=["first-row-far-away", "another-row-far-away"])

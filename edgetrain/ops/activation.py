@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from edgetrain.arrays import map_sizes, packed_words
+from edgetrain.arrays import map_sizes, mask_words
 from edgetrain.errors import GraphError
 from edgetrain.graph import Node, Shape, Value
 from edgetrain.kernels import codes, reference
@@ -93,7 +93,7 @@ class ActivationGrad(Op):
 class ReluMask(Op):
     """y -> mask: one bit per number of a Relu's output, kept instead of the output where nobody else reads that.
 
-    32 pixels of a channel share a word; as a value the mask has the shape (C, words).
+    32 pixels of a channel share a word; as a value the mask has the shape (C, words), see ``arrays.mask_words``.
     """
 
     name = "ReluMask"
@@ -103,11 +103,12 @@ class ReluMask(Op):
     def infer(self, node: Node) -> Sequence[tuple[Shape, bool]]:
         """Words per channel."""
         channels, rows, columns = map_sizes(node.x.shape)
-        return [((channels, packed_words(rows * columns, 1)), True)]
+        return [((channels, mask_words(rows * columns)), True)]
 
     def reference(self, node: Node, *inputs: Array) -> tuple[Array, ...]:
         """Pack what is positive."""
-        return (reference.pack(inputs[0] > 0, 1),)
+        words = reference.pack(inputs[0] > 0, 1)
+        return (np.pad(words, ((0, 0), (0, 0), (0, node.y.shape[1] - words.shape[2]))),)
 
     def lower(self, node: Node, low: Lowering) -> None:
         """One pass."""
