@@ -13,7 +13,7 @@ from edgetrain.arrays import ALIGNMENT, Layout
 from edgetrain.choice import simd_lanes, target
 from edgetrain.errors import GraphError
 from edgetrain.graph import Node, Value
-from edgetrain.lowering_core import Pair, border_of, row_lanes, strides
+from edgetrain.lowering_core import FEWEST_JOBS, Pair, border_of, row_lanes, strides
 from edgetrain.lowering_pruned import COUNTERS, PrunedLowering
 from edgetrain.ops.registry import Border
 from edgetrain.plan import Ref
@@ -24,8 +24,6 @@ if TYPE_CHECKING:
 # Of turned error maps that one strip of a list meets. Measured for ResNet-20 (batch 32, 90 % zeros, L2 of 1 MiB): all
 # correlations take 2.5 ms with 800 KiB, 2.9 with 400 KiB and with whole maps.
 _STRIP_BYTES = 800 << 10
-# Of a copy, for as many threads: of planes where there are fewer, rows.
-_FEWEST_JOBS = 4
 
 
 @dataclass(frozen=True)
@@ -119,7 +117,7 @@ class ElementLowering(PrunedLowering):
         room = _capacity(node, numbers)
         copy: dict[str, int | Ref] = {"y": self.address(node.y), **strides(y=y)}
         lines = y.border[0] + x.rows + y.border[2]
-        chunk = -(-lines // -(-_FEWEST_JOBS // x.planes))
+        chunk = -(-lines // -(-FEWEST_JOBS // x.planes))
         parts = -(-lines // chunk)
         count = functools.partial(self.emit, "copy_elements", (x.lanes, row_lanes(x)), x.planes * parts,
                                   row_chunk=chunk, parts=parts, **copy, **border_of(y))  # fmt: skip

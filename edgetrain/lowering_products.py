@@ -17,7 +17,7 @@ from edgetrain.arrays import READ_BEHIND, Layout
 from edgetrain.choice import Sizes, simd_lanes
 from edgetrain.graph import Node, Value
 from edgetrain.kernels.codes import CHANNELS, ROWS, SAMPLES
-from edgetrain.lowering_core import Pair, lanes_of, overlapping, widened
+from edgetrain.lowering_core import FEWEST_JOBS, Pair, lanes_of, overlapping, widened
 from edgetrain.lowering_sparse import SparseLowering, moves_by_bits
 from edgetrain.plan import Ref
 from edgetrain.sparse_index import WORD, SparseIndex
@@ -34,9 +34,6 @@ def whole_gradient_name(weight: str) -> str:
 # Jobs are the grain that threads share. Below this number per kernel call a product is cut further, so that
 # four threads find work; results do not depend on it.
 _WANTED_JOBS = 16
-# Pixels are cut further only where channels leave less than this: with 16 jobs as the aim LeNet-5 at batch 8 takes 2 %
-# more. The input gradient of its second convolution was one job at batch 4: 78 us for a step, 73.5 so (two threads).
-_FEWEST_JOBS = 4
 _PIXELS_PER_JOB = 64
 # Input pixels over which a weight gradient stays in registers: a channel's fit the first-level cache. It fixes the
 # order of summation, so it must not depend on threads. 256 measured best of 32, 64, 128, 256 on three layers of
@@ -361,8 +358,9 @@ class ProductLowering(SparseLowering):
         """Emit a gather-multiply, cut into jobs; ``arguments`` are those of the kernel that are not sizes of jobs."""
         (channels, width), count = tile, len(pixels)
         tiles = -(-channel_count // channels)
-        wanted = -(-_FEWEST_JOBS // (blocks * groups * tiles))
-        pixel_chunk = _chunk(count, min(_PIXELS_PER_JOB, -(-count // wanted)), width)
+        wanted, pixel_chunk = -(-FEWEST_JOBS // (blocks * groups * tiles)), _chunk(count, _PIXELS_PER_JOB, width)
+        if wanted > 1:
+            pixel_chunk = min(pixel_chunk, max(1, count // wanted // width) * width)
         pixel_chunks = -(-count // pixel_chunk)
         parts = min(tiles, -(-_WANTED_JOBS // (blocks * groups * pixel_chunks)))
         channel_chunk = -(-tiles // parts) * channels

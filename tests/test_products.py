@@ -160,3 +160,20 @@ def test_weights_packed_by_vectors_are_those_packed_by_number(
     np.testing.assert_array_equal(output, other.logits(x))
     for name, wanted in other.gradients(x, np.arange(count) % 8).items():
         np.testing.assert_array_equal(found[name], wanted, err_msg=name)
+
+
+@pytest.mark.parametrize("count", [1, 3, 4, 8, 32])
+def test_products_of_convolutions_are_cut_for_four_threads(count, monkeypatch):
+    """Results do not depend on it: each job computes its own pixels, whole."""
+    graph = network(5, 0, size=12)
+    rows = [row for row in made(graph, count).plans.plan(True, count).rows if row.kernel[0] == "multiply"]
+    names = argument_names("multiply")
+    pixels = [row.arguments[names.index("pixel_count")] for row in rows]
+    assert all(row.jobs >= 4 for row, several in zip(rows, pixels, strict=True) if int(several) >= 32)
+    x = np.random.default_rng(1).normal(size=(count, *graph.input_shape)).astype(np.float32)
+    found = made(graph, count).gradients(x, np.arange(count) % 8)
+    monkeypatch.setattr(lowering_products, "FEWEST_JOBS", 1)
+    uncut = [row for row in made(graph, count).plans.plan(True, count).rows if row.kernel[0] == "multiply"]
+    assert count > 8 or sum(row.jobs for row in uncut) < sum(row.jobs for row in rows)
+    for name, wanted in made(graph, count).gradients(x, np.arange(count) % 8).items():
+        np.testing.assert_array_equal(found[name], wanted, err_msg=name)

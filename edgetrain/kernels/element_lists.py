@@ -114,8 +114,7 @@ def element_threshold(lanes: int) -> Body:
     ``magnitudes``: scratch for all of them. ``starts`` has one entry more than there are channels. ``sample_numbers``:
     how many a sample has. ``threshold``: the limit, and the number from which on all are kept: where the capacity does
     not hold all that are equal to the limit, that is the next one, and of the equal ones every plane keeps the first
-    ``quotas`` (int64). ``parts``: counts of a plane, of which ``starts`` takes the first: it is for ``parts`` 1. One
-    job.
+    ``quotas`` (int64). ``parts``: counts per plane; ``starts`` means something with one only. One job.
     """
     step = 4 * lanes
 
@@ -216,7 +215,10 @@ def copy_elements(lanes: int, width: int) -> Body:
     "y_row",
 )  # fmt: skip
 def keep_elements(lanes: int) -> Body:
-    """Copy the numbers that ``element_threshold`` keeps, if others than ``copy_elements`` has kept. Job: as there."""
+    """Copy the numbers that ``element_threshold`` keeps, if others than ``copy_elements`` has kept.
+
+    Job: (block, channel).
+    """
     step = 4 * lanes
 
     def body(args: int, first: int, last: int) -> None:

@@ -171,7 +171,11 @@ def unary_gradient(lanes: int, function: int) -> Body:
 
 @kernel("y", "mask", "rows", "vectors", "y_plane", "y_row", "mask_plane")
 def keep_mask(lanes: int) -> Body:
-    """Write one bit per number: whether it is positive; 32 pixels share a word. Job: plane."""
+    """Write one bit per number: whether it is positive; 32 vectors share a word per lane. Job: plane.
+
+    ``lanes``: of vectors that may hold neighbouring pixels (``lowering_core.row_lanes``). What reads the bits must have
+    the same: ``apply_mask``, or ``normalization.residual_norm_gradient`` with its ``width``.
+    """
     step = 4 * lanes
 
     def body(args: int, first: int, last: int) -> None:

@@ -54,19 +54,19 @@ def _write_normalised(
     width: Any,
 ) -> None:  # fmt: skip
     """Write ``y = clip((x - middle) * factor + offset [+ addend])`` of a map, and the zeros around it."""
-    step, wide, zero = 4 * lanes, 4 * width, broadcast(0.0, lanes)
+    step, wide, nothing = 4 * lanes, 4 * width, broadcast(0.0, lanes)
     for row in range(-top, rows + bottom):
         source, other, target = x + row * x_row, addend + row * addend_row, y + row * y_row
         inside = columns if 0 <= row < rows else 0
         for i in range(-left, 0):
-            store(target + i * step, zero)
+            store(target + i * step, nothing)
         for i in range(inside * lanes // width):
             value = fma(load(source + i * wide, width) - middle, factor, offset)
             if adds:
                 value = value + load(other + i * wide, width)
             store(target + i * wide, minimum(maximum(value, low), high))
         for i in range(inside, columns + right):
-            store(target + i * step, zero)
+            store(target + i * step, nothing)
 
 
 @njit(inline="always")
@@ -201,8 +201,8 @@ def _map_statistics(x: Any, mask: Any, rows: Any, columns: Any, x_row: Any, lane
     One pass around a pivot near the mean, that of the first row: E[x^2] - E[x]^2 would cancel where the mean is large
     against the deviation. Where the first row is no guide, a second pass follows.
     """
-    zero, samples = broadcast(0.0, width), sum_lanes(load(mask, lanes))
-    alive, vectors = repeat(load(mask, lanes), width), columns * lanes // width
+    exist, zero, vectors = load(mask, lanes), broadcast(0.0, width), columns * lanes // width
+    samples, alive = sum_lanes(exist), repeat(exist, width)
     first, _ = _moments(x, zero, 1, vectors, x_row, width)
     pivot = sum_lanes(first * alive) / (samples * columns)
     whole, wholly = _moments(x, broadcast(pivot, width), rows, vectors, x_row, width)
