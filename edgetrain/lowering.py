@@ -408,6 +408,21 @@ class Lowering(ListedLowering):
             y=self.address(y) + b.offset(to), channels=box[0], rows=box[1], vectors=box[2], **strides(x=a, y=b),
         )  # fmt: skip
 
+    def shuffle_channels(self, x: Value, y: Value, group: int) -> None:
+        """Emit a copy of channels dealt out, see ``ops.shape.ChannelShuffle``: a kernel call per run of either side."""
+        a, b = self.layout(x), self.layout(y)
+        per = a.channels // group
+        runs, far = (group, "y") if group <= per else (per, "x")  # on the far side a run's channels are ``runs`` apart
+        beside, apart = a.channels // runs, {f"{far}_channel": runs * (b if far == "y" else a).channel}
+        for run in range(runs):
+            near = run * beside
+            source, target = (near, run) if far == "y" else (run, near)
+            self.emit(
+                "copy_maps", (self.lanes,), self.blocks * beside, x=self.address(x) + source * a.channel,
+                y=self.address(y) + target * b.channel, channels=beside, rows=a.rows, vectors=a.columns,
+                **(strides(x=a, y=b) | apart),
+            )  # fmt: skip
+
     def fill(self, y: Value, value: float) -> None:
         """Emit a constant for all pixels."""
         out = self.layout(y)

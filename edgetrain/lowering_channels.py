@@ -25,14 +25,14 @@ from edgetrain.plan import Ref
 
 _PLAIN = (
     "ActivationGrad", "AveragePool", "AveragePoolGrad", "BatchNormalization", "BatchNormalizationAgain",
-    "BatchNormalizationGrad", "BatchNormalizationGradAgain", "BatchNormalizationTraining", "ChannelSlice", "Clip",
-    "Concat", "Dropout", "DropoutTraining", "Elu", "Flatten", "GlobalAveragePool", "HardSigmoid", "HardSwish",
-    "Identity", "LeakyRelu", "MaskActivation", "MaxPool", "MaxPoolGrad", "MaxPoolTraining", "MeanSquaredErrorLoss",
-    "MeanSquaredErrorLossGrad", "Pad", "Relu", "ReluMask", "ReluMaskGrad", "Reshape", "ResidualNormalizationGrad",
-    "Sigmoid", "SoftmaxCrossEntropyLoss", "SoftmaxCrossEntropyLossGrad", "Tanh",
+    "BatchNormalizationGrad", "BatchNormalizationGradAgain", "BatchNormalizationTraining", "ChannelShuffle",
+    "ChannelSlice", "Clip", "Concat", "Dropout", "DropoutTraining", "Elu", "Flatten", "GlobalAveragePool",
+    "HardSigmoid", "HardSwish", "Identity", "LeakyRelu", "MaskActivation", "MaxPool", "MaxPoolGrad", "MaxPoolTraining",
+    "MeanSquaredErrorLoss", "MeanSquaredErrorLossGrad", "Pad", "Relu", "ReluMask", "ReluMaskGrad", "Reshape",
+    "ResidualNormalizationGrad", "Sigmoid", "SoftmaxCrossEntropyLoss", "SoftmaxCrossEntropyLossGrad", "Tanh",
 )  # fmt: skip
 
-_COPIES = ("ChannelSlice", "Concat", "Flatten", "Pad", "Reshape")
+_COPIES = ("ChannelShuffle", "ChannelSlice", "Concat", "Flatten", "Pad", "Reshape")
 
 
 def fits(nodes: Sequence[Node]) -> bool:
@@ -308,6 +308,15 @@ class ChannelLowering(Lowering):
             return
         offsets = [(c, h, w) for c in range(box[0]) for h in range(box[1]) for w in range(box[2])]
         self.emit_copy(x, y, [(_at(a, place, source), _at(b, place, to)) for place in offsets])
+
+    def shuffle_channels(self, x: Value, y: Value, group: int) -> None:
+        """See ``Lowering.shuffle_channels``; numbers move one by one."""
+        a, b = self.layout(x), self.layout(y)
+        per = a.channels // group
+        self.emit_copy(x, y, [
+            (a.offset((c, row, column)), b.offset((c % per * group + c // per, row, column)))
+            for c in range(a.channels) for row in range(a.rows) for column in range(a.columns)
+        ])  # fmt: skip
 
     def squared_error(self, node: Node) -> None:
         """See ``Lowering.squared_error``."""

@@ -362,10 +362,15 @@ def _pad(net: TorchNetwork, node: Node, x: Tensor) -> Tensor:
     return torch.nn.functional.pad(x, widths, value=float(node.get("value", 0.0)))
 
 
+def _channel_shuffle(net: TorchNetwork, node: Node, x: Tensor) -> Tensor:
+    return x.unflatten(1, (node.get("group"), -1)).transpose(1, 2).flatten(1, 2)
+
+
 _TABLE: dict[str, Rebuild] = {
     "Add": lambda net, node, a, b: a + b,
     "AveragePool": _average_pool,
     "BatchNormalization": _batch_norm,
+    "ChannelShuffle": _channel_shuffle,
     "Clip": _clip,
     "Concat": lambda net, node, *parts: torch.cat(parts, node.get("axis", 1)),
     "Conv": _conv,

@@ -87,12 +87,17 @@ class Case:
         Raises:
             UnsupportedError: the case needs what edgetrain does not do.
         """
+        return [self._output(name) for name in self.graph().outputs]
+
+    def _output(self, name: str) -> Array:
+        """Compute one output: a learner gives the first."""
         graph, data = self.graph(), self.data
+        graph.set_outputs([name])
         samples = max(1, len(next(iter(data.values()))))
         learner = et.Learner(graph, batch_size=min(samples, 8), seed=0)
         y = learner.logits(data if len(data) > 1 else next(iter(data.values())))
         probabilities = _softmax(y) if graph.softmax_output or graph.log_softmax_output else y
-        return [np.log(probabilities) if graph.log_softmax_output else probabilities]
+        return np.log(probabilities) if graph.log_softmax_output else probabilities
 
 
 def _softmax(y: Array) -> Array:

@@ -352,6 +352,10 @@ def data_movement() -> Iterable[Case]:
         net.conv(x, 3, 2, 1, 1), x, net.conv(x, 1, 2, 3, 3, pads=[1] * 4), axis=1), wide=True)  # fmt: skip
     yield Case("concat-itself", (3, 4, 4), lambda net, x: net.Concat(x, x, axis=1))
     yield Case("concat-itself-around-another", (3, 4, 4), lambda net, x: net.Concat(x, net.Tanh(x), x, axis=-3))
+    for group in (1, 2, 3, 6):
+        yield Case(f"channel-shuffle-{group}", (6, 4, 5), lambda net, x, group=group: net.conv(
+            net.ChannelShuffle(net.Tanh(x), group=group), 4, 6, 3, 3, pads=[1] * 4), wide=group == 2)  # fmt: skip
+    yield Case("channel-shuffle-12", (24, 3, 3), lambda net, x: net.ChannelShuffle(x, group=12))
     yield Case("concat-one", (3, 4, 4), lambda net, x: net.Concat(x, axis=1))
     yield Case("concat-vectors", (5,), lambda net, x: net.Concat(x, net.Sigmoid(x), axis=1))
     yield Case("concat-signals", (2, 7), lambda net, x: net.Concat(net.Relu(x), net.conv(x, 3, 2, 1), axis=1))

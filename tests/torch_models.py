@@ -125,6 +125,30 @@ class Curved(nn.Module):
         return self.fc2(torch.minimum(self.high, x))
 
 
+class Shuffled(nn.Module):
+    """Units of ShuffleNet: channels split, a depthwise branch, joined and dealt out; a crop of maps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 12, 3, stride=2, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(12)
+        self.branch = nn.Sequential(
+            nn.Conv2d(6, 6, 1, bias=False), nn.BatchNorm2d(6), nn.ReLU(),
+            nn.Conv2d(6, 6, 3, padding=1, groups=6, bias=False), nn.BatchNorm2d(6),
+            nn.Conv2d(6, 6, 1, bias=False), nn.BatchNorm2d(6), nn.ReLU(),
+        )  # fmt: skip
+        self.fc = nn.Linear(12, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.norm(self.conv(x)))
+        for groups in (2, 3):
+            a, b = x.chunk(2, dim=1)
+            x = torch.cat((a, self.branch(b)), dim=1)
+            n, c, h, w = x.size()
+            x = x.view(n, groups, c // groups, h, w).transpose(1, 2).contiguous().view(n, c, h, w)
+        return self.fc(x[:, :, 1:, :-1].mean([2, 3]))
+
+
 class HandWritten(nn.Module):
     """HardSwish and SiLU spelled out, input normalisation inside the network, a difference of branches."""
 
@@ -223,6 +247,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "dilated": (Dilated, (2, 14, 13)),
     "inception": (Inception, (3, 9, 9)),
     "smooth": (Smooth, (1, 14, 14)),
+    "shuffled": (Shuffled, (3, 11, 11)),
     "softmax": (softmax_at_the_end, (1, 8, 8)),
     "perceptron": (multilayer_perceptron, (7,)),
 }

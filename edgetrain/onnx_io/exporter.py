@@ -286,6 +286,21 @@ def _reshape(node: Node) -> Written:
     return _made(node, [shape], [_tensor(shape, [0, *node.y.shape], np.int64)])  # 0 keeps the batch dimension
 
 
+def _channel_shuffle(node: Node) -> Written:
+    """Write three nodes, the last of which has the node's name."""
+    from onnx import helper
+
+    channels, rows, columns = node.y.shape
+    group, grouped, dealt, shape = node.get("group"), *(f"{node.name}.{part}" for part in ("grouped", "dealt", "shape"))
+    nodes = [
+        helper.make_node("Reshape", [node.x.name, f"{grouped}.shape"], [grouped], name=grouped),
+        helper.make_node("Transpose", [grouped], [dealt], name=dealt, perm=[0, 2, 1, 3, 4]),
+        helper.make_node("Reshape", [dealt, shape], [node.y.name], name=node.name),
+    ]
+    sizes = [0, group, channels // group, rows, columns]
+    return nodes, [_tensor(f"{grouped}.shape", sizes, np.int64), _tensor(shape, [0, *node.y.shape], np.int64)]
+
+
 def _dropout(node: Node) -> Written:
     ratio = f"{node.name}.ratio"
     return _made(node, [ratio], [_tensor(ratio, node.get("ratio", 0.5))])
@@ -293,6 +308,7 @@ def _dropout(node: Node) -> Written:
 
 WRITERS: dict[str, Callable[[Node], Written]] = {
     "AveragePool": _pool,
+    "ChannelShuffle": _channel_shuffle,
     "Clip": _clip,
     "Dropout": _dropout,
     "MaxPool": _pool,

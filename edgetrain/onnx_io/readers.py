@@ -345,6 +345,7 @@ READERS: dict[str, Reader] = {
     "Size": shapes.read_size,
     "Slice": shapes.read_slice,
     "Softmax": _softmax,
+    "Split": shapes.read_split,
     "Squeeze": shapes.read_squeeze,
     "Sub": _sub,
     "Sum": _sum,

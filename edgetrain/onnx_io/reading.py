@@ -137,6 +137,7 @@ class Reading:
         values: ONNX name -> value of the graph.
         averages: names of running averages in the graph.
         probabilities: Softmax or LogSoftmax by the ONNX name of its output, whose entry in ``values`` is the logits.
+        grouped: ONNX name of maps with their channels in groups -> the value, groups, and whether those are dealt out.
         withheld: ONNX name of an output that is not made -> the reason.
         mean, std: of an input normalisation that edgetrain wrote.
     """
@@ -151,6 +152,7 @@ class Reading:
     values: dict[str, str] = field(default_factory=dict)
     averages: set[str] = field(default_factory=set)
     probabilities: dict[str, str] = field(default_factory=dict)
+    grouped: dict[str, tuple[Value, int, bool]] = field(default_factory=dict)
     withheld: dict[str, str] = field(default_factory=dict)
     mean: Array | None = None
     std: Array | None = None

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
+
 import numpy as np
 
 from edgetrain.graph import Value
@@ -68,11 +71,34 @@ def read_flatten(r: Reading, node: Source) -> None:
 
 def read_reshape(r: Reading, node: Source) -> None:
     """Resolve the target, in which the batch may be written as 0, -1, or a size."""
-    x, target = r.value(node), r.integers(node, 1, "shape") or []
-    shape = static_shape(target, x.shape, r.batches, bool(node.get("allowzero", 0)))
+    grouped = r.grouped.get(node.inputs[0])
+    x, target = grouped[0] if grouped else r.value(node), r.integers(node, 1, "shape") or []
+    source = _grouped_shape(*grouped) if grouped else x.shape
+    shape = static_shape(target, source, r.batches, bool(node.get("allowzero", 0)))
     if shape is None:
         r.fail(node, f"from {x} to {target}: the batch dimension must stay first and whole")
-    to_shape(r, node, x, shape)
+    if grouped:
+        if not grouped[2] or tuple(shape) != x.shape:
+            r.fail(node, _GROUPED)
+        r.emit(node, "ChannelShuffle", [x.name], group=grouped[1])
+    elif len(shape) == 4 and len(x.shape) == 3 and tuple(shape[2:]) == x.shape[1:]:
+        _keep_grouped(r, node, x, shape[0], dealt=False)
+    else:
+        to_shape(r, node, x, shape)
+
+
+_GROUPED = "channels in groups; supported is a channel shuffle: a Reshape, groups and their channels swapped, and back"
+
+
+def _grouped_shape(x: Value, group: int, dealt: bool) -> tuple[int, ...]:
+    per = x.shape[0] // group
+    return ((per, group) if dealt else (group, per)) + x.shape[1:]
+
+
+def _keep_grouped(r: Reading, node: Source, x: Value, group: int, dealt: bool) -> None:
+    """Remember maps with their channels in groups, which only a channel shuffle reads."""
+    r.grouped[node.outputs[0]] = x, group, dealt
+    r.withheld[node.outputs[0]] = _GROUPED
 
 
 def read_squeeze(r: Reading, node: Source) -> None:
@@ -97,7 +123,13 @@ def read_unsqueeze(r: Reading, node: Source) -> None:
 
 
 def read_transpose(r: Reading, node: Source) -> None:
-    """Accept permutations that leave the data in place."""
+    """Accept permutations that leave the data in place, and those of a channel shuffle."""
+    if node.inputs[0] in r.grouped and node.get("perm") == [0, 2, 1, 3, 4]:
+        x, group, dealt = r.grouped[node.inputs[0]]
+        if dealt:
+            r.fail(node, _GROUPED)
+        _keep_grouped(r, node, x, group, dealt=True)
+        return
     x = r.value(node)
     perm = node.get("perm", list(range(len(x.shape) + 1))[::-1])
     moved = [axis for axis in perm[1:] if axis and x.shape[axis - 1] > 1]
@@ -123,22 +155,56 @@ def read_expand(r: Reading, node: Source) -> None:
         r.emit(node, "Mul", [x.name, r.place(f"{node.name}.ones", np.ones(ones, np.float32))])
 
 
+def read_split(r: Reading, node: Source) -> None:
+    """Read a Split of the channels, or of an axis of the maps."""
+    x, count = r.value(node), len(node.outputs)
+    axis = node.get("axis", 0) % (len(x.shape) + 1)
+    if axis == 0:
+        r.fail(node, f"axis 0 of {x} is the batch; supported are the axes of a sample")
+    size, sizes = x.shape[axis - 1], r.integers(node, 1, "split")
+    if sizes is None:
+        sizes = [min(-(-size // count), size - i * -(-size // count)) for i in range(count)]
+    if len(sizes) != count or sum(sizes) != size or min(sizes) < 1:
+        r.fail(node, f"sizes {sizes} for {count} outputs of axis {axis} of {x}")
+    start = 0
+    for name, part in zip(node.outputs, sizes, strict=True):
+        if name:
+            _cut(r, replace(node, name=f"{node.name}.{name}", outputs=(name,)), x, {axis: (start, start + part)})
+        start += part
+
+
+def _cut(r: Reading, node: Source, x: Value, kept: Mapping[int, tuple[int, int]]) -> None:
+    """Keep a part of a value: from and up to which index, by axis."""
+    rank = len(x.shape) + 1
+    pads = [0] * (2 * rank)
+    for axis, (start, end) in kept.items():
+        pads[axis], pads[axis + rank] = -start, end - x.shape[axis - 1]
+    if any(pads):
+        r.emit(node, "Pad", [x.name], pads=pads, value=0.0)
+    else:
+        r.alias(node, x)
+
+
 def read_slice(r: Reading, node: Source) -> None:
-    """Read a Slice that keeps everything, or every n-th pixel as shortcuts of residual networks do."""
+    """Read a Slice of neighbours, or of every n-th pixel as in shortcuts of residual networks."""
     x, rank = r.value(node), len(r.value(node).shape) + 1
     starts, ends = r.integers(node, 1, "starts") or [], r.integers(node, 2, "ends") or []
     axes = [axis % rank for axis in r.integers(node, 3, "axes") or range(len(starts))]
-    strides = [1] * rank
+    strides, kept = [1] * rank, {}
     for axis, start, end, step in zip(axes, starts, ends, r.integers(node, 4, "steps") or [1] * len(axes), strict=True):
         size = r.batch if axis == 0 else x.shape[axis - 1]
-        if start % size or start >= size or end < size or step < 1:
+        first, last = (min(size, place + size if place < 0 else place) for place in (start, end))
+        whole = (first, last) == (0, size)
+        if step < 1 or first < 0 or first >= last or not (whole or (axis and step == 1)):
             cut = f"[{start}:{end}:{step}] of axis {axis} of {x}"
-            r.fail(node, f"{cut} drops data; supported are whole axes and steps over pixels")
+            r.fail(node, f"{cut}; supported are neighbours along an axis of a sample, and steps over whole maps")
         strides[axis] = step
+        if not whole:
+            kept[axis] = first, last
     if max(strides) == 1:
-        r.alias(node, x)
-    elif max(strides[:2]) > 1:
-        r.fail(node, f"steps {strides} over samples or channels; supported are steps over pixels")
+        _cut(r, node, x, kept)
+    elif max(strides[:2]) > 1 or kept:
+        r.fail(node, f"steps {strides}; supported are steps over pixels, of whole maps")
     else:
         r.emit(node, "AveragePool", [x.name], kernel_shape=[1] * (rank - 2), strides=strides[2:])
 

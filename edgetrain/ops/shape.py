@@ -117,6 +117,46 @@ class Concat(Op):
 
 
 @register
+class ChannelShuffle(Op):
+    """Channels dealt out: channel ``i`` of each of ``group`` runs of neighbours comes before channel ``i + 1`` of any.
+
+    In ONNX files a Reshape to ``(N, group, C / group, H, W)``, a Transpose of the two, and a Reshape back.
+
+    Source: Zhang, Zhou, Lin and Sun, ShuffleNet, CVPR 2018, section 3.1.
+    """
+
+    name = "ChannelShuffle"
+    attributes = ("group",)
+
+    def infer(self, node: Node) -> Sequence[tuple[Shape, bool]]:
+        """Same shape.
+
+        Raises:
+            GraphError: ``group`` does not divide the channels.
+        """
+        group, shape = int(node.get("group") or 0), node.x.shape
+        if len(shape) != 3 or group < 1 or shape[0] % group:
+            raise GraphError(f"{describe(node)}: group={group} for {node.x}, expected a divisor of its channels")
+        return [(shape, True)]
+
+    def reference(self, node: Node, *inputs: Array) -> tuple[Array, ...]:
+        """As in ONNX files."""
+        count, channels, *size = inputs[0].shape
+        group = int(node.get("group"))
+        grouped = inputs[0].reshape(count, group, channels // group, *size)
+        return (grouped.swapaxes(1, 2).reshape(inputs[0].shape),)
+
+    def gradient(self, node: Node, grad_out: Sequence[str | None], tape: Tape) -> Sequence[str | None]:
+        """Shuffle back."""
+        group = node.x.shape[0] // int(node.get("group"))
+        return [tape.add("ChannelShuffle", [grad_out[0]], like=node.x, group=group)]
+
+    def lower(self, node: Node, low: Lowering) -> None:
+        """A copy."""
+        low.shuffle_channels(node.x, node.y, int(node.get("group")))
+
+
+@register
 class ChannelSlice(Op):
     """Channels ``start`` to ``start + C`` of a value, C from attribute ``like``."""
 
