@@ -70,11 +70,11 @@ def forward(low: ProductLowering, node: Node, g: Product) -> None:
     weight, bias, y = node.input(1), node.optional(2), low.layout(node.y)
     x = _apart(low, node.x, g.channels_in)
     padded = -(-g.channels_out // y.lanes) * y.lanes if low.kind == CHANNELS else g.channels_out
-    out, chunks, samples = _beside(low, node.y, padded), -(-padded // _ROWS_PER_JOB), _together(x)
+    out, samples, groups = _beside(low, node.y, padded), *_together(x)
     low.emit(
-        "multiply_bits", (WORD, samples, _compact(low, weight)), x.count // samples * chunks, x=x.start,
+        "multiply_bits", (WORD, samples, _compact(low, weight)), groups * -(-padded // _ROWS_PER_JOB), x=x.start,
         values=low.address(weight), y=out.start, padded=padded, x_block=x.block, y_block=out.block,
-        row_chunk=_ROWS_PER_JOB, row_chunks=chunks, row_size=g.inputs, rows=g.channels_out,
+        row_chunk=_ROWS_PER_JOB, groups=groups, row_size=g.inputs, rows=g.channels_out,
         bias=low.zeros(g.channels_out) if bias is None else low.address(bias), **low.rows_of_bits(weight, g),
     )  # fmt: skip
     _join(low, out, node.y)
@@ -85,11 +85,11 @@ def input_grad(low: ProductLowering, node: Node, g: Product) -> None:
     weight = node.input(1)
     words = low.sparse[weight.name].row_words
     errors, out = _apart(low, node.x, g.channels_out), _beside(low, node.y, words * WORD)
-    chunks, samples = -(-words // _WORDS_PER_JOB), _together(errors)
+    samples, groups = _together(errors)
     low.emit(
-        "multiply_bits_back", (WORD, samples, _compact(low, weight)), errors.count // samples * chunks,
+        "multiply_bits_back", (WORD, samples, _compact(low, weight)), groups * -(-words // _WORDS_PER_JOB),
         values=low.address(weight), grad_out=errors.start, grad_x=out.start, grad_block=errors.block,
-        grad_x_block=out.block, word_chunks=chunks, row_size=g.inputs, rows=g.channels_out,
+        grad_x_block=out.block, groups=groups, row_size=g.inputs, rows=g.channels_out,
         **low.rows_of_bits(weight, g),
     )  # fmt: skip
     _join(low, out, node.y)
@@ -106,9 +106,10 @@ def weight_grad(low: ProductLowering, node: Node, g: Product) -> None:
     )  # fmt: skip
 
 
-def _together(samples: Apart) -> int:
-    """Return how many samples a kernel takes at once: 4, or all if there are fewer. Lanes hold 4 or 8."""
-    return min(MOST_SAMPLES, samples.count)
+def _together(samples: Apart) -> tuple[int, int]:
+    """Return how many samples a kernel takes at once, 4 or all if there are fewer, and how often. Lanes hold 4 or 8."""
+    together = min(MOST_SAMPLES, samples.count)
+    return together, samples.count // together
 
 
 def _compact(low: ProductLowering, weight: Value) -> int:

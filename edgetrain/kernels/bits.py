@@ -150,25 +150,26 @@ def _store_sums(target: Any, step: Any, sums: Any, shift: Any, samples: Any) -> 
 
 
 @kernel(
-    "values", "x", "y", "bias", "starts", "bits", "row_words", "rows", "x_block", "y_block", "row_chunk", "row_chunks",
+    "values", "x", "y", "bias", "starts", "bits", "row_words", "rows", "x_block", "y_block", "row_chunk", "groups",
     "padded", "row_size",
 )  # fmt: skip
 def multiply_bits(lanes: int, samples: int, compact: int) -> Body:
     """Write ``y[sample][row] = bias[row] + sum over columns of weight[row][column] * x[sample][column]``.
 
-    Job: (``samples``, 1 to 4; ``row_chunk`` rows of ``padded``, those that do not exist get 0). Vectors of ``x`` are
-    read whole: behind the last column it must hold finite numbers. Two rows at a time, the last twice if it is alone:
-    half of LeNet-5's fc1 took 3.5 us at batch 4 row by row, and takes 2.7 so (one thread).
+    Job: (``row_chunk`` rows of ``padded``, those that do not exist get 0; one of ``groups`` of ``samples``, 1 to 4): a
+    thread reads weights that it has updated itself, for all samples. Vectors of ``x`` are read whole: behind the last
+    column it must hold finite numbers. Two rows at a time, the last twice if it is alone: half of LeNet-5's fc1 took
+    3.5 us at batch 4 row by row, and takes 2.7 so (one thread).
     """
     step = 4 * lanes
 
     def body(args: int, first: int, last: int) -> None:
-        (values, x, y, bias, starts, bits, row_words, rows, x_block, y_block, row_chunk, row_chunks, padded,
+        (values, x, y, bias, starts, bits, row_words, rows, x_block, y_block, row_chunk, groups, padded,
          row_size) = arguments(args, 14)  # fmt: skip
         zero = broadcast(0.0, lanes)
         for job in range(first, last):
-            begin, group = job % row_chunks * row_chunk, job // row_chunks * samples
-            end, inputs, target = min(padded, begin + row_chunk), x + group * x_block, y + group * y_block
+            begin, sample = job // groups * row_chunk, job % groups * samples
+            end, inputs, target = min(padded, begin + row_chunk), x + sample * x_block, y + sample * y_block
             for row in range(begin, min(rows, end), 2):
                 other = min(row + 1, rows - 1)
                 upper = lower = (zero, zero, zero, zero)
@@ -191,8 +192,8 @@ def multiply_bits(lanes: int, samples: int, compact: int) -> Body:
                 if row + 1 < min(rows, end):
                     _store_sums(target + 4 * other, y_block, lower, load_f32(bias + 4 * other), samples)
             for row in range(max(begin, rows), end):
-                for sample in range(samples):
-                    store_f32(target + 4 * row + sample * y_block, 0.0)
+                for other in range(samples):
+                    store_f32(target + 4 * row + other * y_block, 0.0)
 
     return body
 
@@ -204,24 +205,24 @@ def _exist(word: Any, vector: Any, row_words: Any) -> Any:
 
 
 @kernel(
-    "values", "grad_out", "grad_x", "starts", "bits", "row_words", "word_chunks", "rows", "grad_block", "grad_x_block",
+    "values", "grad_out", "grad_x", "starts", "bits", "row_words", "groups", "rows", "grad_block", "grad_x_block",
     "row_size",
 )  # fmt: skip
 def multiply_bits_back(lanes: int, samples: int, compact: int) -> Body:
     """Write ``grad_x[sample][column] = sum over rows of grad_out[sample][row] * weight[row][column]``.
 
-    Job: (``samples``, 1 to 4; four words of every row). Vectors are written whole, with 0 behind the last column. All
-    sums stay in registers: half of LeNet-5's fc1 took 4.5 us at batch 4 with the sums in memory, 3.0 with two samples
-    at a time, and takes 1.9 so (one thread).
+    Job: (four words of every row; one of ``groups`` of ``samples``, 1 to 4). Vectors are written whole, with 0 behind
+    the last column. All sums stay in registers: half of LeNet-5's fc1 took 4.5 us at batch 4 with the sums in memory,
+    3.0 with two samples at a time, and takes 1.9 so (one thread).
     """
     step = 4 * lanes
 
     def body(args: int, first: int, last: int) -> None:
-        (values, grad_out, grad_x, starts, bits, row_words, word_chunks, rows, grad_block, grad_x_block,
+        (values, grad_out, grad_x, starts, bits, row_words, groups, rows, grad_block, grad_x_block,
          row_size) = arguments(args, 11)  # fmt: skip
         zero = broadcast(0.0, lanes)
         for job in range(first, last):
-            begin, group = 4 * (job % word_chunks), job // word_chunks * samples
+            begin, sample = 4 * (job // groups), job % groups * samples
             a = b = c = d = (zero, zero, zero, zero)
             for row in range(rows):
                 at, word = _row(values, starts, row, row_size, compact), bits + 2 * row * row_words
@@ -230,7 +231,7 @@ def multiply_bits_back(lanes: int, samples: int, compact: int) -> Body:
                         at += 4 * count_bits(load_i64(word + 2 * before))
                 else:
                     at += step * begin
-                error = grad_out + group * grad_block + 4 * row
+                error = grad_out + sample * grad_block + 4 * row
                 errors = (
                     broadcast(load_f32(error), lanes),
                     broadcast(load_f32(error + grad_block), lanes) if samples > 1 else zero,
@@ -248,7 +249,7 @@ def multiply_bits_back(lanes: int, samples: int, compact: int) -> Body:
                 at += _step(exist, compact, lanes)
                 exist = _exist(word, begin + 3, row_words)
                 d = _plus(d, errors, _weights(at, exist, compact, lanes), samples)
-            target = grad_x + group * grad_x_block + step * begin
+            target = grad_x + sample * grad_x_block + step * begin
             _store_samples(target, grad_x_block, a, samples)
             if begin + 1 < row_words:
                 _store_samples(target + step, grad_x_block, b, samples)
