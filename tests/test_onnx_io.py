@@ -175,6 +175,29 @@ def test_a_bias_of_one_output_is_trained() -> None:
     assert load_onnx(net(text, w=ones(3, 1), b=ones())).trainable == {"w"}
 
 
+def test_slopes_are_trained_and_fixed_factors_are_not(tmp_path: Path) -> None:
+    text = "(float[N,3] x) => (float[N,3] y) { y = PRelu(x, s) }"
+    graph = load_onnx(net(text, s=0.5 * ones(3)))
+    save_onnx(graph, tmp_path / "out.onnx")
+    assert graph.trainable == load_onnx(tmp_path / "out.onnx").trainable == {"s"}
+    text = "(float[N,3] x) => (float[N,3] y) { n = Clip(x, , m) l = Mul(n, s) p = Relu(x) y = Add(p, l) }"
+    assert not load_onnx(net(text, s=0.5 * ones(3), m=np.zeros((), np.float32))).trainable
+
+
+@pytest.mark.parametrize(("start", "end", "kept"), [(1, 3, [1, 2]), (-2, 2**31 - 1, [2, 3]), (-9, -1, [0, 1, 2])])
+def test_slices_along_axes_of_a_sample(start: int, end: int, kept: list[int]) -> None:
+    text = f"(float[N,4] x) => (float[N,{len(kept)}] y) {{ y = Slice(x, a, b, c) }}"
+    graph = load_onnx(net(text, a=np.array([start]), b=np.array([end]), c=np.array([1])))
+    x = np.arange(8, dtype=np.float32).reshape(2, 4)
+    np.testing.assert_array_equal(evaluate(graph, x), x[:, kept])
+
+
+def test_splits_of_unequal_parts() -> None:
+    text = "(float[N,5] x) => (float[N,2] y) { a, , b = Split<axis = -1>(x, s) y = Add(a, b) }"
+    x = np.arange(10, dtype=np.float32).reshape(2, 5)
+    np.testing.assert_array_equal(evaluate(load_onnx(net(text, s=np.array([2, 1, 2]))), x), x[:, :2] + x[:, 3:])
+
+
 def test_numbers_of_a_sample_are_repeated_as_squeeze_and_excite_does() -> None:
     text = """(float[N,3,4,5] x) => (float[N,3,4,5] y) {
         s = GlobalAveragePool(x) n = Shape(x) e = Expand(s, n) y = Mul(x, e) }"""

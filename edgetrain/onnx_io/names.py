@@ -9,3 +9,5 @@ PROBABILITIES = "probabilities"
 NORMALIZATION = "edgetrain.normalization"
 SUBTRACT_MEAN = f"{NORMALIZATION}.subtract_mean"
 DIVIDE_BY_STD = f"{NORMALIZATION}.divide_by_std"
+# Ends the name of the product with the slope of a PRelu.
+SLOPING = "sloping"

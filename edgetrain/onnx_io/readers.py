@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from edgetrain.graph import Value
 from edgetrain.onnx_io import shapes
 from edgetrain.onnx_io.folding import without_repeats
-from edgetrain.onnx_io.names import DIVIDE_BY_STD, SUBTRACT_MEAN
+from edgetrain.onnx_io.names import DIVIDE_BY_STD, SLOPING, SUBTRACT_MEAN
 from edgetrain.onnx_io.reading import Reading, Source
 
 Reader = Callable[[Reading, Source], None]
@@ -133,12 +133,12 @@ def _bound(bound: str) -> Reader:
 
 
 def _prelu(r: Reading, node: Source) -> None:
-    """Read ``max(x, 0) + slope * min(x, 0)``, whose slope is trained."""
+    """Read ``max(x, 0) + slope * min(x, 0)``, whose slope is trained; so it is written, and found again by its name."""
     x = r.value(node)
     slope = r.parameter(node, 1, trainable=True)
     positive = r.emit(node, "Relu", [x.name], part="positive")
     negative = r.emit(node, "Clip", [x.name], part="negative", max=0.0)
-    r.emit(node, "Add", [positive, r.emit(node, "Mul", [negative, slope], part="sloping")])
+    r.emit(node, "Add", [positive, r.emit(node, "Mul", [negative, slope], part=SLOPING)])
 
 
 def _selu(r: Reading, node: Source) -> None:
@@ -224,7 +224,7 @@ def _operand(r: Reading, node: Source, index: int) -> str:
     array = r.constants[node.inputs[index]] = without_repeats(r.constants[node.inputs[index]], r.batch)
     if array.ndim > len(other.shape) and (array.ndim > len(other.shape) + 1 or array.shape[0] != 1):
         r.fail(node, f"a constant of shape {array.shape} with {other}: the batch dimension must stay free")
-    learned = _is_bias(r, array, other) if node.op_type == "Add" else _is_below_zero(r, other)
+    learned = _is_bias(r, array, other) if node.op_type == "Add" else node.name.endswith(f".{SLOPING}")
     return r.parameter(node, index, trainable=learned)
 
 
@@ -234,12 +234,6 @@ def _is_bias(r: Reading, array: NDArray[Any], value: Value) -> bool:
     if layer is None or layer.op_type not in _BIAS_AFTER or not value.shape or not array.ndim:
         return False
     return bool(array.size == value.shape[0 if layer.op_type == "Conv" else -1])
-
-
-def _is_below_zero(r: Reading, value: Value) -> bool:
-    """Whether a value is ``min(x, 0)``, which a PRelu multiplies with its slope (see ``_prelu``)."""
-    made = r.graph.producer(value.name)
-    return made is not None and made.op_type == "Clip" and made.get("max") == 0 and made.get("min") is None
 
 
 def _both_batched(r: Reading, node: Source) -> bool:

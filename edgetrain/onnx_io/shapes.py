@@ -193,9 +193,9 @@ def read_slice(r: Reading, node: Source) -> None:
     strides, kept = [1] * rank, {}
     for axis, start, end, step in zip(axes, starts, ends, r.integers(node, 4, "steps") or [1] * len(axes), strict=True):
         size = r.batch if axis == 0 else x.shape[axis - 1]
-        first, last = (min(size, place + size if place < 0 else place) for place in (start, end))
+        first, last = (min(size, max(0, place + size) if place < 0 else place) for place in (start, end))
         whole = (first, last) == (0, size)
-        if step < 1 or first < 0 or first >= last or not (whole or (axis and step == 1)):
+        if step < 1 or first >= last or not (whole or (axis and step == 1)):
             cut = f"[{start}:{end}:{step}] of axis {axis} of {x}"
             r.fail(node, f"{cut}; supported are neighbours along an axis of a sample, and steps over whole maps")
         strides[axis] = step
