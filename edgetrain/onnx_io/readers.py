@@ -134,7 +134,10 @@ def _bound(bound: str) -> Reader:
 
 def _prelu(r: Reading, node: Source) -> None:
     """Read ``max(x, 0) + slope * min(x, 0)``, whose slope is trained; so it is written, and found again by its name."""
-    x = r.value(node)
+    x, slopes = r.value(node), r.constant(node, 1)
+    per_channel = slopes is not None and slopes.ndim == 1 < len(x.shape) and slopes.size == x.shape[0] != x.shape[-1]
+    if slopes is not None and per_channel:  # files older than the rules of broadcasting
+        r.constants[node.inputs[1]] = slopes.reshape(-1, *[1] * (len(x.shape) - 1))
     slope = r.parameter(node, 1, trainable=True)
     positive = r.emit(node, "Relu", [x.name], part="positive")
     negative = r.emit(node, "Clip", [x.name], part="negative", max=0.0)
