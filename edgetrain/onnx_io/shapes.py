@@ -78,13 +78,18 @@ def read_reshape(r: Reading, node: Source) -> None:
     if shape is None:
         r.fail(node, f"from {x} to {target}: the batch dimension must stay first and whole")
     if grouped:
-        if not grouped[2] or tuple(shape) != x.shape:
-            r.fail(node, _GROUPED)
-        r.emit(node, "ChannelShuffle", [x.name], group=grouped[1])
+        _read_shuffle(r, node, shape, *grouped)
     elif len(shape) == 4 and len(x.shape) == 3 and tuple(shape[2:]) == x.shape[1:]:
         _keep_grouped(r, node, x, shape[0], dealt=False)
     else:
         to_shape(r, node, x, shape)
+
+
+def _read_shuffle(r: Reading, node: Source, shape: list[int], x: Value, group: int, dealt: bool) -> None:
+    """Read the Reshape that ends a channel shuffle."""
+    if not dealt or tuple(shape) != x.shape:
+        r.fail(node, _GROUPED)
+    r.emit(node, "ChannelShuffle", [x.name], group=group)
 
 
 _GROUPED = "channels in groups; supported is a channel shuffle: a Reshape, groups and their channels swapped, and back"

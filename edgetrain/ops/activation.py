@@ -191,7 +191,11 @@ class Elu(Activation):
         return float(node.get("alpha", 1.0)), 0.0
 
     def infer(self, node: Node) -> Sequence[tuple[Shape, bool]]:
-        """Same shape."""
+        """Same shape.
+
+        Raises:
+            GraphError: ``alpha`` is negative.
+        """
         if self.constants(node)[0] < 0:
             raise GraphError(f"node '{node.name}' [Elu]: alpha is {node.get('alpha')}, expected 0 or more")
         return super().infer(node)
