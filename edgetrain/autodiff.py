@@ -101,8 +101,13 @@ def training_graph(graph: Graph, loss: str = "cross_entropy", label_smoothing: f
         label_smoothing: share of the uniform distribution in the targets (cross-entropy only).
 
     Raises:
-        GraphError: unknown loss, an operator without gradient, or nothing to train.
+        GraphError: unknown loss, several outputs, an operator without gradient, or nothing to train.
     """
+    if len(graph.outputs) > 1:
+        raise GraphError(
+            f"graph '{graph.name}' has the outputs {graph.outputs}, expected one, which the loss is of; export the "
+            f"network with that one alone, or choose it: graph.set_outputs({graph.outputs[:1]})"
+        )
     if not graph.trainable:
         remedy = "add their names to graph.trainable" if graph.arrays else "load a model that has weights"
         raise GraphError(f"graph '{graph.name}': no trainable parameter; {remedy}")

@@ -666,6 +666,14 @@ def test_bad_targets_are_refused(method, y, message):
         getattr(learner(regression(), loss="mse"), method)(targets()[0], y)
 
 
+def test_a_network_of_two_outputs_is_not_trained_on_its_first():
+    graph = Graph("heads", input_shape=(5,))
+    heads = [graph.add("Gemm", ["input", graph.parameter(name, np.ones((5, 4)))]) for name in "ab"]
+    graph.set_outputs(heads)
+    with pytest.raises(GraphError, match=r"'heads' has the outputs .*, expected one.*set_outputs"):
+        learner(graph).partial_fit(targets()[0], np.zeros(len(targets()[0]), int))
+
+
 @pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.9])
 @pytest.mark.parametrize("count", [1, 8, 13])
 def test_label_smoothing_is_that_of_pytorch(smoothing, count):

@@ -110,6 +110,11 @@ def test_what_is_no_onnx_file_is_named(content: bytes, tmp_path: Path) -> None:
         load_onnx(tmp_path / "bad.onnx")
 
 
+def test_a_folder_is_no_file(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="a folder"):
+        load_onnx(tmp_path)
+
+
 def test_truncated_file(tmp_path: Path) -> None:
     model = net("(float[N,50] x) => (float[N,50] y) { y = MatMul(x, w) }", w=ones(50, 50))
     (tmp_path / "cut.onnx").write_bytes(model.SerializeToString()[:-5000])

@@ -85,7 +85,7 @@ def read_model(source: str | PathLike[str] | ModelProto) -> ModelProto:
     """Return the ONNX model of a file, with external data loaded.
 
     Raises:
-        ModelError: the file is missing, truncated, or no ONNX file.
+        ModelError: the file is missing, a folder, truncated, or no ONNX file.
     """
     import onnx
 
@@ -94,7 +94,8 @@ def read_model(source: str | PathLike[str] | ModelProto) -> ModelProto:
     else:
         place = f"'{source}'"
         if not Path(source).is_file():
-            raise ModelError(f"{place} cannot be read as an ONNX model: no such file")
+            what = "a folder" if Path(source).is_dir() else "no such file"
+            raise ModelError(f"{place} cannot be read as an ONNX model: {what}")
         try:
             model = onnx.load(source)
         except Exception as error:  # protobuf, checker and file system each raise their own classes
