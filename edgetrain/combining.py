@@ -73,7 +73,8 @@ def _combine(train: TrainingGraph, graph: Graph, node: Node) -> None:
     x, statistics, bounds = partner.x, list[Value | None](), dict[str, float]()
     made = next((n for n in later if x in n.outputs), None)
     if made is not None:
-        if made.op_type not in _STATISTICS or len(graph.consumers(x.name)) > 1:
+        pruned = made.get("record") is not None
+        if made.op_type not in _STATISTICS or pruned or len(graph.consumers(x.name)) > 1:
             return
         x, statistics = made.x, list(made.inputs[_STATISTICS[made.op_type] :][:4])
         bounds = {key: made.attributes[key] for key in ("low", "high") if key in made.attributes}

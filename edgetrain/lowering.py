@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from edgetrain.arrays import Layout, map_sizes
 from edgetrain.choice import target
 from edgetrain.graph import Node, Value
-from edgetrain.kernels.codes import ERRORS, KEPT, PARTS, REST, WHOLE
+from edgetrain.kernels.codes import ALL, ERRORS, KEPT, LARGEST, PARTS, REST, WHOLE
 from edgetrain.lowering_core import Pair, border_of, row_lanes, strides
 from edgetrain.lowering_listed import ListedLowering
 from edgetrain.ops import get_op
@@ -279,13 +279,20 @@ class Lowering(ListedLowering):
         """
         out, arguments = self.layout(node.y), self.gradient_arguments(node, bounds, again)
         borders = border_of(out) | border_of(self.layout(again) if again is not None else out, "y_")
+        written, counts = 0 if again is None else ALL, None
+        largest: dict[str, Ref | int] = {"record": 0, "counts": 0, "refresh": 0}
+        if node.get("record") is not None:
+            written, counts = LARGEST, self.workspace(8 * out.planes)
+            largest = {"record": self.record_of(node), "counts": counts, "refresh": int(node.get("refresh"))}
 
         def emit(stage: int, jobs: int, **choice: Ref | int) -> None:
-            repeats = int(again is not None and stage not in (ERRORS, REST, KEPT))  # written along with the sums
+            repeats = 0 if stage in (ERRORS, REST, KEPT) else written  # along with the sums
             self.emit("batch_norm_gradient", (self.lanes, row_lanes(out), repeats, stage), jobs, mask=Ref("mask"),
-                      state=Ref("state"), **borders, **arguments, **choice)  # fmt: skip
+                      state=Ref("state"), **borders, **arguments, **largest, **choice)  # fmt: skip
 
         self._emit_gradient(node, node.outputs[1:3], kept, emit)
+        if again is not None and counts is not None:
+            self.drop_elements(node, again, counts)
 
     def _emit_gradient(
         self, node: Node, grads: Sequence[Value], kept: Value | None, emit: Callable[..., None]

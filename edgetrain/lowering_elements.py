@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -98,8 +96,9 @@ class ElementLowering(PrunedLowering):
         """Emit a threshold and lists; ``block``, ``sample``: bytes between those of the maps that places are in."""
         x = self.layout(node.x)
         self.plan.sizes[self.plan.buffer(node.y.name)] = lists.nbytes
-        count = functools.partial(self.emit, "count_elements", (x.lanes,), x.planes)
-        starts, choice = self._element_threshold(node, lists.capacity, count)
+        counts = self.workspace(8 * x.planes)
+        self.emit("count_elements", (x.lanes,), x.planes, counts=counts, **self._chosen_from(node, node.x))
+        starts, choice = self._element_threshold(node, node.x, lists.capacity, counts)
         ends = list(itertools.accumulate(map(len, strips), initial=0))
         base = self.address(node.y)
         self.emit(
@@ -119,38 +118,45 @@ class ElementLowering(PrunedLowering):
         lines = y.border[0] + x.rows + y.border[2]
         chunk = -(-lines // -(-FEWEST_JOBS // x.planes))
         parts = -(-lines // chunk)
-        count = functools.partial(self.emit, "copy_elements", (x.lanes, row_lanes(x)), x.planes * parts,
-                                  row_chunk=chunk, parts=parts, **copy, **border_of(y))  # fmt: skip
-        _, choice = self._element_threshold(node, room, count, parts)
-        self.emit("keep_elements", (x.lanes,), x.planes, x=self.address(node.x), record=self.record_of(node), **choice,
-                  **copy, **self.alive(x), **self._planes(x))  # fmt: skip
+        counts, source = self.workspace(8 * x.planes * parts), self._chosen_from(node, node.x)
+        self.emit("copy_elements", (x.lanes, row_lanes(x)), x.planes * parts, counts=counts, row_chunk=chunk,
+                  parts=parts, **source, **copy, **border_of(y))  # fmt: skip
+        _, choice = self._element_threshold(node, node.x, room, counts, parts)
+        self.emit("keep_elements", (x.lanes,), x.planes, **source, **choice, **copy)
 
-    @staticmethod
-    def _planes(x: Layout) -> dict[str, int]:
-        return {"channels": x.maps, "rows": x.rows, "columns": x.columns, **strides(x=x)}
+    def drop_elements(self, node: Node, value: Value, counts: Ref) -> None:
+        """Emit the choice of another threshold for a map that was written with its largest numbers alone."""
+        x = self.layout(value)
+        numbers = self.plan.capacity * x.channels * x.rows * x.columns
+        _, choice = self._element_threshold(node, value, numbers, counts)
+        self.emit(
+            "drop_elements", (x.lanes, row_lanes(x)), x.planes, x=self.address(value), threshold=choice["threshold"],
+            record=self.record_of(node), state=Ref("state"), refresh=int(node.get("refresh")), **_planes(x),
+        )  # fmt: skip
+
+    def _chosen_from(self, node: Node, value: Value) -> dict[str, int | Ref]:
+        """Return the arguments that tell which numbers are chosen from, and the threshold of the step before."""
+        x = self.layout(value)
+        return {"x": self.address(value), "record": self.record_of(node), **self.alive(x), **_planes(x)}
 
     def _element_threshold(
-        self, node: Node, capacity: int, count: Callable[..., None], parts: int = 1
+        self, node: Node, value: Value, capacity: int, counts: Ref, parts: int = 1
     ) -> tuple[Ref, dict[str, Ref]]:
         """Emit the choice; return where every channel's numbers go, and the arguments that tell what was chosen.
 
-        ``count``: emits what counts the numbers that reach the threshold of the step before, in so many ``parts`` of a
-        plane: 1 where it matters where they go.
+        ``counts``: of the numbers that reach the threshold of the step before, in so many ``parts`` of a plane: 1 where
+        it matters where they go.
         """
-        x, record = self.layout(node.x), self.record_of(node)
-        counts, starts = self.workspace(8 * x.planes * parts), self.workspace(8 * (x.maps + 1))
+        x, starts = self.layout(value), self.workspace(8 * (self.layout(value).maps + 1))
         choice = {"threshold": self.kept(f"threshold:{node.y.name}", ALIGNMENT), "quotas": self.workspace(8 * x.planes)}
-        shared: dict[str, int | Ref] = {
-            "x": self.address(node.x), "counts": counts, "record": record, **self.alive(x), **self._planes(x)
-        }
-        count(**shared)
         self.emit(
-            "element_threshold", (x.lanes,), 1, **shared, **choice, starts=starts, capacity=capacity,
-            magnitudes=self.workspace(4 * x.lanes * x.columns * x.rows * x.planes), counters=self.workspace(COUNTERS),
-            tally=self.tally_of(node), state=Ref("state"), blocks=self.blocks,
-            refresh=int(node.get("refresh")), sample_numbers=x.channels * x.rows * x.columns, parts=parts,
+            "element_threshold", (x.lanes,), 1, **self._chosen_from(node, value), **choice, counts=counts,
+            starts=starts, capacity=capacity, counters=self.workspace(COUNTERS),
+            magnitudes=self.workspace(4 * x.lanes * x.columns * x.rows * x.planes), tally=self.tally_of(node),
+            state=Ref("state"), blocks=self.blocks, refresh=int(node.get("refresh")),
+            sample_numbers=x.channels * x.rows * x.columns, parts=parts,
         )  # fmt: skip
-        self.remember_threshold(record, choice["threshold"])
+        self.remember_threshold(self.record_of(node), choice["threshold"])
         return starts, choice
 
     def alive(self, x: Layout) -> dict[str, int | Ref]:
@@ -233,6 +239,10 @@ class ElementLowering(PrunedLowering):
             (phase, [pair for i, pair in enumerate(pixels) if start <= i % columns < start + starts.step])
             for start in starts
         ]
+
+
+def _planes(x: Layout) -> dict[str, int]:
+    return {"channels": x.maps, "rows": x.rows, "columns": x.columns, **strides(x=x)}
 
 
 def _capacity(node: Node, numbers: int) -> int:

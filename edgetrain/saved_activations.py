@@ -83,28 +83,39 @@ def _is_listed(x: Value, room: float) -> bool:
     return room <= _DENSEST_LIST and math.prod(x.shape[1:]) >= _FEWEST_PIXELS
 
 
-def mask_activations(train: TrainingGraph, densities: Mapping[str, float], refresh: int = 100) -> dict[str, int]:
+def mask_activations(
+    train: TrainingGraph, densities: Mapping[str, float], refresh: int = 100, merge: bool = True
+) -> dict[str, int]:
     """Let weight gradients see the largest numbers of their input alone, by a copy with zeros.
 
     Kernels are those of whole activations: for products whose lists ``compress_activations`` does not make. Arguments
-    and result as there; weight gradients that read lists already are left alone.
+    and result as there; weight gradients that read lists already are left alone. ``merge``: let a normalisation that
+    is computed again, for the weight gradient alone, write the copy itself; false where lanes hold channels.
     """
     records = {}
     for node in [n for n in train.graph.nodes if n.op_type in _WHOLE]:
         if (name := node.get("like").name) in densities:
             records[name] = train.records
             settings = {"density": densities[name], "capacity": 1.0, "refresh": refresh, "record": train.records}
-            _mask(train, node, settings)
+            _mask(train, node, settings, merge)
             train.records += 1
     return records
 
 
-def _mask(train: TrainingGraph, node: Node, attributes: Mapping[str, Any]) -> None:
+def _mask(train: TrainingGraph, node: Node, attributes: Mapping[str, Any], merge: bool = False) -> None:
     """Let a weight gradient read a copy of its input with zeros; the capacity is what a list would have room for."""
-    masked = Value(f"{node.y.name}.masked", node.x.shape)
-    train.graph.add_value(masked)
-    train.graph.nodes[train.graph.nodes.index(node)] = replace(node, inputs=(masked, node.input(1)))
-    _insert_behind(train, node.x, Node("MaskActivation", masked.name, (node.x,), (masked,), attributes))
+    graph, masked = train.graph, Value(f"{node.y.name}.masked", node.x.shape)
+    graph.add_value(masked)
+    graph.nodes[graph.nodes.index(node)] = replace(node, inputs=(masked, node.input(1)))
+    made = next((n for n in graph.nodes if node.x in n.outputs and n.op_type.endswith("GradAgain")), None)
+    if not merge or made is None or graph.consumers(node.x.name):
+        _insert_behind(train, node.x, Node("MaskActivation", masked.name, (node.x,), (masked,), attributes))
+        return
+    outputs = tuple(masked if value == node.x else value for value in made.outputs)
+    graph.nodes[graph.nodes.index(made)] = replace(
+        made, outputs=outputs, attributes={**made.attributes, **attributes}
+    )
+    del train.again[node.x.name]
 
 
 def _compress(train: TrainingGraph, node: Node, attributes: Mapping[str, Any]) -> None:

@@ -848,6 +848,15 @@ class Masked(Compressed):
         mask_activations(train, dict.fromkeys(conv_weights(train.graph), self.density))
 
 
+class Refreshed(Masked):
+    """The same with new thresholds in every other step, and error maps pruned or not."""
+
+    def rewrite(self, train: TrainingGraph) -> None:
+        mask_activations(train, dict.fromkeys(conv_weights(train.graph), self.density), 2, self.settings["merge"])
+        if self.settings["keep"]:
+            ErrorMapPruning(self.settings["keep"]).rewrite(train)
+
+
 def keep_elements(density: float) -> Any:
     def mask(x: Array) -> Array:
         sizes = np.abs(x)
@@ -864,6 +873,27 @@ def test_weight_gradient_from_the_largest_numbers(norm, policy, count):
     made = learner(graph, error_pruning=policy)
     wanted = masked_gradients(graph, x, y, mask_input=keep_elements(policy.density))
     assert_all_close(made.gradients(x, y), wanted, TOLERANCE)
+
+
+@pytest.mark.parametrize("count", [3, 8])
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("keep", [None, 0.5], ids=["whole errors", "half of the channels"])
+def test_normalisations_computed_again_write_their_largest_numbers_alone(keep, threads, count):
+    """As copies do that are made behind them, in steps that choose thresholds (here every other) and in all others."""
+    net, made, (x, y) = Net((3, 8, 8)), list[tuple[Any, ...]](), batch(count)
+    h = net.Relu(net.norm(net.conv("input", 8, 3, 3, 3, pads=SAME)))
+    h = net.Clip(net.norm(net.conv(h, 8, 8, 3, 3, pads=SAME)), min=-1.0, max=1.5)
+    h = net.Relu(net.norm(net.conv(h, 12, 8, 3, 3, pads=[0, 1, 2, 0], strides=[2, 1])))
+    net.graph.set_outputs([net.Gemm(net.Flatten(h), net.parameter(5, math.prod(net.shape(h)), spread=0.1), transB=1)])
+    for merge in (True, False):
+        one = learner(net.graph, 8, error_pruning=Refreshed(0.3, merge=merge, keep=keep), threads=threads)
+        losses = [one.partial_fit(x + np.float32(0.01 * n), y).loss for n in range(5)]
+        weights = [one.graph.arrays[name].tobytes() for name in sorted(one.graph.trainable)]
+        made.append((losses, one._parameters.buffers["tally"].tolist(), weights, one))
+    merged, apart = ({row.kernel[0] for row in m[-1].training_plan().rows} for m in made)
+    assert "drop_elements" in merged
+    assert "drop_elements" not in apart
+    assert made[0][:-1] == made[1][:-1]
 
 
 GEOMETRIES = {
@@ -1004,5 +1034,6 @@ def test_every_kernel_of_pruning_is_used():
     pooled = pooled_network({"kernel_shape": [2, 2], "strides": [2, 2]}, {})
     made.append(learner(pooled, error_pruning=GradientPruning(group="lanes")))
     made.append(learner(et.models.lenet5(), 16, sparsity=et.SWAT(0.9, activations=0.9)))
+    made.append(learner(et.models.resnet(depth=8), 16, sparsity=et.SWAT(0.5, activations=0.5)))
     plans = [each.plans.plan(True, 9) for each in made]  # more than one block
     assert ours <= {row.kernel[0] for plan in plans for row in plan.rows}

@@ -16,6 +16,8 @@ ALL_COUNT, FLAGGED_ROWS, FLAGGED_COLUMNS = range(3)
 # channels. ERRORS: that of some channels, from sums that are there. By blocks of samples: PARTS: sums of each block;
 # REST: what follows from them; KEPT: the input gradient of some channels.
 WHOLE, SUMS, ERRORS, PARTS, REST, KEPT = range(6)
+# What of a normalisation's output its gradient writes once more: nothing (0), all numbers, or the largest.
+ALL, LARGEST = 1, 2
 
 # A program: bytes of a row; sync words, one cache line each so that spinning threads do not disturb their neighbours.
 ROW_BYTES = 32

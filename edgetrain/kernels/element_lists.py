@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 from llvmlite import ir
 from numba import njit
 from numba.core import cgutils, types
@@ -101,6 +102,13 @@ def _count_planes(
     return total
 
 
+@njit
+def limit_of_step(record: Any, state: Any, refresh: Any) -> Any:
+    """Return the threshold by which this step copies numbers: 0, that is all, where it chooses one anew from them."""
+    limit = load_f32(record + 4 * THRESHOLD)
+    return np.float32(0.0) if limit <= 0.0 or load_i64(state + 8) % refresh == 0 else limit
+
+
 @kernel(
     "x", "magnitudes", "counts", "quotas", "starts", "counters", "record", "mask", "mask_block", "mask_channel",
     "threshold", "tally", "state", "blocks", *_MAPS, "capacity", "refresh", "sample_numbers", "parts",
@@ -128,7 +136,7 @@ def element_threshold(lanes: int) -> Body:
         for part in range(planes * parts):
             total += load_i64(counts + 8 * part)
         above = limit
-        if limit <= 0.0 or total > capacity or load_i64(state + 8) % refresh == 0:
+        if limit_of_step(record, state, refresh) == 0.0 or total > capacity:
             target = magnitudes
             for plane in range(planes):
                 alive = load(mask + plane // channels * mask_block + plane % channels * mask_channel, lanes)
@@ -244,6 +252,30 @@ def keep_elements(lanes: int) -> Body:
                             store_f32(target + i, number)
                             quota -= 1
                     store_i64(quotas + 8 * job, quota)
+
+    return body
+
+
+@kernel("x", "threshold", "record", "state", "refresh", *_MAPS)
+def drop_elements(lanes: int, width: int) -> Body:
+    """Set to 0 what a threshold that ``element_threshold`` has chosen anew does not keep: in ``limit_of_step``'s steps.
+
+    For maps that were written by that limit (``normalization.batch_norm_gradient``), and capacities that hold all.
+    Job: (block, channel).
+    """
+    wide = 4 * width
+
+    def body(args: int, first: int, last: int) -> None:
+        x, threshold, record, state, refresh, channels, rows, columns, x_block, x_channel, x_row = arguments(args, 11)
+        if limit_of_step(record, state, refresh) > 0.0:
+            return
+        limit, zero = broadcast(load_f32(threshold), width), broadcast(0.0, width)
+        for job in range(first, last):
+            for row in range(rows):
+                place = x + job // channels * x_block + job % channels * x_channel + row * x_row
+                for i in range(0, columns * 4 * lanes, wide):
+                    value = load(place + i, width)
+                    store(place + i, select_gt(limit, absolute(value), zero, value))
 
     return body
 

@@ -14,10 +14,12 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from edgetrain.kernels.codes import ERRORS, KEPT, PARTS, REST, SUMS
+from edgetrain.kernels.codes import ERRORS, KEPT, LARGEST, PARTS, REST, SUMS
+from edgetrain.kernels.element_lists import limit_of_step
 from edgetrain.kernels.pruned import is_kept
 from edgetrain.kernels.registry import Body, kernel
 from edgetrain.kernels.simd import (
+    absolute,
     arguments,
     broadcast,
     fma,
@@ -28,11 +30,13 @@ from edgetrain.kernels.simd import (
     maximum,
     minimum,
     repeat,
+    select_ge,
     select_gt,
     select_same,
     store,
     store_f32,
     store_f64,
+    store_i64,
     sum_lanes,
     unpack,
     whole,
@@ -314,7 +318,7 @@ def batch_norm_inference(lanes: int, width: int, inverted: int) -> Body:
     "x", "y", "grad_out", "grad_x", "scale", "bias", "mean", "inverse_std", "grad_scale", "grad_bias", "mask", "state",
     "parts", "channels", *_MAPS, "x_block", "x_channel", "x_row", "y_block", "y_channel", "y_row", "grad_block",
     "grad_channel", "grad_row", "grad_x_block", "grad_x_channel", "grad_x_row", *_BORDER,
-    *(f"y_{side}" for side in _BORDER), *_CHOICE, "f_low", "f_high", "f_epsilon",
+    *(f"y_{side}" for side in _BORDER), *_CHOICE, "f_low", "f_high", "f_epsilon", "record", "counts", "refresh",
 )  # fmt: skip
 def batch_norm_gradient(lanes: int, width: int, again: int, stage: int) -> Body:
     """Write the gradients of input, scale and bias (Ioffe and Szegedy 2015, section 3), and y if ``again``.
@@ -323,6 +327,8 @@ def batch_norm_gradient(lanes: int, width: int, again: int, stage: int) -> Body:
     nothing but ``x`` is kept. ``grad_x`` is 0 in lanes without a sample, as every gradient must be.
     ``stage``, see ``codes``: with ``SUMS``, ``ERRORS`` and ``KEPT``, ``grad_x`` is written for the channels that are
     ``kept`` alone. ``parts``: three sums, float64, by channel and block, which ``PARTS`` writes.
+    With ``again`` ``LARGEST``, y has 0 where its size is below ``element_lists.limit_of_step``; how many numbers reach
+    that goes to ``counts``, int64, by block and channel.
     """
     step, wide = 4 * lanes, 4 * width
 
@@ -333,7 +339,9 @@ def batch_norm_gradient(lanes: int, width: int, again: int, stage: int) -> Body:
          y_right, scores, kept, kept_count) = arguments(args, 40)  # fmt: skip
         low, high = broadcast(load_f32(args + 320), width), broadcast(load_f32(args + 328), width)
         epsilon = load_f32(args + 336)
-        nothing, zero = broadcast(0.0, lanes), broadcast(0.0, width)
+        nothing, zero, one = broadcast(0.0, lanes), broadcast(0.0, width), broadcast(1.0, width)
+        record, counts, refresh = load_i64(args + 344), load_i64(args + 352), load_i64(args + 360)
+        limit = broadcast(limit_of_step(record, state, refresh) if again == LARGEST else np.float32(0.0), width)
         count = load_i64(state) * rows * columns
         for job in range(first, last):
             channel, begin, end = _share(stage, job, channels, blocks)
@@ -343,7 +351,8 @@ def batch_norm_gradient(lanes: int, width: int, again: int, stage: int) -> Body:
             offset = broadcast(load_f32(bias + 4 * channel), width)
             total, product, squares = 0.0, 0.0, 0.0
             for block in range(begin, begin if stage in (ERRORS, REST, KEPT) else end):
-                summed, wholly, square = zero, zero, zero
+                summed, wholly, square, reached = zero, zero, zero, zero
+                alive = repeat(load(mask + block * step, lanes), width)
                 # y is written here, where the vectors of x are at hand.
                 for row in range(-y_top if again else 0, rows + y_bottom if again else rows):
                     source = x + block * x_block + channel * x_channel + row * x_row
@@ -364,7 +373,12 @@ def batch_norm_gradient(lanes: int, width: int, again: int, stage: int) -> Body:
                         if stage in (SUMS, PARTS):
                             square = fma(grad, grad, square)
                         if again:
-                            store(result + i * wide, minimum(maximum(value, low), high))
+                            value = minimum(maximum(value, low), high)
+                            if again == LARGEST:
+                                size = absolute(value)
+                                reached = reached + select_ge(size * alive, limit, one, zero)
+                                value = select_gt(limit, size, zero, value)
+                            store(result + i * wide, value)
                     if again:
                         for i in range(inside, columns + y_right):
                             store(result + i * step, nothing)
@@ -373,6 +387,8 @@ def batch_norm_gradient(lanes: int, width: int, again: int, stage: int) -> Body:
                 product += sum_lanes(wholly)
                 if stage in (SUMS, PARTS):
                     squares += sum_lanes(square)
+                if again == LARGEST:
+                    store_i64(counts + 8 * (block * channels + channel), int(sum_lanes(reached)))
             if stage == PARTS:
                 _put(parts, channel * blocks + begin, total, product, squares)
                 continue

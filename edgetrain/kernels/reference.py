@@ -218,6 +218,18 @@ def batch_norm_gradient(x: Array, grad_out: Array, scale: Array, mean: Array, in
     return centred * channelwise(scale * inverse, x), grad_scale, grad_bias
 
 
+def largest(x: Array, density: float) -> Array:
+    """That share of the numbers, the largest in size, and zeros: all whose size is that of the last to be kept.
+
+    Example:
+        >>> largest(np.array([3.0, -1.0, 2.0, -4.0]), 0.5)
+        array([ 3.,  0.,  0., -4.])
+    """
+    sizes = np.abs(x)
+    limit = np.sort(sizes, axis=None)[-max(1, math.ceil(density * sizes.size))]
+    return np.where(sizes >= limit, x, 0)
+
+
 def softmax(logits: Array) -> Array:
     """Softmax over axis 1.
 

@@ -33,6 +33,7 @@ import numpy as np
 
 from edgetrain.errors import GraphError
 from edgetrain.graph import Node, Shape, Value
+from edgetrain.kernels import reference
 from edgetrain.kernels.codes import BY_CHANCE, BY_ERROR, BY_ERROR_AND_WEIGHTS
 from edgetrain.ops.conv import Product, ProductGrad, ProductInputGrad, ProductWeightGrad
 from edgetrain.ops.geometry import channels_of
@@ -245,7 +246,7 @@ class PrunedBatchNormalizationGradAgain(_PrunedNormalization, BatchNormalization
     """See ``BatchNormalizationGradAgain``, and ``kept``."""
 
     name = "PrunedBatchNormalizationGradAgain"
-    attributes = (*BatchNormalizationGrad.attributes, *CHOICE)
+    attributes = (*BatchNormalizationGradAgain.attributes, *CHOICE)
 
     def lower(self, node: Node, low: Lowering) -> None:
         """See ``PrunedLowering.in_stages``."""
@@ -385,11 +386,8 @@ class MaskActivation(Op):
         return [(node.x.shape, True)]
 
     def reference(self, node: Node, *inputs: Array) -> tuple[Array, ...]:
-        """The numbers whose size is at least that of the last to be kept."""
-        sizes = np.abs(inputs[0])
-        count = max(1, math.ceil(float(node.get("density")) * sizes.size))
-        limit = np.sort(sizes, axis=None)[-count]
-        return (np.where(sizes >= limit, inputs[0], 0),)
+        """See ``kernels.reference.largest``."""
+        return (reference.largest(inputs[0], float(node.get("density"))),)
 
     def lower(self, node: Node, low: Lowering) -> None:
         """See ``lowering_elements``."""

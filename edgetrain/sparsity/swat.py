@@ -201,7 +201,8 @@ class SWAT(SparsityPolicy):
         densest = 1.0 if self.variant == "momentum" else None
         records = compress_activations(train, densities, self.refresh, densest, self.group, may_list)
         if self.group == "element":
-            records |= mask_activations(train, {n: d for n, d in densities.items() if n not in records}, self.refresh)
+            others = {name: density for name, density in densities.items() if name not in records}
+            records |= mask_activations(train, others, self.refresh, merge=may_list)
         if records:  # of Relus' outputs that no weight gradient reads any more, bits are enough
             # Where lanes hold channels, residual normalisations have no kernels for bits.
             for keep in (keep_masks, keep_residual_masks) if may_list else (keep_masks,):
