@@ -26,13 +26,13 @@ from edgetrain.plan import Ref
 _PLAIN = (
     "ActivationGrad", "AveragePool", "AveragePoolGrad", "BatchNormalization", "BatchNormalizationAgain",
     "BatchNormalizationGrad", "BatchNormalizationGradAgain", "BatchNormalizationTraining", "ChannelShuffle",
-    "ChannelSlice", "Clip", "Concat", "Dropout", "DropoutTraining", "Elu", "Flatten", "GlobalAveragePool",
-    "HardSigmoid", "HardSwish", "Identity", "LeakyRelu", "MaskActivation", "MaxPool", "MaxPoolGrad", "MaxPoolTraining",
-    "MeanSquaredErrorLoss", "MeanSquaredErrorLossGrad", "Pad", "Relu", "ReluMask", "ReluMaskGrad", "Reshape",
-    "ResidualNormalizationGrad", "Sigmoid", "SoftmaxCrossEntropyLoss", "SoftmaxCrossEntropyLossGrad", "Tanh",
+    "Clip", "Concat", "Dropout", "DropoutTraining", "Elu", "Flatten", "GlobalAveragePool", "HardSigmoid", "HardSwish",
+    "Identity", "LeakyRelu", "MaskActivation", "MaxPool", "MaxPoolGrad", "MaxPoolTraining", "MeanSquaredErrorLoss",
+    "MeanSquaredErrorLossGrad", "Pad", "Relu", "ReluMask", "ReluMaskGrad", "Reshape", "ResidualNormalizationGrad",
+    "Sigmoid", "SoftmaxCrossEntropyLoss", "SoftmaxCrossEntropyLossGrad", "Tanh",
 )  # fmt: skip
 
-_COPIES = ("ChannelShuffle", "ChannelSlice", "Concat", "Flatten", "Pad", "Reshape")
+_COPIES = ("ChannelShuffle", "Concat", "Flatten", "Pad", "Reshape")
 
 
 def fits(nodes: Sequence[Node]) -> bool:

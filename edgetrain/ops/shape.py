@@ -10,7 +10,7 @@ import numpy as np
 
 from edgetrain.arrays import map_sizes
 from edgetrain.errors import GraphError
-from edgetrain.graph import Node, Shape, Value
+from edgetrain.graph import Node, Shape
 from edgetrain.ops.geometry import channels_of
 from edgetrain.ops.registry import Array, Op, describe, register
 
@@ -98,12 +98,13 @@ class Concat(Op):
         return (np.concatenate(inputs, axis=1),)
 
     def gradient(self, node: Node, grad_out: Sequence[str | None], tape: Tape) -> Sequence[str | None]:
-        """Each input's channels."""
-        grads, start = [], 0
+        """Each input's channels: those before and behind are cut off."""
+        grads, start, others = [], 0, [0] * (len(node.x.shape) - 1)
         for value in node.inputs:
             assert value is not None
-            wanted = tape.needs(value)
-            grads.append(tape.add("ChannelSlice", [grad_out[0]], like=value, start=start) if wanted else None)
+            behind = node.y.shape[0] - start - value.shape[0]
+            pads = [0, -start, *others, 0, -behind, *others]
+            grads.append(tape.add("Pad", [grad_out[0]], like=value, pads=pads) if tape.needs(value) else None)
             start += value.shape[0]
         return grads
 
@@ -154,29 +155,6 @@ class ChannelShuffle(Op):
     def lower(self, node: Node, low: Lowering) -> None:
         """A copy."""
         low.shuffle_channels(node.x, node.y, int(node.get("group")))
-
-
-@register
-class ChannelSlice(Op):
-    """Channels ``start`` to ``start + C`` of a value, C from attribute ``like``."""
-
-    name = "ChannelSlice"
-    training_only = True
-    attributes = ("like", "start")
-
-    def infer(self, node: Node) -> Sequence[tuple[Shape, bool]]:
-        """The shape of ``like``."""
-        like: Value = node.get("like")
-        return [(like.shape, True)]
-
-    def reference(self, node: Node, *inputs: Array) -> tuple[Array, ...]:
-        """A slice."""
-        start = node.get("start")
-        return (inputs[0][:, start : start + node.y.shape[0]],)
-
-    def lower(self, node: Node, low: Lowering) -> None:
-        """One copy."""
-        low.copy_part(node.x, node.y, source=(node.get("start"), 0, 0))
 
 
 def _pad_axes(node: Node) -> list[tuple[int, int]]:
