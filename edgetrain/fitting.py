@@ -76,7 +76,8 @@ def fit_loop(
     A fit that stopped early continues at the very batch where it stood, and ``epochs`` counts from where that fit
     began: the same call again gives the parameters that it would have given without the stop, bit for bit. So it does
     after Ctrl-C in the middle of a step, which is finished first; the history lacks that step. After a finished fit,
-    another call trains ``epochs`` more.
+    another call trains ``epochs`` more, with schedules (of learning rates, of changes of sparse weights) that began
+    with the first step of all and end with the last one of this fit.
 
     Args:
         learner: is changed in place.
@@ -142,7 +143,7 @@ def as_samples(data: Data, name: str, graph: Graph, loss: str) -> Samples:
     layout: Layout = "signal" if _three_sizes(graph.input_shape)[1] == 1 else "image"
     if loss == "mse":
         return TargetSet.from_arrays(x, y, graph.output_shape, name, layout)
-    names = tuple(map(str, range(graph.output_shape[0])))
+    names = tuple(map(str, range(graph.num_classes)))
     return Dataset.from_arrays(x, y, names, name, layout=layout, allow_missing_classes=True)
 
 
@@ -190,10 +191,10 @@ def check_fits(graph: Graph, dataset: Samples) -> None:
             f"data set '{dataset.name}' has images of shape {dataset.images.shape[1:]}, but the network "
             f"'{graph.name}' expects {expected}; build the network for this shape or resize the images"
         )
-    if isinstance(dataset, Dataset) and dataset.num_classes > graph.output_shape[0]:
+    if isinstance(dataset, Dataset) and dataset.num_classes > graph.num_classes:
         raise DataError(
             f"data set '{dataset.name}' has {dataset.num_classes} classes, but the network '{graph.name}' "
-            f"has {graph.output_shape[0]} outputs; build the network with num_classes={dataset.num_classes}"
+            f"has {graph.num_classes} outputs; build the network with num_classes={dataset.num_classes}"
         )
 
 
@@ -299,13 +300,17 @@ def _begin(learner: Learner, dataset: Samples, epochs: int, normalize: bool) -> 
     """Start a new fit or take up an unfinished one; return the number of epochs to reach."""
     epochs, history = integer_of("epochs", epochs, 1), learner.history
     if history.finished:
-        history.first_epoch, history.finished = learner.position.epoch, False
+        history.first_epoch, history.first_step, history.finished = learner.position.epoch, learner.step_count, False
     last_epoch = history.first_epoch + epochs
     if last_epoch < learner.position.epoch or (last_epoch == learner.position.epoch and learner.position.batch):
         done = learner.position.epoch - history.first_epoch
         raise UsageError(f"epochs is {epochs}, but {done} are done already; ask for more, or load an older checkpoint")
-    learner.topology.total_steps = _step_count(learner, len(dataset), last_epoch)
-    _set_schedule(learner, history, learner.topology.total_steps)
+    if history.first_step is None:
+        total_steps = _step_count(learner, len(dataset), last_epoch)
+    else:
+        total_steps = history.first_step + _step_count(learner, len(dataset), epochs)
+    learner.topology.total_steps = total_steps
+    _set_schedule(learner, history, total_steps)
     if normalize and learner.step_count == 0 and learner.graph.normalization is None:
         learner.graph.normalization = Normalization(*dataset.statistics())
     if isinstance(dataset, Dataset):

@@ -130,6 +130,8 @@ class History:
         epochs: one record per finished epoch.
         running: sums of the unfinished epoch.
         first_epoch: epoch at which the present (or last) fit began.
+        first_step: step at which it did; ``None`` of older checkpoints, in which steps of other data or none of a fit
+            did not count.
         finished: whether that fit reached its last epoch.
         sets_schedule: whether the fit chose the schedule's number of steps.
 
@@ -141,6 +143,7 @@ class History:
     epochs: list[EpochRecord] = field(default_factory=list)
     running: Totals = field(default_factory=Totals)
     first_epoch: int = 0
+    first_step: int | None = None
     finished: bool = True
     sets_schedule: bool = False
 

@@ -43,7 +43,7 @@ class FakePosition:
 
 
 class FakeGraph(SimpleNamespace):
-    name_classes = et.Graph.name_classes
+    name_classes, num_classes = et.Graph.name_classes, et.Graph.num_classes
 
 
 class FakeLearner:
@@ -169,6 +169,19 @@ def test_schedule_without_length_gets_that_of_the_fit():
     history = fit_loop(learner, dataset(), epochs=2)
     assert learner.optimizer.schedule.total_steps == 8
     assert history.column("lr") == pytest.approx([0.1 * 5 / 8, 0.1 * 1 / 8])
+
+
+def test_another_fit_ends_its_schedule_with_its_own_last_step():
+    """Whatever trained before, and on how much: the rate of a schedule that is over is 0."""
+    learner = FakeLearner(optimizer=FakeOptimizer(schedule=FakeSchedule()))
+    fit_loop(learner, dataset(40), 2)
+    assert learner.optimizer.schedule.total_steps == learner.topology.total_steps == 20
+    learner.step_count += 7  # by partial_fit
+    stopped = fit_loop(learner, dataset(8), 3, should_stop=lambda: learner.step_count == 29)
+    assert learner.optimizer.schedule.total_steps == learner.topology.total_steps == 27 + 6
+    learner.history = type(stopped).from_dict(stopped.to_dict())
+    fit_loop(learner, dataset(8), 3)
+    assert learner.step_count == learner.optimizer.schedule.total_steps == learner.topology.total_steps == 33
 
 
 def test_schedule_with_a_length_keeps_it():

@@ -48,8 +48,8 @@ class DynamicPolicy(CompactPolicy):
         refresh: steps between changes.
         fraction: share of the weights that changes replace at the very beginning of training.
         until: share of training after which the topology stays.
-        total_steps: length of training in steps. ``None``: what ``fit`` knows; 32,000 for ``partial_fit`` and
-            ``observe``, which know none.
+        total_steps: length of training in steps, from the first step of all. ``None``: up to the end of the latest
+            ``fit``; 32,000 where there was none, as ``partial_fit`` and ``observe`` know no end.
     """
 
     refresh: int = 100
