@@ -7,7 +7,7 @@ import os
 from typing import Any
 
 from edgetrain.devices import DeviceProfile, load_profile
-from edgetrain.errors import UsageError
+from edgetrain.errors import GraphError, UsageError
 from edgetrain.graph import Graph
 from edgetrain.optim import Optimizer
 
@@ -71,6 +71,24 @@ def integer_of(name: str, value: Any, low: int, high: int = LARGEST) -> int:
         limits = f"of at least {low}" if high == LARGEST and number <= high else f"from {low} to {high}"
         raise UsageError(f"{name}={value!r}, expected an integer {limits}")
     return number
+
+
+def loss_of(loss: Any, graph: Graph) -> str:
+    """Return the name of a loss as it is.
+
+    Raises:
+        UsageError: there is no such loss.
+        GraphError: squared errors of a network that ended in a Softmax, which is left to cross-entropy.
+    """
+    if loss not in ("cross_entropy", "mse"):
+        raise UsageError(f"loss={loss!r}, expected 'cross_entropy' or 'mse'")
+    if loss == "mse" and (graph.softmax_output or graph.log_softmax_output):
+        ending = "LogSoftmax" if graph.log_softmax_output else "Softmax"
+        raise GraphError(
+            f"loss='mse' with the graph '{graph.name}', whose file ends in a {ending}: it is taken off when the file "
+            f"is read, for cross-entropy; use loss='cross_entropy', or export the network without the {ending}"
+        )
+    return str(loss)
 
 
 def smoothing_of(value: Any) -> float:

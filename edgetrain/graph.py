@@ -200,7 +200,7 @@ class Graph:
 
     def name_classes(self, names: tuple[str, ...]) -> None:
         """Take names of the outputs from data, if there are none yet and those are as many: data may lack classes."""
-        if not self.class_names and len(names) == self.output_shape[0]:
+        if not self.class_names and self.output_shape == (len(names),):
             self.class_names = names
 
     @property
@@ -212,6 +212,19 @@ class Graph:
     def output_shape(self) -> Shape:
         """Shape of the first output without the batch dimension."""
         return self.values[self.outputs[0]].shape
+
+    @property
+    def num_classes(self) -> int:
+        """Length of the first output, one vector per sample.
+
+        Raises:
+            GraphError: a sample has no vector: a single number, or maps.
+        """
+        if len(self.output_shape) != 1:
+            shape = ", ".join(map(str, ("N", *self.output_shape)))
+            raise GraphError(f"graph '{self.name}' gives outputs ({shape}), expected (N, classes): a vector of logits "
+                             "for each sample; of other outputs there are logits() and the loss 'mse'")  # fmt: skip
+        return self.output_shape[0]
 
     def add_value(self, value: Value) -> str:
         """Register a value and return its name.

@@ -60,9 +60,11 @@ def layer_report(learner: Learner) -> list[LayerUse]:
     state = learner.state()
     rng = np.random.default_rng(0)
     x = rng.random((learner.batch_size, *learner.graph.input_shape), np.float32)
-    y: NDArray[Any] = rng.integers(0, learner.graph.output_shape[0], learner.batch_size)
+    y: NDArray[Any]
     if learner.loss == "mse":
         y = rng.random((learner.batch_size, *learner.graph.output_shape), np.float32)
+    else:
+        y = rng.integers(0, learner.graph.num_classes, learner.batch_size)
     try:
         with learner.topology.held():  # kernels, densities and times are those of one pattern
             times = [learner.time_rows(x, y)[:-1] for _ in range(_TIMED_STEPS)]

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from edgetrain.accounting import StepResult
-from edgetrain.arguments import graph_of, integer_of, optimizer_of, profile_of, smoothing_of
+from edgetrain.arguments import graph_of, integer_of, loss_of, optimizer_of, profile_of, smoothing_of
 from edgetrain.arrays import Checked, batch_of, labels_of, targets_of
 from edgetrain.autodiff import TARGET
 from edgetrain.checkpoint import load_checkpoint, save_checkpoint
@@ -80,6 +80,7 @@ class Learner(NotCopied):
     Raises:
         UsageError: an argument of a wrong kind or out of range, a network that the instance filter is too large for or
             the others find no layer in, or the graph of a sparse learner (no values: ``export_onnx`` gives them).
+        GraphError: ``loss="mse"`` with a file that ended in a Softmax.
         ProfileError: the profile is not there or bad.
 
     Example:
@@ -100,9 +101,8 @@ class Learner(NotCopied):
         self.profile, self.graph = profile_of(profile), graph_of(graph).copy(share=True)
         self.graph.trainable = FixedNames(self.graph.trainable)
         self.batch_size = self.profile.batch_size if batch_size is None else integer_of("batch_size", batch_size, 1)
-        self.seed, self.loss, self.label_smoothing = integer_of("seed", seed, 0), loss, smoothing_of(label_smoothing)
-        if loss not in ("cross_entropy", "mse"):
-            raise UsageError(f"loss={loss!r}, expected 'cross_entropy' or 'mse'")
+        self.seed, self.loss = integer_of("seed", seed, 0), loss_of(loss, self.graph)
+        self.label_smoothing = smoothing_of(label_smoothing)
         budget = None if memory_budget is None else parse_bytes(memory_budget)
         self.memory_budget = self.profile.memory_budget_mib * 2**20 if budget is None else budget
         self._optimizer = optimizer_of(SGD(lr=0.05, momentum=0.9) if optimizer is None else optimizer)
@@ -319,12 +319,12 @@ class Learner(NotCopied):
 
     def predict(self, x: Inputs) -> NDArray[np.int64]:
         """Return the most probable class of every sample, int64 ``(N,)``; x as for ``partial_fit``."""
-        labels: NDArray[np.int64] = self.logits(x).argmax(1)
+        labels: NDArray[np.int64] = self.logits(x).reshape(-1, self.graph.num_classes).argmax(1)
         return labels
 
     def predict_proba(self, x: Inputs) -> NDArray[np.float32]:
         """Return class probabilities float32 ``(N, num_classes)``; x as for ``partial_fit``."""
-        return np.exp(log_softmax(self.logits(x))).astype(np.float32)
+        return np.exp(log_softmax(self.logits(x).reshape(-1, self.graph.num_classes))).astype(np.float32)
 
     def evaluate(self, x: Inputs, y: ArrayLike) -> dict[str, float]:
         """Return ``{"loss": mean loss, "accuracy": share of right predictions}`` in inference mode.
@@ -371,8 +371,7 @@ class Learner(NotCopied):
         """
         from edgetrain.onnx_io import match_parameters
 
-        given = source if isinstance(source, Mapping) else Path(source)
-        arrays, report = match_parameters(self.graph, given)  # type: ignore[arg-type]
+        arrays, report = match_parameters(self.graph, source)  # type: ignore[arg-type]
         with self._lock:
             self._parameters.load(self.topology.adopt(arrays))
             report.mark(self.graph)
@@ -547,7 +546,7 @@ class Learner(NotCopied):
         """Check the labels or targets of ``count`` samples."""
         if self.loss == "mse":
             return targets_of(y, count, self.graph.output_shape)
-        return labels_of(y, count, self.graph.output_shape[0])
+        return labels_of(y, count, self.graph.num_classes)
 
     def _set_counters(self, executor: Executor, count: int) -> None:
         if executor.masked != count:

@@ -89,8 +89,10 @@ class ChannelLowering(Lowering):
         """Copies of single numbers leave the lanes behind the last channel alone: those become 0 before."""
         fresh = self.plan.buffer(value.name) not in self._lifetimes
         super()._start(value)
-        if fresh and value.batched and self.node.op_type in _COPIES and value.shape[0] % self.layout(value).lanes:
-            self.fill(value, 0.0)
+        if fresh and value.batched and self.node.op_type in _COPIES:
+            y = self.layout(value)
+            if y.channels % y.lanes:
+                self.fill(value, 0.0)
 
     def input(self, value: Value, source: str, scale: Ref, shift: Ref) -> None:
         """Copy an input's samples into lanes."""

@@ -74,10 +74,14 @@ _KINDS: dict[Any, tuple[str, Any]] = {
         lambda v: isinstance(v, list) and all(isinstance(x, str) for x in v),
     ),
     Mapping[str, str]: (
-        "a table of texts, dotted keys in quotes",
-        lambda v: isinstance(v, dict) and all(isinstance(x, str) for x in v.values()),
+        "a table of texts that say something, dotted keys in quotes",
+        lambda v: isinstance(v, dict) and all(_says_something(x) for x in v.values()),
     ),
 }
+
+
+def _says_something(value: Any) -> bool:
+    return isinstance(value, str) and bool(value.strip())
 
 
 def _convert(value: Any, hint: Any, path: Path, key: str) -> Any:
@@ -95,6 +99,9 @@ def _convert(value: Any, hint: Any, path: Path, key: str) -> Any:
         else:
             ok = ok and limit.low <= value <= limit.high
             expected = f"{expected} from {limit.low:g} to {limit.high:g}"
+    if not ok and kind == Mapping[str, str] and isinstance(value, dict):  # name the entry of the table
+        part, value = next((part, one) for part, one in value.items() if not _says_something(one))
+        key, expected = f"{key}.{part}", "a text that says something; a dotted key goes in quotes"
     if not ok:
         raise ProfileError(f"{path}: key {key!r} is {value!r}, expected {expected}")
     return tuple(value) if isinstance(value, list) else float(value) if kind is float else value

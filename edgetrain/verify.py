@@ -268,7 +268,7 @@ def _draw_batch(graph: Graph, settings: _Settings, step: int, number: int) -> tu
         x = x * normal.std.reshape(per_channel) + normal.mean.reshape(per_channel)
     if settings.loss == "mse":
         return x, rng.standard_normal((count, *graph.output_shape), np.float32)
-    return x, rng.integers(0, graph.output_shape[0], count)
+    return x, rng.integers(0, graph.num_classes, count)
 
 
 # ---- the comparison --------------------------------------------------------------------------------------------------

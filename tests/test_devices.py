@@ -173,6 +173,14 @@ BAD = {
     "lanes": ("lanes = 4", "lanes = 5", "key 'simd_float32_lanes' is 5, expected one of 1, 4, 8, 16"),
     "list": ('device_tree_match = ["', 'device_tree_match = [3, "', "expected a list of texts"),
     "no source": ('l2_kib = "Rasp', 'l3_kib = "Rasp', "[sources] names 'l3_kib', which the file lacks"),
+    "empty source": (
+        'l2_kib = "Raspberry Pi documentation, processors, BCM2711"', 'l2_kib = " "',
+        "key 'sources.l2_kib' is ' ', expected a text that says something",
+    ),
+    "source of a wrong kind": (
+        'l2_kib = "Raspberry Pi documentation, processors, BCM2711"', "l2_kib = 7",
+        "key 'sources.l2_kib' is 7, expected a text that says something",
+    ),
     "number without source": (
         "power_load_w = 7.2",
         "power_load_w = 7.2\nl3_kib = 64",

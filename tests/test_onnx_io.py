@@ -15,7 +15,7 @@ from torch import nn
 
 import edgetrain as et
 from edgetrain.checkpoint import load_checkpoint
-from edgetrain.errors import ModelError, UsageError
+from edgetrain.errors import GraphError, ModelError, UsageError
 from edgetrain.graph import Graph, Normalization
 from edgetrain.onnx_io import load_onnx, save_onnx
 from edgetrain.reference import evaluate
@@ -238,6 +238,54 @@ def test_branch_with_a_constant_condition_is_taken() -> None:
     }"""
     graph = load_onnx(net(text))
     assert [node.op_type for node in graph.nodes] == ["Flatten"]
+
+
+@pytest.mark.parametrize(("index", "shape"), [(-1, (3,)), ([1], (3, 1))])
+def test_one_index_of_an_axis_is_cut_out(index: int | list[int], shape: tuple[int, ...]) -> None:
+    text = f"(float[N,3,4] x) => (float[{','.join(['N', *map(str, shape)])}] y) {{ y = Gather<axis = 2>(x, i) }}"
+    graph = load_onnx(net(text, i=np.array(index)))
+    x = np.arange(24, dtype=np.float32).reshape(2, 3, 4)
+    np.testing.assert_array_equal(outputs(graph, x), np.take(x, index, axis=2))
+
+
+@pytest.mark.parametrize("count", [1, 4, 9, 17])
+def test_a_network_may_give_one_number_per_sample(count: int, tmp_path: Path) -> None:
+    text = "(float[N,6] x) => (float[N] y) { z = Gemm<transB = 1>(x, w, b) y = Squeeze(z, a) }"
+    graph = load_onnx(net(text, w=ones(1, 6), b=ones(1), a=np.array([1])))
+    x, y = np.random.default_rng(count).normal(size=(count, 6)).astype(np.float32), np.zeros(count, np.float32)
+    learner = et.Learner(graph, batch_size=count, loss="mse")
+    np.testing.assert_allclose(learner.logits(x), x.sum(1) + 1, atol=1e-5)
+    wanted = (2 * (x.sum(1) + 1)[:, None] * x).mean(0, keepdims=True)
+    np.testing.assert_allclose(learner.gradients(x, y)["w"], wanted, atol=1e-5)
+    learner.export_onnx(tmp_path / "one.onnx")
+    assert load_onnx(tmp_path / "one.onnx").output_shape == ()
+    for call in (learner.predict, learner.predict_proba, lambda x: et.Learner(graph).evaluate(x, y.astype(int))):
+        with pytest.raises(GraphError, match=r"outputs \(N\), expected \(N, classes\)"):
+            call(x)
+
+
+@pytest.mark.parametrize("ending", ["Softmax", "LogSoftmax"])
+def test_squared_errors_behind_a_softmax_are_refused(ending: str) -> None:
+    graph = load_onnx(net(f"(float[N,2] x) => (float[N,3] y) {{ l = MatMul(x, w) y = {ending}(l) }}", w=ones(2, 3)))
+    with pytest.raises(GraphError, match=f"ends in a {ending}"):
+        et.Learner(graph, loss="mse")
+
+
+@pytest.mark.parametrize("channels", [89, 96, 97])
+def test_a_bias_of_equal_numbers_is_no_expansion_over_the_batch(channels: int) -> None:
+    """The batch is 97 or 89 while constants are computed."""
+    text = f"(float[N,2] x) => (float[N,{channels}] y) {{ m = MatMul(x, w) y = Add(m, b) }}"
+    graph = load_onnx(net(text, w=ones(2, channels), b=ones(channels)))
+    assert graph.trainable == {"w", "b"}
+    np.testing.assert_array_equal(outputs(graph, ones(1, 2)), 3 * ones(1, channels))
+
+
+def test_a_shuffle_with_an_identity_in_its_middle_is_one() -> None:
+    """As PyTorch writes ``.contiguous()`` where it does not optimise."""
+    text = """(float[N,4,2,2] x) => (float[N,4,2,2] y) {
+        g = Reshape(x, s) t = Transpose<perm = [0,2,1,3,4]>(g) i = Identity(t) y = Reshape(i, r) }"""
+    graph = load_onnx(net(text, s=np.array([0, 2, 2, 2, 2]), r=np.array([0, 4, 2, 2])))
+    assert [node.op_type for node in graph.nodes] == ["ChannelShuffle"]
 
 
 def test_gemm_factors_go_into_the_weights() -> None:

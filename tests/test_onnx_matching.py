@@ -157,6 +157,15 @@ def test_file_with_operators_that_cannot_be_trained() -> None:
     assert report.missing == ("other",)
 
 
+def test_sizes_of_one_are_no_other_shape() -> None:
+    """Files hold a slope per channel as (C,), and shape it for its layer by an Unsqueeze."""
+    text = "(float[N,2,4,4] x) => (float[N,2,4,4] y) { c = Conv(x, k) s = Unsqueeze(slope, a) y = PRelu(c, s) }"
+    files = [net(text, k=ones(2, 2, 1, 1), slope=np.float32(n) * ones(2), a=np.array([1, 2])) for n in (0.25, 0.5)]
+    learner = et.Learner(et.load_onnx(files[0]))
+    assert learner.load_parameters(files[1]).by_name == ("k", "slope")
+    np.testing.assert_array_equal(learner.parameters()["slope"].ravel(), [0.5, 0.5])
+
+
 def test_same_name_with_another_shape_is_reported() -> None:
     _, report = match_parameters(network(body=(32, 32), fc=(3, 32)), {"body": ones(32, 32), "fc": ones(10, 32)})
     assert report.by_name == ("body",)

@@ -55,6 +55,15 @@ REFUSED = {
         "(float[N,4,2,2] x) => (float[N,4,2,2] y) { g = Reshape(x, s) t = Transpose<perm = [0,2,1,3,4]>(g)"
         " u = Transpose<perm = [0,2,1,3,4]>(t) y = Reshape(u, r) }",
         {"s": np.array([0, 2, 2, 2, 2]), "r": np.array([0, 4, 2, 2])}, r"'u' \(Transpose, .*channels in groups"),
+    "one group": ("(float[N,4,2,2] x) => (float[N,4,2,2] y) { g = Reshape(x, s) p = Pad(g, d) y = Reshape(p, r) }",
+                  {"s": np.array([0, 1, 4, 2, 2]), "d": np.array([0, 0, 2, 0, 0] * 2), "r": np.array([0, 8, 2, 2])},
+                  r"'p' \(Pad, .*has 4 dimensions beside the batch, expected 1 to 3"),
+    "several indices": ("(float[N,3,4] x) => (float[N,3,2] y) { y = Gather<axis = 2>(x, i) }",
+                        {"i": np.array([0, 2])}, r"'y' \(Gather, .*several indices of Nx3x4; supported is one"),
+    "sample by index": ("(float[N,3,4] x) => (float[3,4] y) { y = Gather(x, i) }", {"i": np.array(0)},
+                        r"'y' \(Gather, .*samples of the batch"),
+    "index outside": ("(float[N,3,4] x) => (float[N,3] y) { y = Gather<axis = 2>(x, i) }", {"i": np.array(4)},
+                      r"'y' \(Gather, .*index 4 of axis 2 of Nx3x4"),
     "groups as output": ("(float[N,4,2,2] x) => (float[N,2,2,2,2] y) { y = Reshape(x, s) }",
                          {"s": np.array([0, 2, 2, 2, 2])}, r"channels in groups; supported is a channel shuffle"),
     "groups unmoved": ("(float[N,4,2,2] x) => (float[N,4,2,2] y) { g = Reshape(x, s) y = Reshape(g, r) }",
@@ -108,6 +117,12 @@ def test_what_is_no_onnx_file_is_named(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "bad.onnx").write_bytes(content)
     with pytest.raises(ModelError, match=r"bad\.onnx' (cannot be read as|is not) an ONNX model"):
         load_onnx(tmp_path / "bad.onnx")
+
+
+@pytest.mark.parametrize("source", [5, None, b"model.onnx"])
+def test_what_is_no_path_is_named(source: object) -> None:
+    with pytest.raises(ModelError, match=r"expected the path of an \.onnx file, or a ModelProto"):
+        load_onnx(source)
 
 
 def test_a_folder_is_no_file(tmp_path: Path) -> None:

@@ -69,7 +69,7 @@ def random_batches(learner: Learner, size: int) -> Iterator[Batch]:
     """Yield batches of random images, where those of the run are gone."""
     rng, graph = np.random.default_rng(0), learner.graph
     while True:
-        yield rng.random((size, *graph.input_shape), np.float32), rng.integers(0, graph.output_shape[0], size)
+        yield rng.random((size, *graph.input_shape), np.float32), rng.integers(0, graph.num_classes, size)
 
 
 def time_dense(learner: Learner, work: Work, batches: Batches) -> dict[str, Any]:

@@ -39,7 +39,7 @@ def predict_command(model: str, data: str, split: str | None, threads: int | Non
     files = _image_files(Path(data), split)
     dataset = _from_images(_decoded(files, learner.graph), data) if files else _arrays(learner.graph, data, split)
     logits = _logits(learner, dataset)
-    has_classes = learner.loss != "mse" and logits.shape[1] > 1
+    has_classes = learner.loss != "mse" and logits.ndim == 2 and logits.shape[1] > 1
     told = [_most_probable(learner.graph, row) if has_classes else {"outputs": row.tolist()} for row in logits]
     predictions = [{"index": index} | one for index, one in enumerate(told)]
     for prediction, file in zip(predictions, files, strict=bool(files)):
@@ -77,7 +77,7 @@ def _most_probable(graph: Graph, logits: NDArray[np.float32]) -> dict[str, Any]:
 
 def _columns(prediction: dict[str, Any]) -> tuple[str, ...]:
     if "outputs" in prediction:
-        return (" ".join(f"{value:.6g}" for value in prediction["outputs"]),)
+        return (" ".join(f"{value:.6g}" for value in np.ravel(prediction["outputs"])),)
     return prediction["class"], f"{prediction['probability']:.4f}"
 
 

@@ -162,7 +162,7 @@ def stream_source(config: Config, graph: Graph) -> InstanceSource:
         DataError: they do not, or the source is bad.
     """
     source = open_stream(
-        config.data.source, graph.input_shape, graph.output_shape[0], graph.class_names, image_size_of(config)
+        config.data.source, graph.input_shape, graph.num_classes, graph.class_names, image_size_of(config)
     )
     expected = graph.input_shape if len(graph.input_shape) == 3 else (graph.input_shape[0], 1, *graph.input_shape[1:])
     if source.input_shape not in (None, expected):
@@ -170,10 +170,10 @@ def stream_source(config: Config, graph: Graph) -> InstanceSource:
             f"stream '{source.name}' has instances of shape {source.input_shape}, but the network '{graph.name}' "
             f"expects {expected}"
         )
-    if len(source.class_names) > graph.output_shape[0]:
+    if len(source.class_names) > graph.num_classes:
         raise DataError(
             f"stream '{source.name}' has {len(source.class_names)} classes, but the network '{graph.name}' has "
-            f"{graph.output_shape[0]} outputs"
+            f"{graph.num_classes} outputs"
         )
     check_classes(graph, source)
     return source
@@ -303,8 +303,8 @@ class StreamSession:
         stream = learner.stream
         return layers_of(learner) | {
             "run": str(self.run.path), "model": self.config.model.name, "data": self.config.data.source,
-            "profile": self.config.device.profile, "instances": stream.position,
-            "instances_waiting": stream.waiting,
+            "profile": self.config.device.profile, "timed_on": "this machine",
+            "instances": stream.position, "instances_waiting": stream.waiting,
             "mode": "predict and train" if self.config.stream.predict else "train only",
             "running_accuracy": stream.accuracy, "recent_accuracy": stream.recent_accuracy,
             "loss": metrics.get("loss"), "accuracy": metrics.get("accuracy"), "seconds": total.seconds,

@@ -286,6 +286,7 @@ class _Session:
             "model": self.config.model.name,
             "data": self.config.data.source,
             "profile": self.config.device.profile,
+            "timed_on": "this machine",
             "epochs": len(history),
             "validated_on": self.held_out,
             "loss": last.validation_loss,

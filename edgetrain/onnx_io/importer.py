@@ -85,13 +85,15 @@ def read_model(source: str | PathLike[str] | ModelProto) -> ModelProto:
     """Return the ONNX model of a file, with external data loaded.
 
     Raises:
-        ModelError: the file is missing, a folder, truncated, or no ONNX file.
+        ModelError: the file is missing, a folder, truncated, or no ONNX file; or the source is no path.
     """
     import onnx
 
     if isinstance(source, onnx.ModelProto):
         model, place = source, f"model '{source.graph.name}'"
     else:
+        if not isinstance(source, str | PathLike):
+            raise ModelError(f"{source!r} is no model, expected the path of an .onnx file, or a ModelProto")
         place = f"'{source}'"
         if not Path(source).is_file():
             what = "a folder" if Path(source).is_dir() else "no such file"

@@ -104,7 +104,7 @@ def match_parameters(
     tells = len(graph.inputs) == 1 and told_for == graph.input_shape[0]
     offered = {name: np.asarray(array) for name, array in offered.items()}
     wanted = _wanted(graph)
-    same = [name for name in wanted if name in offered and offered[name].shape == graph.arrays[name].shape]
+    same = [n for n in wanted if n in offered and _sizes(offered[n]) == _sizes(graph.arrays[n])]
     rest = {name: graph.arrays[name] for name in wanted if name not in same}
     left_over = {name: array for name, array in offered.items() if name not in same}
     by_order = _in_order(rest, left_over)
@@ -125,7 +125,13 @@ def match_parameters(
             f"{_shapes(rest)} wanted, {_shapes(left_over)} found; give arrays of the same names and shapes and no "
             "others, or those of the same network under other names, all and in its order"
         )
-    return {mine: _numbers(theirs, offered[theirs]) for mine, theirs in pairs.items()}, report
+    numbers = {mine: _numbers(theirs, offered[theirs]) for mine, theirs in pairs.items()}
+    return {mine: array.reshape(graph.arrays[mine].shape) for mine, array in numbers.items()}, report
+
+
+def _sizes(array: NDArray[Any]) -> list[int]:
+    """Return the shape without its ones: a slope per channel is (C,) in files, and (C, 1, 1) as the graph reads it."""
+    return [size for size in array.shape if size != 1]
 
 
 def _in_order(wanted: Mapping[str, NDArray[Any]], offered: Mapping[str, NDArray[Any]]) -> dict[str, str]:

@@ -224,7 +224,9 @@ def _operand(r: Reading, node: Source, index: int) -> str:
     if not r.is_constant(node, index):
         return r.value(node, index).name
     other = r.value(node, 1 - index)
-    array = r.constants[node.inputs[index]] = without_repeats(r.constants[node.inputs[index]], r.batch)
+    array = r.constants[node.inputs[index]]
+    if array.ndim == len(other.shape) + 1:  # else the first axis is not that of the batch
+        array = r.constants[node.inputs[index]] = without_repeats(array, r.batch)
     if array.ndim > len(other.shape) and (array.ndim > len(other.shape) + 1 or array.shape[0] != 1):
         r.fail(node, f"a constant of shape {array.shape} with {other}: the batch dimension must stay free")
     learned = _is_bias(r, array, other) if node.op_type == "Add" else node.name.endswith(f".{SLOPING}")
@@ -317,6 +319,7 @@ READERS: dict[str, Reader] = {
     "Elu": _plain("alpha"),
     "Expand": shapes.read_expand,
     "Flatten": shapes.read_flatten,
+    "Gather": shapes.read_gather,
     "Gemm": _gemm,
     "GlobalAveragePool": _plain(),
     "GlobalMaxPool": _global_max_pool,

@@ -264,7 +264,7 @@ class Reading:
         return self.place(self.origins.get(name, name), scaled, trainable, otherwise=name)
 
     def _broadcast(self, node: Source, name: str, array: Array, shape: tuple[int, ...]) -> Array:
-        squeezed = without_repeats(array, self.batch)
+        squeezed = without_repeats(array, self.batch) if array.ndim > len(shape) else array
         while squeezed.ndim > len(shape) and squeezed.shape[0] == 1:
             squeezed = squeezed[0]
         try:

@@ -13,8 +13,10 @@ from edgetrain.onnx_io.reading import Reading, Source
 
 
 def read_identity(r: Reading, node: Source) -> None:
-    """Let the output be the input; a Softmax or LogSoftmax stays recognisable behind it."""
-    if node.inputs[0] in r.probabilities:
+    """Let the output be the input; a Softmax, LogSoftmax or channels in groups stay recognisable behind it."""
+    if node.inputs[0] in r.grouped:
+        _keep_grouped(r, node, *r.grouped[node.inputs[0]])
+    elif node.inputs[0] in r.probabilities:
         r.probabilities[node.outputs[0]] = r.probabilities[node.inputs[0]]
         r.values[node.outputs[0]] = r.values[node.inputs[0]]
     else:
@@ -64,7 +66,7 @@ def to_shape(r: Reading, node: Source, x: Value, shape: list[int]) -> None:
 def read_flatten(r: Reading, node: Source) -> None:
     """Make one vector per sample."""
     x = r.value(node)
-    if node.get("axis", 1) % (len(x.shape) + 1) != 1:
+    if node.get("axis", 1) not in (1, -len(x.shape)):
         r.fail(node, f"axis {node.get('axis')} of {x} would merge other dimensions with the batch; supported is axis 1")
     to_shape(r, node, x, [x.size])
 
@@ -79,7 +81,7 @@ def read_reshape(r: Reading, node: Source) -> None:
         r.fail(node, f"from {x} to {target}: the batch dimension must stay first and whole")
     if grouped:
         _read_shuffle(r, node, shape, *grouped)
-    elif len(shape) == 4 and len(x.shape) == 3 and tuple(shape[2:]) == x.shape[1:]:
+    elif len(shape) == 4 and len(x.shape) == 3 and shape[0] > 1 and tuple(shape[2:]) == x.shape[1:]:
         _keep_grouped(r, node, x, shape[0], dealt=False)
     else:
         to_shape(r, node, x, shape)
@@ -188,6 +190,24 @@ def _cut(r: Reading, node: Source, x: Value, kept: Mapping[int, tuple[int, int]]
         r.emit(node, "Pad", [x.name], pads=pads, value=0.0)
     else:
         r.alias(node, x)
+
+
+def read_gather(r: Reading, node: Source) -> None:
+    """Read one index along an axis of a sample, as of the last step of a signal."""
+    x, index = r.value(node), r.constant(node, 1)
+    axis = node.get("axis", 0) % (len(x.shape) + 1)
+    if axis == 0 or index is None or index.size != 1:
+        told = "several indices" if axis else "samples of the batch"
+        r.fail(node, f"{told} of {x}; supported is one index along an axis of a sample")
+    size, place = x.shape[axis - 1], int(index.reshape(-1)[0])
+    if not -size <= place < size:
+        r.fail(node, f"index {place} of axis {axis} of {x}")
+    if index.ndim == 1:
+        _cut(r, node, x, {axis: (place % size, place % size + 1)})
+        return
+    part = replace(node, name=f"{node.name}.part", outputs=(f"{node.outputs[0]}.part",))
+    _cut(r, part, x, {axis: (place % size, place % size + 1)})
+    to_shape(r, node, r.graph.values[r.values[part.outputs[0]]], [n for i, n in enumerate(x.shape, 1) if i != axis])
 
 
 def read_slice(r: Reading, node: Source) -> None:
