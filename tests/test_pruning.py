@@ -379,7 +379,7 @@ def run_kernel(name: str, sizes: int | tuple[int, ...], jobs: int, **given: Any)
     ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * 3)(address)(table.ctypes.data, 0, jobs)
 
 
-def pruned(kernel: str, grad: Array, factor: float, step: int = 0) -> Array:
+def pruned(kernel: str, grad: Array, factor: float, step: int = 0, stream: int = 0) -> Array:
     """Prune gradients float32 ``(planes, pixels, lanes)`` whose mean size is known to be 1."""
     planes, pixels, lanes = grad.shape
     record, y, state = aligned(RECORD), aligned(grad.size).reshape(grad.shape), aligned(8, np.int64)
@@ -387,7 +387,7 @@ def pruned(kernel: str, grad: Array, factor: float, step: int = 0) -> Array:
     magnitudes, counts = aligned(planes, np.float64), aligned(2 * planes, np.int64)
     strides = {f"{v}_{part}": 4 * lanes * pixels for v in ("grad", "y") for part in ("block", "channel", "row")}
     run_kernel(kernel, lanes, planes, grad=grad, y=y, magnitudes=magnitudes, counts=counts, record=record, state=state,
-               stream=0, channels=planes, rows=1, columns=pixels, f_factor=factor, **strides)  # fmt: skip
+               stream=stream, channels=planes, rows=1, columns=pixels, f_factor=factor, **strides)  # fmt: skip
     sizes = np.abs(grad) if kernel == "prune_elements" else np.sqrt((grad**2).sum(2))
     assert magnitudes.sum() == pytest.approx(sizes.sum(), rel=1e-5)
     return y
@@ -407,6 +407,15 @@ def test_density_of_pruned_elements(rate, density):
     assert (pruned("prune_elements", grad, GradientPruning(rate=rate).factor) != 0).mean() == pytest.approx(
         density, abs=0.01
     )
+
+
+@pytest.mark.parametrize("kernel", ["prune_elements", "prune_vectors"])
+def test_every_layer_draws_numbers_of_its_own(kernel):
+    grad = normal(4, 64, 4)
+    same, other = (pruned(kernel, grad, 2.0 if kernel == "prune_elements" else 4.0, stream=n).copy() for n in (1, 2))
+    again = pruned(kernel, grad, 2.0 if kernel == "prune_elements" else 4.0, stream=1)
+    assert (again == same).all()
+    assert 0.2 < ((same != 0) != (other != 0)).mean() < 0.6
 
 
 @pytest.mark.parametrize("kernel", ["prune_elements", "prune_vectors"])
@@ -811,6 +820,20 @@ def test_thresholds_hold_until_there_is_no_room(group):
     assert (limits[0] == limits[1]).all() and (limits[1] == limits[2]).all()  # too few: the old threshold holds
     assert (shares[2] < shares[0]).all()
     assert (limits[3] > limits[2]).all() and (shares[3] <= 0.25).all()  # too many: found anew
+
+
+@pytest.mark.parametrize("group", ["lanes", "element"])
+def test_thresholds_are_found_anew_after_so_many_steps(group):
+    (x, y), graph, policy = batch(8), network(), Compressed(0.2, refresh=3, group=group)
+    made, shares = learner(graph, error_pruning=policy, optimizer=et.SGD(lr=0.0)), []
+    for scale in (1.0, 0.7, 0.7, 0.7, 0.5):
+        made.partial_fit(scale * x, y)
+        counts = made._parameters.buffers["tally"].reshape(-1, 2)
+        shares.append(counts[:, 0] / counts[:, 1])
+    assert (shares[1] < shares[0]).all()
+    assert (shares[2] == shares[1]).all()
+    assert np.allclose(shares[3], shares[0], atol=0.01)  # the fourth step is the third after the first
+    assert (shares[4] < shares[3]).all()
 
 
 def test_gradients_leave_the_records_alone():

@@ -702,6 +702,23 @@ def test_rigl_drops_the_smallest_and_grows_where_the_gradient_is_largest():
         assert (old[name] & new[name]).sum() >= count - moved, "the largest stay"
 
 
+@pytest.mark.parametrize("kind", [et.RigL, et.SET])
+def test_what_is_dropped_is_smaller_than_all_that_stays(kind, monkeypatch):
+    """With scores by which nothing that existed grows again; it would keep its value, as in RigL's own code."""
+    made = learner(kind(weights=0.8, refresh=3, total_steps=40), optimizer=et.SGD(lr=0.0))
+    train(made, 2)
+    before, old = made.parameters(), patterns(made)
+    scores = {name: (~mask).ravel().astype(np.float64) for name, mask in old.items()}
+    monkeypatch.setattr(kind, "grow_scores", lambda policy, weight, *_: lambda first, last: scores[weight][first:last])
+    train(made, 1, 2)
+    roomy = {name: new for name, new in patterns(made).items() if new.mean() < 0.5}
+    assert len(roomy) > 1
+    for name, new in roomy.items():
+        sizes, dropped = np.abs(before[name]), old[name] & ~new
+        assert (before[name][old[name]] < 0).any()
+        assert sizes[dropped].max() <= sizes[old[name] & new].min()
+
+
 @pytest.mark.parametrize("policy", [et.RigL(refresh=10), et.SET(refresh=10)], ids=["rigl", "set"])
 def test_the_schedule_of_changes(policy):
     shares = [policy.replaced(step, 1000) for step in range(1000)]

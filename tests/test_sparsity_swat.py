@@ -10,6 +10,7 @@ import pytest
 import edgetrain as et
 from edgetrain.errors import CheckpointError, UsageError
 from edgetrain.graph import Graph
+from edgetrain.kernels.codes import DENSITY, RECORD
 from edgetrain.layer_report import layer_report
 from edgetrain.sparsity.layers import entries
 from edgetrain.sparsity.policy import largest
@@ -94,10 +95,32 @@ def test_momentum_shares_out_all_weights():
     total = sum(layer.size for layer in layers)
     assert sum(densities[layer.weight] * layer.size for layer in layers) == pytest.approx(0.2 * total)
     assert max(densities.values()) <= 0.99
-    means = {layer.weight: made.topology.mean_momentum(layer) for layer in layers}
+    means = {}
+    for layer in layers:
+        moment = made._parameters.view(layer.weight, "velocity")
+        means[layer.weight] = np.abs(moment[made.topology.indices[layer.weight].mask()]).mean()
+        assert made.topology.mean_momentum(layer) == pytest.approx(means[layer.weight], rel=1e-6)
     counts = {layer.weight: densities[layer.weight] * layer.size for layer in layers}
     free = [name for name in counts if densities[name] < 0.99]
     assert sorted(free, key=counts.get) == sorted(free, key=means.get)
+
+
+def test_momentum_shares_out_activations_by_their_own_share():
+    made = learner(et.SWAT(weights=0.8, activations=0.6, variant="momentum", refresh=2))
+    train(made, 2)
+    wanted = momentum_densities(made.topology, 0.4)
+    train(made, 1, 2)
+    found = made._parameters.buffers["records"].reshape(-1, RECORD)[:, DENSITY]
+    assert len(made.topology.records) > 1
+    for name, number in made.topology.records.items():
+        assert found[number] == pytest.approx(wanted[name], rel=1e-6)
+    assert len({wanted[name] for name in made.topology.records}) > 1
+
+
+def test_momentum_needs_sparse_weights_to_go_by():
+    with pytest.raises(UsageError, match=r"variant=momentum with weights=0.*expected weights above 0"):
+        et.SWAT(weights=0.0, activations=0.5, variant="momentum")
+    et.SWAT(weights=0.0, activations=0.0, variant="momentum")
 
 
 def test_products_leave_their_lists_when_layers_get_more_weights():

@@ -118,6 +118,11 @@ class SWAT(SparsityPolicy):
         self._check_flag("linear")
         if self.linear and self.group != "element":
             raise UsageError("swat: linear=true with group=lanes, for convolutions only; expected group=element")
+        if self.variant == "momentum" and self.weights == 0 < self.activations:
+            raise UsageError(
+                "swat: variant=momentum with weights=0; it shares out what is kept by the momentum of sparse weights: "
+                "expected weights above 0, or another variant for activations alone"
+            )
         if not (isinstance(self.fade, int | float) and 0 <= self.fade <= 1):
             raise UsageError(f"swat: fade={self.fade!r}, expected a number from 0 to 1; 1 lets nothing fade")
 
