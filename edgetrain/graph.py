@@ -172,6 +172,8 @@ class Graph:
         class_names: labels of the outputs, empty when unknown.
         softmax_output: whether users of the model get probabilities: the exported file ends in Softmax.
         log_softmax_output: whether they get their logarithms: it ends in LogSoftmax.
+        channels_last: whether they give the input with its channels last, as files of Keras have it: the exported file
+            begins with a Transpose. Here they are first.
 
     Example:
         >>> graph = Graph("tiny", input_shape=(3,))
@@ -194,7 +196,7 @@ class Graph:
         self.densities: dict[str, float] = {}
         self.normalization: Normalization | None = None
         self.class_names: tuple[str, ...] = ()
-        self.softmax_output = self.log_softmax_output = False
+        self.softmax_output = self.log_softmax_output = self.channels_last = False
         if input_shape is not None:
             self.add_input(input_name, input_shape)
 
@@ -319,6 +321,7 @@ class Graph:
         twin.trainable, twin.trained, twin.densities = set(self.trainable), self.trained, dict(self.densities)
         twin.normalization, twin.class_names = self.normalization, self.class_names
         twin.softmax_output, twin.log_softmax_output = self.softmax_output, self.log_softmax_output
+        twin.channels_last = self.channels_last
         return twin
 
     def producer(self, value: str) -> Node | None:

@@ -39,6 +39,7 @@ def graph_to_dict(graph: Graph) -> dict[str, Any]:
         "class_names": list(graph.class_names),
         "softmax_output": graph.softmax_output,
         "log_softmax_output": graph.log_softmax_output,
+        "channels_last": graph.channels_last,
         "trained": graph.trained,
     }  # fmt: skip
 
@@ -62,6 +63,7 @@ def graph_from_dict(table: Mapping[str, Any], arrays: Mapping[str, NDArray[np.fl
         graph.class_names = tuple(table["class_names"])
         graph.softmax_output = bool(table["softmax_output"])
         graph.log_softmax_output = bool(table.get("log_softmax_output", False))  # older files lack it
+        graph.channels_last = bool(table.get("channels_last", False))  # nor have they this
         graph.trained = bool(table.get("trained", False))  # not in files from before it was kept
     except (KeyError, TypeError, ValueError) as error:
         raise GraphError(f"stored graph: {error!r} while rebuilding it; the file is damaged") from error

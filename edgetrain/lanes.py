@@ -29,7 +29,7 @@ _BETWEEN = ("Relu", "LeakyRelu", "Clip", "Identity")  # operators that leave exa
 # Operators that move single channels, number by number where lanes hold channels: for an eighth of a vector at most.
 # With six of them, of 16 to 88 channels on 30x30 pixels, steps took 0.78 times as long as with samples at batch 2, 1.47
 # times at 4 and 2.24 times at 8 (16 lanes, docs/lanes.md; tests/test_lanes.py).
-_MOVING, _FEW = ("ChannelShuffle", "Concat"), 8
+_MOVING, _FEW = ("ChannelShuffle", "Concat", "Transpose"), 8
 
 
 def sample_lanes(batch_size: int) -> int:

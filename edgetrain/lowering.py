@@ -430,6 +430,23 @@ class Lowering(ListedLowering):
                 **(strides(x=a, y=b) | apart),
             )  # fmt: skip
 
+    def transpose(self, x: Value, y: Value, order: Sequence[int]) -> None:
+        """Emit a copy with other axes: ``order`` tells which of x's (channels, rows, columns) each of y's is.
+
+        A kernel call per index of the shortest axis, whose rows are runs of single pixels along another one.
+        """
+        a, b = self.layout(x), self.layout(y)
+        sources, targets = (a.channel, a.row, a.pixel), (b.channel, b.row, b.pixel)
+        sizes = (b.channels, b.rows, b.columns)
+        run, *(outer, inner) = sorted(range(3), key=lambda axis: sizes[axis])
+        for i in range(sizes[run]):
+            self.emit(
+                "copy_maps", (self.lanes,), self.blocks * sizes[outer], vectors=1, channels=sizes[outer],
+                rows=sizes[inner], x=self.address(x) + i * sources[order[run]], x_block=a.block,
+                x_channel=sources[order[outer]], x_row=sources[order[inner]], y=self.address(y) + i * targets[run],
+                y_block=b.block, y_channel=targets[outer], y_row=targets[inner],
+            )  # fmt: skip
+
     def fill(self, y: Value, value: float) -> None:
         """Emit a constant for all pixels."""
         out = self.layout(y)

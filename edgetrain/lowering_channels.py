@@ -7,6 +7,7 @@ channels, or indexes them, differs. ``fits`` says which graphs can be lowered so
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -29,10 +30,10 @@ _PLAIN = (
     "Clip", "Concat", "Dropout", "DropoutTraining", "Elu", "Flatten", "GlobalAveragePool", "HardSigmoid", "HardSwish",
     "Identity", "LeakyRelu", "MaskActivation", "MaxPool", "MaxPoolGrad", "MaxPoolTraining", "MeanSquaredErrorLoss",
     "MeanSquaredErrorLossGrad", "Pad", "Relu", "ReluMask", "ReluMaskGrad", "Reshape", "ResidualNormalizationGrad",
-    "Sigmoid", "SoftmaxCrossEntropyLoss", "SoftmaxCrossEntropyLossGrad", "Tanh",
+    "Sigmoid", "SoftmaxCrossEntropyLoss", "SoftmaxCrossEntropyLossGrad", "Tanh", "Transpose",
 )  # fmt: skip
 
-_COPIES = ("ChannelShuffle", "Concat", "Flatten", "Pad", "Reshape")
+_COPIES = ("ChannelShuffle", "Concat", "Flatten", "Pad", "Reshape", "Transpose")
 
 
 def fits(nodes: Sequence[Node]) -> bool:
@@ -318,6 +319,14 @@ class ChannelLowering(Lowering):
         self.emit_copy(x, y, [
             (a.offset((c, row, column)), b.offset((c % per * group + c // per, row, column)))
             for c in range(a.channels) for row in range(a.rows) for column in range(a.columns)
+        ])  # fmt: skip
+
+    def transpose(self, x: Value, y: Value, order: Sequence[int]) -> None:
+        """See ``Lowering.transpose``; numbers move one by one."""
+        a, b = self.layout(x), self.layout(y)
+        self.emit_copy(x, y, [
+            (a.offset(place), b.offset((place[order[0]], place[order[1]], place[order[2]])))
+            for place in itertools.product(range(a.channels), range(a.rows), range(a.columns))
         ])  # fmt: skip
 
     def squared_error(self, node: Node) -> None:

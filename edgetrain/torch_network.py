@@ -390,4 +390,5 @@ _TABLE: dict[str, Rebuild] = {
     "Reshape": lambda net, node, x: x.reshape(x.shape[0], *node.attributes["shape"]),
     "Sigmoid": lambda net, node, x: torch.sigmoid(x),
     "Tanh": lambda net, node, x: torch.tanh(x),
+    "Transpose": lambda net, node, x: x.permute(*node.attributes["perm"]),
 }

@@ -347,7 +347,7 @@ def arithmetic() -> Iterable[Case]:
 
 
 def data_movement() -> Iterable[Case]:
-    """Concat, Pad, Flatten, Reshape."""
+    """Concat, Pad, Flatten, Reshape, Transpose."""
     yield Case("concat", (2, 4, 5), lambda net, x: net.Concat(
         net.conv(x, 3, 2, 1, 1), x, net.conv(x, 1, 2, 3, 3, pads=[1] * 4), axis=1), wide=True)  # fmt: skip
     yield Case("concat-itself", (3, 4, 4), lambda net, x: net.Concat(x, x, axis=1))
@@ -356,6 +356,13 @@ def data_movement() -> Iterable[Case]:
         yield Case(f"channel-shuffle-{group}", (6, 4, 5), lambda net, x, group=group: net.conv(
             net.ChannelShuffle(net.Tanh(x), group=group), 4, 6, 3, 3, pads=[1] * 4), wide=group == 2)  # fmt: skip
     yield Case("channel-shuffle-12", (24, 3, 3), lambda net, x: net.ChannelShuffle(x, group=12))
+    for perm in ([0, 1, 3, 2], [0, 2, 1, 3], [0, 2, 3, 1], [0, 3, 1, 2], [0, 3, 2, 1]):
+        yield Case(f"transpose-{''.join(map(str, perm))}", (6, 4, 5), lambda net, x, perm=perm: net.conv(
+            net.Transpose(net.conv(x, 6, 6, 3, 3, pads=[1] * 4), perm=perm), 4, (6, 4, 5)[perm[1] - 1], 3, 3,
+            pads=[1] * 4), wide=perm[1] == 2)  # fmt: skip
+    yield Case("transpose-signal", (3, 40), lambda net, x: net.Transpose(net.Transpose(net.Tanh(x), perm=[0, 2, 1]),
+                                                                         perm=[0, 2, 1]))  # fmt: skip
+    yield Case("transpose-many-channels", (40, 2, 3), lambda net, x: net.Transpose(x, perm=[0, 2, 3, 1]))
     yield Case("concat-one", (3, 4, 4), lambda net, x: net.Concat(x, axis=1))
     yield Case("concat-vectors", (5,), lambda net, x: net.Concat(x, net.Sigmoid(x), axis=1))
     yield Case("concat-signals", (2, 7), lambda net, x: net.Concat(net.Relu(x), net.conv(x, 3, 2, 1), axis=1))

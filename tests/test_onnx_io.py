@@ -280,6 +280,50 @@ def test_a_bias_of_equal_numbers_is_no_expansion_over_the_batch(channels: int) -
     np.testing.assert_array_equal(outputs(graph, ones(1, 2)), 3 * ones(1, channels))
 
 
+KERAS = """(float[N,8,6,3] x) => (float[N,4] y) {
+    t = Transpose<perm = [0,3,1,2]>(x) c = Conv<pads = [1,1,1,1]>(t, k, b) r = Relu(c)
+    p = MaxPool<kernel_shape = [2,2], strides = [2,2]>(r) u = Transpose<perm = [0,2,3,1]>(p) f = Reshape(u, s)
+    m = MatMul(f, w) y = Add(m, v) }"""
+
+
+@pytest.mark.parametrize("normalized", [False, True])
+@pytest.mark.parametrize("count", [1, 3, 16])
+def test_networks_of_keras_have_their_channels_last(count: int, normalized: bool, tmp_path: Path) -> None:
+    """Inside they are first: data are (N, C, H, W) as everywhere, files keep their input and the order of features."""
+    rng = np.random.default_rng(count)
+    shapes = {"k": (5, 3, 3, 3), "b": (5,), "w": (60, 4), "v": (4,)}
+    arrays = {name: rng.normal(0, 0.3, shape).astype(np.float32) for name, shape in shapes.items()}
+    model = net(KERAS, s=np.array([-1, 60]), **arrays)
+    onnx.save(model, tmp_path / "keras.onnx")
+    graph = load_onnx(tmp_path / "keras.onnx")
+    assert (graph.input_shape, graph.channels_last, graph.trainable) == ((3, 8, 6), True, set(shapes))
+    if normalized:
+        graph.normalization = Normalization(np.array([0.1, 0.2, 0.3], np.float32), np.array([1, 2, 0.5], np.float32))
+    x = rng.normal(size=(count, 8, 6, 3)).astype(np.float32)
+    mean, std = ([0.1, 0.2, 0.3], [1, 2, 0.5]) if normalized else (0, 1)
+    learner = et.Learner(graph, batch_size=count)
+    wanted = run(tmp_path / "keras.onnx", ((x - mean) / std).astype(np.float32))
+    first = np.moveaxis(x, 3, 1)
+    np.testing.assert_allclose(learner.logits(first), wanted, atol=1e-5)
+    learner.partial_fit(first, rng.integers(0, 4, count))
+    learner.export_onnx(tmp_path / "trained.onnx")
+    learner.save(tmp_path / "trained.safetensors")
+    np.testing.assert_allclose(run(tmp_path / "trained.onnx", x), learner.logits(first), atol=1e-5)
+    for again in (et.Learner(load_onnx(tmp_path / "trained.onnx")), load_checkpoint(tmp_path / "trained.safetensors")):
+        assert again.graph.channels_last
+        np.testing.assert_allclose(again.logits(first), learner.logits(first), atol=1e-5)
+    assert learner.load_parameters(tmp_path / "keras.onnx").by_name == ("k", "b", "w", "v")
+
+
+def test_an_input_that_others_read_too_keeps_its_axes() -> None:
+    text = """(float[N,4,6,3] x) => (float[N,3,4,6] y) {
+        t = Transpose<perm = [0,3,1,2]>(x) r = Relu(x) u = Transpose<perm = [0,3,1,2]>(r) y = Add(t, u) }"""
+    graph = load_onnx(net(text))
+    assert (graph.input_shape, graph.channels_last) == ((4, 6, 3), False)
+    x = np.random.default_rng(0).normal(size=(2, 4, 6, 3)).astype(np.float32)
+    np.testing.assert_array_equal(outputs(graph, x), np.moveaxis(x + np.maximum(x, 0), 3, 1))
+
+
 def test_a_shuffle_with_an_identity_in_its_middle_is_one() -> None:
     """As PyTorch writes ``.contiguous()`` where it does not optimise."""
     text = """(float[N,4,2,2] x) => (float[N,4,2,2] y) {

@@ -92,10 +92,12 @@ def build_model(
     from onnx import helper
 
     opset, ir_version = _versions(graph)
-    nodes, tensors = _normalization(graph)
+    nodes, first = _channels_first(graph)
+    (more_nodes, tensors), first = _normalization(graph, first)
+    nodes += more_nodes
     tensors += [_tensor(name, array) for name, array in _merged(graph, arrays or {}).items()]
     for node in graph.nodes:
-        more_nodes, more_tensors = WRITERS.get(node.op_type, _plain)(_renamed_input(graph, node))
+        more_nodes, more_tensors = WRITERS.get(node.op_type, _plain)(_renamed_input(graph, node, first))
         nodes += more_nodes
         tensors += more_tensors
     outputs = [_described(graph.values[name]) for name in graph.outputs]
@@ -106,6 +108,8 @@ def build_model(
         nodes.append(helper.make_node(ending, [logits], [name], name=name, axis=-1))
         outputs[0] = _described(Value(name, graph.output_shape))
     inputs = [_described(graph.values[name]) for name in graph.inputs]
+    if graph.channels_last:
+        inputs[0] = _described(Value(graph.inputs[0], (*graph.input_shape[1:], graph.input_shape[0])))
     body = helper.make_graph(nodes, graph.name, inputs, outputs, tensors)
     model = helper.make_model(
         body, producer_name=PRODUCER, producer_version=__version__, opset_imports=[helper.make_opsetid("", opset)]
@@ -172,26 +176,34 @@ def _tensor(name: str, array: Any, dtype: type[np.generic] = np.float32) -> Tens
     return numpy_helper.from_array(np.asarray(array, dtype=dtype, order="C"), name)
 
 
-# --- input normalisation: two recognisable nodes in front of the network ---------------------------------------------
+# --- in front of the network: channels put first, input normalisation in two recognisable nodes ----------------------
 
 
-def _normalized(name: str) -> str:
-    return f"{name}.normalized"
-
-
-def _normalization(graph: Graph) -> Written:
-    """Return ``(x - mean) / std`` for the first input, or nothing."""
-    if graph.normalization is None:
-        return [], []
+def _channels_first(graph: Graph) -> tuple[list[NodeProto], str]:
+    """Return what puts the channels of the first input first, if they are last there, and the name of the result."""
+    x = graph.inputs[0]
+    if not graph.channels_last:
+        return [], x
     from onnx import helper
 
-    x, centred = graph.inputs[0], f"{graph.inputs[0]}.centred"
+    rank, y = len(graph.input_shape) + 1, f"{x}.channels_first"
+    return [helper.make_node("Transpose", [x], [y], name=y, perm=[0, rank - 1, *range(1, rank - 1)])], y
+
+
+def _normalization(graph: Graph, x: str) -> tuple[Written, str]:
+    """Return ``(x - mean) / std`` for the first input, if it is normalised, and the name of the result."""
+    if graph.normalization is None:
+        return ([], []), x
+    from onnx import helper
+
+    centred, normalized = f"{graph.inputs[0]}.centred", f"{graph.inputs[0]}.normalized"
     mean, std = f"{NORMALIZATION}.mean", f"{NORMALIZATION}.std"
     nodes = [
         helper.make_node("Sub", [x, mean], [centred], name=SUBTRACT_MEAN),
-        helper.make_node("Div", [centred, std], [_normalized(x)], name=DIVIDE_BY_STD),
+        helper.make_node("Div", [centred, std], [normalized], name=DIVIDE_BY_STD),
     ]
-    return nodes, [_tensor(mean, _per_channel(graph, "mean")), _tensor(std, _per_channel(graph, "std"))]
+    tensors = [_tensor(mean, _per_channel(graph, "mean")), _tensor(std, _per_channel(graph, "std"))]
+    return (nodes, tensors), normalized
 
 
 def _per_channel(graph: Graph, part: str) -> NDArray[np.float32]:
@@ -201,13 +213,11 @@ def _per_channel(graph: Graph, part: str) -> NDArray[np.float32]:
     return numbers.reshape(-1, *[1] * (len(graph.input_shape) - 1))
 
 
-def _renamed_input(graph: Graph, node: Node) -> Node:
-    """Let readers of the first input read the normalised one."""
-    if graph.normalization is None:
+def _renamed_input(graph: Graph, node: Node, first: str) -> Node:
+    """Let readers of the first input read what was made of it."""
+    if first == graph.inputs[0]:
         return node
-    renamed = [
-        Value(_normalized(v.name), v.shape) if v is not None and v.name == graph.inputs[0] else v for v in node.inputs
-    ]
+    renamed = [Value(first, v.shape) if v is not None and v.name == graph.inputs[0] else v for v in node.inputs]
     return Node(node.op_type, node.name, tuple(renamed), node.outputs, node.attributes)
 
 

@@ -8,7 +8,7 @@ with different markers must give the same graph (see ``_build``).
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -156,14 +156,26 @@ def _build(model: ModelProto, opset: int, marker: int) -> Graph:
     r = Reading(Graph(model.graph.name or "onnx"), opset, marker)
     _load_tensors(r, model.graph.initializer)
     inputs = [info for info in model.graph.input if info.name not in r.constants]
+    r.channels_last = _channels_last(model.graph, inputs)
     for info in inputs:
         _read_input(r, info)
     for node in live_nodes(model.graph):
         _read_node(r, node)
     _set_outputs(r, [info.name for info in model.graph.output])
-    r.graph.normalization = r.normalization
+    r.graph.normalization, r.graph.channels_last = r.normalization, bool(r.channels_last)
     r.graph.class_names = _class_names(model)
     return r.graph
+
+
+def _channels_last(graph: GraphProto, inputs: Sequence[ValueInfoProto]) -> str:
+    """Return the name of the only input if nodes read it with its last axis put first alone, as Keras' files do."""
+    names = [info.name for info in inputs]
+    readers = [node for node in graph.node if any(name in node.input for name in names)]
+    if len(names) != 1 or len(readers) != 1 or readers[0].op_type != "Transpose":
+        return ""
+    rank = len(inputs[0].type.tensor_type.shape.dim)
+    perm = Source.of(readers[0]).get("perm")
+    return names[0] if rank > 2 and perm == [0, rank - 1, *range(1, rank - 1)] else ""
 
 
 def _check_same(graph: Graph, other: Graph) -> None:
@@ -222,6 +234,8 @@ def _read_input(r: Reading, info: ValueInfoProto) -> None:
             f"{where}: dimension 0 is {sizes[0]}, but {r.fixed_batch} in other inputs; it must be the batch"
         )
     r.fixed_batch = sizes[0]
+    if info.name == r.channels_last:
+        fixed = [fixed[-1], *fixed[:-1]]
     r.values[info.name] = r.graph.add_input(info.name, fixed)
 
 

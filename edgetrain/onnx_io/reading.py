@@ -154,6 +154,7 @@ class Reading:
     probabilities: dict[str, str] = field(default_factory=dict)
     grouped: dict[str, tuple[Value, int, bool]] = field(default_factory=dict)
     withheld: dict[str, str] = field(default_factory=dict)
+    channels_last: str = ""
     mean: Array | None = None
     std: Array | None = None
 

@@ -130,7 +130,7 @@ def read_unsqueeze(r: Reading, node: Source) -> None:
 
 
 def read_transpose(r: Reading, node: Source) -> None:
-    """Accept permutations that leave the data in place, and those of a channel shuffle."""
+    """Read permutations of a sample's axes, and those of a channel shuffle; many only move axes of size 1."""
     if node.inputs[0] in r.grouped and node.get("perm") == [0, 2, 1, 3, 4]:
         x, group, dealt = r.grouped[node.inputs[0]]
         if dealt:
@@ -138,11 +138,17 @@ def read_transpose(r: Reading, node: Source) -> None:
         _keep_grouped(r, node, x, group, dealt=True)
         return
     x = r.value(node)
+    if node.inputs[0] == r.channels_last:
+        r.alias(node, x)
+        return
     perm = node.get("perm", list(range(len(x.shape) + 1))[::-1])
     moved = [axis for axis in perm[1:] if axis and x.shape[axis - 1] > 1]
-    if perm[0] != 0 or moved != sorted(moved):
-        r.fail(node, f"perm {perm} of {x} reorders data; supported are permutations that only move axes of size 1")
-    to_shape(r, node, x, [x.shape[axis - 1] for axis in perm[1:]])
+    if perm[0] != 0:
+        r.fail(node, f"perm {perm} of {x}: the batch dimension must stay first")
+    if moved == sorted(moved):
+        to_shape(r, node, x, [x.shape[axis - 1] for axis in perm[1:]])
+    else:
+        r.emit(node, "Transpose", [x.name], perm=perm)
 
 
 def read_expand(r: Reading, node: Source) -> None:

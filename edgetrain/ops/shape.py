@@ -157,6 +157,40 @@ class ChannelShuffle(Op):
         low.shuffle_channels(node.x, node.y, int(node.get("group")))
 
 
+@register
+class Transpose(Op):
+    """ONNX Transpose of the axes of a sample: ``perm`` has the batch, which stays first, included."""
+
+    name = "Transpose"
+    attributes = ("perm",)
+
+    def infer(self, node: Node) -> Sequence[tuple[Shape, bool]]:
+        """The sizes in their new order.
+
+        Raises:
+            GraphError: ``perm`` is no order of the axes that leaves the batch first, or there are more than three.
+        """
+        perm, rank = node.get("perm"), len(node.x.shape)
+        if not 1 <= rank <= 3 or perm is None or [*sorted(perm)] != [*range(rank + 1)] or perm[0]:
+            raise GraphError(f"{describe(node)}: perm={perm} of {node.x}, expected an order of up to three axes behind "
+                             "the batch, which stays first")  # fmt: skip
+        return [(tuple(node.x.shape[axis - 1] for axis in perm[1:]), True)]
+
+    def reference(self, node: Node, *inputs: Array) -> tuple[Array, ...]:
+        """NumPy's transpose."""
+        return (np.transpose(inputs[0], node.get("perm")),)
+
+    def gradient(self, node: Node, grad_out: Sequence[str | None], tape: Tape) -> Sequence[str | None]:
+        """The inverse order."""
+        perm = [int(axis) for axis in np.argsort(node.get("perm"))]
+        return [tape.add("Transpose", [grad_out[0]], like=node.x, perm=perm)]
+
+    def lower(self, node: Node, low: Lowering) -> None:
+        """A copy."""
+        order = [axis - 1 for axis in node.get("perm")[1:]]
+        low.transpose(node.x, node.y, {1: [0, 1, 2], 2: [2 * order[0], 1, 2 * order[-1]]}.get(len(order), order))
+
+
 def _pad_axes(node: Node) -> list[tuple[int, int]]:
     """Return (before, behind) for channels, rows, columns.
 
