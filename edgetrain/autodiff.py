@@ -106,7 +106,7 @@ def training_graph(graph: Graph, loss: str = "cross_entropy", label_smoothing: f
     if len(graph.outputs) > 1:
         raise GraphError(
             f"graph '{graph.name}' has the outputs {graph.outputs}, expected one, which the loss is of; export the "
-            f"network with that one alone, or choose it: graph.set_outputs({graph.outputs[:1]})"
+            "network with that one alone"
         )
     if not graph.trainable:
         remedy = "add their names to graph.trainable" if graph.arrays else "load a model that has weights"

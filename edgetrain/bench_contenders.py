@@ -146,7 +146,7 @@ def make_step(contender: str, case: Case) -> Step:
     if contender not in _MAKERS:
         raise UsageError(f"contender '{contender}' is unknown; expected one of {', '.join([*_MAKERS, 'sgemm'])}")
     graph = build_model(case.model, input_shape=case.input_shape)
-    x, y = batch_for(graph.input_shape, graph.output_shape[0], case.batch_size)
+    x, y = batch_for(graph.input_shape, graph.num_classes, case.batch_size)
     return _MAKERS[contender](graph, case, x, y)
 
 

@@ -53,7 +53,7 @@ class MnnStep:
         self._network.train(True)
         self._optimizer = mnn.optim.SGD(self._network, _LR, _MOMENTUM)
         self._x = _const(mnn, _as_images(x))
-        self._y = _const(mnn, np.eye(graph.output_shape[0], dtype=np.float32)[y])
+        self._y = _const(mnn, np.eye(graph.num_classes, dtype=np.float32)[y])
 
     def __call__(self) -> None:
         """Take one step. The loss is not read: MNN would compute the forward pass once more for that."""

@@ -63,7 +63,7 @@ class OnertStep:
             loss = train.losses.CategoricalCrossentropy("mean")
             self._session.compile(train.optimizer.SGD(_LR), loss, batch_size=len(x))
         self._x = [np.ascontiguousarray(np.moveaxis(x, 1, -1))]
-        self._y = [np.eye(graph.output_shape[0], dtype=np.float32)[y]]
+        self._y = [np.eye(graph.num_classes, dtype=np.float32)[y]]
 
     def __call__(self) -> float:
         """Take one step and return the loss."""

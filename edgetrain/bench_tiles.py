@@ -92,7 +92,7 @@ class _Steps:
         self._graph, self._profile, self._batch_size, self._threads = graph, profile, batch_size, threads
         rng = np.random.default_rng(0)
         self._x = rng.standard_normal((batch_size, *graph.input_shape)).astype(np.float32)
-        self._y = rng.integers(0, graph.output_shape[0], batch_size)
+        self._y = rng.integers(0, graph.num_classes, batch_size)
         self._learners: list[Learner] = []
 
     def add(self, tiles: Tiles) -> Learner:

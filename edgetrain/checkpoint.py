@@ -55,6 +55,8 @@ def save_checkpoint(learner: Learner, path: str | os.PathLike[str]) -> None:
     Raises:
         CheckpointError: the file cannot be written.
     """
+    if Path(path).is_dir():
+        raise CheckpointError(f"{path}: is a folder, expected a file name such as learner.safetensors in it")
     tensors, meta = learner.state()
     sparse = learner.topology.indices  # their weights are in the state only: a dense copy would say nothing new
     arrays = {key[8:]: a for key, a in tensors.items() if key.startswith("weights/") and key[8:] not in sparse}

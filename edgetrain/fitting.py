@@ -300,17 +300,14 @@ def _begin(learner: Learner, dataset: Samples, epochs: int, normalize: bool) -> 
     """Start a new fit or take up an unfinished one; return the number of epochs to reach."""
     epochs, history = integer_of("epochs", epochs, 1), learner.history
     if history.finished:
-        history.first_epoch, history.first_step, history.finished = learner.position.epoch, learner.step_count, False
+        history.first_epoch, history.finished = learner.position.epoch, False
+        history.first_step, history.first_seen = learner.step_count, learner.stream.seen
     last_epoch = history.first_epoch + epochs
     if last_epoch < learner.position.epoch or (last_epoch == learner.position.epoch and learner.position.batch):
         done = learner.position.epoch - history.first_epoch
         raise UsageError(f"epochs is {epochs}, but {done} are done already; ask for more, or load an older checkpoint")
-    if history.first_step is None:
-        total_steps = _step_count(learner, len(dataset), last_epoch)
-    else:
-        total_steps = history.first_step + _step_count(learner, len(dataset), epochs)
-    learner.topology.total_steps = total_steps
-    _set_schedule(learner, history, total_steps)
+    learner.topology.total_steps = _last_step(learner, len(dataset), last_epoch)
+    _set_schedule(learner, history, learner.topology.total_steps)
     if normalize and learner.step_count == 0 and learner.graph.normalization is None:
         learner.graph.normalization = Normalization(*dataset.statistics())
     if isinstance(dataset, Dataset):
@@ -324,21 +321,31 @@ def block_size(learner: Learner) -> int:
     return learner.batch_size if chosen is None else round(learner.batch_size / chosen.rate)
 
 
-def _step_count(learner: Learner, instances: int, epochs: int) -> int:
-    """Return the number of training steps in so many epochs; with a filter, as many as are to be expected."""
+def _last_step(learner: Learner, instances: int, last_epoch: int) -> int:
+    """Return the number of steps that will have been taken at the end of a fit, all others before it included.
+
+    With a filter it is what was to be expected when the fit began, so that one that goes on has the same.
+    """
+    history, position = learner.history, learner.position
     if learner.instance_filter is None:
-        return epochs * batch_count(instances, learner.batch_size)
-    kept = learner.instance_filter.kept_of(instances * epochs)
+        left = (last_epoch - position.epoch) * batch_count(instances, learner.batch_size) - position.batch
+        return max(1, learner.step_count + left)
+    first, seen, epochs = history.first_step or 0, history.first_seen or 0, last_epoch - history.first_epoch
+    if history.first_step is None:
+        epochs = last_epoch
+    kept = learner.instance_filter.kept_of(seen + instances * epochs) - learner.instance_filter.kept_of(seen)
     # The last, partial batch of an epoch is a step too.
-    return max(1, round(kept / learner.batch_size + epochs / 2))
+    return first + max(1, round(kept / learner.batch_size + epochs / 2))
 
 
 def _set_schedule(learner: Learner, history: History, total_steps: int) -> None:
     schedule = learner.optimizer.schedule
     if schedule is None:
         return
-    history.sets_schedule = history.sets_schedule or schedule.total_steps is None
+    chosen = history.sets_schedule and history.schedule_steps in (None, schedule.total_steps)
+    history.sets_schedule = chosen or schedule.total_steps is None
     if history.sets_schedule:
+        history.schedule_steps = total_steps
         open_ended = replace(learner.optimizer, schedule=replace(schedule, total_steps=None))
         learner.optimizer = open_ended.with_total_steps(total_steps)
 

@@ -130,10 +130,11 @@ class History:
         epochs: one record per finished epoch.
         running: sums of the unfinished epoch.
         first_epoch: epoch at which the present (or last) fit began.
-        first_step: step at which it did; ``None`` of older checkpoints, in which steps of other data or none of a fit
-            did not count.
+        first_step, first_seen: steps taken and instances that the filter had seen by then; ``None`` in checkpoints of
+            older versions, whose schedules counted the epochs of all fits as long as those of the latest one.
         finished: whether that fit reached its last epoch.
         sets_schedule: whether the fit chose the schedule's number of steps.
+        schedule_steps: the number that it chose, ``None`` in checkpoints of older versions: another one is the user's.
 
     Example:
         >>> History().column("loss")
@@ -144,8 +145,10 @@ class History:
     running: Totals = field(default_factory=Totals)
     first_epoch: int = 0
     first_step: int | None = None
+    first_seen: int | None = None
     finished: bool = True
     sets_schedule: bool = False
+    schedule_steps: int | None = None
 
     def __len__(self) -> int:
         """Return the number of finished epochs."""

@@ -11,7 +11,6 @@ import math
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -229,8 +228,7 @@ class Learner(NotCopied):
     def flush(self) -> StepResult | None:
         """Train on the instances that ``observe`` left waiting, a smaller batch than usual: where a stream ends.
 
-        Returns:
-            What happened, counted in ``stream.totals`` with the instances observed last; ``None`` when none wait.
+        Return what happened, counted in ``stream.totals`` with the instances observed last; ``None`` when none wait.
 
         Raises:
             NumericalError, MemoryBudgetError: as ``partial_fit``.
@@ -262,9 +260,8 @@ class Learner(NotCopied):
         """Return the gradients of the mean loss by parameter name, in training mode; nothing changes.
 
         They are those of the parameters that the next step begins with, not of averaged ones; where ``SWAT`` is about
-        to choose its weights anew, of those chosen last.
-        Weights that do not exist have the gradient 0 where nothing is stored for them (``RigL``, ``SET``,
-        ``StaticSparse``).
+        to choose its weights anew, of those chosen last. Weights that do not exist have the gradient 0 where nothing
+        is stored for them (``RigL``, ``SET``, ``StaticSparse``).
 
         Args:
             x, y: as for ``partial_fit``.
@@ -318,13 +315,19 @@ class Learner(NotCopied):
         return outputs
 
     def predict(self, x: Inputs) -> NDArray[np.int64]:
-        """Return the most probable class of every sample, int64 ``(N,)``; x as for ``partial_fit``."""
-        labels: NDArray[np.int64] = self.logits(x).reshape(-1, self.graph.num_classes).argmax(1)
+        """Return the most probable class of every sample, int64 ``(N,)``; x as for ``partial_fit``.
+
+        Raises:
+            GraphError: the network's outputs are no vectors of logits, here and in ``predict_proba`` and ``evaluate``.
+        """
+        classes = self.graph.num_classes
+        labels: NDArray[np.int64] = self.logits(x).reshape(-1, classes).argmax(1)
         return labels
 
     def predict_proba(self, x: Inputs) -> NDArray[np.float32]:
         """Return class probabilities float32 ``(N, num_classes)``; x as for ``partial_fit``."""
-        return np.exp(log_softmax(self.logits(x).reshape(-1, self.graph.num_classes))).astype(np.float32)
+        classes = self.graph.num_classes
+        return np.exp(log_softmax(self.logits(x).reshape(-1, classes))).astype(np.float32)
 
     def evaluate(self, x: Inputs, y: ArrayLike) -> dict[str, float]:
         """Return ``{"loss": mean loss, "accuracy": share of right predictions}`` in inference mode.
@@ -443,8 +446,6 @@ class Learner(NotCopied):
         Raises:
             CheckpointError: the file cannot be written.
         """
-        if Path(path).is_dir():
-            raise CheckpointError(f"{path}: is a folder, expected a file name such as learner.safetensors in it")
         with self._lock:
             save_checkpoint(self, path)
 

@@ -272,18 +272,18 @@ class Lowering(ListedLowering):
         """Emit the gradients of input, scale and bias.
 
         Args:
-            node: (x, grad_out, scale, bias, mean, 1 / std) -> (grad_x, grad_scale, grad_bias, ...).
+            node: (x, grad_out, scale, bias, mean, 1 / std) -> (grad_x, grad_scale, grad_bias, ...). With a record, of
+                ``again`` the largest numbers alone are written, see ``ops.pruning.MaskActivation``.
             bounds: what the output was clipped to.
             again: the output, if it is to be computed once more.
             kept: where the numbers of the channels belong that are chosen; the input gradient is theirs alone.
         """
         out, arguments = self.layout(node.y), self.gradient_arguments(node, bounds, again)
         borders = border_of(out) | border_of(self.layout(again) if again is not None else out, "y_")
-        written, counts = 0 if again is None else ALL, None
-        largest: dict[str, Ref | int] = {"record": 0, "counts": 0, "refresh": 0}
-        if node.get("record") is not None:
-            written, counts = LARGEST, self.workspace(8 * out.planes)
-            largest = {"record": self.record_of(node), "counts": counts, "refresh": int(node.get("refresh"))}
+        some = node.get("record") is not None
+        written = 0 if again is None else LARGEST if some else ALL
+        counts = self.workspace(8 * out.planes) if some else 0
+        largest = {"record": self.record_of(node) if some else 0, "counts": counts, "refresh": node.get("refresh", 0)}
 
         def emit(stage: int, jobs: int, **choice: Ref | int) -> None:
             repeats = 0 if stage in (ERRORS, REST, KEPT) else written  # along with the sums
@@ -291,7 +291,7 @@ class Lowering(ListedLowering):
                       state=Ref("state"), **borders, **arguments, **largest, **choice)  # fmt: skip
 
         self._emit_gradient(node, node.outputs[1:3], kept, emit)
-        if again is not None and counts is not None:
+        if again is not None and some:
             self.drop_elements(node, again, counts)
 
     def _emit_gradient(

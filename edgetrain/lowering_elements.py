@@ -124,7 +124,7 @@ class ElementLowering(PrunedLowering):
         _, choice = self._element_threshold(node, node.x, room, counts, parts)
         self.emit("keep_elements", (x.lanes,), x.planes, **source, **choice, **copy)
 
-    def drop_elements(self, node: Node, value: Value, counts: Ref) -> None:
+    def drop_elements(self, node: Node, value: Value, counts: Ref | int) -> None:
         """Emit the choice of another threshold for a map that was written with its largest numbers alone."""
         x = self.layout(value)
         numbers = self.plan.capacity * x.channels * x.rows * x.columns
@@ -140,7 +140,7 @@ class ElementLowering(PrunedLowering):
         return {"x": self.address(value), "record": self.record_of(node), **self.alive(x), **_planes(x)}
 
     def _element_threshold(
-        self, node: Node, value: Value, capacity: int, counts: Ref, parts: int = 1
+        self, node: Node, value: Value, capacity: int, counts: Ref | int, parts: int = 1
     ) -> tuple[Ref, dict[str, Ref]]:
         """Emit the choice; return where every channel's numbers go, and the arguments that tell what was chosen.
 

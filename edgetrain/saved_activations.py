@@ -104,19 +104,22 @@ def mask_activations(
 
 
 def _mask(train: TrainingGraph, node: Node, attributes: Mapping[str, Any], merge: bool = False) -> None:
-    """Let a weight gradient read a copy of its input with zeros; the capacity is what a list would have room for."""
-    graph, masked = train.graph, Value(f"{node.y.name}.masked", node.x.shape)
+    """Let a weight gradient read a copy of its input with zeros; the capacity is what a list would have room for.
+
+    ``merge`` as for ``mask_activations``.
+    """
+    graph, x, masked = train.graph, node.x, Value(f"{node.y.name}.masked", node.x.shape)
     graph.add_value(masked)
     graph.nodes[graph.nodes.index(node)] = replace(node, inputs=(masked, node.input(1)))
-    made = next((n for n in graph.nodes if node.x in n.outputs and n.op_type.endswith("GradAgain")), None)
-    if not merge or made is None or graph.consumers(node.x.name):
-        _insert_behind(train, node.x, Node("MaskActivation", masked.name, (node.x,), (masked,), attributes))
+    made = next((n for n in graph.nodes if x in n.outputs and n.op_type == "BatchNormalizationGradAgain"), None)
+    if made is None or not merge or graph.consumers(x.name):
+        _insert_behind(train, x, Node("MaskActivation", masked.name, (x,), (masked,), attributes))
         return
-    outputs = tuple(masked if value == node.x else value for value in made.outputs)
+    settings = {key: value for key, value in attributes.items() if key != "capacity"}
     graph.nodes[graph.nodes.index(made)] = replace(
-        made, outputs=outputs, attributes={**made.attributes, **attributes}
+        made, outputs=(*made.outputs[:3], masked), attributes={**made.attributes, **settings}
     )
-    del train.again[node.x.name]
+    del train.again[x.name]  # nobody makes it any more
 
 
 def _compress(train: TrainingGraph, node: Node, attributes: Mapping[str, Any]) -> None:

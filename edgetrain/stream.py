@@ -104,6 +104,11 @@ class InstanceStream:
         return float(self._faded[0] / self._faded[1]) if self._faded[1] else float("nan")
 
     @property
+    def seen(self) -> int:
+        """Instances that the filter has decided about, here or in ``fit``; 0 without a filter."""
+        return self._selector.seen if self._selector else 0
+
+    @property
     def facts(self) -> dict[str, float]:
         """Numbers that tell how the filter is doing."""
         return self._selector.facts if self._selector else {}

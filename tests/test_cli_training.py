@@ -148,8 +148,8 @@ def test_json_of_fit(inside, capsys, tmp_path):
     result = json.loads(out)
     assert code == 0
     assert set(result) == {
-        "run", "model", "data", "profile", "epochs", "validated_on", "loss", "accuracy", "best_epoch", "best_accuracy",
-        "seconds", "whole_seconds", "images_per_second", "memory_mib", "files", "savings",
+        "run", "model", "data", "profile", "timed_on", "epochs", "validated_on", "loss", "accuracy", "best_epoch",
+        "best_accuracy", "seconds", "whole_seconds", "images_per_second", "memory_mib", "files", "savings",
     }  # fmt: skip
     assert set(result["files"]) == {"model", "last", "best"}
     assert result["validated_on"] == "test"

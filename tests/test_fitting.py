@@ -58,7 +58,7 @@ class FakeLearner:
         self.batch_size, self.seed, self.optimizer = batch_size, seed, optimizer or FakeOptimizer()
         self.position, self.history, self.step_count = FakePosition(), History(), 0
         self.topology = SimpleNamespace(total_steps=None)
-        self.instance_filter, self.stream = None, SimpleNamespace(flush=lambda: None)
+        self.instance_filter, self.stream = None, SimpleNamespace(flush=lambda: None, seen=0)
         self.weights = np.zeros((3, 4))
         self.batches = []
 
@@ -180,8 +180,19 @@ def test_another_fit_ends_its_schedule_with_its_own_last_step():
     stopped = fit_loop(learner, dataset(8), 3, should_stop=lambda: learner.step_count == 29)
     assert learner.optimizer.schedule.total_steps == learner.topology.total_steps == 27 + 6
     learner.history = type(stopped).from_dict(stopped.to_dict())
+    fit_loop(learner, dataset(8), 3, should_stop=lambda: learner.step_count == 30)
+    assert learner.optimizer.schedule.total_steps == learner.topology.total_steps == 33
+    learner.step_count += 5  # between a stop and what goes on
     fit_loop(learner, dataset(8), 3)
-    assert learner.step_count == learner.optimizer.schedule.total_steps == learner.topology.total_steps == 33
+    assert learner.step_count == learner.optimizer.schedule.total_steps == learner.topology.total_steps == 38
+
+
+def test_a_schedule_of_given_length_between_two_fits_keeps_it():
+    learner = FakeLearner(optimizer=FakeOptimizer(schedule=FakeSchedule()))
+    fit_loop(learner, dataset(8), 1)
+    learner.optimizer = FakeOptimizer(schedule=FakeSchedule(500))
+    fit_loop(learner, dataset(8), 1)
+    assert learner.optimizer.schedule.total_steps == 500
 
 
 def test_schedule_with_a_length_keeps_it():

@@ -670,7 +670,7 @@ def test_a_network_of_two_outputs_is_not_trained_on_its_first():
     graph = Graph("heads", input_shape=(5,))
     heads = [graph.add("Gemm", ["input", graph.parameter(name, np.ones((5, 4)))]) for name in "ab"]
     graph.set_outputs(heads)
-    with pytest.raises(GraphError, match=r"'heads' has the outputs .*, expected one.*set_outputs"):
+    with pytest.raises(GraphError, match=r"'heads' has the outputs .*, expected one.*that one alone"):
         learner(graph).partial_fit(targets()[0], np.zeros(len(targets()[0]), int))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -240,8 +241,8 @@ def test_branch_with_a_constant_condition_is_taken() -> None:
     assert [node.op_type for node in graph.nodes] == ["Flatten"]
 
 
-@pytest.mark.parametrize(("index", "shape"), [(-1, (3,)), ([1], (3, 1))])
-def test_one_index_of_an_axis_is_cut_out(index: int | list[int], shape: tuple[int, ...]) -> None:
+@pytest.mark.parametrize(("index", "shape"), [(-1, (3,)), ([1], (3, 1)), ([[0]], (3, 1, 1))])
+def test_one_index_of_an_axis_is_cut_out(index: Any, shape: tuple[int, ...]) -> None:
     text = f"(float[N,3,4] x) => (float[{','.join(['N', *map(str, shape)])}] y) {{ y = Gather<axis = 2>(x, i) }}"
     graph = load_onnx(net(text, i=np.array(index)))
     x = np.arange(24, dtype=np.float32).reshape(2, 3, 4)

@@ -166,6 +166,22 @@ def test_sizes_of_one_are_no_other_shape() -> None:
     np.testing.assert_array_equal(learner.parameters()["slope"].ravel(), [0.5, 0.5])
 
 
+@pytest.mark.parametrize(("mine", "theirs"), [((8, 8, 3, 1), (8, 8, 1, 3)), ((8, 3, 1), (8, 1, 3))])
+def test_kernels_that_lie_otherwise_are_another_shape(mine: tuple[int, ...], theirs: tuple[int, ...]) -> None:
+    graph = network(body=(4, 4))
+    graph.parameter("k", np.zeros(mine))
+    _, report = match_parameters(graph, {"body": ones(4, 4), "k": ones(*theirs)})
+    assert (report.by_name, report.other_shape) == (("body",), ("k",))
+
+
+def test_slopes_match_by_order_too() -> None:
+    graph = network(k=(2, 2))
+    graph.parameter("slope", np.zeros((2, 1, 1)))
+    arrays, report = match_parameters(graph, {"c": ones(2, 2), "p": ones(2)})
+    assert report.by_order == (("k", "c"), ("slope", "p"))
+    assert arrays["slope"].shape == (2, 1, 1)
+
+
 def test_same_name_with_another_shape_is_reported() -> None:
     _, report = match_parameters(network(body=(32, 32), fc=(3, 32)), {"body": ones(32, 32), "fc": ones(10, 32)})
     assert report.by_name == ("body",)

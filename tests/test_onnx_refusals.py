@@ -47,6 +47,8 @@ REFUSED = {
                      r"'y' \(Softmax, .*over axis 1 of Nx2x4x4"),
     "pool indices": ("(float[N,1,4,4] x) => (int64[N,1,2,2] i) { y, i = MaxPool<kernel_shape = [2,2]>(x) }", {},
                      r"output 'i' of node 'y' \(MaxPool\) is not supported"),
+    "merged numbers": ("(float[N,2] x) => (float[1,N] y) { z = Gather<axis = 1>(x, i) y = Flatten<axis = 0>(z) }",
+                       {"i": np.array(0)}, r"'y' \(Flatten, .*would merge other dimensions with the batch"),
     "transposed batch": ("(float[N,2,3] x) => (float[2,N,3] y) { y = Transpose<perm = [1,0,2]>(x) }", {},
                          r"'y' \(Transpose, .*perm \[1, 0, 2\] of Nx2x3: the batch dimension must stay first"),
     "five axes": ("(float[N,2,3,2,2] x) => (float[N,3,2,2,2] y) { y = Transpose<perm = [0,2,1,3,4]>(x) }", {},

@@ -29,6 +29,7 @@ from edgetrain.pruning import (
 )
 from edgetrain.saved_activations import compress_activations, mask_activations
 from tests.engine import (
+    PROFILE,
     PRUNING_KERNELS,
     assert_all_close,
     assert_close,
@@ -36,6 +37,7 @@ from tests.engine import (
     channel_learner,
     learner,
     poison,
+    set_lanes,
     wide_host,
 )
 from tests.op_cases import Net
@@ -876,8 +878,10 @@ class Refreshed(Masked):
 
     def rewrite(self, train: TrainingGraph) -> None:
         mask_activations(train, dict.fromkeys(conv_weights(train.graph), self.density), 2, self.settings["merge"])
+
+    def skip(self, train: TrainingGraph) -> None:
         if self.settings["keep"]:
-            ErrorMapPruning(self.settings["keep"]).rewrite(train)
+            ErrorMapPruning(self.settings["keep"]).skip(train)
 
 
 def keep_elements(density: float) -> Any:
@@ -898,25 +902,43 @@ def test_weight_gradient_from_the_largest_numbers(norm, policy, count):
     assert_all_close(made.gradients(x, y), wanted, TOLERANCE)
 
 
-@pytest.mark.parametrize("count", [3, 8])
+@pytest.mark.parametrize("count", [3, 8, 21])
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("keep", [None, 0.5], ids=["whole errors", "half of the channels"])
-def test_normalisations_computed_again_write_their_largest_numbers_alone(keep, threads, count):
+def test_normalisations_computed_again_write_their_largest_numbers_alone(keep, threads, count, monkeypatch):
     """As copies do that are made behind them, in steps that choose thresholds (here every other) and in all others."""
+    set_lanes(monkeypatch, 8)
     net, made, (x, y) = Net((3, 8, 8)), list[tuple[Any, ...]](), batch(count)
     h = net.Relu(net.norm(net.conv("input", 8, 3, 3, 3, pads=SAME)))
     h = net.Clip(net.norm(net.conv(h, 8, 8, 3, 3, pads=SAME)), min=-1.0, max=1.5)
     h = net.Relu(net.norm(net.conv(h, 12, 8, 3, 3, pads=[0, 1, 2, 0], strides=[2, 1])))
     net.graph.set_outputs([net.Gemm(net.Flatten(h), net.parameter(5, math.prod(net.shape(h)), spread=0.1), transB=1)])
     for merge in (True, False):
-        one = learner(net.graph, 8, error_pruning=Refreshed(0.3, merge=merge, keep=keep), threads=threads)
+        policy = Refreshed(0.3, merge=merge, keep=keep)
+        one = Learner(net.graph, PROFILE, batch_size=max(8, count), threads=threads, error_pruning=policy)
+        assert one.plans.lanes == 8  # so 21 samples are three blocks
         losses = [one.partial_fit(x + np.float32(0.01 * n), y).loss for n in range(5)]
         weights = [one.graph.arrays[name].tobytes() for name in sorted(one.graph.trainable)]
         made.append((losses, one._parameters.buffers["tally"].tolist(), weights, one))
     merged, apart = ({row.kernel[0] for row in m[-1].training_plan().rows} for m in made)
     assert "drop_elements" in merged
     assert "drop_elements" not in apart
+    operators = {node.op_type for node in made[0][-1].plans.training.graph.nodes}
+    assert ("PrunedBatchNormalizationGradAgain" in operators) == (keep is not None)
     assert made[0][:-1] == made[1][:-1]
+
+
+def test_lists_of_weights_read_the_largest_numbers_alone_too():
+    """Kernels for both gradients make a normalised input themselves, and would make all of it."""
+    x, y = np.random.default_rng(0).normal(size=(16, 3, 16, 16)).astype(np.float32), np.arange(16) % 10
+    losses = []
+    for merge in (True, False):
+        policy = Refreshed(0.3, merge=merge, keep=None)
+        made = Learner(et.models.resnet((3, 16, 16), depth=8), PROFILE, batch_size=16, threads=1, error_pruning=policy,
+                       sparsity=et.RigL(weights=0.9, refresh=1000))  # fmt: skip
+        losses.append([made.partial_fit(x, y).loss for _ in range(4)])
+        assert "ProductGrads" in {node.op_type for node in made.plans._combined.graph.nodes}
+    assert losses[0] == losses[1]
 
 
 GEOMETRIES = {

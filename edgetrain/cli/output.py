@@ -2,16 +2,16 @@
 
 The keys of the JSON documents are part of the interface; later versions may add keys, and rename none.
 
-- fit, resume: run, model, data, profile, epochs, validated_on, loss, accuracy, best_epoch, best_accuracy, seconds,
-  whole_seconds, images_per_second, memory_mib, files {model, last, best}, savings; with sparsity: layers [of
+- fit, resume: run, model, data, profile, timed_on, epochs, validated_on, loss, accuracy, best_epoch, best_accuracy,
+  seconds, whole_seconds, images_per_second, memory_mib, files {model, last, best}, savings; with sparsity: layers [of
   layer_report.LayerUse.to_dict], topology {changes, seconds}
 - savings: of the columns of metrics.csv instances_* and macs_* and saved_*, instances_waiting, share_done, shares
   {saved_*}, seconds, whole_seconds, dense {seconds, how; of a baseline: accuracy, whole_seconds, run; of a run that is
   dense: itself}, time_saved; dense.seconds and time_saved are null where dense training cannot be timed, or nothing was
   trained on
-- fit --stream: run, model, data, profile, instances, instances_waiting, mode, running_accuracy, recent_accuracy, loss,
-  accuracy, seconds, whole_seconds, steps, batch_size, images_per_second, memory_mib, savings, filter {threshold,
-  filter_share}, files; with sparsity: layers, topology
+- fit --stream: run, model, data, profile, timed_on, instances, instances_waiting, mode, running_accuracy,
+  recent_accuracy, loss, accuracy, seconds, whole_seconds, steps, batch_size, images_per_second, memory_mib, savings,
+  filter {threshold, filter_share}, files; with sparsity: layers, topology
 - evaluate: model, data, images, loss, accuracy
 - predict: model, data, predictions [{index, label, class, probability, of an image file: file}]
 - export: from, model, bytes

@@ -124,7 +124,7 @@ def batch_norm_channels(lanes: int, adds: int) -> Body:
         epsilon = broadcast(load_f32(args + 160), lanes)
         low, high = broadcast(load_f32(args + 168), lanes), broadcast(load_f32(args + 176), lanes)
         share = broadcast(1.0 / (blocks * rows * columns), lanes)
-        one = broadcast(1.0, lanes)
+        one, infinite, broken = broadcast(1.0, lanes), broadcast(math.inf, lanes), broadcast(math.nan, lanes)
         for group in range(first, last):
             total = broadcast(0.0, lanes)
             for block in range(blocks):
@@ -145,7 +145,8 @@ def batch_norm_channels(lanes: int, adds: int) -> Body:
                         part = fma(away, away, part)
                     total = total + part
             spread = total * share
-            inverse = one / sqrt(spread + epsilon)
+            # See ``normalization.batch_norm``: an overflow must not pass for a healthy step.
+            inverse = select_gt(infinite, spread, one / sqrt(spread + epsilon), broken)
             store(mean + group * step, middle)
             store(variance + group * step, spread)
             store(inverse_std + group * step, inverse)

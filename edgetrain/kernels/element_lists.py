@@ -104,7 +104,7 @@ def _count_planes(
 
 @njit
 def limit_of_step(record: Any, state: Any, refresh: Any) -> Any:
-    """Return the threshold by which this step copies numbers: 0, that is all, where it chooses one anew from them."""
+    """Return the record's threshold, or 0 in steps that choose one anew, whose maps must be whole until then."""
     limit = load_f32(record + 4 * THRESHOLD)
     return np.float32(0.0) if limit <= 0.0 or load_i64(state + 8) % refresh == 0 else limit
 

@@ -260,7 +260,7 @@ def batch_norm(lanes: int, width: int, adds: int, stage: int) -> Body:
                 centre, count = centre + apart * more / both, both
             spread = total / count
             # An overflow would give 1 / inf = 0: a finite loss, and running statistics that are lost for good.
-            inverse = 1.0 / math.sqrt(spread + epsilon) if spread < math.inf else math.nan
+            inverse = 1.0 / math.sqrt(spread + epsilon) if np.float32(spread) < math.inf else math.nan
             if begin == 0:
                 store_f32(mean + 4 * channel, centre)
                 store_f32(variance + 4 * channel, spread)
@@ -318,7 +318,7 @@ def batch_norm_inference(lanes: int, width: int, inverted: int) -> Body:
     "x", "y", "grad_out", "grad_x", "scale", "bias", "mean", "inverse_std", "grad_scale", "grad_bias", "mask", "state",
     "parts", "channels", *_MAPS, "x_block", "x_channel", "x_row", "y_block", "y_channel", "y_row", "grad_block",
     "grad_channel", "grad_row", "grad_x_block", "grad_x_channel", "grad_x_row", *_BORDER,
-    *(f"y_{side}" for side in _BORDER), *_CHOICE, "f_low", "f_high", "f_epsilon", "record", "counts", "refresh",
+    *(f"y_{side}" for side in _BORDER), *_CHOICE, "record", "counts", "refresh", "f_low", "f_high", "f_epsilon",
 )  # fmt: skip
 def batch_norm_gradient(lanes: int, width: int, again: int, stage: int) -> Body:
     """Write the gradients of input, scale and bias (Ioffe and Szegedy 2015, section 3), and y if ``again``.
@@ -336,11 +336,10 @@ def batch_norm_gradient(lanes: int, width: int, again: int, stage: int) -> Body:
         (x, y, grad_out, grad_x, scale, bias, mean, inverse_std, grad_scale, grad_bias, mask, state, parts, channels,
          blocks, rows, columns, x_block, x_channel, x_row, y_block, y_channel, y_row, grad_block, grad_channel,
          grad_row, grad_x_block, grad_x_channel, grad_x_row, top, left, bottom, right, y_top, y_left, y_bottom,
-         y_right, scores, kept, kept_count) = arguments(args, 40)  # fmt: skip
-        low, high = broadcast(load_f32(args + 320), width), broadcast(load_f32(args + 328), width)
-        epsilon = load_f32(args + 336)
+         y_right, scores, kept, kept_count, record, counts, refresh) = arguments(args, 43)  # fmt: skip
+        low, high = broadcast(load_f32(args + 344), width), broadcast(load_f32(args + 352), width)
+        epsilon = load_f32(args + 360)
         nothing, zero, one = broadcast(0.0, lanes), broadcast(0.0, width), broadcast(1.0, width)
-        record, counts, refresh = load_i64(args + 344), load_i64(args + 352), load_i64(args + 360)
         limit = broadcast(limit_of_step(record, state, refresh) if again == LARGEST else np.float32(0.0), width)
         count = load_i64(state) * rows * columns
         for job in range(first, last):

@@ -129,9 +129,17 @@ def match_parameters(
     return {mine: array.reshape(graph.arrays[mine].shape) for mine, array in numbers.items()}, report
 
 
-def _sizes(array: NDArray[Any]) -> list[int]:
-    """Return the shape without its ones: a slope per channel is (C,) in files, and (C, 1, 1) as the graph reads it."""
-    return [size for size in array.shape if size != 1]
+def _sizes(array: NDArray[Any]) -> tuple[int, ...]:
+    """Return the shape without ones at its ends: a slope per channel is (C,) in files, (C, 1, 1) as the graph has it.
+
+    Those in between tell apart kernels of 1x3 and 3x1.
+    """
+    shape = list(array.shape)
+    while shape and shape[-1] == 1:
+        del shape[-1]
+    while shape and shape[0] == 1:
+        del shape[0]
+    return tuple(shape)
 
 
 def _in_order(wanted: Mapping[str, NDArray[Any]], offered: Mapping[str, NDArray[Any]]) -> dict[str, str]:
@@ -140,7 +148,7 @@ def _in_order(wanted: Mapping[str, NDArray[Any]], offered: Mapping[str, NDArray[
     Offered scalars are passed over: bounds and factors that a file keeps among its weights.
     """
     names = [name for name, array in offered.items() if array.ndim]
-    if [offered[name].shape for name in names] != [array.shape for array in wanted.values()]:
+    if [_sizes(offered[name]) for name in names] != [_sizes(array) for array in wanted.values()]:
         return {}
     return dict(zip(wanted, names, strict=True))
 

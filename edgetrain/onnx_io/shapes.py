@@ -66,7 +66,7 @@ def to_shape(r: Reading, node: Source, x: Value, shape: list[int]) -> None:
 def read_flatten(r: Reading, node: Source) -> None:
     """Make one vector per sample."""
     x = r.value(node)
-    if node.get("axis", 1) not in (1, -len(x.shape)):
+    if node.get("axis", 1) not in (1, -len(x.shape) or 1):
         r.fail(node, f"axis {node.get('axis')} of {x} would merge other dimensions with the batch; supported is axis 1")
     to_shape(r, node, x, [x.size])
 
@@ -205,15 +205,13 @@ def read_gather(r: Reading, node: Source) -> None:
     if axis == 0 or index is None or index.size != 1:
         told = "several indices" if axis else "samples of the batch"
         r.fail(node, f"{told} of {x}; supported is one index along an axis of a sample")
-    size, place = x.shape[axis - 1], int(index.reshape(-1)[0])
+    before, size, behind = x.shape[: axis - 1], x.shape[axis - 1], x.shape[axis:]
+    place = int(index.reshape(-1)[0])
     if not -size <= place < size:
         r.fail(node, f"index {place} of axis {axis} of {x}")
-    if index.ndim == 1:
-        _cut(r, node, x, {axis: (place % size, place % size + 1)})
-        return
     part = replace(node, name=f"{node.name}.part", outputs=(f"{node.outputs[0]}.part",))
     _cut(r, part, x, {axis: (place % size, place % size + 1)})
-    to_shape(r, node, r.graph.values[r.values[part.outputs[0]]], [n for i, n in enumerate(x.shape, 1) if i != axis])
+    to_shape(r, node, r.value(replace(node, inputs=part.outputs)), [*before, *[1] * index.ndim, *behind])
 
 
 def read_slice(r: Reading, node: Source) -> None:

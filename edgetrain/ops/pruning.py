@@ -18,7 +18,8 @@ Saved activations (``edgetrain.saved_activations.compress_activations`` inserts 
 - ``CompressedWeightGrad``: (lists, grad_out) -> gradient of all weights;
 - ``ExpandActivation``: lists -> x with zeros instead of its smaller numbers, in the backward pass, for weight gradients
   from lists of errors;
-- ``MaskActivation``: the same of x, in the forward pass, where lists of numbers do not pay.
+- ``MaskActivation``: the same of x, in the forward pass, where lists of numbers do not pay. Of a normalised map that is
+  computed again a ``BatchNormalizationGradAgain`` with a record makes it, in the backward pass.
 
 Only products of one group: a depthwise convolution has nothing to share out between channels.
 """
