@@ -1,0 +1,202 @@
+"""What runs leave behind: whole files, rows that belong to checkpoints, the best epoch, the account."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from edgetrain.checkpoint import load_checkpoint
+from edgetrain.errors import CheckpointError
+from edgetrain.history import EpochRecord, History
+from edgetrain.runs import Run, open_run
+from tests.cli_support import FIT, run, write_data
+
+
+def test_events_are_on_the_disk_when_they_are_told(tmp_path, monkeypatch):
+    synced, fsync = [], os.fsync
+
+    def noted(handle):
+        synced.append(os.readlink(f"/proc/self/fd/{handle}"))
+        fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    Run(tmp_path).log("started")
+    assert synced == [str(tmp_path / "events.jsonl")]
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda run: run.write_metrics(()),
+        lambda run: run.write_config({"a": {"b": 1}}),
+        lambda run: run.keep_metrics(0),
+        lambda run: run.write_environment({"b": 1}),
+    ],
+    ids=["R3", "R4", "R11", "environment"],
+)
+def test_a_full_disk_leaves_the_old_files(tmp_path, monkeypatch, write):
+    run = Run(tmp_path)
+    files = (run.metrics_file, run.config_file, run.environment_file)
+    for file in files:
+        file.write_text("old\n")
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(CheckpointError, match="No space left"):
+        write(run)
+    assert [file.read_text() for file in files] == ["old\n"] * 3
+
+
+def test_the_best_checkpoint_outlives_worse_epochs_and_resume_notes_its_epochs(capsys, tmp_path, monkeypatch):
+    """The best checkpoint stays when later epochs are worse; a changed number of epochs is remembered."""
+    monkeypatch.chdir(tmp_path)
+    write_data(tmp_path, 40)
+    found = iter([0.5, 0.75, 0.25, 0.1])
+    monkeypatch.setattr("edgetrain.fitting.evaluate_dataset", lambda *_: {"loss": 1.0, "accuracy": next(found)})
+    code, out, _ = run(capsys, *FIT, "--epochs", "3", "--json")
+    result = json.loads(out)
+    assert (code, result["best_epoch"], result["best_accuracy"], result["accuracy"]) == (0, 2, 0.75, 0.25)
+    made = open_run("runs/fit-1")
+    assert (load_checkpoint(made.best).position.epoch, load_checkpoint(made.last).position.epoch) == (2, 3)
+    assert run(capsys, "resume", "runs/fit-1", "--epochs", "4", "--quiet")[0] == 0
+    assert made.read_config()["training"]["epochs"] == 4
+    assert load_checkpoint(made.best).position.epoch == 2
+
+
+def test_the_first_of_equal_epochs_is_the_best():
+    one = EpochRecord(
+        epoch=1,
+        steps=1,
+        loss=1.0,
+        accuracy=0.5,
+        validation_loss=1.0,
+        validation_accuracy=0.75,
+        lr=0.1,
+        seconds=1.0,
+        images_per_second=1.0,
+        instances_seen=1,
+        instances_trained=1,
+        macs_dense=1,
+        macs_done=1,
+    )
+    assert History([one, replace(one, epoch=2, accuracy=0.9)]).best() is one
+
+
+def test_rows_without_their_checkpoint_are_taken_back(capsys, tmp_path, monkeypatch):
+    """Rows that a checkpoint does not know are taken back, though they end where it stands."""
+    from edgetrain.cli import streaming
+    from edgetrain.errors import CheckpointError
+
+    monkeypatch.chdir(tmp_path)
+    write_data(tmp_path, 80)
+    kept, end = streaming.save_checkpoint, streaming.StreamSession._end
+
+    def full(*_):
+        raise CheckpointError("no space")
+
+    def ending(self):
+        end(self)
+        monkeypatch.setattr(streaming, "save_checkpoint", full)  # behind the row of the rest, whose checkpoint fails
+
+    monkeypatch.setattr(streaming.StreamSession, "_end", ending)
+    flags = [
+        "fit",
+        "--stream",
+        "--data",
+        "digits.npz",
+        "--batch-size",
+        "8",
+        "--threads",
+        "1",
+        "--save-every",
+        "0",
+        "--quiet",
+    ]
+    assert run(capsys, *flags)[0] == 3
+    monkeypatch.setattr(streaming, "save_checkpoint", kept)
+    monkeypatch.setattr(streaming.StreamSession, "_end", end)
+    assert len(open_run("runs/fit-1").read_metrics()) == 1
+    assert run(capsys, "resume", "runs/fit-1", "--quiet")[0] == 0
+    rows = open_run("runs/fit-1").read_metrics()
+    assert [(row["epoch"], row["instances_seen"]) for row in rows] == [(1, 80)]
+
+
+def test_instances_without_their_row_are_learned_again(capsys, tmp_path, monkeypatch):
+    """Where rows cannot be written, no checkpoint knows their instances: resuming makes them again."""
+    from edgetrain.errors import CheckpointError
+    from edgetrain.runs import Run
+
+    monkeypatch.chdir(tmp_path)
+    write_data(tmp_path, 80)
+    kept = Run.add_metrics
+
+    def full(*_):
+        raise CheckpointError("no space")
+
+    monkeypatch.setattr(Run, "add_metrics", full)
+    flags = [
+        "fit",
+        "--stream",
+        "--data",
+        "digits.npz",
+        "--batch-size",
+        "8",
+        "--threads",
+        "1",
+        "--window",
+        "20",
+        "--quiet",
+    ]
+    assert run(capsys, *flags)[0] == 3
+    monkeypatch.setattr(Run, "add_metrics", kept)
+    assert run(capsys, "resume", "runs/fit-1", "--quiet")[0] == 0
+    assert sum(row["instances_seen"] for row in open_run("runs/fit-1").read_metrics()) == 80
+
+
+def test_rows_of_predictions_are_about_all_instances(capsys, tmp_path, monkeypatch):
+    """Rows of a stream that predicts first are about all its instances, whatever the filter keeps."""
+    monkeypatch.chdir(tmp_path)
+    write_data(tmp_path, 80)
+    flags = [
+        "fit",
+        "--stream",
+        "--predict-first",
+        "--data",
+        "digits.npz",
+        "--batch-size",
+        "8",
+        "--threads",
+        "1",
+        "--filter",
+        "random:rate=0.25",
+        "--quiet",
+    ]
+    assert run(capsys, *flags)[0] == 0
+    (row,) = open_run("runs/fit-1").read_metrics()
+    stream = load_checkpoint(open_run("runs/fit-1").last).stream
+    assert row["accuracy"] == pytest.approx(stream.accuracy)
+    assert row["loss"] == pytest.approx(stream.totals["predict"].mean_loss)
+
+
+def test_what_is_saved_is_a_share_of_dense_training():
+    from edgetrain.cli.savings import savings_of
+    from edgetrain.history import COUNTED
+
+    counts = dict.fromkeys(COUNTED, 0) | {"macs_dense": 100, "macs_done": 40, "saved_filter": 50, "saved_weights": 10}
+    told = savings_of(counts, 3.0, None, {"seconds": 12.0, "how": ""})
+    assert (told["time_saved"], told["share_done"]) == (0.75, 0.4)
+    assert (told["shares"]["saved_filter"], told["shares"]["saved_weights"]) == (0.5, 0.1)
+
+
+def test_equal_bytes_of_other_types_and_shapes_are_no_duplicates():
+    from edgetrain.checkpoint import _digest, _without_duplicates
+
+    zeros = {"a": np.zeros(4), "b": np.zeros(4, np.int64), "c": np.zeros((2, 2)), "d": np.zeros(4)}
+    assert _without_duplicates(zeros)[1] == {"d": "a"}
+    assert _digest({"a": zeros["a"]}, {}) != _digest({"z": zeros["a"]}, {})
