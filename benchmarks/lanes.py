@@ -92,7 +92,7 @@ def step_seconds(model: str, batch: int) -> dict:
     """Return the medians of a step with channels and with samples in the lanes."""
     graph, rng, contenders = MODELS[model](), np.random.default_rng(0), []
     x = rng.normal(size=(batch, *graph.input_shape)).astype(np.float32)
-    y = rng.integers(0, graph.output_shape[0], batch)
+    y = rng.integers(0, graph.num_classes, batch)
     for by_channel in (True, False):
         made = et.Learner(graph, batch_size=batch, threads=1, memory_budget=0, optimizer=et.SGD(lr=0.01, momentum=0.9))
         made.plans.__dict__["by_channel"] = by_channel  # a cached property
