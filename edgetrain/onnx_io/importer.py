@@ -174,8 +174,8 @@ def _channels_last(graph: GraphProto, inputs: Sequence[ValueInfoProto]) -> str:
     if len(names) != 1 or len(readers) != 1 or readers[0].op_type != "Transpose":
         return ""
     rank = len(inputs[0].type.tensor_type.shape.dim)
-    perm = Source.of(readers[0]).get("perm")
-    return names[0] if rank > 2 and perm == [0, rank - 1, *range(1, rank - 1)] else ""
+    first = rank > 2 and Source.of(readers[0]).get("perm") == [0, rank - 1, *range(1, rank - 1)]
+    return names[0] if first and any(readers[0].output[0] in node.input for node in graph.node) else ""
 
 
 def _check_same(graph: Graph, other: Graph) -> None:
