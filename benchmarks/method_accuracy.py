@@ -46,9 +46,11 @@ BATCH = 32
 
 # "fast": lengths of dense training that are tried with twice the rate too.
 MODELS = {
-    "lenet5": {"epochs": 20, "lr": 0.025, "dense": (1, 2, 3, 4, 5, 7, 10, 14, 20), "fast": (1, 2, 3, 4, 5), "seeds": 3},
-    "resnet8": {"epochs": 8, "lr": 0.05, "dense": (1, 2, 3, 4, 6, 8), "fast": (1, 2, 3, 4, 6, 8), "seeds": 2},
-}
+    "lenet5": {"epochs": 20, "long": 100, "lr": 0.025, "dense": (1, 2, 3, 4, 5, 7, 10, 14, 20, 40, 70, 100),
+               "fast": (1, 2, 3, 4, 5), "seeds": 3},
+    "resnet8": {"epochs": 8, "long": 32, "lr": 0.05, "dense": (1, 2, 3, 4, 6, 8),
+                "fast": (1, 2, 3, 4, 6, 8, 14, 32), "seeds": 2},
+}  # fmt: skip
 # SWAT's saved activations are pruned number by number, as published, or as vectors of lanes.
 SPARSE = {
     "swat-u-80": "swat:weights=0.8,activations=0.8,group=element",
@@ -67,6 +69,7 @@ SPARSE = {
     "rigl-90-refresh-500": "rigl:weights=0.9,refresh=500",
     "set-90": "set:weights=0.9",
     "set-90-refresh-500": "set:weights=0.9,refresh=500",
+    "set-90-long": "set:weights=0.9",
     "static-90": "static:weights=0.9",
     "rigl-90-uniform": "rigl:weights=0.9,distribution=uniform,dense_first=false,dense_last=true",
     "set-90-uniform": "set:weights=0.9,distribution=uniform,dense_first=false,dense_last=true",
@@ -92,6 +95,8 @@ LEARNING = {
 }
 
 
+# How settings are named that train for as many epochs as "long" says.
+LONG = "-long"
 # Step at which batches are timed: SWAT chooses more often before the 3,200th.
 LATER = 10_000
 # Images that times are measured with, in turn: with few, networks would know them all and pass nothing on.
@@ -114,7 +119,8 @@ INTRODUCTIONS = {
     "sparse": """Methods that thin out weights. Changes of topology are in the seconds, SWAT's choices of thresholds of
 activations (one step in 100, some 2 % of ResNet-20's time) are not. Gradients of SWAT are clipped to norm 1, as on the
 command line. The saved activations of convolutions are pruned number by number or ("lanes", and in the momentum and
-structured variants) as vectors of the samples that lie in the lanes; those of fully connected layers stay whole.""",
+structured variants) as vectors of the samples that lie in the lanes; those of fully connected layers stay whole. "long"
+is the same training for 100 epochs (LeNet-5) or 32 (ResNet-8).""",
     "learning": """Methods that choose instances (filter: `eif`, `selective`, `random`) or thin out the backward pass
 (`error-maps`, `random-channels`, `gradients` as vectors of lanes). All are offered the same instances; the
 cost of choosing is in the operations and in the seconds. The number is the share that is kept in percent, for gradients
@@ -158,8 +164,9 @@ def sparse_rate(model: str, name: str) -> float:
 
 def settings_of(model: str) -> dict[str, Setting]:
     """Return all settings by name."""
-    epochs = MODELS[model]["epochs"]
-    sparse = {name: Setting(epochs, sparsity=policy, rate=sparse_rate(model, name)) for name, policy in SPARSE.items()}
+    epochs, longer = MODELS[model]["epochs"], MODELS[model]["long"]
+    sparse = {name: Setting(longer if name.endswith(LONG) else epochs, sparsity=policy, rate=sparse_rate(model, name))
+              for name, policy in SPARSE.items()}  # fmt: skip
     return dense_settings(model) | sparse | {name: Setting(epochs, *policies) for name, policies in LEARNING.items()}
 
 
@@ -240,7 +247,7 @@ def measure(model: str, threads: int, rounds: int, source: str) -> None:
     training = load_dataset(source, split="train")
     x, y = training.take(np.arange(min(len(training), MEASURED)))
     feeds = {}
-    for name in ("dense-1", *SPARSE, *LEARNING):
+    for name in ("dense-1", *(name for name in SPARSE if not name.endswith(LONG)), *LEARNING):
         learner = make_learner(model, training, settings_of(model)[name], 0, threads)
         learner.optimizer = learner.optimizer.with_total_steps(10**6)
         learner.topology.total_steps = 10**6
@@ -371,7 +378,7 @@ def _row(name: str, results: list[dict], judge: Judge, seconds_per_batch: dict[s
     count = epochs * math.ceil(60_000 / BATCH)
     accuracy, operations = mean_accuracy(results), operations_of(results)
     dense = seconds_per_batch.get("dense-1")
-    batch = dense if name.startswith("dense-") else seconds_per_batch.get(name)
+    batch = dense if name.startswith("dense-") else seconds_per_batch.get(name.removesuffix(LONG))
     by_operations = judge.at(operations * epochs)
     by_time = judge.at(epochs * batch / dense) if batch and dense else None
     density = statistics.mean(r["density"] for r in results)
