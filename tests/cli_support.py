@@ -18,6 +18,7 @@ ROOT = Path(edgetrain.__file__).parents[1]
 # Small enough to train in a second, large enough to be interrupted in the middle of an epoch.
 FIT = ["fit", "--data", "digits.npz", "--epochs", "3", "--batch-size", "8", "--seed", "1", "--threads", "1",
        "--augment", "shift:2"]  # fmt: skip
+STREAM = ["fit", "--stream", "--data", "digits.npz", "--batch-size", "8", "--threads", "1"]
 TIMES = ("seconds", "images_per_second")
 
 

@@ -15,33 +15,17 @@ import edgetrain.onnx_io
 from edgetrain.checkpoint import load_checkpoint
 from edgetrain.cli import app
 from edgetrain.cli.config import FLAG_KEYS, effective, from_flags
-from edgetrain.cli.sources import describe_data
+from edgetrain.cli.sources import describe_data, load_splits, make_graph
 from edgetrain.runs import open_run
-from tests.cli_support import FIT, run, write_data
+from tests.cli_support import FIT, STREAM, run, write_data
 
 
 def test_a_run_trains_what_the_library_trains_with_the_same_settings(capsys, tmp_path, monkeypatch):
     """What a run trains is what the library trains with the same settings, and every setting counts."""
     monkeypatch.chdir(tmp_path)
     write_data(tmp_path, 80)
-    flags = [
-        "--epochs",
-        "1",
-        "--lr",
-        "0.02",
-        "--schedule",
-        "constant",
-        "--warmup",
-        "0",
-        "--weight-decay",
-        "0",
-        "--momentum",
-        "0.5",
-        "--no-nesterov",
-        "--label-smoothing",
-        "0.1",
-        "--quiet",
-    ]
+    flags = ["--epochs", "1", "--lr", "0.02", "--schedule", "constant", "--warmup", "0", "--weight-decay", "0",
+             "--momentum", "0.5", "--no-nesterov", "--label-smoothing", "0.1", "--quiet"]  # fmt: skip
     assert run(capsys, *FIT, *flags)[0] == 0
     data = et.load_dataset("digits.npz")
     graph = et.models.lenet5(num_classes=10, seed=1)
@@ -72,45 +56,21 @@ def test_epochs_are_saved_after_minutes_not_seconds(capsys, tmp_path, monkeypatc
 
 
 def test_streams_are_saved_after_minutes_not_seconds(capsys, tmp_path, monkeypatch):
-    import time
 
     monkeypatch.chdir(tmp_path)
     write_data(tmp_path, 80)
     begin, now = time.monotonic(), iter(range(0, 10**6, 8))
     monkeypatch.setattr("edgetrain.cli.streaming.time.monotonic", lambda: begin + next(now))
-    flags = [
-        "fit",
-        "--stream",
-        "--data",
-        "digits.npz",
-        "--batch-size",
-        "8",
-        "--threads",
-        "1",
-        "--save-every",
-        "9",
-        "--quiet",
-    ]
+    flags = [*STREAM, "--save-every", "9", "--quiet"]
     assert run(capsys, *flags)[0] == 0
     assert "saved" not in {event["event"] for event in open_run("runs/fit-1").read_events()}
 
 
-@pytest.mark.parametrize("stream", [[], ["--stream"]], ids=["epochs", "stream"])
+@pytest.mark.parametrize("stream", [False, True], ids=["epochs", "stream"])
 def test_resume_takes_other_threads(capsys, tmp_path, monkeypatch, stream):
     monkeypatch.chdir(tmp_path)
     write_data(tmp_path, 80)
-    flags = [
-        "fit",
-        "--data",
-        "digits.npz",
-        "--batch-size",
-        "8",
-        "--threads",
-        "1",
-        "--quiet",
-        *(stream or ["--epochs", "1"]),
-    ]
-    assert run(capsys, *flags)[0] == 0
+    assert run(capsys, *(STREAM if stream else [*FIT, "--epochs", "1"]), "--quiet")[0] == 0
     if stream:
         write_data(tmp_path, 160)
     more = [] if stream else ["--epochs", "2"]
@@ -120,8 +80,6 @@ def test_resume_takes_other_threads(capsys, tmp_path, monkeypatch, stream):
 
 def test_test_data_are_preferred_to_validation_data(tmp_path):
     image = pytest.importorskip("PIL.Image")
-    from edgetrain.cli.config import effective
-    from edgetrain.cli.sources import load_splits
 
     for split, grey in (("train", 10), ("validation", 20), ("test", 30)):
         for name in "ab":
@@ -132,8 +90,6 @@ def test_test_data_are_preferred_to_validation_data(tmp_path):
 
 
 def test_the_seed_makes_the_network():
-    from edgetrain.cli.config import effective
-    from edgetrain.cli.sources import make_graph
 
     data = et.load_dataset("embedded", split="test")
     graphs = [make_graph(effective({"training": {"seed": seed}})[0], data) for seed in (1, 2)]
@@ -142,9 +98,6 @@ def test_the_seed_makes_the_network():
 
 def test_the_seed_chooses_what_is_held_out(tmp_path, monkeypatch):
     """Which images are held out depends on the seed of the run."""
-    from edgetrain.cli.config import effective
-    from edgetrain.cli.sources import load_splits
-
     monkeypatch.chdir(tmp_path)
     np.savez("only.npz", x=np.arange(40 * 16, dtype=np.float32).reshape(40, 1, 4, 4), y=np.arange(40) % 2)
     held = [

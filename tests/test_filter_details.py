@@ -10,6 +10,7 @@ import pytest
 import edgetrain as et
 import edgetrain.onnx_io
 from edgetrain.errors import NumericalError
+from edgetrain.fitting import block_size
 from edgetrain.graph import Normalization
 from edgetrain.policies import agrees, parse_policy
 from tests.test_filters import FILTERS, instances, learner
@@ -103,7 +104,6 @@ def test_samples_are_told_by_their_place_in_the_call(monkeypatch):
 
 
 def test_blocks_of_candidates_are_rounded():
-    from edgetrain.fitting import block_size
 
     assert [block_size(learner(f"random:rate={rate}", batch_size=16)) for rate in (0.35, 0.3, 1)] == [46, 53, 16]
 

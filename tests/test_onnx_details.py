@@ -7,6 +7,7 @@ import pytest
 
 import edgetrain as et
 import edgetrain.onnx_io
+from edgetrain.errors import UnsupportedError
 from edgetrain.graph import Normalization
 
 
@@ -95,7 +96,6 @@ def test_the_last_part_of_a_split_may_be_smaller():
 
 def test_indices_count_from_the_end_and_attributes_do_not_know_the_batch():
     onnx = pytest.importorskip("onnx")
-    from edgetrain.errors import UnsupportedError
 
     h, f = onnx.helper, onnx.TensorProto.FLOAT
 

@@ -9,11 +9,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from edgetrain.checkpoint import load_checkpoint
+from edgetrain.checkpoint import _digest, _without_duplicates, load_checkpoint
+from edgetrain.cli import streaming
+from edgetrain.cli.savings import savings_of
 from edgetrain.errors import CheckpointError
-from edgetrain.history import EpochRecord, History
+from edgetrain.history import COUNTED, EpochRecord, History
 from edgetrain.runs import Run, open_run
-from tests.cli_support import FIT, run, write_data
+from tests.cli_support import FIT, STREAM, run, write_data
 
 
 def test_events_are_on_the_disk_when_they_are_told(tmp_path, monkeypatch):
@@ -90,9 +92,6 @@ def test_the_first_of_equal_epochs_is_the_best():
 
 def test_rows_without_their_checkpoint_are_taken_back(capsys, tmp_path, monkeypatch):
     """Rows that a checkpoint does not know are taken back, though they end where it stands."""
-    from edgetrain.cli import streaming
-    from edgetrain.errors import CheckpointError
-
     monkeypatch.chdir(tmp_path)
     write_data(tmp_path, 80)
     kept, end = streaming.save_checkpoint, streaming.StreamSession._end
@@ -105,19 +104,7 @@ def test_rows_without_their_checkpoint_are_taken_back(capsys, tmp_path, monkeypa
         monkeypatch.setattr(streaming, "save_checkpoint", full)  # behind the row of the rest, whose checkpoint fails
 
     monkeypatch.setattr(streaming.StreamSession, "_end", ending)
-    flags = [
-        "fit",
-        "--stream",
-        "--data",
-        "digits.npz",
-        "--batch-size",
-        "8",
-        "--threads",
-        "1",
-        "--save-every",
-        "0",
-        "--quiet",
-    ]
+    flags = [*STREAM, "--save-every", "0", "--quiet"]
     assert run(capsys, *flags)[0] == 3
     monkeypatch.setattr(streaming, "save_checkpoint", kept)
     monkeypatch.setattr(streaming.StreamSession, "_end", end)
@@ -129,9 +116,6 @@ def test_rows_without_their_checkpoint_are_taken_back(capsys, tmp_path, monkeypa
 
 def test_instances_without_their_row_are_learned_again(capsys, tmp_path, monkeypatch):
     """Where rows cannot be written, no checkpoint knows their instances: resuming makes them again."""
-    from edgetrain.errors import CheckpointError
-    from edgetrain.runs import Run
-
     monkeypatch.chdir(tmp_path)
     write_data(tmp_path, 80)
     kept = Run.add_metrics
@@ -140,19 +124,7 @@ def test_instances_without_their_row_are_learned_again(capsys, tmp_path, monkeyp
         raise CheckpointError("no space")
 
     monkeypatch.setattr(Run, "add_metrics", full)
-    flags = [
-        "fit",
-        "--stream",
-        "--data",
-        "digits.npz",
-        "--batch-size",
-        "8",
-        "--threads",
-        "1",
-        "--window",
-        "20",
-        "--quiet",
-    ]
+    flags = [*STREAM, "--window", "20", "--quiet"]
     assert run(capsys, *flags)[0] == 3
     monkeypatch.setattr(Run, "add_metrics", kept)
     assert run(capsys, "resume", "runs/fit-1", "--quiet")[0] == 0
@@ -163,20 +135,7 @@ def test_rows_of_predictions_are_about_all_instances(capsys, tmp_path, monkeypat
     """Rows of a stream that predicts first are about all its instances, whatever the filter keeps."""
     monkeypatch.chdir(tmp_path)
     write_data(tmp_path, 80)
-    flags = [
-        "fit",
-        "--stream",
-        "--predict-first",
-        "--data",
-        "digits.npz",
-        "--batch-size",
-        "8",
-        "--threads",
-        "1",
-        "--filter",
-        "random:rate=0.25",
-        "--quiet",
-    ]
+    flags = [*STREAM, "--predict-first", "--filter", "random:rate=0.25", "--quiet"]
     assert run(capsys, *flags)[0] == 0
     (row,) = open_run("runs/fit-1").read_metrics()
     stream = load_checkpoint(open_run("runs/fit-1").last).stream
@@ -185,8 +144,6 @@ def test_rows_of_predictions_are_about_all_instances(capsys, tmp_path, monkeypat
 
 
 def test_what_is_saved_is_a_share_of_dense_training():
-    from edgetrain.cli.savings import savings_of
-    from edgetrain.history import COUNTED
 
     counts = dict.fromkeys(COUNTED, 0) | {"macs_dense": 100, "macs_done": 40, "saved_filter": 50, "saved_weights": 10}
     told = savings_of(counts, 3.0, None, {"seconds": 12.0, "how": ""})
@@ -195,7 +152,6 @@ def test_what_is_saved_is_a_share_of_dense_training():
 
 
 def test_equal_bytes_of_other_types_and_shapes_are_no_duplicates():
-    from edgetrain.checkpoint import _digest, _without_duplicates
 
     zeros = {"a": np.zeros(4), "b": np.zeros(4, np.int64), "c": np.zeros((2, 2)), "d": np.zeros(4)}
     assert _without_duplicates(zeros)[1] == {"d": "a"}
