@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import signal
 from dataclasses import replace
 
 import numpy as np
@@ -11,7 +13,9 @@ import pytest
 
 from edgetrain.checkpoint import _digest, _without_duplicates, load_checkpoint
 from edgetrain.cli import streaming
+from edgetrain.cli.progress import choose_display
 from edgetrain.cli.savings import savings_of
+from edgetrain.cli.signals import StopOnSignal, interrupts_kept
 from edgetrain.errors import CheckpointError
 from edgetrain.history import COUNTED, EpochRecord, History
 from edgetrain.runs import Run, open_run
@@ -156,3 +160,16 @@ def test_equal_bytes_of_other_types_and_shapes_are_no_duplicates():
     zeros = {"a": np.zeros(4), "b": np.zeros(4, np.int64), "c": np.zeros((2, 2)), "d": np.zeros(4)}
     assert _without_duplicates(zeros)[1] == {"d": "a"}
     assert _digest({"a": zeros["a"]}, {}) != _digest({"z": zeros["a"]}, {})
+
+
+def test_an_interrupt_that_a_callback_swallows_counts_all_the_same():
+    with pytest.raises(KeyboardInterrupt), interrupts_kept(), contextlib.suppress(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_an_interrupt_that_asks_for_a_stop_goes_on_asking():
+    with StopOnSignal(choose_display(True, False, 1)) as stop:
+        with interrupts_kept():
+            signal.raise_signal(signal.SIGINT)
+        assert stop.requested()

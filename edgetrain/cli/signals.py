@@ -10,6 +10,33 @@ from typing import Any
 from edgetrain.cli.progress import Display
 
 
+@contextmanager
+def interrupts_kept() -> Iterator[None]:
+    """Let no SIGINT be lost while kernels are compiled: one that breaks into LLVM's calls back to Python is ignored.
+
+    Whoever has taken over the signal, as ``StopOnSignal``, keeps it.
+
+    Raises:
+        KeyboardInterrupt: behind it, if one came.
+    """
+    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield
+        return
+    came = []
+
+    def note(number: int, frame: object) -> None:
+        came.append(number)
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if came:
+        raise KeyboardInterrupt
+
+
 class StopOnSignal:
     """While open, SIGINT and SIGTERM ask for a stop after the present step; a second SIGINT aborts at once.
 

@@ -32,7 +32,7 @@ from edgetrain.cli.normalizing import STANDS_OUT, normalization_of, standing_out
 from edgetrain.cli.output import count, emit
 from edgetrain.cli.progress import CompileNotice, Display, resident_mib
 from edgetrain.cli.savings import account_of, account_text, itself, layers_of, savings_of
-from edgetrain.cli.signals import StopOnSignal
+from edgetrain.cli.signals import StopOnSignal, interrupts_kept
 from edgetrain.cli.sources import (
     check_classes,
     check_several,
@@ -108,7 +108,8 @@ def _taken_up(run: Run, config: Config, display: Display, stop: StopOnSignal, be
     with CompileNotice(display.compiling):
         learner = load_checkpoint(run.last)
         learner.threads = config.device.threads
-        learner.prepare()
+        with interrupts_kept():
+            learner.prepare()
     source, position = stream_source(config, learner.graph), learner.stream.position
     if source.count is not None and position > source.count:
         raise DataError(
@@ -138,7 +139,8 @@ def _new_learner(
     with CompileNotice(display.compiling):
         learner = make_learner(config, graph, profile)
         del graph  # here, as compiling takes memory, too
-        learner.prepare()  # compiles, and checks the memory budget, before there is a run folder
+        with interrupts_kept():
+            learner.prepare()  # compiles, and checks the memory budget, before there is a run folder
     if learner.sparsity is not None:
         display.say(f"sparsity {config.methods.sparsity}: {learner.topology.beginning}")
     return learner, source

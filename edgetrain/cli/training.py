@@ -29,7 +29,7 @@ from edgetrain.cli.estimate import Work, time_dense
 from edgetrain.cli.output import count, emit
 from edgetrain.cli.progress import CompileNotice, Display, choose_display, resident_mib
 from edgetrain.cli.savings import account_of, account_text, itself, layers_of, savings_of
-from edgetrain.cli.signals import StopOnSignal
+from edgetrain.cli.signals import StopOnSignal, interrupts_kept
 from edgetrain.cli.sources import (
     check_classes,
     classes_of_file,
@@ -100,7 +100,8 @@ def _new_learner(
     with CompileNotice(display.compiling):
         learner = make_learner(config, graph, profile)
         del graph  # here, as compiling takes memory, too
-        learner.prepare()  # compiles, and checks the memory budget, before there is a run folder
+        with interrupts_kept():
+            learner.prepare()  # compiles, and checks the memory budget, before there is a run folder
     return learner
 
 
@@ -165,7 +166,8 @@ def _taken_up(run: Run, config: Config, display: Display) -> Learner:
     with CompileNotice(display.compiling):
         learner = load_checkpoint(run.last)
         learner.threads = config.device.threads
-        learner.prepare()
+        with interrupts_kept():
+            learner.prepare()
     # A finished run that gets more epochs goes on as if it had been asked for them from the start.
     learner.history.finished = False
     _renew_best(run, learner)
