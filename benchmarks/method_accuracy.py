@@ -70,6 +70,7 @@ SPARSE = {
     "set-90": "set:weights=0.9",
     "set-90-refresh-500": "set:weights=0.9,refresh=500",
     "set-90-long": "set:weights=0.9",
+    "set-90-refresh-500-long": "set:weights=0.9,refresh=500",
     "static-90": "static:weights=0.9",
     "rigl-90-uniform": "rigl:weights=0.9,distribution=uniform,dense_first=false,dense_last=true",
     "set-90-uniform": "set:weights=0.9,distribution=uniform,dense_first=false,dense_last=true",
