@@ -1,7 +1,7 @@
 """Initial weights for a network from an ONNX file, or from a dictionary, of another one.
 
-First by name and shape. What is left over on both sides is matched by order, but only if all of it pairs up: one
-after the other the same shapes, in the order in which the nodes of the network, and of the file, read them. So a
+First by name and shape, in which ones at the ends do not count. What is left over on both sides is matched by order,
+but only if all of it pairs up: one after the other the same shapes, in the order in which the nodes of the network, and of the file, read them. So a
 renamed network is recognised, and arrays of another one end up nowhere. The file may contain operators that edgetrain
 lacks: only its arrays count.
 """
@@ -31,7 +31,7 @@ class MatchReport:
     """What became of every array.
 
     Attributes:
-        by_name: names found on both sides with the same shape.
+        by_name: names found on both sides with the same shape; (C,) is that of (C, 1, 1).
         by_order: (name in the network, name in the file), matched by order and shape: all that names did not match.
         other_shape: names found on both sides with different shapes (they may also appear below).
         missing: names in the network that kept their values.

@@ -139,6 +139,7 @@ class Reading:
         probabilities: Softmax or LogSoftmax by the ONNX name of its output, whose entry in ``values`` is the logits.
         grouped: ONNX name of maps with their channels in groups -> the value, groups, and whether those are dealt out.
         withheld: ONNX name of an output that is not made -> the reason.
+        channels_last: ONNX name of an input that is read with its last axis put first alone; "" if there is none.
         mean, std: of an input normalisation that edgetrain wrote.
     """
 
