@@ -1,9 +1,9 @@
 """Initial weights for a network from an ONNX file, or from a dictionary, of another one.
 
 First by name and shape, in which ones at the ends do not count. What is left over on both sides is matched by order,
-but only if all of it pairs up: one after the other the same shapes, in the order in which the nodes of the network, and of the file, read them. So a
-renamed network is recognised, and arrays of another one end up nowhere. The file may contain operators that edgetrain
-lacks: only its arrays count.
+but only if all of it pairs up: one after the other the same shapes, in the order in which the nodes of the network, and
+of the file, read them. So a renamed network is recognised, and arrays of another one end up nowhere. The file may
+contain operators that edgetrain lacks: only its arrays count.
 """
 
 from __future__ import annotations
