@@ -7,7 +7,7 @@ import pytest
 
 import edgetrain.lowering_winograd as winograd
 from edgetrain import reference
-from edgetrain.choice import Target, simd_lanes, winograd_tile
+from edgetrain.choice import Target, simd_lanes, winograd_cuts, winograd_tile
 from edgetrain.graph import Graph
 from tests.engine import assert_same, learner, wide_host
 
@@ -88,9 +88,13 @@ def test_either_operands_tiles_may_overlap(monkeypatch):
 
 
 @pytest.mark.parametrize("threads", [2, 3, 5])
-def test_results_do_not_depend_on_threads(threads):
-    graph = network(12, 12)  # nine tiles a map: chunks of one
-    x, y = batch(graph, 10)
+@pytest.mark.parametrize(
+    ("channels", "size", "samples"),
+    [(12, 12, 10), (32, 4, 3)],  # nine tiles a map: chunks of one; a single tile: threads share the output channels
+)
+def test_results_do_not_depend_on_threads(threads, channels, size, samples):
+    graph = network(channels, size)
+    x, y = batch(graph, samples)
     alone, together = (learner(graph, 4, number, loss="mse") for number in (1, threads))
     assert_same(together.gradients(x, y), alone.gradients(x, y))
     assert_same({"output": together.logits(x)}, {"output": alone.logits(x)})
@@ -102,6 +106,14 @@ def test_results_do_not_depend_on_threads(threads):
 )
 def test_chunks_let_all_threads_finish_together(tiles, blocks, threads, chunk):
     assert winograd_tile(tiles, blocks, threads, lanes=simd_lanes())[0] == chunk
+
+
+@pytest.mark.parametrize(
+    ("chunks", "tiles", "threads", "cuts"),
+    [(1, 4, 1, 1), (1, 4, 2, 2), (1, 1, 2, 1), (3, 4, 2, 2), (2, 4, 2, 1), (6, 8, 4, 2), (1, 3, 4, 3), (9, 4, 2, 1)],
+)
+def test_threads_share_the_outputs_of_few_chunks(chunks, tiles, threads, cuts):
+    assert winograd_cuts(chunks, tiles, threads) == cuts
 
 
 @pytest.mark.parametrize(

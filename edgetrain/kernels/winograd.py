@@ -57,15 +57,16 @@ def winograd_weights(channels: int) -> Body:
 
 @kernel(
     "x", "y", "packed", "bias", "listed", "scratch", "scratch_bytes", "slots", "blocks", "tile_rows", "tile_columns",
-    "inputs", "outputs", "chunk", "x_block", "x_channel", "x_row", "y_block", "y_channel", "y_row", "packed_position",
-    "v_position", "m_position",
+    "inputs", "outputs", "chunk", "cuts", "x_block", "x_channel", "x_row", "y_block", "y_channel", "y_row",
+    "packed_position", "v_position", "m_position",
 )  # fmt: skip
 def winograd(lanes: int, wide: int, channels: int, width: int) -> Body:
     """Write ``y = bias + weights * x``: transform a chunk of tiles, 36 products of matrices, transform back.
 
-    Job: a slot of ``scratch``, with an equal share of all (block, chunk of ``chunk`` tiles). A chunk's numbers stay in
-    the second-level cache. Positions must not lie a multiple of 4 KiB apart: writing 36 lines of one cache
-    set made the kernel take 1.2 to 1.6 times as long (``lowering_winograd._apart``).
+    Job: a slot of ``scratch``, with an equal share of all (block, chunk of ``chunk`` tiles, one of ``cuts`` parts of
+    the output channels). A chunk's numbers stay in the second-level cache. Positions must not lie a multiple of 4 KiB
+    apart: writing 36 lines of one cache set made the kernel take 1.2 to 1.6 times as long
+    (``lowering_winograd._apart``).
     The products run on vectors of ``wide`` lanes: neighbouring tiles together where samples do not fill a vector.
     ``listed``: numbers of the input channels, or 0 for all.
     """
@@ -73,31 +74,34 @@ def winograd(lanes: int, wide: int, channels: int, width: int) -> Body:
 
     def body(args: int, first: int, last: int) -> None:
         (x, y, packed, bias, listed, scratch, scratch_bytes, slots, blocks, tile_rows, tile_columns, inputs, outputs,
-         chunk, x_block, x_channel, x_row, y_block, y_channel, y_row, packed_position, v_position,
-         m_position) = arguments(args, 23)  # fmt: skip
-        chunks = tile_rows * tile_columns // chunk
-        total, step = blocks * chunks, chunk * size
+         chunk, cuts, x_block, x_channel, x_row, y_block, y_channel, y_row, packed_position, v_position,
+         m_position) = arguments(args, 24)  # fmt: skip
+        chunks, tiles = tile_rows * tile_columns // chunk, (outputs + channels - 1) // channels
+        total, step = blocks * chunks * cuts, chunk * size
         for job in range(first, last):
             v = scratch + job * scratch_bytes
             m = v + 36 * v_position
-            for part in range(total * job // slots, total * (job + 1) // slots):
-                block, start = part // chunks, part % chunks * chunk
-                for c in range(inputs):
-                    source = x + block * x_block + _channel(listed, c) * x_channel
-                    for t in range(chunk):
-                        row, column = (start + t) // tile_columns, (start + t) % tile_columns
-                        transform_data(
-                            source + 4 * (row * x_row + column * size), x_row, size, v + c * step + t * size,
-                            6 * v_position, v_position, lanes,
-                        )  # fmt: skip
+            begin = total * job // slots
+            for part in range(begin, total * (job + 1) // slots):
+                cut, block, start = part % cuts, part // cuts // chunks, part // cuts % chunks * chunk
+                if cut == 0 or part == begin:
+                    for c in range(inputs):
+                        source = x + block * x_block + _channel(listed, c) * x_channel
+                        for t in range(chunk):
+                            row, column = (start + t) // tile_columns, (start + t) % tile_columns
+                            transform_data(
+                                source + 4 * (row * x_row + column * size), x_row, size, v + c * step + t * size,
+                                6 * v_position, v_position, lanes,
+                            )  # fmt: skip
+                low, high = tiles * cut // cuts * channels, min(outputs, tiles * (cut + 1) // cuts * channels)
                 for p in range(36):
-                    for o in range(0, outputs, channels):
+                    for o in range(low, high, channels):
                         for t in range(0, step, run):
                             product_tile(
                                 v + p * v_position + t, step, packed + p * packed_position + 4 * o * inputs,
                                 4 * channels, m + p * m_position + o * step + t, step, inputs, channels, width, wide,
                             )  # fmt: skip
-                for o in range(outputs):
+                for o in range(low, high):
                     target, shift = y + block * y_block + o * y_channel, load_f32(bias + 4 * o)
                     for t in range(chunk):
                         row, column = (start + t) // tile_columns, (start + t) % tile_columns
