@@ -159,12 +159,11 @@ def weight_grad(low: ProductLowering, node: Node, g: Product, target: Ref, kept:
                    kept)  # fmt: skip
         _correlate(low, g, v, z, sums, part.blocks * part.rows * columns, (channel, v_position, z_position), groups,
                    keep=int(number > 0))  # fmt: skip
+    columns = next(n for n in (16, 8, 4) if n <= simd_lanes() and g.inputs % n == 0)
     low.emit(
-        "winograd_weight_gradient", (), g.outputs, sums=sums,
-        grad_weight=target + 8 * g.weight_tap if flipped else target,
-        listed=kept or 0, parts=groups, inputs=g.inputs,
-        sums_part=_POSITIONS * position, sums_position=position, weight_out=g.weight_out, weight_in=g.weight_in,
-        weight_tap=-g.weight_tap if flipped else g.weight_tap,
+        "winograd_weight_gradient", (columns, int(flipped)), g.outputs, sums=sums, grad_weight=target,
+        listed=kept or 0, parts=groups, inputs=g.inputs, sums_part=_POSITIONS * position, sums_position=position,
+        weight_out=g.weight_out,
     )  # fmt: skip
 
 

@@ -22,8 +22,6 @@ from edgetrain.kernels.winograd_tiles import (
     transform_weights,
 )
 
-_COLUMNS = 4  # input channels whose weight gradients are made together
-
 
 @njit
 def _channel(listed: Any, i: Any) -> Any:
@@ -141,24 +139,21 @@ def winograd_transform(lanes: int, gradient: int) -> Body:
     return body
 
 
-@kernel(
-    "sums", "grad_weight", "listed", "parts", "inputs", "sums_part", "sums_position", "weight_out", "weight_in",
-    "weight_tap",
-)  # fmt: skip
-def winograd_weight_gradient() -> Body:
+@kernel("sums", "grad_weight", "listed", "parts", "inputs", "sums_part", "sums_position", "weight_out")
+def winograd_weight_gradient(columns: int, flipped: int) -> Body:
     """Write ``G^T q G``, q the sum of ``parts`` arrays ``[position][output][input]``. Job: an output channel.
 
-    ``inputs`` is a multiple of 4. ``listed``: numbers of the output channels, or 0 for all.
+    The kernels of ``columns`` input channels are made together; ``inputs`` is a multiple. They are written backwards
+    where ``flipped``. ``listed``: numbers of the output channels, or 0 for all.
     """
 
     def body(args: int, first: int, last: int) -> None:
-        (sums, grad_weight, listed, parts, inputs, sums_part, sums_position, weight_out, weight_in,
-         weight_tap) = arguments(args, 10)  # fmt: skip
+        sums, grad_weight, listed, parts, inputs, sums_part, sums_position, weight_out = arguments(args, 8)
         for o in range(first, last):
-            for c in range(0, inputs, _COLUMNS):
+            for c in range(0, inputs, columns):
                 transform_weight_gradient(
                     sums + 4 * (o * inputs + c), sums_position, parts, sums_part,
-                    grad_weight + _channel(listed, o) * weight_out + c * weight_in, weight_in, weight_tap, _COLUMNS,
+                    grad_weight + _channel(listed, o) * weight_out + 36 * c, columns, flipped,
                 )  # fmt: skip
 
     return body

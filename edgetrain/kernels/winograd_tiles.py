@@ -196,14 +196,21 @@ def _gather(builder: Any, bases: list[Any], offset: Any) -> Any:
 
 @intrinsic(prefer_literal=True)
 def transform_weight_gradient(
-    typingctx: Any, q: Any, q_position: Any, parts: Any, q_part: Any, dw: Any, dw_channel: Any, dw_tap: Any,
-    channels: Any,
-) -> Any:  # fmt: skip
-    """Write ``G^T (sum of parts of q) G`` to the 3x3 kernels of ``channels`` input channels; strides in bytes."""
-    n = literal(channels)
+    typingctx: Any, q: Any, q_position: Any, parts: Any, q_part: Any, dw: Any, channels: Any, flipped: Any
+) -> Any:
+    """Write ``G^T (sum of parts of q) G``, or that backwards, to the 3x3 kernels of ``channels`` input channels.
+
+    Args:
+        q, q_position: where the first of 36 vectors is, and bytes to the next.
+        parts, q_part: how many such sums there are, and bytes to the next.
+        dw: address of ``9 * channels`` float32.
+        channels: compile-time number of channels.
+        flipped: 1 to write each kernel backwards, else 0.
+    """
+    n, order = literal(channels), -1 if literal(flipped) else 1
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        q_, q_position_, parts_, q_part_, dw_, dw_channel_, dw_tap_ = args[:7]
+        q_, q_position_, parts_, q_part_, dw_ = args[:5]
         slots = accumulators(builder, 36, n)
         kind = ir.VectorType(F32, n)
         with cgutils.for_range(builder, parts_) as loop:
@@ -214,14 +221,23 @@ def transform_weight_gradient(
                 builder.store(builder.fadd(builder.load(slot), value), slot)
         grid = [[builder.load(slots[6 * i + j]) for j in range(6)] for i in range(6)]
         made = _both_ways(Arithmetic(builder, kind), grid, weight_gradient_transform)
-        for tap, vector in enumerate(v for row in made for v in row):
-            for c in range(n):
-                place = builder.add(dw_, builder.mul(dw_channel_, ir.Constant(I64, c)))
-                place = builder.add(place, builder.mul(dw_tap_, ir.Constant(I64, tap)))
-                builder.store(builder.extract_element(vector, ir.Constant(I32, c)), pointer(builder, place, F32))
+        _store_side_by_side(builder, [vector for row in made for vector in row][::order], dw_)
         return context.get_dummy_value()
 
-    return types.void(*([types.int64] * 7), channels), codegen
+    return types.void(*([types.int64] * 5), channels, flipped), codegen
+
+
+def _store_side_by_side(builder: Any, vectors: list[Any], address: Any) -> None:
+    """Store the first lanes of all vectors side by side, then the second ones, and so on."""
+    count, lanes = len(vectors), vectors[0].type.count
+    for number in range(count):
+        places = [divmod(number * lanes + i, count) for i in range(lanes)]  # (lane, vector) of every number
+        made = ir.Constant(vectors[0].type, ir.Undefined)
+        for v, vector in enumerate(vectors):
+            mask = [lanes + lane if of == v else i for i, (lane, of) in enumerate(places)]
+            made = builder.shuffle_vector(made, vector, ir.Constant(ir.VectorType(I32, lanes), mask))
+        place = builder.add(address, ir.Constant(I64, 4 * number * lanes))
+        builder.store(made, pointer(builder, place, made.type), align=4)
 
 
 @intrinsic(prefer_literal=True)
