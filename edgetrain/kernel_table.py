@@ -114,7 +114,7 @@ def _tile(name: str, lanes: int, sizes: list[int]) -> tuple[int, int] | None:
 def _lanes_hold(plan: Plan, row: Row) -> str:
     if plan.by_channel or row.kernel[0] in _NUMBERS:
         return "channels"
-    outer = row.kernel[0] == "multiply" and row.kernel[1][-1] == CHANNELS
+    outer = row.kernel[0] == "multiply" and row.kernel[1][3] == CHANNELS
     return "weights" if outer else "samples"
 
 

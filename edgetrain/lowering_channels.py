@@ -19,7 +19,7 @@ from edgetrain.errors import GraphError
 from edgetrain.graph import Node, Value
 from edgetrain.kernels.codes import CHANNELS, DEPTHWISE
 from edgetrain.lowering import Lowering, Place, maps_of
-from edgetrain.lowering_core import Pair, lanes_of, strides
+from edgetrain.lowering_core import NEIGHBOURS, Pair, lanes_of, strides
 from edgetrain.ops import Border, describe, get_op
 from edgetrain.ops.conv import ProductGrad, ProductOp
 from edgetrain.plan import Ref
@@ -139,6 +139,7 @@ class ChannelLowering(Lowering):
                 weights["weight_group"] = 4 * lanes * len(terms)
             self.emit_multiply(
                 x, y, pixels, tile, terms=self.table(terms), term_count=len(terms), kind=kind, lanes=lanes,
+                runs=NEIGHBOURS,
                 ranges=self.ranges(ranges or [], blocks, [range(i, i + 1) for i in range(len(pixels))], tile[1]),
                 blocks=blocks, groups=maps, channel_count=channel_count, bias=bias or self.zeros(channels + tile[0]),
                 x_block=x_layout.block, y_block=y_layout.block, x_group=x_layout.channel, y_group=y_layout.channel,

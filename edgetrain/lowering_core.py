@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -29,6 +30,27 @@ Pair = tuple[int, int]
 # as the aim LeNet-5 at batch 8 takes 2 % more. At batch 4 its second convolution's input gradient was one job, and a
 # step took 78 us, 73.5 so (two threads; test_products.py counts jobs).
 FEWEST_JOBS = 4
+# Pixels from one to the next of a vector at most: strides of usual convolutions.
+_FARTHEST = 4
+
+
+@dataclass(frozen=True)
+class Runs:
+    """In how many runs the vectors of two operands lie, and the bytes from one to the next."""
+
+    x: int = 1
+    y: int = 1
+    x_apart: int = 0
+    y_apart: int = 0
+
+    @classmethod
+    def of(cls, together: int, steps: Pair, lanes: int) -> Runs:
+        """Return those of vectors of so many pixels that are ``steps`` apart, ``lanes`` samples each."""
+        x, y = (together if step != 4 * lanes else 1 for step in steps)
+        return cls(x, y, *steps) if x != y else NEIGHBOURS
+
+
+NEIGHBOURS = Runs()
 
 
 class LoweringCore:
@@ -228,15 +250,27 @@ def strides(**layouts: Layout) -> dict[str, int]:
     return {f"{name}_{part}": getattr(layout, part) for name, layout in layouts.items() for part in parts}
 
 
-def widened(pixels: list[Pair], lanes: int, widest: int) -> tuple[list[Pair], int]:
+def steps_of(pixels: list[Pair], lanes: int) -> Pair:
+    """Return the bytes from a pixel to the next of its vector, in both operands.
+
+    They are neighbours in one at least; a stride may part them in the other.
+    """
+    size = 4 * lanes
+    found = (pixels[1][0] - pixels[0][0], pixels[1][1] - pixels[0][1]) if len(pixels) > 1 else (size, size)
+    return found if size in found and size <= min(found) and max(found) <= _FARTHEST * size else (size, size)
+
+
+def widened(pixels: list[Pair], lanes: int, widest: int, steps: Pair | None = None) -> tuple[list[Pair], int]:
     """Put as many neighbouring pixels into a vector as fit ``widest`` lanes; return the first of each, and the lanes.
+
+    ``steps``: see ``steps_of``; without them neighbours in both operands count.
 
     Example:
         >>> widened([(0, 32), (16, 48), (64, 96), (80, 112)], lanes=4, widest=16)
         ([(0, 32), (64, 96)], 8)
     """
-    together, size = max(1, widest // lanes), 4 * lanes
-    while together > 1 and not _runs(pixels, together, size):
+    together, steps = max(1, widest // lanes), steps or (4 * lanes, 4 * lanes)
+    while together > 1 and not _runs(pixels, together, steps):
         together //= 2
     return pixels[::together], together * lanes
 
@@ -262,7 +296,7 @@ def row_lanes(x: Layout, words: int | None = None) -> int:
     return x.lanes
 
 
-def overlapping(pixels: list[Pair], lanes: int, widest: int) -> tuple[list[int], int]:
+def overlapping(pixels: list[Pair], lanes: int, widest: int, steps: Pair | None = None) -> tuple[list[int], int]:
     """As ``widened``, for results that may be written twice; return the places of the first pixels, and the lanes.
 
     The last vector of a run that they do not fill begins sooner: the fewest vectors count.
@@ -271,8 +305,8 @@ def overlapping(pixels: list[Pair], lanes: int, widest: int) -> tuple[list[int],
         >>> overlapping([(16 * i, 16 * i) for i in (0, 1, 2, 3, 4, 10, 11, 12, 13)], lanes=4, widest=16)
         ([0, 1, 5], 16)
     """
-    size = 4 * lanes
-    breaks = [i for i in range(1, len(pixels)) if pixels[i] != (pixels[i - 1][0] + size, pixels[i - 1][1] + size)]
+    a, c = steps or (4 * lanes, 4 * lanes)
+    breaks = [i for i in range(1, len(pixels)) if pixels[i] != (pixels[i - 1][0] + a, pixels[i - 1][1] + c)]
     runs = list(zip([0, *breaks], [*breaks, len(pixels)], strict=True)) if pixels else []
     together, shortest = max(1, widest // lanes), min((end - start for start, end in runs), default=1)
     sizes = [n for n in (1, 2, 4) if n <= min(together, shortest)]
@@ -280,11 +314,11 @@ def overlapping(pixels: list[Pair], lanes: int, widest: int) -> tuple[list[int],
     return [min(i, end - best) for start, end in runs for i in range(start, end, best)], best * lanes
 
 
-def _runs(pixels: list[Pair], together: int, size: int) -> bool:
-    """Whether the pixels are runs of ``together`` neighbours in both operands."""
+def _runs(pixels: list[Pair], together: int, steps: Pair) -> bool:
+    """Whether the pixels are runs of ``together`` that are ``steps`` apart in both operands."""
     firsts = [first for first in pixels[::together] for _ in range(together)]
-    steps = [size * (i % together) for i in range(len(firsts))]
-    return pixels == [(a + step, c + step) for (a, c), step in zip(firsts, steps, strict=True)]
+    return pixels == [(a + steps[0] * (i % together), c + steps[1] * (i % together))
+                      for i, (a, c) in enumerate(firsts)]  # fmt: skip
 
 
 def lanes_of(places: list[int]) -> int:

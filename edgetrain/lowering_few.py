@@ -211,7 +211,7 @@ def rows_times_samples(low: ProductLowering, x: Apart, y: Apart, lanes: int, inp
         pixel_count=len(vectors), term_count=x.count, channel_count=outputs, x_block=0, grad_block=0, x_group=0,
         grad_group=0, weight_group=0, grad_channel=weight_channel, weight_channel=4, blocks=1, groups=1,
         pixel_chunk=len(vectors), term_chunk=width, term_chunks=chunks, channel_tiles=tiles, parts=1, part_bytes=0,
-        keep=0,
+        keep=0, x_apart=0,
     )  # fmt: skip
 
 

@@ -17,7 +17,7 @@ from edgetrain.arrays import READ_BEHIND, Layout
 from edgetrain.choice import Sizes, simd_lanes
 from edgetrain.graph import Node, Value
 from edgetrain.kernels.codes import CHANNELS, ROWS, SAMPLES
-from edgetrain.lowering_core import FEWEST_JOBS, Pair, lanes_of, overlapping, widened
+from edgetrain.lowering_core import FEWEST_JOBS, NEIGHBOURS, Pair, Runs, lanes_of, overlapping, steps_of, widened
 from edgetrain.lowering_sparse import SparseLowering, moves_by_bits
 from edgetrain.plan import Ref
 from edgetrain.sparse_index import WORD, SparseIndex
@@ -268,7 +268,7 @@ class ProductLowering(SparseLowering):
                               groups=groups, terms=terms, weight=weight, sources=sources,
                               weight_channel=weight_channel, outputs=outputs, bias=bias):  # fmt: skip
             return
-        pixels, blocks, lanes, places = self.result_vectors(pixels, x_layout, y_layout)
+        pixels, blocks, lanes, places, runs = self.result_vectors(pixels, x_layout, y_layout)
         with self.chosen(Sizes("multiply", SAMPLES, lanes, outputs, len(pixels), len(terms), groups)) as tile:
             # Packed weights pay when many pixels use them. LeNet-5's fc1 at batch 8 (its forward pass) took 32 us with
             # packing, and takes 10 us so (2 threads, ``edgetrain bench --per-op``).
@@ -283,7 +283,7 @@ class ProductLowering(SparseLowering):
             self.emit_multiply(
                 x, y, pixels, tile, terms=self.table(terms), term_count=len(terms), lanes=lanes,
                 ranges=self.ranges(ranges or [], blocks, places, tile[1]),
-                kind=ROWS if by_row else SAMPLES, blocks=blocks, groups=groups, channel_count=outputs,
+                kind=ROWS if by_row else SAMPLES, blocks=blocks, groups=groups, channel_count=outputs, runs=runs,
                 bias=bias or self.zeros(groups * outputs + tile[0]), **weights, x_block=x_layout.block,
                 y_block=y_layout.block, x_group=inputs * x_layout.channel,
                 y_group=outputs * y_layout.channel if y_group is None else y_group, y_channel=y_layout.channel,
@@ -354,8 +354,10 @@ class ProductLowering(SparseLowering):
         return packed, tiles * tile_bytes
 
     def emit_multiply(self, x: Ref, y: Ref, pixels: list[Pair], tile: Pair, *, kind: int, lanes: int, blocks: int,
-                      groups: int, channel_count: int, **arguments: int | Ref) -> None:  # fmt: skip
+                      groups: int, channel_count: int, runs: Runs = NEIGHBOURS,
+                      **arguments: int | Ref) -> None:  # fmt: skip
         """Emit a gather-multiply, cut into jobs; ``arguments`` are those of the kernel that are not sizes of jobs."""
+        apart = () if runs == NEIGHBOURS else (runs.x, runs.y)
         (channels, width), count = tile, len(pixels)
         tiles = -(-channel_count // channels)
         wanted, pixel_chunk = -(-FEWEST_JOBS // (blocks * groups * tiles)), _chunk(count, _PIXELS_PER_JOB, width)
@@ -366,10 +368,11 @@ class ProductLowering(SparseLowering):
         channel_chunk = -(-tiles // parts) * channels
         channel_chunks = -(-channel_count // channel_chunk)
         self.emit(
-            "multiply", (lanes, channels, width, kind), blocks * groups * pixel_chunks * channel_chunks, x=x, y=y,
-            pixels=self.table(pixels + [pixels[-1]] * (-count % width)), pixel_count=count,
+            "multiply", (lanes, channels, width, kind, *apart), blocks * groups * pixel_chunks * channel_chunks,
+            x=x, y=y, pixels=self.table(pixels + [pixels[-1]] * (-count % width)), pixel_count=count,
             channel_count=channel_count, groups=groups, pixel_chunk=pixel_chunk, pixel_chunks=pixel_chunks,
-            channel_chunk=channel_chunk, channel_chunks=channel_chunks, f_low=-math.inf, f_high=math.inf,
+            channel_chunk=channel_chunk, channel_chunks=channel_chunks, x_apart=runs.x_apart, y_apart=runs.y_apart,
+            f_low=-math.inf, f_high=math.inf,
             **{"weight_channel": 4, "ranges": 0, **arguments},
         )  # fmt: skip
 
@@ -389,13 +392,13 @@ class ProductLowering(SparseLowering):
             if lanes_of(across[1]):
                 self._outer(grad, grad_layout, rows, x, x_layout, list(zip(columns, across[0], strict=True)), target)
                 return
-        pixels, blocks, lanes = self.vectors(pixels, x_layout, grad_layout)
+        pixels, blocks, lanes, runs = self.vectors(pixels, x_layout, grad_layout)
         with self.chosen(Sizes("correlate", SAMPLES, lanes, outputs, len(pixels), len(terms), groups)) as tile:
             self.emit_correlate(
                 x, x_layout, grad, grad_layout, target, pixels, terms, tile, lanes=lanes, kind=SAMPLES, blocks=blocks,
                 nbytes=groups * weight_group, keep=0, groups=groups, channel_count=outputs,
                 x_group=inputs * x_layout.channel, grad_group=outputs * grad_layout.channel, weight_group=weight_group,
-                weight_channel=weight_channel, area=area,
+                weight_channel=weight_channel, area=area, runs=runs,
             )  # fmt: skip
 
     def _outer(self, a: Ref, a_layout: Layout, columns: list[int], b: Ref, b_layout: Layout, rows: list[Pair],
@@ -421,12 +424,13 @@ class ProductLowering(SparseLowering):
     def emit_correlate(self, x: Ref, x_layout: Layout, grad: Ref, grad_layout: Layout, target: Ref, pixels: list[Pair],
                        terms: list[Pair], tile: Pair, *, lanes: int, kind: int, blocks: int, groups: int,
                        channel_count: int, area: int, kernel: str = "correlate", nbytes: int = 0,
-                       **arguments: int | Ref) -> None:  # fmt: skip
+                       runs: Runs = NEIGHBOURS, **arguments: int | Ref) -> None:  # fmt: skip
         """Emit a gather-correlate, cut into jobs; ``arguments``: those of the kernel that are not sizes of jobs.
 
         ``nbytes``: of ``target``, to allow for parts of the batch with sums of their own.
         """
         (channels, width), count = tile, len(terms)
+        apart = () if runs == NEIGHBOURS else (runs.x,)
         parts = self.parts_of_batch(x_layout.block + grad_layout.block, nbytes) if nbytes and blocks > 1 else 1
         tiles = -(-channel_count // channels)
         term_chunk = _chunk(count, -(-count // -(-_WANTED_JOBS // (parts * groups * tiles))), width)
@@ -436,12 +440,13 @@ class ProductLowering(SparseLowering):
         # channels takes 1 to 2 % less (direct kernels, batch 32, two threads).
         few = channel_count % channels if kind == SAMPLES else 0
         self.emit(
-            kernel, (lanes, channels, width, kind, few), parts * groups * tiles * term_chunks, x=x, grad_out=grad,
-            grad_weight=sums, pixels=self.table(pixels), terms=self.table(terms + [terms[-1]] * (-count % width)),
-            pixel_count=len(pixels), term_count=count, channel_count=channel_count, x_block=x_layout.block,
-            grad_block=grad_layout.block, grad_channel=grad_layout.channel, blocks=blocks, groups=groups,
-            pixel_chunk=-(-_PIXELS_PER_SUM // area), term_chunk=term_chunk, term_chunks=term_chunks,
-            channel_tiles=tiles, parts=parts, part_bytes=nbytes, **arguments,
+            kernel, (lanes, channels, width, kind, few, *apart), parts * groups * tiles * term_chunks, x=x,
+            grad_out=grad, grad_weight=sums, pixels=self.table(pixels),
+            terms=self.table(terms + [terms[-1]] * (-count % width)), pixel_count=len(pixels), term_count=count,
+            channel_count=channel_count, x_block=x_layout.block, grad_block=grad_layout.block,
+            grad_channel=grad_layout.channel, blocks=blocks, groups=groups, pixel_chunk=-(-_PIXELS_PER_SUM // area),
+            term_chunk=term_chunk, term_chunks=term_chunks, channel_tiles=tiles, parts=parts, part_bytes=nbytes,
+            x_apart=runs.x_apart, **arguments,
         )  # fmt: skip
         if parts > 1:
             self.sum_parts(sums, target, parts, nbytes)
@@ -466,25 +471,32 @@ class ProductLowering(SparseLowering):
             return pixels, self.blocks
         return [(a + b * x.block, c + b * y.block) for b in range(self.blocks) for a, c in pixels], 1
 
-    def vectors(self, pixels: list[Pair], x: Layout, y: Layout) -> tuple[list[Pair], int, int]:
-        """Return (pixels that vectors begin with, blocks, lanes of a vector) of a product, lanes holding samples.
+    def vectors(self, pixels: list[Pair], x: Layout, y: Layout) -> tuple[list[Pair], int, int, Runs]:
+        """Return (pixels that vectors begin with, blocks, lanes of a vector, its runs), lanes holding samples.
 
         Where a batch fills only part of the widest vector, neighbouring pixels fill the rest: in memory they are one
         run. LeNet-5's convolutions at batch 8 took twice as long with half a vector of AVX-512 (docs/performance.md).
+        Where a stride parts the pixels of ``x``, there are several runs.
         """
         pixels, blocks = self.merge_blocks(pixels, x, y)
-        firsts, lanes = widened(pixels, self.lanes, simd_lanes())
-        return firsts, blocks, lanes
+        steps, size = steps_of(pixels, self.lanes), 4 * self.lanes
+        steps = steps if steps[1] == size else (size, size)
+        firsts, lanes = widened(pixels, self.lanes, simd_lanes(), steps)
+        return firsts, blocks, lanes, Runs.of(lanes // self.lanes, steps, self.lanes)
 
-    def result_vectors(self, pixels: list[Pair], x: Layout, y: Layout) -> tuple[list[Pair], int, int, list[range]]:
-        """See ``vectors``, for pixels that are results; also return the places of every vector's pixels.
+    def result_vectors(
+        self, pixels: list[Pair], x: Layout, y: Layout
+    ) -> tuple[list[Pair], int, int, list[range], Runs]:
+        """See ``vectors``, for pixels that are results; also return the places of every vector's pixels, and its runs.
 
         They may be written twice (``overlapping``).
         """
         pixels, blocks = self.merge_blocks(pixels, x, y)
-        firsts, lanes = overlapping(pixels, self.lanes, simd_lanes())
+        steps = steps_of(pixels, self.lanes)
+        firsts, lanes = overlapping(pixels, self.lanes, simd_lanes(), steps)
         together = lanes // self.lanes
-        return [pixels[i] for i in firsts], blocks, lanes, [range(i, i + together) for i in firsts]
+        places = [range(i, i + together) for i in firsts]
+        return [pixels[i] for i in firsts], blocks, lanes, places, Runs.of(together, steps, self.lanes)
 
 
 def _chunk(count: int, wanted: int, multiple: int) -> int:

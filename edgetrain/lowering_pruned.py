@@ -117,7 +117,7 @@ class PrunedLowering(ProductLowering):
         grad, out = self.layout(node.x), self.layout(node.y)
         weight = self.dense_weight(node.input(1), g)
         for phase, few in zip(g.phases(), kept.phases(), strict=True):
-            pixels, blocks, lanes, places = self.result_vectors(phase.pixels(grad, out), grad, out)
+            pixels, blocks, lanes, places, runs = self.result_vectors(phase.pixels(grad, out), grad, out)
             terms, sources, count = self._listed_terms(node, g, phase)
             with self.chosen(Sizes("multiply", SAMPLES, lanes, g.channels_in, len(pixels), count, 1)) as tile:
                 width, tiles = tile[0], -(-g.channels_in // tile[0])
@@ -129,7 +129,7 @@ class PrunedLowering(ProductLowering):
                 )  # fmt: skip
                 self.emit_multiply(
                     self.address(node.x), self.address(node.y), pixels, tile, terms=terms, term_count=count,
-                    kind=SAMPLES, lanes=lanes, blocks=blocks, groups=1, channel_count=g.channels_in,
+                    kind=SAMPLES, lanes=lanes, blocks=blocks, groups=1, channel_count=g.channels_in, runs=runs,
                     weight=packed, weight_group=0, weight_tile=4 * width * count, weight_step=4 * width,
                     bias=self.zeros(g.channels_in + width), x_block=grad.block, y_block=out.block, x_group=0, y_group=0,
                     y_channel=out.channel,
@@ -173,13 +173,13 @@ class PrunedLowering(ProductLowering):
             winograd.weight_grad(self, node, few, target, self.address(kept))
             return
         pixels, terms = g.forward_pixels(x, grad), list(zip(g.forward_terms(x), sources, strict=True))
-        pixels, blocks, lanes = self.vectors(pixels, x, grad)
+        pixels, blocks, lanes, runs = self.vectors(pixels, x, grad)
         with self.chosen(Sizes("correlate", SAMPLES, lanes, kept.size, len(pixels), len(terms), 1)) as tile:
             self.emit_correlate(
                 self.address(node.x), x, self.address(node.input(1)), grad, target, pixels, terms, tile,
                 lanes=lanes, kind=SAMPLES, blocks=blocks, groups=1, channel_count=kept.size, kernel="correlate_listed",
                 kept=self.address(kept), weight_channel=g.weight_out, area=math.prod(g.strides),
-                nbytes=g.channels_out * g.weight_out,
+                nbytes=g.channels_out * g.weight_out, runs=runs,
             )  # fmt: skip
 
     def pruned_bias_grad(self, node: Node) -> None:

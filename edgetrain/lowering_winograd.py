@@ -213,7 +213,7 @@ def _correlate(
         x_group=v_position, grad_group=z_position, weight_group=4 * g.inputs * g.outputs, grad_channel=channel,
         weight_channel=4 * g.inputs, blocks=groups, groups=_POSITIONS, pixel_chunk=len(vectors), term_chunk=g.inputs,
         term_chunks=1, channel_tiles=tiles_of_channels, parts=groups, part_bytes=_POSITIONS * 4 * g.inputs * g.outputs,
-        keep=keep,
+        keep=keep, x_apart=0,
     )  # fmt: skip
 
 

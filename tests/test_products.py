@@ -11,9 +11,12 @@ from edgetrain.graph import Graph
 from edgetrain.kernels.codes import CHANNELS
 from edgetrain.kernels.registry import argument_names
 from edgetrain.learner import Learner
-from edgetrain.lowering_core import overlapping, widened
+from edgetrain.lowering_core import overlapping, steps_of, widened
 from edgetrain.plan import Ref, Row
-from tests.engine import PROFILE, assert_all_close
+from tests.engine import PROFILE, assert_all_close, wide_host
+from tests.engine import learner as samples_learner
+
+MULTIPLY, CORRELATE = "multiply", "correlate"
 
 
 def network(kernel: int, pad: int, size: int = 10, transposed: bool = True) -> Graph:
@@ -104,7 +107,30 @@ def test_vectors_of_results_overlap_where_a_row_does_not_fill_them(columns, lane
     assert (found, lanes_found) == ([columns * r + start for r in range(3) for start in starts], wide)
     strided = [(32 * p, 16 * p) for p in range(8)]
     assert overlapping(strided, 4, 16) == (list(range(8)), 4)
+    assert overlapping(strided, 4, 16, steps_of(strided, 4)) == ([0, 4], 16)
     assert overlapping([], 4, 16) == ([], 4)
+
+
+def test_a_stride_in_one_operand_leaves_vectors_whole():
+    strided = [(32 * p + 1024 * (p // 4), 16 * p) for p in range(8)]
+    assert steps_of(strided, 4) == (32, 16)
+    assert widened(strided, 4, 16, (32, 16)) == (strided[::4], 16)
+    assert widened(strided, 4, 32, (32, 16)) == (strided[::4], 16)  # the next row is elsewhere
+    for pixels in ([(32 * p, 32 * p) for p in range(8)], [(80 * p, 16 * p) for p in range(8)], [(0, 0)]):
+        assert steps_of(pixels, 4) == (16, 16)
+
+
+@pytest.mark.usefixtures(wide_host.__name__)
+@pytest.mark.parametrize(("lanes", "runs"), [(4, 4), (8, 2), (16, 1)])
+def test_strided_convolutions_fill_the_widest_vectors_in_small_batches(lanes, runs, monkeypatch):
+    monkeypatch.setattr("edgetrain.choice._host", lambda: Target(16, 32))
+    graph = Graph("strided", (3, 16, 16))
+    x = graph.add("Conv", ["input", graph.parameter("a", np.ones((5, 3, 3, 3)))], strides=[2, 2], pads=[1] * 4)
+    graph.set_outputs([graph.add("Conv", [x, graph.parameter("b", np.ones((4, 5, 2, 2)))], strides=[2, 2])])
+    rows = samples_learner(graph, lanes, loss="mse").training_plan(lanes).rows
+    multiply, correlate = ([row.kernel[1] for row in rows if row.kernel[0] == name] for name in (MULTIPLY, CORRELATE))
+    assert {(key[0], *key[4:]) for key in multiply} == ({(16, runs, 1), (16, 1, runs)} if runs > 1 else {(16,)})
+    assert {(key[0], *key[5:]) for key in correlate} == ({(16, runs)} if runs > 1 else {(16,)})
 
 
 @pytest.mark.parametrize(

@@ -22,23 +22,26 @@ from edgetrain.kernels.turning import pack_run
 @kernel(
     "x", "y", "weight", "bias", "pixels", "terms", "ranges", "pixel_count", "term_count", "channel_count",
     "x_block", "y_block", "x_group", "y_group", "weight_group", "weight_tile", "weight_step", "weight_channel",
-    "y_channel", "groups", "pixel_chunk", "pixel_chunks", "channel_chunk", "channel_chunks", "f_low", "f_high",
+    "y_channel", "groups", "pixel_chunk", "pixel_chunks", "channel_chunk", "channel_chunks", "x_apart", "y_apart",
+    "f_low", "f_high",
 )  # fmt: skip
-def multiply(lanes: int, channels: int, width: int, kind: int) -> Body:
+def multiply(lanes: int, channels: int, width: int, kind: int, x_runs: int = 1, y_runs: int = 1) -> Body:
     """Write ``y[block][c][p] = clip(bias[c] + sum_k weight[k][c] * x[block][p + term k], low, high)``.
 
     Job: (block, group, chunk of pixels, chunk of channels). ``weight_group``, ``weight_tile``,
     ``weight_step``: bytes between the weights of groups, of tiles of ``channels`` channels, of
     terms; those of a tile's channels are neighbours, or ``weight_channel`` apart (``ROWS``). ``pixels`` holds
     whole multiples of ``width`` pairs (the last pixel repeated). ``kind``: what the lanes hold, see ``codes``.
+    ``x_runs``, ``y_runs``: in how many runs a vector lies, ``x_apart`` and ``y_apart`` bytes, where a stride parts the
+    pixels that fill it.
     """
     step = 1 if kind in (SAMPLES, ROWS) else lanes
 
     def body(args: int, first: int, last: int) -> None:
         (x, y, weight, bias, pixels, terms, ranges, pixel_count, term_count, channel_count, x_block, y_block, x_group,
          y_group, weight_group, weight_tile, weight_step, weight_channel, y_channel, groups, pixel_chunk, pixel_chunks,
-         channel_chunk, channel_chunks) = arguments(args, 24)  # fmt: skip
-        low, high = load_f32(args + 192), load_f32(args + 200)
+         channel_chunk, channel_chunks, x_apart, y_apart) = arguments(args, 26)  # fmt: skip
+        low, high = load_f32(args + 208), load_f32(args + 216)
         for job in range(first, last):
             chunk_c = job % channel_chunks
             rest = job // channel_chunks
@@ -62,8 +65,8 @@ def multiply(lanes: int, channels: int, width: int, kind: int) -> Body:
                     multiply_tile(
                         source, target + c // step * y_channel, weights, weight_step,
                         weight_channel, biases + 4 * c, pixels + 16 * p, terms + 8 * first_term, last_term - first_term,
-                        y_channel,
-                        channel_count - c, low, high, channels, width, lanes, kind,
+                        y_channel, channel_count - c, x_apart, y_apart, low, high, channels, width, lanes, kind,
+                        x_runs, y_runs,
                     )  # fmt: skip
 
     return body
@@ -73,8 +76,9 @@ def multiply(lanes: int, channels: int, width: int, kind: int) -> Body:
     "x", "grad_out", "grad_weight", "pixels", "terms", "pixel_count", "term_count", "channel_count",
     "x_block", "grad_block", "x_group", "grad_group", "weight_group", "grad_channel", "weight_channel",
     "blocks", "groups", "pixel_chunk", "term_chunk", "term_chunks", "channel_tiles", "parts", "part_bytes", "keep",
+    "x_apart",
 )  # fmt: skip
-def correlate(lanes: int, channels: int, width: int, kind: int, few: int) -> Body:
+def correlate(lanes: int, channels: int, width: int, kind: int, few: int, x_runs: int = 1) -> Body:
     """Write ``grad_weight[c][k] = sum over blocks, pixels, lanes of grad_out[c][p] * x[p + term k]``.
 
     Job: (part of the blocks, group, tile of channels, chunk of terms). Each of ``parts`` has a ``grad_weight`` of its
@@ -84,14 +88,14 @@ def correlate(lanes: int, channels: int, width: int, kind: int, few: int) -> Bod
     jobs, so that the input comes from memory once: where the first convolution of stride 2 in ResNet-20 read it again
     for every tile of channels, its weight gradient took 0.51 ms instead of 0.41, a step of DS-CNN 7 % longer.
     ``kind``: what the lanes hold, see ``codes``. ``few``: channels of a last tile that is not full, or 0 to compute
-    what does not exist, too.
+    what does not exist, too. ``x_runs``, ``x_apart``: as for ``multiply``.
     """
     step, fewer = 1 if kind == SAMPLES else lanes, few or channels
 
     def body(args: int, first: int, last: int) -> None:
         (x, grad_out, grad_weight, pixels, terms, pixel_count, term_count, channel_count, x_block, grad_block, x_group,
          grad_group, weight_group, grad_channel, weight_channel, blocks, groups, pixel_chunk, term_chunk, term_chunks,
-         channel_tiles, parts, part_bytes, keep) = arguments(args, 24)  # fmt: skip
+         channel_tiles, parts, part_bytes, keep, x_apart) = arguments(args, 25)  # fmt: skip
         jobs = groups * channel_tiles * term_chunks
         for part in range(first // jobs, (last - 1) // jobs + 1):
             begin, own = part * blocks // parts, grad_weight + part * part_bytes
@@ -111,13 +115,14 @@ def correlate(lanes: int, channels: int, width: int, kind: int, few: int) -> Bod
                             if rows == few:
                                 correlate_tile(
                                     source, grad, target, pixels + 16 * p, terms + 16 * k, count, grad_channel,
-                                    weight_channel, rows, end - k, keep + block - begin + p, fewer, width, lanes, kind,
+                                    weight_channel, rows, end - k, keep + block - begin + p, x_apart, fewer, width,
+                                    lanes, kind, x_runs,
                                 )  # fmt: skip
                             else:
                                 correlate_tile(
                                     source, grad, target, pixels + 16 * p, terms + 16 * k, count, grad_channel,
-                                    weight_channel, rows, end - k, keep + block - begin + p, channels, width, lanes,
-                                    kind,
+                                    weight_channel, rows, end - k, keep + block - begin + p, x_apart, channels, width,
+                                    lanes, kind, x_runs,
                                 )  # fmt: skip
 
     return body

@@ -169,9 +169,9 @@ def zero_unlisted(lanes: int) -> Body:
 @kernel(
     "x", "grad_out", "grad_weight", "kept", "pixels", "terms", "pixel_count", "term_count", "channel_count",
     "x_block", "grad_block", "grad_channel", "weight_channel", "blocks", "groups", "pixel_chunk", "term_chunk",
-    "term_chunks", "channel_tiles", "parts", "part_bytes",
+    "term_chunks", "channel_tiles", "parts", "part_bytes", "x_apart",
 )  # fmt: skip
-def correlate_listed(lanes: int, channels: int, width: int, kind: int, few: int) -> Body:
+def correlate_listed(lanes: int, channels: int, width: int, kind: int, few: int, x_runs: int = 1) -> Body:
     """Do as ``dense.correlate`` for the channels whose numbers ``kept`` holds; lanes hold samples.
 
     Job: (part of the blocks, tile of listed channels, chunk of terms).
@@ -181,7 +181,7 @@ def correlate_listed(lanes: int, channels: int, width: int, kind: int, few: int)
     def body(args: int, first: int, last: int) -> None:
         (x, grad_out, grad_weight, kept, pixels, terms, pixel_count, term_count, channel_count, x_block, grad_block,
          grad_channel, weight_channel, blocks, _groups, pixel_chunk, term_chunk, term_chunks, channel_tiles, parts,
-         part_bytes) = arguments(args, 21)  # fmt: skip
+         part_bytes, x_apart) = arguments(args, 22)  # fmt: skip
         jobs = channel_tiles * term_chunks
         for part in range(first // jobs, (last - 1) // jobs + 1):
             begin, target = part * blocks // parts, grad_weight + part * part_bytes
@@ -197,14 +197,14 @@ def correlate_listed(lanes: int, channels: int, width: int, kind: int, few: int)
                             if rows == few:
                                 correlate_listed_tile(
                                     source, grad, target, kept + 4 * c, pixels + 16 * p, terms + 16 * k, count,
-                                    grad_channel, weight_channel, rows, last_term - k, block - begin + p, fewer, width,
-                                    lanes,
+                                    grad_channel, weight_channel, rows, last_term - k, block - begin + p, x_apart,
+                                    fewer, width, lanes, x_runs,
                                 )  # fmt: skip
                             else:
                                 correlate_listed_tile(
                                     source, grad, target, kept + 4 * c, pixels + 16 * p, terms + 16 * k, count,
-                                    grad_channel, weight_channel, rows, last_term - k, block - begin + p, channels,
-                                    width, lanes,
+                                    grad_channel, weight_channel, rows, last_term - k, block - begin + p, x_apart,
+                                    channels, width, lanes, x_runs,
                                 )  # fmt: skip
 
     return body

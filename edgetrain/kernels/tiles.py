@@ -39,11 +39,34 @@ def _vectors(builder: Any, address: Any, count: int, lanes: int) -> list[Any]:
     return [builder.load(pointer(builder, place, ir.VectorType(F32, lanes)), align=4) for place in places]
 
 
-def _pixel(builder: Any, address: Any, lanes: int, kind: int) -> Any:
-    """Load a pixel of the input: a vector, or one channel's number in all lanes."""
+def _pixel(builder: Any, address: Any, lanes: int, kind: int, runs: int, apart: Any) -> Any:
+    """Load a pixel of the input: a vector that lies in ``runs``, or one channel's number in all lanes."""
     if kind == CHANNELS:
         return splat(builder, builder.load(pointer(builder, address, F32)), lanes)
-    return _vector_load(builder, address, lanes)
+    places = _places(builder, address, runs, apart)
+    return _joined(builder, [_vector_load(builder, place, lanes // runs) for place in places])
+
+
+def _places(builder: Any, address: Any, runs: int, apart: Any) -> list[Any]:
+    """Return where ``runs`` runs begin that are ``apart`` bytes."""
+    return [address] + [builder.add(address, builder.mul(apart, ir.Constant(I64, i))) for i in range(1, runs)]
+
+
+def _joined(builder: Any, parts: list[Any]) -> Any:
+    """Return the vector that consists of ``parts``, a power of 2 of them."""
+    while len(parts) > 1:
+        mask = ir.Constant(ir.VectorType(I32, 2 * parts[0].type.count), list(range(2 * parts[0].type.count)))
+        parts = [builder.shuffle_vector(a, b, mask) for a, b in zip(parts[0::2], parts[1::2], strict=True)]
+    return parts[0]
+
+
+def _store_runs(builder: Any, value: Any, address: Any, runs: int, apart: Any) -> None:
+    """Store a vector in ``runs`` equal runs that begin ``apart`` bytes from each other."""
+    lanes = value.type.count // runs
+    for i, place in enumerate(_places(builder, address, runs, apart)):
+        mask = ir.Constant(ir.VectorType(I32, lanes), list(range(i * lanes, (i + 1) * lanes)))
+        part = value if runs == 1 else builder.shuffle_vector(value, value, mask)
+        builder.store(part, pointer(builder, place, part.type), align=4)
 
 
 def _offsets(builder: Any, table: Any, count: int) -> list[Any]:
@@ -72,7 +95,8 @@ def _accumulators(builder: Any, count: int, lanes: int) -> list[Any]:
 @intrinsic(prefer_literal=True)
 def multiply_tile(
     typingctx: Any, x: Any, y: Any, w: Any, w_step: Any, w_channel: Any, bias: Any, pixels: Any, terms: Any, count: Any,
-    y_channel: Any, rows: Any, low: Any, high: Any, channels: Any, width: Any, lanes: Any, kind: Any,
+    y_channel: Any, rows: Any, x_apart: Any, y_apart: Any, low: Any, high: Any, channels: Any, width: Any, lanes: Any,
+    kind: Any, x_runs: Any, y_runs: Any,
 ) -> Any:  # fmt: skip
     """Compute ``channels`` x ``width`` outputs: ``y[c][p] = bias[c] + sum_k w[k][c] * x[pixel p + term k]``.
 
@@ -85,15 +109,19 @@ def multiply_tile(
         terms: table of ``count`` int64 byte offsets into the input.
         y_channel: bytes between output channels.
         rows: how many of the ``channels`` exist; the rest is computed and not stored.
+        x_apart, y_apart: bytes between the runs of samples that make a vector of the input, and of the output.
         low, high: float32 bounds of the result (activation fused into the store).
         channels, width, lanes: compile-time sizes; the accumulators must fit the registers.
         kind: which operand is a vector of lanes, see ``kernels.codes``.
+        x_runs, y_runs: compile-time numbers of runs in a vector, 1 where it lies in one piece.
     """
     cr, pr, n, how = literal(channels), literal(width), literal(lanes), literal(kind)
+    xr, yr = literal(x_runs), literal(y_runs)
     step = 1 if how in (SAMPLES, ROWS) else n  # channels per accumulator
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        x_, y_, w_, w_step_, w_channel_, bias_, pixels_, terms_, count_, y_channel_, rows_, low_, high_ = args[:13]
+        x_, y_, w_, w_step_, w_channel_, bias_, pixels_, terms_, count_, y_channel_, rows_ = args[:11]
+        x_apart_, y_apart_, low_, high_ = args[11:15]
         operands = _weights if how in (SAMPLES, ROWS) else _vectors
         starts = [builder.mul(w_channel_, i) for i in _existing(builder, rows_, cr, 1)] if how == ROWS else []
         table = _offsets(builder, pixels_, 2 * pr)
@@ -107,7 +135,7 @@ def multiply_tile(
                 weights = [splat(builder, scalar, n) for scalar in scalars]
             else:
                 weights = operands(builder, source, cr, n)
-            values = [_pixel(builder, builder.add(base, term), n, how) for base in inputs]
+            values = [_pixel(builder, builder.add(base, term), n, how, xr, x_apart_) for base in inputs]
             for c in range(cr // step):
                 for p in range(pr):
                     _fma(builder, weights[c], values[p], slots[c * pr + p])
@@ -121,17 +149,17 @@ def multiply_tile(
                     value = builder.select(builder.fcmp_ordered("<", value, lows), lows, value)
                     value = builder.select(builder.fcmp_ordered(">", value, highs), highs, value)
                     target = builder.add(channel, table[2 * p + 1])
-                    builder.store(value, pointer(builder, target, value.type), align=4)
+                    _store_runs(builder, value, target, yr, y_apart_)
         return context.get_dummy_value()
 
-    integers = [types.int64] * 11
-    return types.void(*integers, types.float32, types.float32, channels, width, lanes, kind), codegen
+    integers, numbers = [types.int64] * 13, [types.float32] * 2
+    return types.void(*integers, *numbers, channels, width, lanes, kind, x_runs, y_runs), codegen
 
 
 @intrinsic(prefer_literal=True)
 def correlate_tile(
     typingctx: Any, x: Any, dy: Any, dw: Any, pixels: Any, terms: Any, count: Any, dy_channel: Any, dw_channel: Any,
-    rows: Any, columns: Any, keep: Any, channels: Any, width: Any, lanes: Any, kind: Any,
+    rows: Any, columns: Any, keep: Any, x_apart: Any, channels: Any, width: Any, lanes: Any, kind: Any, x_runs: Any,
 ) -> Any:  # fmt: skip
     """Add to ``dw[c][k]`` the sum over pixels and lanes of ``dy[c][pixel] * x[pixel + term k]``.
 
@@ -144,18 +172,19 @@ def correlate_tile(
         rows, columns: how many of the ``channels`` and of the ``width`` terms exist.
         keep: 0 to start from nothing instead of what ``dw`` holds.
         channels, width, lanes: compile-time sizes; the accumulators must fit the registers.
+        x_apart, x_runs: as in ``multiply_tile``.
         kind: as in ``multiply_tile``; unless lanes hold samples, each lane is a weight of its own.
     """
     cr, kr, n, how = literal(channels), literal(width), literal(lanes), literal(kind)
     step = 1 if how == SAMPLES else n  # channels per accumulator
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        x_, dy_, dw_, pixels_, terms_, count_, dy_channel_, dw_channel_, rows_, columns_, keep_ = args[:11]
+        x_, dy_, dw_, pixels_, terms_, count_, dy_channel_, dw_channel_, rows_, columns_, keep_, x_apart_ = args[:12]
         kept = builder.icmp_signed("!=", keep_, ir.Constant(I64, 0))
         table = _offsets(builder, terms_, 2 * kr)
         index = _existing(builder, rows_, cr // step, step)
         outputs = [builder.add(dy_, builder.mul(dy_channel_, i)) for i in index]
-        sums = _correlation(builder, x_, outputs, table[0::2], pixels_, count_, n, how)
+        sums = _correlation(builder, x_, outputs, table[0::2], pixels_, count_, n, how, literal(x_runs), x_apart_)
         if how != SAMPLES:
             _scatter(builder, sums, kr, dw_, dw_channel_, table[1::2], rows_, columns_, kept)
             return context.get_dummy_value()
@@ -163,13 +192,14 @@ def correlate_tile(
         _store_sums(builder, sums, places, table[1::2], rows_, columns_, kept)
         return context.get_dummy_value()
 
-    return types.void(*([types.int64] * 11), channels, width, lanes, kind), codegen
+    return types.void(*([types.int64] * 12), channels, width, lanes, kind, x_runs), codegen
 
 
 @intrinsic(prefer_literal=True)
 def correlate_listed_tile(
     typingctx: Any, x: Any, dy: Any, dw: Any, listed: Any, pixels: Any, terms: Any, count: Any, dy_channel: Any,
-    dw_channel: Any, rows: Any, columns: Any, keep: Any, channels: Any, width: Any, lanes: Any,
+    dw_channel: Any, rows: Any, columns: Any, keep: Any, x_apart: Any, channels: Any, width: Any, lanes: Any,
+    x_runs: Any,
 ) -> Any:  # fmt: skip
     """Do as ``correlate_tile`` for the channels of a list, lanes holding samples.
 
@@ -179,17 +209,18 @@ def correlate_listed_tile(
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         x_, dy_, dw_, listed_, pixels_, terms_, count_, dy_channel_, dw_channel_, rows_, columns_, keep_ = args[:12]
+        runs, apart = literal(x_runs), args[12]
         kept = builder.icmp_signed("!=", keep_, ir.Constant(I64, 0))
         table = _offsets(builder, terms_, 2 * kr)
         places = [builder.gep(pointer(builder, listed_, F32), [i]) for i in _existing(builder, rows_, cr, 1)]
         numbers = [builder.fptosi(builder.load(place), I64) for place in places]
         outputs = [builder.add(dy_, builder.mul(dy_channel_, number)) for number in numbers]
-        sums = _correlation(builder, x_, outputs, table[0::2], pixels_, count_, n, SAMPLES)
+        sums = _correlation(builder, x_, outputs, table[0::2], pixels_, count_, n, SAMPLES, runs, apart)
         places = [builder.add(dw_, builder.mul(dw_channel_, number)) for number in numbers]
         _store_sums(builder, sums, places, table[1::2], rows_, columns_, kept)
         return context.get_dummy_value()
 
-    return types.void(*([types.int64] * 12), channels, width, lanes), codegen
+    return types.void(*([types.int64] * 13), channels, width, lanes, x_runs), codegen
 
 
 def _existing(builder: Any, rows: Any, count: int, step: int) -> list[Any]:
@@ -203,15 +234,16 @@ def _existing(builder: Any, rows: Any, count: int, step: int) -> list[Any]:
 
 
 def _correlation(
-    builder: Any, x: Any, outputs: list[Any], offsets: list[Any], pixels: Any, count: Any, lanes: int, kind: int
-) -> list[Any]:
+    builder: Any, x: Any, outputs: list[Any], offsets: list[Any], pixels: Any, count: Any, lanes: int, kind: int,
+    runs: int, apart: Any,
+) -> list[Any]:  # fmt: skip
     """Return the vectors ``[channel][term]``: sums over pixels of ``outputs[channel][pixel] * x[pixel + offset]``."""
     inputs = [builder.add(x, offset) for offset in offsets]
     slots = _accumulators(builder, len(outputs) * len(inputs), lanes)
     with cgutils.for_range(builder, count) as loop:
         pair = _offsets(builder, builder.add(pixels, builder.mul(loop.index, ir.Constant(I64, 16))), 2)
         grads = [_vector_load(builder, builder.add(base, pair[1]), lanes) for base in outputs]
-        values = [_pixel(builder, builder.add(base, pair[0]), lanes, kind) for base in inputs]
+        values = [_pixel(builder, builder.add(base, pair[0]), lanes, kind, runs, apart) for base in inputs]
         for c, grad in enumerate(grads):
             for k, value in enumerate(values):
                 _fma(builder, grad, value, slots[c * len(values) + k])

@@ -223,7 +223,7 @@ def correlate_lists(lanes: int, width: int) -> Body:
             for k in range(chunk * term_chunk, last_term, width):
                 correlate_tile(
                     other, values + channel * value_channel, target + channel * target_channel, pairs + 16 * start,
-                    terms + 16 * k, count, 0, 0, 1, last_term - k, 0, 1, width, lanes, SAMPLES,
+                    terms + 16 * k, count, 0, 0, 1, last_term - k, 0, 0, 1, width, lanes, SAMPLES, 1,
                 )  # fmt: skip
 
     return body
