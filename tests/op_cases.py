@@ -276,6 +276,10 @@ def pools() -> Iterable[Case]:
     """MaxPool, AveragePool, GlobalAveragePool."""
     for kind, name in (("MaxPool", "maxpool"), ("AveragePool", "avgpool")):
         yield one(f"{name}-2x2", (3, 6, 8), kind, kernel_shape=[2, 2], strides=[2, 2], wide=True)
+        # Windows that do not cover the map: the rest behind them, the rest of one that they overlap in, padding before.
+        yield one(f"{name}-2x2-odd", (3, 7, 5), kind, kernel_shape=[2, 2], strides=[2, 2])
+        yield one(f"{name}-last-pixel-unread", (2, 6, 6), kind, kernel_shape=[3, 3], strides=[2, 2])
+        yield one(f"{name}-pads-before", (2, 6, 6), kind, kernel_shape=[3, 3], strides=[3, 3], pads=[1, 1, 0, 0])
         yield one(f"{name}-stride1-default", (3, 5, 5), kind, kernel_shape=[2, 3])
         yield one(f"{name}-overlap", (2, 9, 9), kind, kernel_shape=[3, 3], strides=[2, 2])
         yield one(f"{name}-pads", (3, 7, 7), kind, kernel_shape=[3, 3], strides=[2, 2], pads=[1, 1, 1, 1])

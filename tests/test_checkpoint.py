@@ -184,6 +184,14 @@ def test_safetensors_reads_every_kind_of_array(tmp_path):
             np.testing.assert_array_equal(file.get_tensor(name), array)
 
 
+def test_numbers_lie_aligned_in_the_file():
+    tensors = {name: np.ones(3, name) for name in ("bool", "uint8", "int32", "float32", "float64")}
+    start = checkpoint._encode(tensors, {})[0]
+    header = checkpoint._header(start)
+    assert len(start) % 8 == 0
+    assert all(header[name]["data_offsets"][0] % array.itemsize == 0 for name, array in tensors.items())
+
+
 @pytest.mark.parametrize("trainable", [True, False])
 def test_scalars_keep_their_shape(tmp_path, trainable):
     graph = Graph("scaled", input_shape=(4,))
@@ -239,19 +247,31 @@ def test_read_only_file_system_is_one_message_about_the_file(tmp_path, monkeypat
         write_file(tmp_path / "file", b"new")
 
 
-def test_orphans_of_dead_processes_are_removed_others_stay(tmp_path):
+@pytest.mark.parametrize("name", ["file", "file[1]*"])
+def test_orphans_of_dead_processes_are_removed_others_stay(tmp_path, name):
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
-    orphan, other = tmp_path / f".file.{dead.pid}.tmp", tmp_path / ".other.tmp"
-    living = tmp_path / f".file.{os.getppid()}.tmp"
-    strange = tmp_path / ".file.notes.tmp"
+    orphan, other = tmp_path / f".{name}.{dead.pid}.tmp", tmp_path / ".other.tmp"
+    living = tmp_path / f".{name}.{os.getppid()}.tmp"
+    strange = tmp_path / f".{name}.notes.tmp"
     for file in (orphan, other, living, strange):
         file.write_bytes(b"")
-    write_file(tmp_path / "file", b"new")
+    write_file(tmp_path / name, b"new")
     assert not orphan.exists()
     assert not strange.exists()
     assert other.exists()
     assert living.exists()
+
+
+def test_a_file_of_another_users_process_stays(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "kill", refuse)
+    theirs = tmp_path / ".file.1.tmp"
+    theirs.write_bytes(b"")
+    write_file(tmp_path / "file", b"new")
+    assert theirs.exists()
 
 
 def test_every_thread_writes_a_file_of_its_own(tmp_path, monkeypatch):
@@ -266,15 +286,23 @@ def test_every_thread_writes_a_file_of_its_own(tmp_path, monkeypatch):
     for thread in threads:
         thread.join()
     assert len(set(written)) == 2
+    assert {path.name.split(".")[-2] for path in written} == {str(os.getpid())}  # whose file it is
 
 
 def test_file_is_synced_before_it_gets_its_name(tmp_path, monkeypatch):
-    calls = []
+    calls, sizes = [], []
     fsync, rename = os.fsync, os.replace
-    monkeypatch.setattr(os, "fsync", lambda handle: (calls.append("fsync"), fsync(handle)))
+
+    def noted(handle):
+        calls.append("fsync")
+        sizes.append(os.fstat(handle).st_size)
+        fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", noted)
     monkeypatch.setattr(os, "replace", lambda *paths: (calls.append("rename"), rename(*paths)))
     write_file(tmp_path / "file", b"new")
     assert calls == ["fsync", "rename", "fsync"]
+    assert sizes[0] == len(b"new")
 
 
 # ---- the graph as JSON

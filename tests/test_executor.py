@@ -316,6 +316,15 @@ def test_a_broken_step_keeps_every_bit(optimizer, threads):
     assert content(some) == before
 
 
+@pytest.mark.parametrize(("x", "y"), [(1e-10, 1e20), (3e38, -3.0)], ids=["loss", "gradients"])
+def test_a_step_of_which_one_alone_is_not_finite_is_not_applied(x, y):
+    some = linear(0.0)
+    some.optimizer = et.SGD(lr=0.1)
+    with pytest.raises(NumericalError, match="step 1: loss or gradients are not finite"):
+        some.partial_fit(np.full((4, 1), x, np.float32), np.full((4, 1), y, np.float32))
+    assert some.parameters()["w"] == 0
+
+
 NODES = {"conv1.weight": "conv1", "layer1.0.conv2.weight": r"layer1\.0\.conv2", "bn1.bias": "bn1", "fc.weight": "fc"}
 
 

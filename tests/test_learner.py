@@ -430,6 +430,8 @@ def test_another_kind_of_optimizer_is_refused_halfway():
         some.optimizer = et.Adam()
     some.optimizer = et.SGD(lr=0.001, momentum=0.5)
     assert some.optimizer.lr == 0.001
+    with pytest.raises(UsageError, match="their state differs"):
+        some.optimizer = et.SGD(lr=0.001)  # without its velocity
 
 
 # ---- memory budget ---------------------------------------------------------------------------------------------------

@@ -70,6 +70,15 @@ def test_every_step_and_seed_drops_others():
     assert len(set(losses)) == 3
 
 
+@pytest.mark.parametrize("count", [1, 5, 37])  # lanes hold channels, and samples
+def test_of_equal_outputs_the_first_is_the_prediction_that_counts(count):
+    graph = Graph("zero", input_shape=(4,))
+    graph.set_outputs([graph.add("Gemm", ["input", graph.parameter("w", np.zeros((3, 4)))], transB=1)])
+    some, y = et.Learner(graph, batch_size=count, threads=1), np.arange(1, count + 1) % 3
+    x = np.ones((count, 4), np.float32)
+    assert some.partial_fit(x, y).correct == (y == 0).sum()
+
+
 def test_label_smoothing_is_in_checkpoints(tmp_path):
     learner(label_smoothing=0.25).save(tmp_path / "a.safetensors")
     assert et.Learner.load(tmp_path / "a.safetensors").label_smoothing == 0.25

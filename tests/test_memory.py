@@ -22,6 +22,7 @@ from edgetrain.graph import Graph
 from edgetrain.learner import Learner
 from edgetrain.memory import Lifetime, padded, place
 from edgetrain.plan import borders_to_clear, share_memory
+from tests.op_cases import Net
 
 # --- place: pure functions --------------------------------------------------------------------------------------------
 
@@ -41,6 +42,9 @@ PINNED = {
     # 256 at 0, 192 at 256, 128 at 448; when 256 and 128 are gone, 64 takes the smaller hole.
     "smallest gap that fits": ([(256, 0, 1), (192, 0, 9), (128, 0, 1), (192, 0, 9), (64, 5, 5)], [0, 256, 640, 448, 0],
                                768),
+    "of equal ones the first to live goes first": ([(64, 1, 2), (64, 0, 1)], [64, 0], 128),
+    "of equal gaps the first": ([(256, 0, 1), (256, 0, 9), (256, 0, 1), (256, 0, 9), (64, 5, 5)],
+                                [0, 256, 512, 768, 0], 1024),
     "a gap between two that live": ([(256, 0, 9), (128, 0, 1), (64, 2, 9)], [0, 256, 256], 384),
 }  # fmt: skip
 
@@ -231,6 +235,32 @@ def test_a_border_is_cleared_unless_an_operator_writes_it_before_it_is_read(ops,
     root = share_memory(graph.nodes, set(graph.outputs)).root
     assert root[x] == "first"
     assert borders_to_clear(graph.nodes, root) == {"input"} | ({"first"} if cleared else set())
+
+
+def test_a_border_that_is_written_twice_is_not_cleared_before():
+    graph = Graph("borders", input_shape=(4, 6, 6))
+    weight, norm = graph.parameter("w", np.ones((4, 4, 3, 3))), [graph.parameter(f"p{i}", np.ones(4)) for i in range(4)]
+    x, found = graph.add("Conv", ["input", weight], outputs=["first"]), []
+    for _ in range(2):
+        x = graph.add("BatchNormalization", [x, *norm])
+        found.append(graph.add("Conv", [x, weight], pads=[1] * 4))
+    graph.set_outputs(found)
+    root = share_memory(graph.nodes, set(graph.outputs)).root
+    assert root[x] == "first"
+    assert borders_to_clear(graph.nodes, root) == set()
+
+
+def test_a_border_of_another_output_than_the_operator_writes_is_cleared():
+    net, same = Net((3, 6, 6)), [1] * 4
+    x = net.conv("input", 4, 3, 3, 3, pads=same)
+    short = net.conv(x, 4, 4, 3, 3, pads=same)  # its gradient reads the addend's, which has no border yet
+    total = net.Add(net.norm(net.conv(x, 4, 4, 3, 3, pads=same)), short)
+    net.graph.set_outputs([net.Flatten(net.GlobalAveragePool(net.Relu(total)))])
+    nodes = Learner(net.graph, batch_size=64, threads=1).training_plan().graph.nodes
+    grad = next(node for node in nodes if node.op_type == "ResidualNormalizationGrad")
+    root = share_memory(nodes, set()).root
+    cleared = borders_to_clear(nodes, root)
+    assert [root[value.name] in cleared for value in grad.outputs[:2]] == [True, False]
 
 
 def test_nobody_wants_a_border_around_the_output():

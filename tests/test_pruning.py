@@ -469,6 +469,7 @@ def pooled_network(pool: dict[str, list[int]], conv: dict[str, list[int]]) -> Gr
     (1, {"kernel_shape": [2, 2], "strides": [2, 2]}, {"pads": [0, 2, 1, 0], "dilations": [2, 1]}, True),
     (7, {"kernel_shape": [3, 3], "strides": [2, 2]}, {}, False),
     (7, {"kernel_shape": [2, 2], "strides": [2, 2], "pads": [1, 0, 0, 1]}, {}, False),
+    (7, {"kernel_shape": [2, 2], "strides": [2, 2], "dilations": [2, 2]}, {}, False),
 ], ids=str)  # fmt: skip
 def test_lists_behind_a_pool_are_those_of_the_map_not_written(count, pool, conv, without_map, lanes, monkeypatch):
     (x, y), graph = batch(count, (1, 14, 13)), pooled_network(pool, conv)
@@ -495,6 +496,7 @@ def test_lists_behind_a_pool_are_those_of_the_map_not_written(count, pool, conv,
     (7, {"kernel_shape": [3, 2], "strides": [2, 2]}, False),
     (7, {"kernel_shape": [2, 3], "strides": [2, 2]}, False),
     (7, {"kernel_shape": [2, 2], "strides": [2, 2], "pads": [1, 0, 0, 1]}, False),
+    (7, {"kernel_shape": [2, 2], "strides": [2, 2], "dilations": [2, 2]}, False),
 ], ids=str)  # fmt: skip
 def test_channels_are_chosen_from_what_comes_to_a_pool(count, pool, chosen_from_pool, importance):
     """Where it has the norms of the error map, which is then made of the kept channels alone."""

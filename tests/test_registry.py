@@ -100,6 +100,8 @@ REFUSED = {
     "pool-without-kernel": (IMAGE, "MaxPool", ["input"], [], {}, r"and fit the kernel \(\)"),
     "pool-in-padding": (IMAGE, "MaxPool", ["input"], [], {"kernel_shape": [2, 2], "pads": [2, 0, 0, 0]},
                         r"a window of \(2, 2\) lies in the padding alone"),
+    "pool-in-padding-behind": (IMAGE, "MaxPool", ["input"], [], {"kernel_shape": [2, 2], "pads": [0, 0, 0, 2]},
+                               r"a window of \(2, 2\) lies in the padding alone"),
     "add-shapes": (IMAGE, "Add", ["input"], [(5, 1, 1)], {}, r"the shapes do not broadcast; sizes must be equal or 1"),
     "add-batch": (IMAGE, "Add", ["input"], [(2, 4, 6, 6)], {}, r"2x4x6x6 cannot be broadcast"),
     "add-parameters": (IMAGE, "Add", [], [(4,), (1,)], {}, r"two parameters must have equal shapes"),

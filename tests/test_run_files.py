@@ -26,12 +26,12 @@ def test_events_are_on_the_disk_when_they_are_told(tmp_path, monkeypatch):
     synced, fsync = [], os.fsync
 
     def noted(handle):
-        synced.append(os.readlink(f"/proc/self/fd/{handle}"))
+        synced.append((os.readlink(f"/proc/self/fd/{handle}"), os.fstat(handle).st_size > 0))
         fsync(handle)
 
     monkeypatch.setattr(os, "fsync", noted)
     Run(tmp_path).log("started")
-    assert synced == [str(tmp_path / "events.jsonl")]
+    assert synced == [(str(tmp_path / "events.jsonl"), True)]
 
 
 @pytest.mark.parametrize(
@@ -160,6 +160,7 @@ def test_equal_bytes_of_other_types_and_shapes_are_no_duplicates():
     zeros = {"a": np.zeros(4), "b": np.zeros(4, np.int64), "c": np.zeros((2, 2)), "d": np.zeros(4)}
     assert _without_duplicates(zeros)[1] == {"d": "a"}
     assert _digest({"a": zeros["a"]}, {}) != _digest({"z": zeros["a"]}, {})
+    assert len({_digest({"a": array}, {}) for array in zeros.values()}) == 3
 
 
 def test_an_interrupt_that_a_callback_swallows_counts_all_the_same():

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import fcntl
 import math
+import os
 import subprocess
 import sys
 import tomllib
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import MISSING, fields
 
 import pytest
 
@@ -37,7 +39,7 @@ def test_numbers_count_up_per_command(tmp_path):
 
 
 def test_number_follows_the_highest_and_ignores_other_names(tmp_path):
-    for name in ("fit-7", "fit-old", "fit-8.bak", "fitter-9"):
+    for name in ("fit-7", "fit-old", "fit-8.bak", "fit-²", "fitter-9"):
         (tmp_path / name).mkdir()
     assert create_run(tmp_path, "fit").path.name == "fit-8"
 
@@ -56,9 +58,10 @@ def test_folder_that_cannot_be_made(tmp_path):
 
 def test_toml_round_trip():
     table = {
-        "text": 'quote " backslash \\ tab \t newline \n umlaut ü bell \x07 delete \x7f',
+        "text": 'quote " backslash \\ tab \t newline \n umlaut ü camera 📷 bell \x07 delete \x7f',
         "numbers": [1, -2, 3], "ratio": 0.1, "tiny": 1e-08, "large": 1e22, "flag": True, "off": False, "empty": "",
-        "section": {"key with space": 1, "deep.er": {"x": 1.5}}, "no_values": {"inner": {"a": "b"}},
+        "section": {"key with space": 1, "deep.er": {"x": 1.5}, "größe 📷": 2, "größe": 3},
+        "no_values": {"inner": {"a": "b"}},
     }  # fmt: skip
     assert tomllib.loads(to_toml(table)) == table
 
@@ -116,6 +119,36 @@ def test_event_that_was_cut_off_is_skipped_and_does_not_spoil_the_next(tmp_path)
     assert events[0]["time"].endswith("+00:00")
 
 
+def test_the_account_that_was_written_last_counts(tmp_path):
+    run = Run(tmp_path)
+    run.log("finished", whole_seconds=1.0)
+    for number in (1, 2):
+        run.log("account", savings=number, other=number)
+    assert run.account() == {"savings": 2}
+    run.log("resumed")
+    assert run.account() == {}
+
+
+@pytest.mark.parametrize(
+    ("events", "status"),
+    [("started", "unfinished"), ("started finished account", "finished"), ("started failed", "failed"),
+     ("started interrupted saved", "interrupted"), ("started interrupted resumed epoch", "unfinished")],
+)  # fmt: skip
+def test_the_last_event_that_says_how_a_run_stands_counts(tmp_path, events, status):
+    run = Run(tmp_path)
+    for event in events.split():
+        run.log(event)
+    assert run.status() == status
+
+
+@pytest.mark.parametrize(("comparison", "lacks"), [("", True), ("wanted", True), ("baseline", False)])
+def test_a_dense_twin_has_no_account_of_its_own(tmp_path, comparison, lacks):
+    run = Run(tmp_path)
+    run.log("started", comparison=comparison)
+    run.log("finished", whole_seconds=1.0)
+    assert run.lacks_account() == lacks
+
+
 def test_empty_run_reads_as_empty(tmp_path):
     run = create_run(tmp_path, "fit")
     assert (run.read_metrics(), run.read_events(), run.read_environment()) == ([], [], {})
@@ -166,11 +199,21 @@ def test_a_lock_goes_with_its_process_and_leaves_no_file(tmp_path):
     command = [sys.executable, "-c", HOLD, str(tmp_path)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
         other.stdout.readline()
+        opened = len(os.listdir("/proc/self/fd"))
         with pytest.raises(UsageError, match=r"another process is using it; wait until it ends or stop it, then try"):
             run.lock()
+        assert len(os.listdir("/proc/self/fd")) == opened
         other.kill()
     run.lock()
     assert [file.name for file in tmp_path.iterdir()] == ["events.jsonl"]
+
+
+def test_a_run_that_is_locked_again_keeps_its_events(tmp_path):
+    with runs_released():
+        run = create_run(tmp_path, "fit")
+        run.log("started")
+    run.lock()
+    assert [event["event"] for event in run.read_events()] == ["started"]
 
 
 def test_a_folder_that_cannot_be_written_is_one_error(tmp_path):
@@ -211,6 +254,18 @@ def test_damaged_events_are_skipped(tmp_path, damage):
     with run.events_file.open("ab") as file:
         file.write(damage + b"\n")
     assert run.status() == "interrupted"
+
+
+@pytest.mark.parametrize("text", ["[1]", "{", ""])
+def test_facts_that_are_no_table_are_none(tmp_path, text):
+    Run(tmp_path).environment_file.write_text(text)
+    assert Run(tmp_path).read_environment() == {}
+
+
+def test_a_table_of_an_earlier_version_lacks_the_columns_that_came_later(tmp_path):
+    columns = [field.name for field in fields(EpochRecord) if field.default is MISSING]
+    Run(tmp_path).metrics_file.write_text(f"{','.join(columns)}\n{','.join(['1'] * len(columns))}\n")
+    assert Run(tmp_path).read_metrics() == [dict.fromkeys(columns, 1.0)]
 
 
 @pytest.mark.parametrize("cell", ["abc", "", "\udcff"], ids=["text", "nothing", "no_utf8"])

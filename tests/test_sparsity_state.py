@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 
 import edgetrain as et
+from edgetrain import checkpoint
+from edgetrain.checkpoint import read_checkpoint, write_file
 from edgetrain.errors import UsageError
 from tests.sparse_networks import PROFILE, assert_equal, batch, learner, network, train
 
@@ -27,6 +29,18 @@ def test_room_for_weights_outlives_loaded_parameters_and_a_checkpoint(variant, t
     assert {name: index.capacity for name, index in loaded.topology.indices.items()} == room
     assert loaded.topology.densities == made.topology.densities
     assert train(loaded, 5) == train(made, 5)
+    assert_equal(loaded.parameters(), made.parameters())
+
+
+def test_a_checkpoint_from_before_room_was_kept_has_that_of_its_weights(tmp_path):
+    made = learner(et.StaticSparse(weights=0.7, distribution="erk"))
+    made.load_parameters(learner(et.StaticSparse(weights=0.7, distribution="uniform")).parameters())
+    made.save(tmp_path / "new.safetensors")
+    tensors, table = read_checkpoint(tmp_path / "new.safetensors")
+    del table["state"]["topology"]["capacities"]
+    write_file(tmp_path / "old.safetensors", *checkpoint._encode(tensors, table))
+    loaded = et.Learner.load(tmp_path / "old.safetensors")
+    assert train(loaded, 2) == train(made, 2)
     assert_equal(loaded.parameters(), made.parameters())
 
 

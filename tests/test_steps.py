@@ -9,6 +9,7 @@ from edgetrain.models import ds_cnn
 from edgetrain import autodiff, keeping, reference
 from edgetrain.graph import Graph
 from edgetrain.learner import Learner
+from edgetrain.ops.pooling import Pool
 from tests.engine import assert_all_close, assert_close, assert_same, channel_learner, learner, wide_host
 from tests.op_cases import Net
 
@@ -315,6 +316,12 @@ def test_a_mask_takes_the_place_of_an_output_that_only_the_slope_reads():
     assert plan.lifetimes[plan.buffer(y)][1] <= positions["GlobalAveragePool"]
     assert plan.lifetimes[plan.buffer(f"edgetrain.mask.{y}")][1] == positions["ReluMaskGrad"]
     assert plan.sizes[plan.buffer(f"edgetrain.mask.{y}")] * 9 == plan.sizes[plan.buffer(y)]  # 36 pixels in four words
+
+
+def test_the_place_in_a_pools_window_takes_as_few_bits_as_fit_a_word():
+    kernels = [(1, 1), (1, 2), (2, 2), (1, 5), (4, 4), (1, 17)]
+    pools = [Pool(kernel, (1, 1), (1, 1), (0, 0, 0, 0), kernel, (1, 1)) for kernel in kernels]
+    assert [pool.position_bits for pool in pools] == [1, 1, 2, 4, 4, 8]
 
 
 @pytest.mark.parametrize("row", [0, 3], ids=["first-row-far-away", "another-row-far-away"])

@@ -9,19 +9,20 @@ import edgetrain.lowering_winograd as winograd
 from edgetrain import reference
 from edgetrain.choice import Target, simd_lanes, winograd_cuts, winograd_tile
 from edgetrain.graph import Graph
+from edgetrain.kernels.registry import argument_names
 from tests.engine import assert_same, learner, wide_host
 
 pytestmark = pytest.mark.usefixtures(wide_host.__name__)
 
 
 def network(channels: int, size: int, kernel: int = 3, **attributes: object) -> Graph:
-    rng = np.random.default_rng(channels + size)
+    rng, attributes = np.random.default_rng(channels + size), {"pads": [kernel // 2] * 4} | attributes
     graph = Graph("case", (channels, size, size))
     x = "input"
     for number in range(2):  # the first needs no input gradient
         shape = (channels, channels // int(attributes.get("group", 1)), kernel, kernel)
         weight = graph.parameter(f"weight{number}", rng.normal(0, (channels * kernel**2) ** -0.5, shape))
-        x = graph.add("Conv", [x, weight], pads=[kernel // 2] * 4, **attributes)
+        x = graph.add("Conv", [x, weight], **attributes)
     graph.set_outputs([x])
     return graph
 
@@ -37,6 +38,7 @@ def batch(graph: Graph, count: int) -> tuple[np.ndarray, np.ndarray]:
     return x, rng.normal(size=(count, *graph.output_shape)).astype(np.float32)
 
 
+SAME = [1] * 4
 ALL = {"winograd", "winograd_weights", "winograd_transform", "winograd_weight_gradient"}
 
 
@@ -56,9 +58,11 @@ def test_other_layers_are_direct(channels, size, kernel, attributes):
 
 # Largest error relative to the largest number: 1e-5 for 128 channels was measured (kernels/winograd.py), twenty times
 # less than what the contract allows a gradient.
-@pytest.mark.parametrize(("channels", "size"), [(16, 16), (64, 8), (128, 4)])
-def test_errors_stay_small(channels, size):
-    graph = network(channels, size)
+@pytest.mark.parametrize(
+    ("channels", "size", "pads"), [(16, 16, SAME), (64, 8, SAME), (128, 4, SAME), (16, 8, [2, 0, 0, 2])]
+)
+def test_errors_stay_small(channels, size, pads):
+    graph = network(channels, size, pads=pads)
     x, y = batch(graph, 6)
     made = learner(graph, 4, loss="mse")
     _, wanted = reference.gradients(graph, x, y, "mse")
@@ -66,10 +70,13 @@ def test_errors_stay_small(channels, size):
         assert np.abs(gradient - wanted[name]).max() <= 1.5e-5 * np.abs(wanted[name]).max(), name
 
 
-@pytest.mark.parametrize("part_bytes", [1, 36 * 32 * 4 * 4 * 4, 10**9], ids=["rows", "blocks", "batch"])
-def test_gradients_of_any_parts_agree(monkeypatch, part_bytes):
+@pytest.mark.parametrize(
+    "rows", [0, 3, 4, 8, 10**6], ids=["row-by-row", "rows-and-rest", "block", "blocks-and-rest", "batch"]
+)
+def test_gradients_of_any_parts_agree(monkeypatch, rows):
     graph = network(16, 16)
-    x, y = batch(graph, 11)
+    x, y = batch(graph, 11)  # three blocks of four rows of tiles
+    part_bytes = rows * 36 * 4 * 4 * 4 * (16 + 16)
     usual = learner(graph, 4, loss="mse").gradients(x, y)
     monkeypatch.setattr(winograd, "_PART_BYTES", part_bytes)
     for name, gradient in learner(graph, 4, loss="mse").gradients(x, y).items():
@@ -85,6 +92,15 @@ def test_either_operands_tiles_may_overlap(monkeypatch):
     assert np.array_equal(other["weight0"], usual["weight0"])
     assert not np.array_equal(other["weight1"], usual["weight1"])
     np.testing.assert_allclose(other["weight1"], usual["weight1"], rtol=0, atol=1e-5 * np.abs(usual["weight1"]).max())
+
+
+def test_without_a_bias_there_is_a_zero_for_each_of_an_odd_number_of_channels():
+    graph = Graph("odd", (20, 4, 12))
+    graph.set_outputs([graph.add("Conv", ["input", graph.parameter("w", np.ones((9, 20, 3, 3)))], pads=SAME)])
+    plan = learner(graph, 4, loss="mse").plans.plan(False, 4)
+    (row,) = [row for row in plan.rows if row.kernel[0] == "winograd"]
+    zeros = plan.fixed[row.arguments[argument_names("winograd").index("bias")].buffer]
+    assert zeros.nbytes >= 9 * 4
 
 
 @pytest.mark.parametrize("threads", [2, 3, 5])
