@@ -11,12 +11,26 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgetrain.errors import UsageError
+from edgetrain.kernels.codes import (
+    ADAM_CORRECTION,
+    ADAM_LR,
+    AVERAGING,
+    BETA1,
+    BETA2,
+    CLIP_NORM,
+    DECOUPLED,
+    EPSILON,
+    GRADIENT_SCALE,
+    LR,
+    MOMENTUM,
+    NESTEROV,
+    REST1,
+    REST2,
+    WEIGHT_DECAY,
+)
 from edgetrain.schema import take_numbers
 
 KINDS = ("constant", "step", "cosine", "one_cycle")
-# Places in the settings array; the same order as in kernels/update.py (a test compares them).
-(LR, WEIGHT_DECAY, MOMENTUM, NESTEROV, BETA1, BETA2, EPSILON, ADAM_LR, ADAM_CORRECTION, DECOUPLED, CLIP_NORM,
- GRADIENT_SCALE, REST1, REST2, AVERAGING, SETTINGS) = range(16)  # fmt: skip
 
 
 @dataclass(frozen=True)

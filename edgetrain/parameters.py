@@ -14,8 +14,8 @@ from numpy.typing import ArrayLike, NDArray
 
 from edgetrain.arrays import ALIGNMENT, READ_BEHIND, aligned
 from edgetrain.graph import Graph, Node, Normalization, placeholder
-from edgetrain.kernels.codes import DENSITY, RECORD, TALLY_BYTES
-from edgetrain.optim import SETTINGS, Optimizer
+from edgetrain.kernels.codes import DENSITY, RECORD, SETTINGS, TALLY_BYTES
+from edgetrain.optim import Optimizer
 from edgetrain.sparse_index import SparseIndex
 
 _LINE = ALIGNMENT // 4  # floats per cache line; every array starts on a line and is padded with zeros

@@ -11,7 +11,6 @@ import edgetrain as et
 from edgetrain import optim
 from edgetrain.errors import UsageError
 from edgetrain.graph import Graph
-from edgetrain.kernels import update
 from edgetrain.optim import OPTIMIZERS, Optimizer, Schedule
 
 torch = pytest.importorskip("torch", reason="PyTorch is the judge here")
@@ -280,14 +279,3 @@ def test_settings_survive_json(optimizer):
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_a_name_alone_gives_the_defaults(name):
     assert Optimizer.from_dict({"name": name.upper()}) == OPTIMIZERS[name]()
-
-
-def places(module) -> dict[str, int]:
-    return {name: value for name, value in vars(module).items() if name.isupper() and isinstance(value, int)}
-
-
-def test_settings_have_the_same_places_in_the_kernels():
-    kernel, ours = places(update), places(optim)
-    names = [name for name, _ in sorted(ours.items(), key=lambda item: item[1])]
-    assert {name: kernel[name] for name in names} == ours
-    assert sorted(ours.values()) == list(range(ours["SETTINGS"] + 1))

@@ -1,16 +1,30 @@
 """Optimizer updates and the check before them; all on dense float32 arrays padded to whole vectors.
 
-``settings`` is an array of float32 that the learner fills before every step:
-``[lr, weight_decay, momentum, nesterov, beta1, beta2, epsilon, lr / (1 - beta1^t),
-1 / sqrt(1 - beta2^t), decoupled, clip_norm, gradient scale, 1 - beta1, 1 - beta2, 1 - averaging]``. The last
-three are rounded once: 1 minus a float32 of 0.999 has an error of 1.3e-5.
+``settings``: the optimizer's numbers of the step, float32, at the places that ``codes`` names.
 """
 
 from __future__ import annotations
 
 import math
 
-from edgetrain.kernels.codes import STATUS
+from edgetrain.kernels.codes import (
+    ADAM_CORRECTION,
+    ADAM_LR,
+    AVERAGING,
+    BETA1,
+    BETA2,
+    CLIP_NORM,
+    DECOUPLED,
+    EPSILON,
+    GRADIENT_SCALE,
+    LR,
+    MOMENTUM,
+    NESTEROV,
+    REST1,
+    REST2,
+    STATUS,
+    WEIGHT_DECAY,
+)
 from edgetrain.kernels.codes import UPDATE_JOB as JOB
 from edgetrain.kernels.registry import Body, kernel
 from edgetrain.kernels.simd import (
@@ -28,8 +42,6 @@ from edgetrain.kernels.simd import (
     sum_lanes,
 )
 
-(LR, WEIGHT_DECAY, MOMENTUM, NESTEROV, BETA1, BETA2, EPSILON, ADAM_LR, ADAM_CORRECTION, DECOUPLED, CLIP_NORM,
- GRADIENT_SCALE, REST1, REST2, AVERAGING, SETTINGS) = range(16)  # fmt: skip
 # Lanes of a vector here; parameters are padded to a multiple of it. LeNet-5's update takes 6.8 us with 16, took 10
 # us with 8 (2 threads, AVX-512, ``edgetrain bench --per-op``); narrower processors get several vectors.
 WIDTH = 16
