@@ -120,8 +120,7 @@ class Learner(NotCopied):
         self._parameters.scale_input(None)
         self.plans = Plans(
             self.graph, self._parameters, self._optimizer, objective, self.batch_size, self.memory_budget,
-            self._allowed(threads), self.error_pruning, self.topology.wants_gradients,
-            self.topology.rewrite if self.topology.prunes_activations else None, self.topology.needs_lists,
+            self._allowed(threads), self.topology, self.error_pruning,
         )  # fmt: skip
         self.stream = InstanceStream(self, self.instance_filter)
         self.plans.beside = self.stream, self.topology

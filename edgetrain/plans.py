@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -40,6 +40,7 @@ from edgetrain.plan import KernelKey, Plan, Ref
 from edgetrain.pooled_errors import list_pooled_errors
 from edgetrain.pruning import ErrorPruning, check_error_maps
 from edgetrain.sparse_index import SparseIndex
+from edgetrain.sparsity import Topology
 
 # Plans kept for other batch sizes: full and last batch, training and prediction, and some for a stream. Where lanes
 # hold channels every number of samples has a plan of its own: with 8 of them 60 predictions of 1 to 12 samples in turn
@@ -109,9 +110,7 @@ class Plans:
         batch_size: samples of a usual step; it decides what the lanes hold.
         budget: bytes that a training step may need; 0 for no limit.
         threads: of the team that runs the plans.
-        whole_gradients: whether some training steps keep the gradients of weights that do not exist.
-        rewrite: changes the training graph that autodiff made, told whether it may make lists of activations.
-        needs_lists: whether it must make them: then lanes hold samples.
+        topology: which weights exist; it may rewrite the training graph so that saved activations are thinned out.
         error_pruning: rewrites the training graph so that error maps are thinned out.
 
     Attributes:
@@ -124,15 +123,13 @@ class Plans:
 
     def __init__(
         self, graph: Graph, parameters: Parameters, optimizer: Optimizer, objective: Objective, batch_size: int,
-        budget: int, threads: int, error_pruning: ErrorPruning | None = None, whole_gradients: bool = False,
-        rewrite: Callable[[TrainingGraph, bool], None] | None = None, needs_lists: bool = False,
+        budget: int, threads: int, topology: Topology, error_pruning: ErrorPruning | None,
     ) -> None:  # fmt: skip
         self.graph, self.parameters, self._optimizer, self._objective = graph, parameters, optimizer, objective
         self._batch_size, self._budget, self._error_pruning = batch_size, budget, error_pruning
         if error_pruning is not None:
             check_error_maps(error_pruning, training_graph(graph, objective.loss))
-        self.arena, self.team, self._whole_gradients = Arena(), Team(threads), whole_gradients
-        self._rewrite, self._needs_lists = rewrite, needs_lists
+        self.arena, self.team, self._topology = Arena(), Team(threads), topology
         self.beside: tuple[HasMemory, ...] = ()
         self.latest: Executor | None = None
         self._executors: dict[tuple[bool, int, bool, str, tuple[bool, ...]], Executor] = {}
@@ -160,7 +157,7 @@ class Plans:
         written out, or read whole by bits.
         """
         pruned = self._error_pruning is not None and not self._error_pruning.idle
-        if self._needs_lists or pruned or not fits(self.graph.nodes):
+        if self._topology.needs_lists or pruned or not fits(self.graph.nodes):
             return False
         sparse, size = self.parameters.sparse, self._batch_size
         if size > max(_LEFT):
@@ -176,8 +173,7 @@ class Plans:
         made.densities = {name: _share(index) for name, index in self.parameters.sparse.items()}
         if self._pools_first:
             self._list_pooled_errors(made)
-        if self._rewrite is not None:
-            self._rewrite(made, not self.by_channel)
+        self._topology.rewrite(made, may_list=not self.by_channel)
         if self._error_pruning is not None:
             self._error_pruning.rewrite(made)
         if not self._pools_first:
@@ -277,7 +273,7 @@ class Plans:
         if executor is None:
             plan = self.plan(training, count, whole_gradients, buffer)
             moves = not self._executors and bool(self._moving())  # looked at once: it takes three plans
-            more = training and not whole_gradients and (self._whole_gradients or moves)
+            more = training and not whole_gradients and (self._topology.wants_gradients or moves)
             self._check_budget(self.largest(count) if more else plan, count)
             executor = Executor(plan, self.arena, self.team)
             while len(self._executors) >= (_KEPT_OF_CHANNELS if self.by_channel else _KEPT_PLANS):
@@ -304,7 +300,7 @@ class Plans:
         a dense one's time with 0.2, 0.1, 0.05 and 0.01 of its weights and activations, and 0.94, 0.98, 0.95 and 0.74
         so (batch 32; 1.09, 0.97, 0.83, 0.75 and 1.00, 0.94, 0.83, 0.68 at batch 8; two threads).
         """
-        return self._error_pruning is None and not self._needs_lists
+        return self._error_pruning is None and not self._topology.needs_lists
 
     def _list_pooled_errors(self, made: TrainingGraph) -> None:
         if not self.by_channel:
@@ -341,7 +337,7 @@ class Plans:
         Where weights may move from layer to layer (SWAT's momentum variant), also of those with lists of all weights
         and of none.
         """
-        kinds, moving = (False, True) if self._whole_gradients else (False,), self._moving()
+        kinds, moving = (False, True) if self._topology.wants_gradients else (False,), self._moving()
         none, every, present = [1] * len(moving), [i.size for i in moving], [i.count for i in moving]
         plans = []
         try:
@@ -412,7 +408,7 @@ class Plans:
         some = {self._blocks(count): count for count in (self._batch_size, self.lanes + 1, 4, 3, 2, 1)}
         counts = [count for blocks, count in sorted(some.items()) if blocks <= self._blocks(self._batch_size)]
         plans = [self.plan(training, count) for training in (True, False) for count in counts]
-        plans += [self.plan(True, count, True) for count in counts if self._whole_gradients]
+        plans += [self.plan(True, count, True) for count in counts if self._topology.wants_gradients]
         return list(dict.fromkeys(key for plan in plans for key in plan.kernels))
 
     def memory(self, plan: Plan) -> MemoryPlan:
@@ -433,7 +429,7 @@ class Plans:
             **{purpose: nbytes for each in self.beside for purpose, nbytes in each.memory.items()},
         }
         lists = any(node.op_type == "CompressActivation" for node in plan.graph.nodes)
-        return MemoryPlan(parts, _notes(sparse, self._whole_gradients, lists))
+        return MemoryPlan(parts, _notes(sparse, self._topology.wants_gradients, lists))
 
     def _blocks(self, count: int) -> int:
         return count if self.by_channel else -(-count // self.lanes)

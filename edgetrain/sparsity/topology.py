@@ -112,12 +112,8 @@ class Topology:
     @property
     def needs_lists(self) -> bool:
         """Whether ``rewrite`` makes lists, for which lanes must hold samples."""
-        return self.prunes_activations and self.policy is not None and self.policy.needs_lists
-
-    @property
-    def prunes_activations(self) -> bool:
-        """Whether ``rewrite`` changes anything."""
-        return self.policy is not None and self.policy.prunes_activations(self.candidates)
+        policy = self.policy
+        return policy is not None and policy.needs_lists and policy.prunes_activations(self.candidates)
 
     def attach(self, parameters: Parameters) -> None:
         """Take the place where the values are stored, as the graph has them: they are scaled where the policy does.
