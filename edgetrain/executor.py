@@ -7,7 +7,7 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import starmap
 from typing import Any
 
@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from edgetrain.arrays import aligned
 from edgetrain.graph import Value
 from edgetrain.kernels.codes import ARRIVED, ROW_BYTES, STAMP_BYTES, SYNC_BYTES, TICKET
-from edgetrain.kernels.registry import compile_kernels, interpreter
-from edgetrain.plan import STAGES, KernelKey, Plan
+from edgetrain.kernels.registry import KernelKey, compile_kernels, interpreter
+from edgetrain.plan import STAGES, Plan
 
 _STAMP: KernelKey = ("stamp", ())
 # Seconds from which all threads always run a program; runs between two trials of the other number; runs of a trial.
@@ -270,7 +270,7 @@ class Executor:
             for place in self._sources[name]:
                 self._arguments[place] = array.ctypes.data
 
-    def step_through(self) -> Any:
+    def step_through(self) -> Iterator[int]:
         """Yield the position of every node after running its rows on this thread alone, for diagnosis."""
         self._bind()
         rows = self.plan.rows[: self._rows_until["backward"]]

@@ -31,12 +31,12 @@ from edgetrain.fitting import Data, StepEvent, fit_loop
 from edgetrain.forking import ForkLock, NotCopied
 from edgetrain.graph import FixedNames, Graph, Normalization
 from edgetrain.history import EpochRecord, History, Position
-from edgetrain.kernels.registry import compile_kernels, interpreter, working_clock
+from edgetrain.kernels.registry import KernelKey, compile_kernels, interpreter, working_clock
 from edgetrain.losses import log_softmax, sample_losses
 from edgetrain.lowering_products import whole_gradient_name
 from edgetrain.optim import SGD, Optimizer
 from edgetrain.parameters import Parameters
-from edgetrain.plan import KernelKey, Plan
+from edgetrain.plan import Plan
 from edgetrain.plans import MemoryPlan, Objective, Plans
 from edgetrain.policies import as_policy
 from edgetrain.pruning import ErrorPruning

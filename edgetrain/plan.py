@@ -16,12 +16,11 @@ from edgetrain.arrays import Layout, aligned
 from edgetrain.autodiff import LABELS, node_users
 from edgetrain.choice import Choice
 from edgetrain.graph import Graph, Node, Value
-from edgetrain.kernels.registry import argument_names
+from edgetrain.kernels.registry import KernelKey, argument_names
 from edgetrain.memory import Lifetime, place
 from edgetrain.ops import NO_BORDER, Border, get_op
 from edgetrain.sparse_index import SparseIndex
 
-KernelKey = tuple[str, tuple[int, ...]]
 # Stages of a step, in the order in which they run.
 STAGES = ("forward", "backward", "check", "update")
 # Operators whose output may be the input's memory under another shape.

@@ -21,6 +21,7 @@ from edgetrain.errors import MemoryBudgetError
 from edgetrain.executor import Arena, Executor, Team
 from edgetrain.graph import Graph
 from edgetrain.kernels.codes import UPDATE_JOB
+from edgetrain.kernels.registry import KernelKey
 from edgetrain.lanes import channels_pay, sample_lanes
 from edgetrain.lowering import Lowering
 from edgetrain.lowering_channels import ChannelLowering, fits
@@ -36,7 +37,7 @@ from edgetrain.ops import get_op
 from edgetrain.ops.conv import Product, ProductOp, weights_of
 from edgetrain.optim import Optimizer
 from edgetrain.parameters import Parameters
-from edgetrain.plan import KernelKey, Plan, Ref
+from edgetrain.plan import Plan, Ref
 from edgetrain.pooled_errors import list_pooled_errors
 from edgetrain.pruning import ErrorPruning, check_error_maps
 from edgetrain.sparse_index import SparseIndex

@@ -20,7 +20,7 @@ from edgetrain.arrays import Checked
 from edgetrain.filters import Choice, InstanceFilter, Judge, Lesson, Selector
 from edgetrain.filters.base import instance_bytes
 from edgetrain.history import Totals
-from edgetrain.kernels.registry import working_clock
+from edgetrain.kernels.registry import KernelKey, working_clock
 from edgetrain.losses import sample_losses
 
 if TYPE_CHECKING:
@@ -164,7 +164,7 @@ class InstanceStream:
         self.totals[MODES[predict]].add(result, 0.0, judged=0)
         return result
 
-    def kernels(self) -> list[tuple[str, tuple[int, ...]]]:
+    def kernels(self) -> list[KernelKey]:
         """Return the kernels of the filter's own network."""
         return self._selector.kernels() if self._selector else []
 

@@ -13,10 +13,9 @@ from edgetrain.cli.output import count, duration, emit
 from edgetrain.cli.progress import CompileNotice, choose_display
 from edgetrain.devices import DeviceProfile, load_profile
 from edgetrain.kernels.cache import describe
-from edgetrain.kernels.registry import compile_kernels, interpreter
+from edgetrain.kernels.registry import KernelKey, compile_kernels, interpreter
 from edgetrain.learner import Learner
 from edgetrain.optim import SGD, Adam
-from edgetrain.plan import KernelKey
 from edgetrain.policies import NONE
 
 # Methods that are not in a recipe: one of each family of kernels.

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from edgetrain.errors import CheckpointError, NumericalError, UsageError
 from edgetrain.graph import Graph
+from edgetrain.kernels.registry import KernelKey
 from edgetrain.schema import percent_hint, take_numbers
 
 Floats = NDArray[np.float64]
@@ -185,7 +186,7 @@ class Selector(ABC):
         """Learn from samples (x, y) that were trained on, with their losses float64 ``(N,)`` before the step."""
         return Lesson()
 
-    def kernels(self) -> list[tuple[str, tuple[int, ...]]]:
+    def kernels(self) -> list[KernelKey]:
         """Return the kernels of the filter's own network, if it has one."""
         return []
 

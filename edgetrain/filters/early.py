@@ -38,6 +38,7 @@ from edgetrain.filters.base import (
     instance_bytes,
 )
 from edgetrain.graph import Graph, Shape
+from edgetrain.kernels.registry import KernelKey
 from edgetrain.optim import SGD
 
 # Share of the main network's forward operations that the filter may take.
@@ -233,9 +234,9 @@ class _Early(Selector):
         lesson = self._lesson(*rest) if len(rest[0]) else Lesson()
         return Lesson(lesson.uncertain + len(bad), lesson.macs + len(bad) * self._judge.executed())
 
-    def kernels(self) -> list[tuple[str, tuple[int, ...]]]:
+    def kernels(self) -> list[KernelKey]:
         """Return the kernels of the tiny network."""
-        kernels: list[tuple[str, tuple[int, ...]]] = self._learner.kernels()
+        kernels: list[KernelKey] = self._learner.kernels()
         return kernels
 
     @property

@@ -28,6 +28,7 @@ from edgetrain.kernels.loader import load
 Body = Callable[[int, int, int], None]
 _Call = Callable[[int, int, int, int, int], int]
 Factory = Callable[..., Body]
+KernelKey = tuple[str, tuple[int, ...]]  # name, compile-time sizes
 
 # Called with (kernel name, number of this kernel, number of kernels wanted) before a kernel is compiled;
 # not called for kernels that come from the cache on disk.
@@ -39,7 +40,7 @@ _MODULES = (
     "vector_lists", "winograd",
 )  # fmt: skip
 _FACTORIES: dict[str, tuple[Factory, tuple[str, ...]]] = {}
-_ADDRESSES: dict[tuple[str, tuple[int, ...]], int] = {}
+_ADDRESSES: dict[KernelKey, int] = {}
 _LOCK = ForkLock()
 _compiling = threading.local()  # the seconds that a thread has waited for compilers
 _NAMES = "arguments.json"  # the kernels' arguments, in the cache beside the kernels
@@ -78,8 +79,8 @@ def argument_names(name: str) -> tuple[str, ...]:
     return names[name]
 
 
-def compile_kernels(wanted: list[tuple[str, tuple[int, ...]]]) -> dict[tuple[str, tuple[int, ...]], int]:
-    """Return the address of every wanted ``(name, compile-time sizes)``, compiling what is missing."""
+def compile_kernels(wanted: list[KernelKey]) -> dict[KernelKey, int]:
+    """Return the address of every wanted kernel, compiling what is missing."""
     for number, key in enumerate(wanted, 1):
         with _standing_clock(), _LOCK:  # for one kernel, so that a fork need not wait for all
             if key not in _ADDRESSES:
@@ -101,7 +102,7 @@ def interpreter() -> tuple[_Call, _Call]:
     return functions[0], functions[1]
 
 
-def _kernel_address(key: tuple[str, tuple[int, ...]], number: int, total: int) -> int:
+def _kernel_address(key: KernelKey, number: int, total: int) -> int:
     """Load one kernel, after compiling it if it is not in the cache."""
     label = "x".join([key[0], *map(str, key[1])])
     symbol = f"edgetrain_{label}"
