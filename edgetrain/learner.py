@@ -191,7 +191,7 @@ class Learner(NotCopied):
         with self._lock:
             executor, sources, count = self._begin_step(x, y)
             if not executor.step(sources, self._end_step):
-                raise explain_step(executor, int(self._parameters.buffers["state"][0]), self.step_count + 1)
+                raise explain_step(executor, count, self.step_count + 1)
             loss, correct = self._parameters.buffers["result"][:2].tolist()
             done, saved = self.plans.macs(count, executor.plan)
         seconds, dense = working_clock() - start, done + sum(saved.values())
@@ -248,10 +248,10 @@ class Learner(NotCopied):
             DataError, NumericalError, MemoryBudgetError: as ``partial_fit``.
         """
         with self._lock:
-            executor, sources, _ = self._begin_step(x, y)
+            executor, sources, count = self._begin_step(x, y)
             seconds = executor.time_rows(sources)
             if seconds is None:
-                raise explain_step(executor, int(self._parameters.buffers["state"][0]), self.step_count + 1)
+                raise explain_step(executor, count, self.step_count + 1)
             self._end_step(executor)
             return seconds
 
