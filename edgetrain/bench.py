@@ -339,11 +339,11 @@ def _load_of(comparison: Comparison) -> dict[str, Any]:
     return {"load": asdict(load) if load else None, "busy": bool(load and load.busy)}
 
 
-def time_ops(case: Case, turns: int = TURNS, turn_seconds: float = 0.1) -> dict[str, Any]:
+def time_ops(case: Case, turns: int = TURNS) -> dict[str, Any]:
     """Time every node of edgetrain's training step, and the machine's sgemm rate in the same run.
 
     Args:
-        case, turns, turn_seconds: as for ``compare``.
+        case, turns: as for ``compare``.
 
     Returns:
         ``model, batch_size, threads, sgemm, load, busy`` as ``result_of``; ``ops``, a list of
@@ -353,7 +353,7 @@ def time_ops(case: Case, turns: int = TURNS, turn_seconds: float = 0.1) -> dict[
     Raises:
         BenchmarkError, UsageError, UnsupportedError: as ``compare``.
     """
-    comparison = compare(case, ["edgetrain-rows", "sgemm"], turns, turn_seconds)
+    comparison = compare(case, ["edgetrain-rows", "sgemm"], turns)
     rows, sgemm = comparison.timings
     rate = _gflops(sgemm.facts["macs"], sgemm.median)
     ops = [{**op, "sgemm_share": op["gflops"] and op["gflops"] / rate} for op in rows.facts["ops"]]

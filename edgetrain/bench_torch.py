@@ -140,13 +140,12 @@ def _pad(torch: Any, graph: Graph, node: Node) -> Callable[..., Any]:
 
 
 class TorchStep:
-    """One training step of PyTorch: forward, cross-entropy, backward, SGD.
+    """One training step of PyTorch: forward, cross-entropy, backward, SGD with momentum, as all contenders do.
 
     Args:
         graph: the network.
         x, y: the batch, float32 ``(N, ...)`` and int64 ``(N,)``.
         channels_last: memory format of images.
-        lr, momentum: of ``torch.optim.SGD``.
 
     Raises:
         UsageError: PyTorch is not installed.
@@ -154,9 +153,8 @@ class TorchStep:
     """
 
     def __init__(
-        self, graph: Graph, x: NDArray[np.float32], y: NDArray[np.int64], channels_last: bool = False, lr: float = 0.01,
-        momentum: float = 0.9,
-    ) -> None:  # fmt: skip
+        self, graph: Graph, x: NDArray[np.float32], y: NDArray[np.int64], channels_last: bool = False
+    ) -> None:
         torch = import_torch()
         if channels_last and x.ndim != 4:
             raise UnsupportedError(f"the memory format channels_last is for images, the inputs are {x.shape[1:]}")
@@ -165,7 +163,7 @@ class TorchStep:
         if channels_last:
             self.module = self.module.to(memory_format=torch.channels_last)
             self._x = self._x.to(memory_format=torch.channels_last)
-        self._optimizer = torch.optim.SGD(self.module.parameters(), lr=lr, momentum=momentum)
+        self._optimizer = torch.optim.SGD(self.module.parameters(), lr=0.01, momentum=0.9)
         self._loss = torch.nn.functional.cross_entropy
 
     def __call__(self) -> float:

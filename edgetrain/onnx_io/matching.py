@@ -168,7 +168,8 @@ def _numbers(name: str, array: NDArray[Any]) -> NDArray[np.float32]:
     return numbers
 
 
-def _shapes(arrays: Mapping[str, NDArray[Any]], most: int = 5) -> str:
+def _shapes(arrays: Mapping[str, NDArray[Any]]) -> str:
+    most = 5
     shown = ", ".join(f"{name} {array.shape}" for name, array in list(arrays.items())[:most])
     return f"{shown}, and {len(arrays) - most} more" if len(arrays) > most else shown or "nothing"
 

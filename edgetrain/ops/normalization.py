@@ -19,14 +19,14 @@ if TYPE_CHECKING:
     from edgetrain.lowering import Lowering
 
 
-def check_channels(node: Node, count: int) -> None:
-    """Check that the inputs after the first are ``count`` parameters of one number per channel.
+def check_channels(node: Node) -> None:
+    """Check that the four inputs after the first are parameters of one number per channel.
 
     Raises:
         GraphError: one is not.
     """
     channels = channels_of(node.x)
-    for value in node.inputs[1 : 1 + count]:
+    for value in node.inputs[1:5]:
         if value is None or value.batched or value.shape != (channels,):
             raise GraphError(f"{describe(node)}: scale, bias, mean, variance must be parameters of shape ({channels},)")
 
@@ -47,7 +47,7 @@ class BatchNormalization(Op):
 
     def infer(self, node: Node) -> Sequence[tuple[Shape, bool]]:
         """Same shape."""
-        check_channels(node, 4)
+        check_channels(node)
         return [(node.x.shape, True)]
 
     def reference(self, node: Node, *inputs: Array) -> tuple[Array, ...]:
@@ -93,7 +93,7 @@ class BatchNormalizationTraining(Op):
 
     def infer(self, node: Node) -> Sequence[tuple[Shape, bool]]:
         """Same shape, and three vectors of channels."""
-        check_channels(node, 4)
+        check_channels(node)
         return [(node.x.shape, True)] + [((channels_of(node.x),), False)] * 3
 
     def reference(self, node: Node, *inputs: Array) -> tuple[Array, ...]:
@@ -136,7 +136,7 @@ class BatchNormalizationAgain(Op):
 
     def infer(self, node: Node) -> Sequence[tuple[Shape, bool]]:
         """Same shape."""
-        check_channels(node, 4)
+        check_channels(node)
         return [(node.x.shape, True)]
 
     def reference(self, node: Node, *inputs: Array) -> tuple[Array, ...]:
