@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from edgetrain.accounting import StepResult
 from edgetrain.arrays import Checked
 from edgetrain.filters import Choice, InstanceFilter, Judge, Lesson, Selector
-from edgetrain.filters.base import instance_bytes
+from edgetrain.filters.base import Floats, Images, instance_bytes
 from edgetrain.history import Totals
 from edgetrain.kernels.registry import KernelKey, working_clock
 from edgetrain.losses import sample_losses
@@ -26,8 +26,6 @@ from edgetrain.losses import sample_losses
 if TYPE_CHECKING:
     from edgetrain.learner import Learner
 
-Images = NDArray[np.float32]
-Floats = NDArray[np.float64]
 # Modes of ``observe``; their figures are never mixed.
 MODES = ("train", "predict")
 # Weight of the past in the fading accuracy (Gama, Sebastiao, Rodrigues, "On evaluating stream learning algorithms",
