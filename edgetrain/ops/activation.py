@@ -11,7 +11,7 @@ from edgetrain.arrays import map_sizes, mask_words
 from edgetrain.errors import GraphError
 from edgetrain.graph import Node, Shape, Value
 from edgetrain.kernels import codes, reference
-from edgetrain.ops.registry import Array, Op, get_op, register
+from edgetrain.ops.registry import Array, Op, describe, get_op, register
 
 if TYPE_CHECKING:
     from edgetrain.autodiff import Tape
@@ -197,7 +197,7 @@ class Elu(Activation):
             GraphError: ``alpha`` is negative.
         """
         if self.constants(node)[0] < 0:
-            raise GraphError(f"node '{node.name}' [Elu]: alpha is {node.get('alpha')}, expected 0 or more")
+            raise GraphError(f"{describe(node)}: alpha is {node.get('alpha')}, expected 0 or more")
         return super().infer(node)
 
     def apply(self, x: Array, a: float, b: float) -> Array:
