@@ -24,7 +24,7 @@ LABELS, TARGET = "edgetrain.labels", "edgetrain.target"
 # Activations that only bound their input, and the bounds.
 _BOUNDS: dict[str, Callable[[Node], tuple[float, float]]] = {
     "Relu": lambda node: (0.0, math.inf),
-    "Clip": lambda node: Clip().constants(node),
+    "Clip": Clip().constants,
 }
 # Operators that behave differently while training.
 _TRAINING = {
