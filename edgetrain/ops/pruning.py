@@ -36,7 +36,7 @@ from edgetrain.errors import GraphError
 from edgetrain.graph import Node, Shape, Value
 from edgetrain.kernels import reference
 from edgetrain.kernels.codes import BY_CHANCE, BY_ERROR, BY_ERROR_AND_WEIGHTS
-from edgetrain.ops.conv import Product, ProductGrad, ProductInputGrad, ProductWeightGrad
+from edgetrain.ops.conv import Product, ProductGrad, ProductInputGrad, ProductWeightGrad, as_kernels
 from edgetrain.ops.geometry import channels_of
 from edgetrain.ops.normalization import (
     BatchNormalizationGrad,
@@ -75,6 +75,10 @@ class KeptChannels(Op):
             raise GraphError(f"{describe(node)}: count={count}, expected 1 to {channels}, the channels")
         return [((count,), False)]
 
+    def product(self, node: Node) -> Product:
+        """Return the sizes of the forward node."""
+        return ProductWeightGrad().geometry(node, node.get("like"), node.input(1))
+
     def reference(self, node: Node, *inputs: Array) -> tuple[Array, ...]:
         """The channels with the highest scores; without randomness the first ones."""
         grad_out, weights = inputs
@@ -83,24 +87,18 @@ class KeptChannels(Op):
             return (np.arange(count, dtype=grad_out.dtype),)
         scores = 2 * _share(np.abs(grad_out).sum(axis=(0, *range(2, grad_out.ndim))))
         if how == BY_ERROR_AND_WEIGHTS:
-            by_channel = weights.T if _inputs_first(node) else weights
-            scores = scores + _share(np.abs(by_channel.reshape(len(scores), -1)).sum(1))
+            scores = scores + _share(np.abs(as_kernels(weights, self.product(node))).sum((1, 2, 3)))
         best = np.argsort(-scores, kind="stable")[:count]
         return (np.sort(best).astype(grad_out.dtype),)
 
     def lower(self, node: Node, low: Lowering) -> None:
         """Scores, then the choice."""
-        low.kept_channels(node, ProductWeightGrad().geometry(node, node.get("like"), node.input(1)))
+        low.kept_channels(node, self.product(node))
 
 
 def _share(norms: Array) -> Array:
     total = norms.sum()
     return norms / total if total > 0 else norms
-
-
-def _inputs_first(node: Node) -> bool:
-    """Whether the weights of a fully connected layer are ``(inputs, outputs)``."""
-    return node.get("forward") != "Conv" and not node.get("transB", 0)
 
 
 def masked(grad_out: Array, kept: Array) -> Array:
@@ -272,7 +270,7 @@ class PrunedResidualNormalizationMaskGrad(_PrunedNormalization, ResidualNormaliz
     """See ``ResidualNormalizationMaskGrad``, and ``kept``."""
 
     name = "PrunedResidualNormalizationMaskGrad"
-    attributes = (*ResidualNormalizationGrad.attributes, *CHOICE)
+    attributes = (*ResidualNormalizationMaskGrad.attributes, *CHOICE)
     errors = 1
 
     def lower(self, node: Node, low: Lowering) -> None:
