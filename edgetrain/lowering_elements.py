@@ -69,7 +69,11 @@ class ElementLowering(PrunedLowering):
         self._list(node, lists, [pixels for _, pixels in lists.strips], self.lanes * sample, sample)
 
     def store_elements(self, node: Node) -> None:
-        """Emit the same, with places in the map that ``expand_elements`` makes."""
+        """Emit the same, with places in the map that ``expand_elements`` makes.
+
+        Raises:
+            GraphError: the map is too large for places of 32 bits.
+        """
         x, y = self.layout(node.x), self.layout(node.get("expanded"))
         if y.nbytes >= 2**31:
             raise GraphError(f"node '{node.name}': no lists of numbers for maps of 2 GiB and more; use a smaller batch "

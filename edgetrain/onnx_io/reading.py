@@ -283,7 +283,11 @@ class Reading:
         return name
 
     def place(self, name: str, array: Array, trainable: bool = False, otherwise: str = "") -> str:
-        """Put an array into the graph under a free name; the same array again gives the same name."""
+        """Put an array into the graph under a free name; the same array again gives the same name.
+
+        Raises:
+            ModelError: no name is free.
+        """
         arrays = self.graph.arrays
         for candidate in [name, otherwise or f"{name}.derived", *(f"{name}.{i}" for i in range(2, 1000))]:
             if candidate not in self.graph.values:

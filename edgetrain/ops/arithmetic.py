@@ -53,7 +53,11 @@ class Binary(Op):
     function: np.ufunc
 
     def infer(self, node: Node) -> Sequence[tuple[Shape, bool]]:
-        """The broadcast shape; two parameters must have equal shapes."""
+        """The broadcast shape.
+
+        Raises:
+            GraphError: the shapes do not broadcast as kernels can, or two parameters have different shapes.
+        """
         a, b = node.x, node.input(1)
         if not a.batched and not b.batched:
             if a.shape != b.shape:

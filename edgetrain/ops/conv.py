@@ -236,7 +236,11 @@ class ProductOp(Op):
         return self.geometry(node, node.x, node.input(1))
 
     def infer(self, node: Node) -> Sequence[tuple[Shape, bool]]:
-        """(C, H, W) -> (O, OH, OW), or (F,) -> (O,)."""
+        """(C, H, W) -> (O, OH, OW), or (F,) -> (O,).
+
+        Raises:
+            GraphError: input, weights, bias and attributes do not fit together.
+        """
         g, bias = self.product(node), node.optional(2)
         if bias is not None and (bias.batched or bias.size != g.channels_out):
             raise GraphError(f"{describe(node)}: the bias must be a parameter of {g.channels_out} numbers, got {bias}")

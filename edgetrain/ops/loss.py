@@ -34,7 +34,11 @@ class SoftmaxCrossEntropyLoss(Op):
         return 3
 
     def infer(self, node: Node) -> Sequence[tuple[Shape, bool]]:
-        """Logits must be one vector per sample."""
+        """Probabilities as the logits, and two numbers per sample.
+
+        Raises:
+            GraphError: the logits are not one vector of at least 2 classes per sample.
+        """
         if len(node.x.shape) != 1 or node.x.shape[0] < 2:
             raise GraphError(f"{describe(node)}: cross-entropy needs outputs (N, classes) with at least 2 classes")
         return [(node.x.shape, True), ((), True), ((), True)]
@@ -95,7 +99,11 @@ class MeanSquaredErrorLoss(Op):
         return 2
 
     def infer(self, node: Node) -> Sequence[tuple[Shape, bool]]:
-        """One number per sample."""
+        """Two numbers per sample.
+
+        Raises:
+            GraphError: output and target differ in shape.
+        """
         if node.x.shape != node.input(1).shape:
             raise GraphError(f"{describe(node)}: output and target must have the same shape")
         return [((), True), ((), True)]

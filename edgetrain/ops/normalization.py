@@ -278,7 +278,11 @@ class Dropout(Op):
     attributes = ("ratio", "seed")
 
     def infer(self, node: Node) -> Sequence[tuple[Shape, bool]]:
-        """Same shape; the ratio must be at least 0 and below 1."""
+        """Same shape.
+
+        Raises:
+            GraphError: the ratio is below 0, or not below 1.
+        """
         ratio = float(node.get("ratio", 0.5))
         if not 0 <= ratio < 1:
             raise GraphError(f"{describe(node)}: ratio={ratio}, expected at least 0 and below 1")

@@ -83,7 +83,11 @@ class PoolOp(Op):
         return Pool(**vars(window), include_pad=bool(node.get("count_include_pad", 0)))
 
     def infer(self, node: Node) -> Sequence[tuple[Shape, bool]]:
-        """(C, H, W) -> (C, OH, OW); every window must meet the map."""
+        """(C, H, W) -> (C, OH, OW).
+
+        Raises:
+            GraphError: the window does not fit the input, or lies in the padding alone somewhere.
+        """
         pool = self.pool(node, node.x)
         if any(count == 0 for axis in (0, 1) for _, count, _ in pool.spans(axis)):
             raise GraphError(f"{describe(node)}: a window of {pool.kernel} lies in the padding alone; use smaller pads")

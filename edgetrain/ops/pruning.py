@@ -69,7 +69,11 @@ class KeptChannels(Op):
     attributes = (*ProductGrad.attributes, *CHOICE)
 
     def infer(self, node: Node) -> Sequence[tuple[Shape, bool]]:
-        """One number per kept channel."""
+        """One number per kept channel.
+
+        Raises:
+            GraphError: ``count`` is not from 1 to the number of channels.
+        """
         count, channels = int(node.get("count", 0)), channels_of(node.x)
         if not 1 <= count <= channels:
             raise GraphError(f"{describe(node)}: count={count}, expected 1 to {channels}, the channels")

@@ -85,7 +85,11 @@ class Concat(Op):
     attributes = ("axis",)
 
     def infer(self, node: Node) -> Sequence[tuple[Shape, bool]]:
-        """Channels add up; all other sizes must be equal."""
+        """Channels add up.
+
+        Raises:
+            GraphError: another axis than that of the channels, or other sizes are not equal.
+        """
         values = [v for v in node.inputs if v is not None]
         rank = len(node.x.shape)
         axis = int(node.get("axis", 1))
