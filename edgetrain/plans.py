@@ -59,11 +59,11 @@ _LISTED = ("ListedInputGrad", "ListedWeightGrad", "PooledInputGrad", "PooledWeig
 # (``lowering_sparse``). So do fully connected ones that are read by bits: four of them, 512 wide, with a tenth of their
 # weights took 0.90 by lists and 0.51 (batch 4).
 _LISTED_SHARE = 0.33
+_LEFT, _FEW_OPERATIONS = {1: 0.03, 2: 0.17, 3: 0.3, 4: 0.7}, 10
+_FEW_WEIGHTS = {1: 0.03, 2: 0.22, 3: 0.3, 4: 0.3}
 # Of fewer weights bits take more memory than they are worth, but where few samples read weights by them: writing out a
 # tenth of 30,720 takes 4.4 us by bits and 5.4 number by number, gathering 5.1 and 3.9 (one thread).
 _BITS_SHARE = 0.0625
-_LEFT, _FEW_OPERATIONS = {1: 0.03, 2: 0.17, 3: 0.3, 4: 0.7}, 10
-_FEW_WEIGHTS = {1: 0.03, 2: 0.22, 3: 0.3, 4: 0.3}
 
 
 @dataclass(frozen=True)
