@@ -1,6 +1,6 @@
 """What a training step did, and what each method saved. Plain numbers.
 
-Operations are multiply-accumulates of convolutions and fully connected layers, forward and backward.
+Operations are multiply-accumulates of convolutions, fully connected layers and ``Mul``, forward and backward.
 """
 
 from __future__ import annotations
