@@ -13,6 +13,7 @@ from edgetrain.arrays import map_sizes, mask_words
 from edgetrain.graph import Graph, Node, Value
 from edgetrain.ops import get_op
 from edgetrain.ops.activation import Activation
+from edgetrain.ops.shape import RESHAPES
 
 
 def keep_less(train: Graph, forward_count: int) -> tuple[dict[str, Value], int]:
@@ -179,7 +180,7 @@ def _slopes(train: Graph, node: Node, forward_count: int) -> list[Node]:
         return []
     names = {node.y.name}  # of the output and its reshapes, which share its memory
     for reader in train.nodes[:forward_count]:
-        if reader.op_type in ("Reshape", "Flatten") and reader.x.name in names:
+        if reader.op_type in RESHAPES and reader.x.name in names:
             names.add(reader.y.name)
     readers = [n for n in train.nodes[forward_count:] if any(v is not None and v.name in names for v in n.inputs)]
     own = [n for n in readers if n.op_type == "ActivationGrad" and n.get("forward").name == node.name]

@@ -19,12 +19,11 @@ from edgetrain.graph import Graph, Node, Value
 from edgetrain.kernels.registry import KernelKey, argument_names
 from edgetrain.memory import Lifetime, place
 from edgetrain.ops import NO_BORDER, Border, get_op
+from edgetrain.ops.shape import RESHAPES
 from edgetrain.sparse_index import SparseIndex
 
 # Stages of a step, in the order in which they run.
 STAGES = ("forward", "backward", "check", "update")
-# Operators whose output may be the input's memory under another shape.
-_RESHAPES = ("Reshape", "Flatten")
 
 
 @dataclass(frozen=True)
@@ -88,7 +87,7 @@ def share_memory(
         if source is None or node.y.name in keep:
             continue
         old, new = root[source.name], root[node.y.name]
-        is_reshape = node.op_type in _RESHAPES
+        is_reshape = node.op_type in RESHAPES
         if is_reshape:
             fits = not any(border[old]) and not any(border[new]) and shares(source, node.y)
         else:
@@ -133,7 +132,7 @@ def borders_to_clear(
 
 def _takes_over(node: Node) -> Value | None:
     """Return the batched input whose memory the first output may take over."""
-    index = 0 if node.op_type in _RESHAPES else get_op(node.op_type).in_place
+    index = 0 if node.op_type in RESHAPES else get_op(node.op_type).in_place
     value = None if index is None else node.optional(index)
     return value if value is not None and value.batched and node.y.batched and value.name != LABELS else None
 

@@ -1,4 +1,4 @@
-"""Operators that only move data: Flatten, Reshape, Concat, Pad, and the slices that undo them."""
+"""Operators that only move data: Reshape, Flatten, Concat, ChannelShuffle, Transpose, and Pad, which also cuts off."""
 
 from __future__ import annotations
 
@@ -17,6 +17,10 @@ from edgetrain.ops.registry import Array, Op, describe, register
 if TYPE_CHECKING:
     from edgetrain.autodiff import Tape
     from edgetrain.lowering import Lowering
+
+
+# Operators whose output may be the input's memory under another shape.
+RESHAPES = ("Reshape", "Flatten")
 
 
 @register
