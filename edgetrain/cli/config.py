@@ -18,6 +18,7 @@ from edgetrain.data.embedded import EMBEDDED_NAMES
 from edgetrain.data.streaming import STANDARD_INPUT
 from edgetrain.devices import DeviceProfile, load_profile
 from edgetrain.errors import ProfileError, UsageError
+from edgetrain.optim import KINDS, OPTIMIZERS
 from edgetrain.policies import NONE, parse_policy
 from edgetrain.runs import read_sections
 from edgetrain.schema import OneOf, Within, build
@@ -60,7 +61,7 @@ class TrainingSettings:
 
     epochs: Annotated[int, Within(1, 100_000)]
     seed: Annotated[int, Within(0, 2**63 - 1)] = 0
-    optimizer: Annotated[str, OneOf(("sgd", "adam", "adamw"))]
+    optimizer: Annotated[str, OneOf(tuple(OPTIMIZERS))]
     lr: Annotated[float, Within(1e-8, 10)]
     momentum: Annotated[float, Within(0, 0.9999)]
     nesterov: bool
@@ -68,7 +69,7 @@ class TrainingSettings:
     decay_bias_and_norm: bool
     clip_norm: Annotated[float, Within(1e-6, 1e6)] | None = None
     averaging: Annotated[float, Within(0, 0.999999)] = 0.0
-    schedule: Annotated[str, OneOf(("constant", "step", "cosine", "one_cycle"))]
+    schedule: Annotated[str, OneOf(KINDS)]
     warmup_fraction: Annotated[float, Within(0, 0.99)]
     label_smoothing: Annotated[float, Within(0, 0.9)]
     save_every_minutes: Annotated[float, Within(0, 1e6)] = 10.0
@@ -118,8 +119,6 @@ class Config:
 _SWAT_CLIP_NORM = 1.0
 # Of a stream: predictions with the mean of the latest tenth of all steps, of at most about a hundred (docs/streams.md).
 _STREAM_AVERAGING = 0.99
-# A recipe's learning rate is for its own optimizer; these are for a run that asks for another one.
-_USUAL_LR = {"sgd": 0.05, "adam": 0.001, "adamw": 0.001}
 
 # Kind of policy -> the learner's argument, which is its name in checkpoints too.
 ARGUMENTS = {"filter": "instance_filter", "sparsity": "sparsity", "error_pruning": "error_pruning"}
@@ -192,7 +191,8 @@ def effective(
     merged = _merge(_from_profile(profile, name), both)
     build(Config, merged, Path("settings"))  # types first: what follows computes with the values
     if merged["training"]["optimizer"] != profile.recipe.optimizer and "lr" not in both.get("training", {}):
-        merged["training"]["lr"] = _USUAL_LR.get(merged["training"]["optimizer"], profile.recipe.lr)
+        # A recipe's learning rate is for its own optimizer.
+        merged["training"]["lr"] = OPTIMIZERS[merged["training"]["optimizer"]].lr
     named = (both if recipe is None else given).get("methods", {})
     # A method that somebody named stands for itself.
     skips = merged["stream"].get("enabled") and not named and _begins_trained(merged["model"])
