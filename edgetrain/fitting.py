@@ -28,8 +28,6 @@ from edgetrain.history import EpochRecord, History, Totals
 if TYPE_CHECKING:
     from edgetrain.learner import Learner
 
-__all__ = ["Callbacks", "Data", "History", "StepEvent", "as_samples", "check_fits", "evaluate_dataset", "fit_loop"]
-
 Data: TypeAlias = Dataset | tuple[ArrayLike, ArrayLike]
 Samples: TypeAlias = Dataset | TargetSet
 
@@ -273,7 +271,7 @@ class _Loop:
     def _event(self, step: StepResult) -> StepEvent:
         learner, position = self.learner, self.learner.position
         count = batch_count(len(self.dataset), block_size(learner))
-        return StepEvent(position.epoch + 1, position.batch, count, _last_lr(learner), step, learner.history.running)
+        return StepEvent(position.epoch + 1, position.batch, count, last_lr(learner), step, learner.history.running)
 
 
 def training_batches(
@@ -364,14 +362,15 @@ def _record(learner: Learner, metrics: Mapping[str, float]) -> EpochRecord:
         accuracy=math.nan if learner.loss == "mse" else total.accuracy,
         validation_loss=metrics.get("loss"),
         validation_accuracy=metrics.get("accuracy"),
-        lr=_last_lr(learner),
+        lr=last_lr(learner),
         seconds=total.seconds,
         images_per_second=total.images_per_second,
         **total.counts(),
     )
 
 
-def _last_lr(learner: Learner) -> float:
+def last_lr(learner: Learner) -> float:
+    """Return the learning rate of the latest step, or of the first one before it."""
     return float(learner.optimizer.lr_at(max(learner.step_count - 1, 0)))
 
 

@@ -47,7 +47,7 @@ from edgetrain.data.batches import Batch
 from edgetrain.data.streaming import STANDARD_INPUT, InstanceSource, open_stream
 from edgetrain.devices import DeviceProfile, host_facts, load_profile
 from edgetrain.errors import DataError, EdgetrainError, InterruptedRunError, NumericalError, UsageError
-from edgetrain.fitting import block_size, check_fits, evaluate_dataset
+from edgetrain.fitting import block_size, check_fits, evaluate_dataset, last_lr
 from edgetrain.history import EpochRecord, Totals
 from edgetrain.policies import NONE
 from edgetrain.runs import Run, create_run
@@ -482,7 +482,7 @@ class StreamSession:
             epoch=self.rows, steps=learner.step_count, loss=total.mean_loss if total.judged else math.nan,
             accuracy=total.accuracy if total.judged else math.nan,
             validation_loss=metrics.get("loss"), validation_accuracy=metrics.get("accuracy"),
-            lr=float(learner.optimizer.lr_at(max(learner.step_count - 1, 0))), seconds=total.seconds,
+            lr=last_lr(learner), seconds=total.seconds,
             images_per_second=total.images_per_second, **total.counts(),
         )  # fmt: skip
         self._unwritten.append(record)
