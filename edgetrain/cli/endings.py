@@ -1,4 +1,4 @@
-"""How runs over epochs and streams end alike: their beginning noted, the dense twin trained, the plot drawn, advice."""
+"""What runs over epochs and streams do alike: their beginning, going on, the dense twin, the plot, advice."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, Protocol
 
 from edgetrain._version import __version__
-from edgetrain.checkpoint import save_checkpoint
+from edgetrain.checkpoint import load_checkpoint, save_checkpoint
 from edgetrain.cli.config import Config, dense
-from edgetrain.cli.progress import Display
-from edgetrain.cli.signals import StopOnSignal
+from edgetrain.cli.progress import CompileNotice, Display
+from edgetrain.cli.signals import StopOnSignal, interrupts_kept
 from edgetrain.data.batches import Batch
 from edgetrain.data.streaming import STANDARD_INPUT
 from edgetrain.devices import DeviceProfile
@@ -51,6 +51,21 @@ def begin(run: Run, config: Config, *, comparison: str = "") -> None:
     run.log("started", edgetrain=__version__, comparison=comparison)
     run.write_metrics(())
     run.write_config(config.to_dict())
+
+
+def taken_up(run: Run, config: Config, display: Display) -> Learner:
+    """Return the learner of a run's last checkpoint, with its kernels compiled.
+
+    Raises:
+        CheckpointError: the file is missing or damaged.
+        MemoryBudgetError: a training step does not fit into the budget.
+    """
+    with CompileNotice(display.compiling):
+        learner = load_checkpoint(run.last)
+        learner.threads = config.device.threads
+        with interrupts_kept():
+            learner.prepare()
+    return learner
 
 
 def tell_surprises(display: Display, profile: DeviceProfile, learner: Learner, config: Config) -> None:

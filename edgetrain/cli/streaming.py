@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgetrain._version import __version__
-from edgetrain.checkpoint import load_checkpoint, save_checkpoint
+from edgetrain.checkpoint import save_checkpoint
 from edgetrain.cli.config import Config, MethodSettings, is_onnx_file
 from edgetrain.cli.endings import (
     begin,
@@ -23,6 +23,7 @@ from edgetrain.cli.endings import (
     is_done,
     resuming,
     starting_anew,
+    taken_up,
     tell_surprises,
     train_baseline,
     until_stopped,
@@ -105,11 +106,7 @@ def resume_stream(run: Run, config: Config, display: Display, as_json: bool, beg
 
 def _taken_up(run: Run, config: Config, display: Display, stop: StopOnSignal, began: float) -> StreamSession:
     """Return a session that goes on where the last checkpoint of a run stands."""
-    with CompileNotice(display.compiling):
-        learner = load_checkpoint(run.last)
-        learner.threads = config.device.threads
-        with interrupts_kept():
-            learner.prepare()
+    learner = taken_up(run, config, display)
     source, position = stream_source(config, learner.graph), learner.stream.position
     if source.count is not None and position > source.count:
         raise DataError(

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 import edgetrain
-from edgetrain.checkpoint import load_checkpoint, read_checkpoint, save_checkpoint
+from edgetrain.checkpoint import read_checkpoint, save_checkpoint
 from edgetrain.cli.config import Config, MethodSettings, check_stream, from_flags, from_run, is_onnx_file, why_dense
 from edgetrain.cli.endings import (
     begin,
@@ -21,6 +21,7 @@ from edgetrain.cli.endings import (
     how_to_go_on,
     is_done,
     resuming,
+    taken_up,
     tell_surprises,
     train_baseline,
     until_stopped,
@@ -163,11 +164,7 @@ def _resumed(run: Run, before: Config, config: Config, display: Display, began: 
 
 def _taken_up(run: Run, config: Config, display: Display) -> Learner:
     """Return the learner of a run's last checkpoint, and take back what the run folder has beyond it."""
-    with CompileNotice(display.compiling):
-        learner = load_checkpoint(run.last)
-        learner.threads = config.device.threads
-        with interrupts_kept():
-            learner.prepare()
+    learner = taken_up(run, config, display)
     # A finished run that gets more epochs goes on as if it had been asked for them from the start.
     learner.history.finished = False
     _renew_best(run, learner)
