@@ -263,7 +263,7 @@ class Learner(NotCopied):
         is stored for them (``RigL``, ``SET``, ``StaticSparse``).
 
         Args:
-            x, y: as for ``partial_fit``.
+            x, y: as for ``partial_fit``; what does not fit raises DataError or MemoryBudgetError as there.
         """
         with self._lock:
             executor, sources, _ = self._take_batch(x, y)

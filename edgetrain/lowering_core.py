@@ -54,7 +54,9 @@ NEIGHBOURS = Runs()
 
 
 class LoweringCore:
-    """Rows of one plan, and the buffers that they read and write."""
+    """Rows of one plan, and the buffers that they read and write; ``kind``: what the lanes hold, see ``codes``."""
+
+    kind = SAMPLES
 
     def __init__(self, graph: Graph, nodes: Sequence[Node], lanes: int, blocks: int, parameters: Parameters,
                  keep: set[str], sparse: Mapping[str, SparseIndex] | None = None,
@@ -80,8 +82,6 @@ class LoweringCore:
         self._written: dict[str, Ref] = {}  # where weights are written out for nodes to come, by name
         self._choice: Choice | None = None
         self.threads = 1  # that will run the plan: scratch memory is theirs, results are not
-
-    kind = SAMPLES
 
     def make_layout(self, value: Value, border: Border) -> Layout:
         """Return how a batched value lies in memory."""

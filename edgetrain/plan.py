@@ -160,6 +160,7 @@ class Plan:
         by_channel: whether lanes hold channels.
         rows: kernel calls in order.
         layouts: of every batched value.
+        root: by the name of a value, the value whose memory it shares; itself if it has its own.
         fixed: arrays that outlive a step, by buffer name (parameters, tables, state).
         offsets: place of every other buffer in the arena.
         sizes, lifetimes: bytes of every buffer in the arena; first and last node that needs it.
