@@ -27,6 +27,8 @@ _RECENT = 512
 # What was kept too much or too little is made up for within about so many instances, or within the next block if that
 # is larger.
 _MAKE_UP = 128
+# Above it a power of the scores is taken as infinite: powers of small scores underflow.
+_LARGEST_POWER = 100.0
 
 
 @dataclass(frozen=True)
@@ -223,9 +225,6 @@ class Selector(ABC):
         self.seen, self.share.surplus = int(meta["seen"]), float(meta["surplus"])
         self.rng.bit_generator.state = meta["rng"]
         self.share.recent = np.array(tensors["recent"], np.float64)
-
-
-_LARGEST_POWER = 100.0
 
 
 class KeptShare:
