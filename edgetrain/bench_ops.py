@@ -21,7 +21,6 @@ from edgetrain.ops import get_op
 from edgetrain.ops.conv import ProductGrad, ProductOp
 from edgetrain.optim import SGD
 from edgetrain.plan import Plan, Ref, Row
-from edgetrain.policies import parse_policy
 
 if TYPE_CHECKING:
     from edgetrain.ops.conv import Product
@@ -72,7 +71,7 @@ class OwnStep:
     def __init__(self, graph: Graph, case: Case, x: Any, y: Any) -> None:
         self.learner = Learner(
             graph, batch_size=case.batch_size, threads=case.threads, memory_budget=0,
-            optimizer=SGD(lr=0.01, momentum=0.9), sparsity=parse_policy("sparsity", case.sparsity),
+            optimizer=SGD(lr=0.01, momentum=0.9), sparsity=case.sparsity,
         )  # fmt: skip
         self._x, self._y = x, y
 

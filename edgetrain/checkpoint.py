@@ -27,7 +27,7 @@ from edgetrain.graph import placeholder
 from edgetrain.graph_json import graph_from_dict, graph_to_dict
 from edgetrain.history import History
 from edgetrain.optim import Optimizer
-from edgetrain.policies import NONE, describe_policy, parse_policy
+from edgetrain.policies import describe_policy
 from edgetrain.schema import build
 
 if TYPE_CHECKING:
@@ -284,7 +284,4 @@ def _arguments(settings: Mapping[str, Any]) -> dict[str, Any]:
     return dict(settings) | {
         "profile": chosen,
         "optimizer": Optimizer.from_dict(settings["optimizer"]),
-        "sparsity": parse_policy("sparsity", settings.get("sparsity", NONE)),
-        "instance_filter": parse_policy("filter", settings.get("instance_filter", NONE)),
-        "error_pruning": parse_policy("error_pruning", settings.get("error_pruning", NONE)),
     }

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from edgetrain.graph import Graph, Shape
     from edgetrain.learner import Learner
     from edgetrain.onnx_io import MatchReport
+    from edgetrain.optim import Optimizer
 
 # Share of the training images kept for validation when the data have no part of their own for it.
 HELD_OUT = 0.1
@@ -123,7 +124,7 @@ def take_initial_weights(config: Config, graph: Graph) -> MatchReport | None:
     return report
 
 
-def make_optimizer(config: Config) -> Any:
+def make_optimizer(config: Config) -> Optimizer:
     """Return the optimizer and schedule that the settings describe."""
     from edgetrain.optim import from_recipe
 
@@ -142,9 +143,8 @@ def make_learner(config: Config, graph: Graph, profile: DeviceProfile) -> Learne
     return Learner(
         graph, profile=profile, batch_size=device.batch_size, seed=config.training.seed, threads=device.threads,
         memory_budget=round(device.memory_budget_mib * (1 << 20)), optimizer=make_optimizer(config),
-        label_smoothing=config.training.label_smoothing, instance_filter=parse_policy("filter", config.methods.filter),
-        sparsity=parse_policy("sparsity", config.methods.sparsity),
-        error_pruning=parse_policy("error_pruning", config.methods.error_pruning),
+        label_smoothing=config.training.label_smoothing, instance_filter=config.methods.filter,
+        sparsity=config.methods.sparsity, error_pruning=config.methods.error_pruning,
     )  # fmt: skip
 
 
