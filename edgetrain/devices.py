@@ -13,18 +13,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from edgetrain.errors import ProfileError
-from edgetrain.hostinfo import Host, host_facts, read_host
+from edgetrain.hostinfo import Host, read_host
 from edgetrain.schema import OneOf, Within, build, nearest
-
-__all__ = [
-    "Defaults",
-    "DeviceProfile",
-    "Recipe",
-    "detect_host",
-    "host_facts",
-    "list_profiles",
-    "load_profile",
-]
 
 Table = dict[str, Any]
 

@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 
 from edgetrain import devices, hostinfo, schema
-from edgetrain.devices import detect_host, host_facts, list_profiles, load_profile
+from edgetrain.devices import detect_host, list_profiles, load_profile
 from edgetrain.errors import ProfileError
+from edgetrain.hostinfo import host_facts
 
 ROOT = Path(__file__).parent.parent
 FOLDER = devices._profile_folder()
@@ -405,7 +406,7 @@ def test_facts_of_this_machine_are_json_and_name_versions():
 
 def test_import_and_facts_load_no_heavy_package():
     code = (
-        "import sys, edgetrain.devices as d; d.load_profile('host'); d.host_facts();"
+        "import sys, edgetrain.devices as d, edgetrain.hostinfo as h; d.load_profile('host'); h.host_facts();"
         "print([m for m in ('numpy', 'numba', 'onnx', 'msgspec') if m in sys.modules])"
     )
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)

@@ -10,8 +10,9 @@ from typing import Any
 import edgetrain
 from edgetrain import calibration
 from edgetrain.cli.output import emit
-from edgetrain.devices import host_facts, list_profiles, load_profile
+from edgetrain.devices import list_profiles, load_profile
 from edgetrain.errors import UsageError
+from edgetrain.hostinfo import host_facts
 from edgetrain.kernels.cache import describe
 
 _HOT_C = 80.0

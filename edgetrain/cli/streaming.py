@@ -46,10 +46,11 @@ from edgetrain.cli.stream_lines import last_line, stream_line
 from edgetrain.data import Dataset, available_splits, load_dataset
 from edgetrain.data.batches import Batch
 from edgetrain.data.streaming import STANDARD_INPUT, InstanceSource, open_stream
-from edgetrain.devices import DeviceProfile, host_facts, load_profile
+from edgetrain.devices import DeviceProfile, load_profile
 from edgetrain.errors import DataError, EdgetrainError, InterruptedRunError, NumericalError, UsageError
 from edgetrain.fitting import block_size, check_fits, evaluate_dataset, last_lr
 from edgetrain.history import EpochRecord, Totals
+from edgetrain.hostinfo import host_facts
 from edgetrain.policies import NONE
 from edgetrain.runs import Run, create_run
 

@@ -45,10 +45,11 @@ from edgetrain.cli.streaming import fit_stream, resume_stream
 from edgetrain.cli.unchanged import check_unchanged
 from edgetrain.data import Augmentation, Dataset, batch_count
 from edgetrain.data.batches import Batch
-from edgetrain.devices import DeviceProfile, host_facts, load_profile
+from edgetrain.devices import DeviceProfile, load_profile
 from edgetrain.errors import DataError, InterruptedRunError, NumericalError, UsageError
 from edgetrain.fitting import StepEvent, block_size, check_fits, fit_loop, training_batches
 from edgetrain.history import COUNTED, EpochRecord
+from edgetrain.hostinfo import host_facts
 from edgetrain.runs import Run, create_run, open_run, runs_released
 
 if TYPE_CHECKING:
