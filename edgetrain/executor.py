@@ -120,20 +120,20 @@ class Team:
     The calling thread is number 0; the others are started on first use and sleep between programs, unless one follows
     soon (``_serve``). Not Numba's thread pool: that one aborts the process when it is
     entered twice. After a fork the child starts threads of its own.
+
+    Attributes:
+        threads: how many there are, the calling one included.
+        sync: the words int64 that threads meet at; kernels write the status word.
+        ended: what the latest run returned.
     """
 
     def __init__(self, threads: int) -> None:
         self.threads = threads
-        self._sync = aligned(SYNC_BYTES // 8, np.int64)
-        self._sync_address = int(self._sync.ctypes.data)
-        self._pid, self._order = 0, _Order(self._sync)
+        self.sync: NDArray[np.int64] = aligned(SYNC_BYTES // 8, np.int64)
+        self._sync_address = int(self.sync.ctypes.data)
+        self._pid, self._order = 0, _Order(self.sync)
         self._lock = threading.Lock()
-        self.ended: list[int] = []  # what the latest run returned
-
-    @property
-    def sync(self) -> NDArray[np.int64]:
-        """The words that threads meet at; kernels write the status word."""
-        return self._sync
+        self.ended: list[int] = []
 
     def run(self, program: int, rows: int, threads: int | None = None) -> bool:
         """Run ``rows`` rows of the program at address ``program``; return whether no guard stopped it.
@@ -145,18 +145,18 @@ class Team:
                 return self._lead(program, rows, 1)
             self._start()
             _ACTIVE[0] = self._sync_address
-            self._order.wanted = int(self._sync[TICKET // 8]) + 1
+            self._order.wanted = int(self.sync[TICKET // 8]) + 1
             try:
                 self._order.wake()
                 # An interrupt strikes before or after this call, so either all threads take part or none does.
                 return self._lead(program, rows, self.threads)
             finally:
-                self._order.wanted = int(self._sync[TICKET // 8])
+                self._order.wanted = int(self.sync[TICKET // 8])
 
     def _lead(self, program: int, rows: int, threads: int) -> bool:
         """Run a program as its first thread, see ``kernels.program.lead``."""
         lead, _ = interpreter()
-        arrived = int(self._sync[ARRIVED // 8])
+        arrived = int(self.sync[ARRIVED // 8])
         # One call of C: an interrupt that strikes while it runs is raised behind it, and its result is not lost then.
         ended: list[int] = []
         self.ended = ended
@@ -166,7 +166,7 @@ class Team:
     def _start(self) -> None:
         if self._pid == os.getpid():
             return
-        order, ticket = _Order(self._sync), int(self._sync[TICKET // 8])
+        order, ticket = _Order(self.sync), int(self.sync[TICKET // 8])
         for number in range(1, self.threads):
             start = threading.Lock()
             start.acquire()
