@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 import numpy as np
 from numpy.typing import NDArray
@@ -221,9 +222,8 @@ class Plan:
             The program int64 ``(rows, 4)``, its arguments, and where in the arguments the
             addresses of each input (``source:...``) belong, which change at every step.
         """
-        counts = [len(row.arguments) for row in self.rows]
-        starts = [sum(counts[:i]) for i in range(len(counts))]
-        arguments = aligned(sum(counts), np.int64)
+        *starts, total = accumulate((len(row.arguments) for row in self.rows), initial=0)
+        arguments = aligned(total, np.int64)
         program = aligned(4 * len(self.rows), np.int64).reshape(-1, 4)
         sources: dict[str, list[int]] = {}
         for number, (row, start) in enumerate(zip(self.rows, starts, strict=True)):
