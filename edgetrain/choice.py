@@ -267,8 +267,8 @@ def winograd_tile(tiles: int, blocks: int, threads: int, lanes: int) -> tuple[in
 def winograd_cuts(chunks: int, tiles: int, threads: int) -> int:
     """Return into how many parts a Winograd kernel cuts the ``tiles`` of its output channels, for all threads to work.
 
-    Each thread transforms the inputs of a chunk that it shares anew. With one chunk at batch 4 the third stage of
-    ResNet-20 ran on one of two threads.
+    Each thread transforms the inputs of a chunk that it shares anew. At batch 4 the third stage of ResNet-20 is one
+    chunk, and ran on one of two threads.
     """
     if chunks >= 4 * threads:
         return 1
