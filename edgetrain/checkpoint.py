@@ -7,13 +7,10 @@ beside its destination, then synced and renamed, so the destination is always a 
 
 from __future__ import annotations
 
-import contextlib
-import glob
 import hashlib
 import json
 import os
-import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +20,7 @@ from numpy.typing import NDArray
 
 from edgetrain.devices import DeviceProfile
 from edgetrain.errors import CheckpointError
+from edgetrain.files import raw, replace_file
 from edgetrain.graph import placeholder
 from edgetrain.graph_json import graph_from_dict, graph_to_dict
 from edgetrain.history import History
@@ -128,59 +126,18 @@ def read_checkpoint(path: str | os.PathLike[str]) -> tuple[Tensors, dict[str, An
 
 
 def write_file(path: str | os.PathLike[str], *content: bytes | NDArray[Any]) -> None:
-    """Replace a file in one step: temporary file, fsync, rename, fsync of the folder.
-
-    Temporary files that a crash left behind are removed first. Arrays are written as they lie in memory.
+    """Do as ``files.replace_file``.
 
     Raises:
         CheckpointError: the folder is missing, full or not writable; the old file is untouched.
     """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{threading.get_ident()}.{os.getpid()}.tmp")
     try:
-        _remove_orphans(path)
-        _write_synced(temporary, content)
-        os.replace(temporary, path)
-        _sync_folder(path.parent)
+        replace_file(path, *content)
     except OSError as error:
-        with contextlib.suppress(OSError):  # nothing can be removed from a read-only file system either
-            temporary.unlink()
-        message = f"{path}: cannot be written ({error.strerror}); free space or choose another folder"
-        raise CheckpointError(message) from error
-
-
-def _write_synced(path: Path, content: Iterable[bytes | NDArray[Any]]) -> None:
-    with path.open("wb") as file:
-        for part in content:
-            file.write(part if isinstance(part, bytes) else _raw(part))
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    # Without this the rename itself may be lost in a power cut.
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _remove_orphans(path: Path) -> None:
-    for orphan in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
-        owner = orphan.name.split(".")[-2]
-        if not (owner.isdigit() and _alive(int(owner))):
-            orphan.unlink(missing_ok=True)
-
-
-def _alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        return True
-    return True
+        remedy = "make its folder" if isinstance(error, FileNotFoundError) else "free space"
+        raise CheckpointError(
+            f"{path}: cannot be written ({error.strerror or error}); {remedy} or choose another file"
+        ) from error
 
 
 def _without_duplicates(tensors: Tensors) -> tuple[Tensors, dict[str, str]]:
@@ -188,7 +145,7 @@ def _without_duplicates(tensors: Tensors) -> tuple[Tensors, dict[str, str]]:
     first: dict[tuple[str, tuple[int, ...], bytes], str] = {}
     aliases = {}
     for name, array in tensors.items():
-        key = (str(array.dtype), array.shape, hashlib.sha256(_raw(array)).digest())
+        key = (str(array.dtype), array.shape, hashlib.sha256(raw(array)).digest())
         if first.setdefault(key, name) != name:
             aliases[name] = first[key]
     return {name: array for name, array in tensors.items() if name not in aliases}, aliases
@@ -211,11 +168,6 @@ def _encode(tensors: Tensors, table: dict[str, Any]) -> list[bytes | NDArray[Any
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return [len(text).to_bytes(8, "little") + text, *(tensors[name] for name in order)]
-
-
-def _raw(array: NDArray[Any]) -> memoryview:
-    """Return the bytes of a contiguous array."""
-    return array.reshape(-1).view(np.uint8).data
 
 
 def _decode(path: Path, content: bytes) -> tuple[Tensors, dict[str, Any]]:
@@ -250,7 +202,7 @@ def _digest(tensors: Mapping[str, NDArray[Any]], table: Mapping[str, Any]) -> st
     for name in sorted(tensors):
         array = tensors[name]
         digest.update(f"{name} {array.dtype} {array.shape}".encode())
-        digest.update(_raw(np.ascontiguousarray(array)))
+        digest.update(raw(np.ascontiguousarray(array)))
     return digest.hexdigest()
 
 

@@ -327,6 +327,7 @@ def _last_step(learner: Learner, instances: int, last_epoch: int) -> int:
     history, position = learner.history, learner.position
     if learner.instance_filter is None:
         left = (last_epoch - position.epoch) * batch_count(instances, learner.batch_size) - position.batch
+        left += int(learner.stream.waiting > 0)  # those that ``observe`` left, at the end of the first epoch
         return max(1, learner.step_count + left)
     first, seen, epochs = history.first_step or 0, history.first_seen or 0, last_epoch - history.first_epoch
     if history.first_step is None:

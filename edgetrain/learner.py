@@ -32,7 +32,7 @@ from edgetrain.forking import ForkLock, NotCopied
 from edgetrain.graph import FixedNames, Graph, Normalization
 from edgetrain.history import EpochRecord, History, Position
 from edgetrain.kernels.registry import KernelKey, compile_kernels, interpreter, working_clock
-from edgetrain.losses import log_softmax, sample_losses
+from edgetrain.losses import probabilities_of, sample_losses
 from edgetrain.lowering_products import whole_gradient_name
 from edgetrain.optim import SGD, Optimizer
 from edgetrain.parameters import Parameters
@@ -192,10 +192,7 @@ class Learner(NotCopied):
             executor, sources, count = self._begin_step(x, y)
             if not executor.step(sources, self._end_step):
                 raise explain_step(executor, count, self.step_count + 1)
-            loss, correct = self._parameters.buffers["result"][:2].tolist()
-            done, saved = self.plans.macs(count, executor.plan)
-        seconds, dense = working_clock() - start, done + sum(saved.values())
-        return StepResult(loss, int(correct), count, count, dense, done, seconds, instances_kept=count, **saved)
+            return self.plans.result(count, executor.plan, working_clock() - start)
 
     def observe(self, x: Inputs, y: ArrayLike, predict: bool = False) -> StepResult:
         """Take instances of a stream: the filter decides, a training step happens whenever a micro-batch is full.
@@ -326,7 +323,7 @@ class Learner(NotCopied):
     def predict_proba(self, x: Inputs) -> NDArray[np.float32]:
         """Return class probabilities float32 ``(N, num_classes)``; x as for ``partial_fit``."""
         classes = self.graph.num_classes
-        return np.exp(log_softmax(self.logits(x).reshape(-1, classes))).astype(np.float32)
+        return probabilities_of(self.logits(x).reshape(-1, classes))
 
     def evaluate(self, x: Inputs, y: ArrayLike) -> dict[str, float]:
         """Return ``{"loss": mean loss, "accuracy": share of right predictions}`` in inference mode.

@@ -12,8 +12,16 @@ def log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:
     """Return the logarithms of the class probabilities, float64 ``(N, K)``."""
     wide = logits.astype(np.float64)
     wide -= wide.max(1, keepdims=True)
-    wide -= np.log(np.exp(wide).sum(1, keepdims=True))
+    with np.errstate(under="ignore"):  # an application may have made it an error
+        wide -= np.log(np.exp(wide).sum(1, keepdims=True))
     return wide
+
+
+def probabilities_of(logits: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Return the class probabilities, float32 ``(N, K)``."""
+    with np.errstate(under="ignore"):  # an application may have made it an error
+        probabilities: NDArray[np.float32] = np.exp(log_softmax(logits)).astype(np.float32)
+    return probabilities
 
 
 def sample_losses(

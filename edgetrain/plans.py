@@ -14,6 +14,7 @@ from typing import Protocol
 
 import numpy as np
 
+from edgetrain.accounting import StepResult
 from edgetrain.autodiff import TrainingGraph, training_graph
 from edgetrain.choice import simd_lanes
 from edgetrain.combining import combine_gradients
@@ -222,6 +223,13 @@ class Plans:
     def _dense_forward_macs(self) -> int:
         """Counted once: counting took a fifteenth of a filtered stream's time (LeNet-5)."""
         return self.graph.macs()
+
+    def result(self, count: int, plan: Plan, seconds: float) -> StepResult:
+        """Return what a plan's latest step of ``count`` samples gave and executed; it took ``seconds``."""
+        loss, correct = self.parameters.buffers["result"][:2].tolist()
+        done, saved = self.macs(count, plan)
+        dense = done + sum(saved.values())
+        return StepResult(loss, int(correct), count, count, dense, done, seconds, instances_kept=count, **saved)
 
     def macs(self, count: int, plan: Plan) -> tuple[int, dict[str, int]]:
         """Return the multiply-accumulates that a plan's latest step of ``count`` samples executed, and those saved.

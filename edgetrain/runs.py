@@ -398,12 +398,17 @@ def _highest_number(folder: Path, command: str) -> int:
 def _append(path: Path, line: str) -> None:
     """Append one line and sync it; a line that a crash cut off before is ended first."""
     try:
-        with path.open("a+b") as file:
-            if file.tell() and _last_byte(file) != b"\n":
-                file.write(b"\n")
-            file.write(line.encode())
-            file.flush()
-            os.fsync(file.fileno())
+        with path.open("a+b", buffering=0) as file:
+            end = file.tell()
+            content = (b"\n" if end and _last_byte(file) != b"\n" else b"") + line.encode()
+            try:
+                while content:
+                    content = content[file.write(content) :]
+                os.fsync(file.fileno())
+            except OSError:  # no half of a line stays
+                with contextlib.suppress(OSError):
+                    file.truncate(end)
+                raise
     except OSError as error:
         raise _unwritable(path, error) from error
 
@@ -430,7 +435,7 @@ def _instances_of(line: str) -> int:
         return 0
 
 
-def _last_byte(file: io.BufferedRandom) -> bytes:
+def _last_byte(file: io.FileIO) -> bytes:
     file.seek(-1, os.SEEK_END)
     return file.read(1)
 

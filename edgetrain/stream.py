@@ -198,8 +198,8 @@ class InstanceStream:
         # The averaged parameters predict; the filter chooses for those that are trained.
         choice = self._choose(x, y, None if self._learner.averages else losses)
         done = _Done(start, choice, losses, hits)
+        self._collect(x, y, choice.keep)  # what breaks into that leaves all as it was
         try:
-            self._collect(x, y, choice.keep)
             interrupt = self._train_waiting(done, least=self._learner.batch_size, whole=not observed)
             if self._selector is not None:
                 done.lessons.append(self._selector.catch_up())
@@ -274,25 +274,29 @@ class InstanceStream:
         np.take(x, places, axis=0, out=images[waiting:], mode="clip")  # "raise", the default, takes a copy of its own
         self._x, self._y = images, np.concatenate([self._y, y[places]]) if waiting else y[places]
 
-    def _train_waiting(self, done: _Done, least: int, whole: bool = False) -> KeyboardInterrupt | None:
+    def _train_waiting(self, done: _Done, least: int, whole: bool = False) -> BaseException | None:
         """Train on micro-batches as long as at least so many instances wait; those of a step that fails are gone.
 
         Returns:
-            The interrupt (Ctrl-C) that struck a step which was taken, to be raised when the filter has learned from it,
-            too. With ``whole`` the other micro-batches come first: so a ``fit`` that is called again has done the same.
+            The interrupt (Ctrl-C, or what else a signal's handler raises, ``SystemExit`` for one) that struck a step
+            which was taken, to be raised when the filter has learned from it, too. With ``whole`` the other
+            micro-batches come first: so a ``fit`` that is called again has done the same.
         """
         x, y, last, interrupt = self._x, self._y, 0, None
         try:
             while len(y) - last >= least and (whole or interrupt is None):
                 first, last, before = last, min(last + self._learner.batch_size, len(y)), self._learner.step_count
+                began = working_clock()
                 try:
                     step = self._learner.partial_fit(_checked(self._learner, x[first:last]), y[first:last])
                     done.steps.append(step)
-                except KeyboardInterrupt as struck:
+                except BaseException as struck:
                     if self._learner.step_count == before:
-                        last = first  # no step was taken: they wait
+                        if not isinstance(struck, Exception):
+                            last = first  # no step was taken: they wait
                         raise
                     interrupt = struck
+                    done.steps.append(_step_result(self._learner, last - first, working_clock() - began))
                 if self._selector is not None:
                     losses = _step_losses(self._learner, last - first)
                     done.lessons.append(self._selector.learn(x[first:last], y[first:last], losses))
@@ -303,7 +307,7 @@ class InstanceStream:
         return interrupt
 
 
-def _raise(interrupt: KeyboardInterrupt | None) -> None:
+def _raise(interrupt: BaseException | None) -> None:
     if interrupt is not None:
         raise interrupt
 
@@ -321,6 +325,13 @@ def _checked(learner: Learner, x: Images) -> Checked:
 
 def _losses_of(learner: Learner, logits: NDArray[np.float32], y: NDArray[Any]) -> Floats:
     return sample_losses(logits, y, learner.loss, learner.label_smoothing)
+
+
+def _step_result(learner: Learner, count: int, seconds: float) -> StepResult:
+    """Return what the last training step did, where an interrupt came instead of its result."""
+    executor = learner.plans.latest
+    assert executor is not None
+    return learner.plans.result(count, executor.plan, seconds)
 
 
 def _step_losses(learner: Learner, count: int) -> Floats:

@@ -322,7 +322,11 @@ def _batch_norm(
     if net.measuring:
         mean = var = None
     momentum = 1.0 - node.get("momentum", 0.9)  # ONNX weighs the old average, PyTorch the new value
-    return torch.nn.functional.batch_norm(x, mean, var, scale, bias, net.training, momentum, node.get("epsilon", 1e-5))
+    epsilon = node.get("epsilon", 1e-5)
+    y = torch.nn.functional.batch_norm(x, mean, var, scale, bias, net.training, momentum, epsilon)
+    if y.requires_grad:  # PyTorch 2.13 is wrong about permuted gradients of maps of one row
+        y.register_hook(lambda grad: grad.clone(memory_format=torch.contiguous_format))
+    return y
 
 
 def _gemm(net: TorchNetwork, node: Node, x: Tensor, w: Tensor, b: Tensor = None) -> Tensor:

@@ -237,11 +237,30 @@ def test_crash_while_writing_keeps_the_old_file(tmp_path, monkeypatch):
     assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
 
 
+def test_a_link_is_followed_and_rights_stay(tmp_path):
+    (tmp_path / "there").mkdir()
+    target, link = tmp_path / "there/file", tmp_path / "link"
+    target.write_bytes(b"old")
+    target.chmod(0o640)
+    link.symlink_to("there/file")
+    write_file(link, b"new")
+    assert link.is_symlink()
+    assert (target.read_bytes(), target.stat().st_mode & 0o777) == (b"new", 0o640)
+
+
+def test_what_is_no_file_is_not_replaced(tmp_path):
+    """A device, say: as root, /dev/null would become a file."""
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(CheckpointError, match=r"pipe: cannot be written \(it is no regular file\)"):
+        write_file(tmp_path / "pipe", b"new")
+    assert (tmp_path / "pipe").is_fifo()
+
+
 def test_read_only_file_system_is_one_message_about_the_file(tmp_path, monkeypatch):
     def refuse(*_, **__):
         raise OSError(30, "Read-only file system")
 
-    monkeypatch.setattr("edgetrain.checkpoint._write_synced", refuse)
+    monkeypatch.setattr("edgetrain.files._write_synced", refuse)
     monkeypatch.setattr(Path, "unlink", refuse)
     with pytest.raises(CheckpointError, match=r"file: cannot be written \(Read-only file system\); free space or"):
         write_file(tmp_path / "file", b"new")
@@ -280,7 +299,7 @@ def test_every_thread_writes_a_file_of_its_own(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "replace", lambda *paths: (written.append(paths[0]), replace(*paths)))
     threads = [threading.Thread(target=write_file, args=(tmp_path / "file", b"new")) for _ in range(2)]
     barrier = threading.Barrier(2)
-    monkeypatch.setattr("edgetrain.checkpoint._remove_orphans", lambda path: barrier.wait(10))
+    monkeypatch.setattr("edgetrain.files._remove_orphans", lambda path: barrier.wait(10))
     for thread in threads:
         thread.start()
     for thread in threads:

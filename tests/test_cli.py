@@ -147,6 +147,7 @@ ERRORS = {
     "missing config": (["fit", "--config", "/no/such.toml"], 2, "/no/such.toml: cannot be read as TOML"),
     "resume nothing": (["resume", "/no/such/run"], 2, "/no/such/run: no such run folder"),
     "report nothing": (["report", "/no/such/run"], 2, "/no/such/run: no such run folder"),
+    "no data": (["fit", "--data", ""], 2, "data.source is ''; expected 'embedded', a folder or a file"),
     "evaluate nothing": (["evaluate", "/no/such/file"], 2, "/no/such/file: no such file; expected a run folder"),
     "missing checkpoint": (["evaluate", "/no/such.safetensors"], 3, "/no/such.safetensors: no such checkpoint"),
     "export to another format": (["export", "x.safetensors", "-o", "x.pt"], 2, "--output is 'x.pt', expected"),

@@ -17,7 +17,7 @@ from PIL import Image
 
 import edgetrain as et
 from edgetrain.runs import open_run
-from tests.cli_support import FIT, run, trained
+from tests.cli_support import FIT, ROOT, run, trained
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +42,29 @@ def test_evaluate_agrees_with_the_run(inside, capsys, source):
     assert code == 0
     assert set(result) == {"model", "data", "images", "loss", "accuracy"}
     assert result["accuracy"] == open_run("runs/fit-1").read_metrics()[-1]["validation_accuracy"]
+    code, own, _ = run(capsys, "evaluate", source, "--json")  # without --data: what the run was judged on
+    assert (code, json.loads(own) | {"data": "digits.npz"}) == (0, result)
+    assert Path(json.loads(own)["data"]).name == "digits.npz"
+
+
+def test_evaluate_without_data_takes_what_a_run_held_out(inside, capsys, tmp_path):
+    with np.load("digits.npz") as arrays:
+        np.savez(tmp_path / "train.npz", x=arrays["x_train"], y=arrays["y_train"])
+    code, out, _ = run(capsys, "fit", "--data", tmp_path / "train.npz", "--out", tmp_path, "--epochs", "1", "--json")
+    assert (code, json.loads(out)["validated_on"]) == (0, "held-out")
+    code, own, _ = run(capsys, "evaluate", tmp_path / "fit-1", "--json")
+    assert (code, json.loads(own)["accuracy"]) == (0, json.loads(out)["accuracy"])
+
+
+def test_evaluate_cannot_repeat_a_pipe(inside, capsys, tmp_path):
+    with np.load("digits.npz") as arrays:
+        lines = [json.dumps({"x": x.ravel().tolist(), "y": 0}) for x in arrays["x_test"][:9]]
+    flags = ["--stream", "--data", "-", "--model", "runs/fit-1/model.onnx", "--out", str(tmp_path), "--quiet"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "edgetrain", "fit", *flags]
+    subprocess.run(command, input="\n".join(lines), text=True, env=environment, check=True)
+    code, _, err = run(capsys, "evaluate", tmp_path / "fit-1")
+    assert (code, "came from standard input and are gone; name others with --data" in err) == (2, True)
 
 
 def test_evaluate_takes_data_that_lack_classes(inside, capsys, tmp_path):

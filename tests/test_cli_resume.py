@@ -70,7 +70,7 @@ def test_killed_run_resumes_to_the_same_result(inside, capsys, tmp_path, epochs)
     assert_same_result(tmp_path / "fit-1", inside / "runs/fit-1")
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGHUP"])
 def test_signal_saves_and_resumes_to_the_same_result(inside, capsys, tmp_path, name):
     process = started(inside, tmp_path)
     wait_for_epochs(process, tmp_path / "fit-1/metrics.csv", 1)

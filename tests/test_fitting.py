@@ -58,7 +58,7 @@ class FakeLearner:
         self.batch_size, self.seed, self.optimizer = batch_size, seed, optimizer or FakeOptimizer()
         self.position, self.history, self.step_count = FakePosition(), History(), 0
         self.topology = SimpleNamespace(total_steps=None)
-        self.instance_filter, self.stream = None, SimpleNamespace(flush=lambda: None, seen=0)
+        self.instance_filter, self.stream = None, SimpleNamespace(flush=lambda: None, seen=0, waiting=0)
         self.weights = np.zeros((3, 4))
         self.batches = []
 

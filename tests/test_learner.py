@@ -560,11 +560,13 @@ def test_a_learner_is_saved_as_a_file(place, tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["folder"]
 
 
-@pytest.mark.parametrize("place", [".", "no/such/model.onnx", "folder"])
-def test_a_model_that_cannot_be_written_is_one_message(place, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("place", "remedy"), [(".", "free space"), ("no/such/model.onnx", "make its folder"), ("folder", "free space")]
+)
+def test_a_model_that_cannot_be_written_is_one_message(place, remedy, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "folder").mkdir()
-    with pytest.raises(UsageError, match=r"cannot be written \(.*\); make its folder, or choose another"):
+    with pytest.raises(UsageError, match=rf"cannot be written \(.*\); {remedy} or choose another file"):
         learner().export_onnx(place)
     assert [path.name for path in tmp_path.iterdir()] == ["folder"]
 

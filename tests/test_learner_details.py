@@ -10,13 +10,14 @@ import pytest
 
 import edgetrain as et
 import edgetrain.onnx_io
-from edgetrain import choice, devices, models
+from edgetrain import choice, devices, models, reference
 from edgetrain.devices import load_profile
 from edgetrain.errors import NumericalError, ProfileError, UsageError
 from edgetrain.fitting import fit_loop
 from edgetrain.graph import Graph, Normalization
 from edgetrain.kernels.codes import UPDATE_JOB
 from edgetrain.optim import SGD, from_recipe
+from edgetrain.torch_network import TorchNetwork
 from edgetrain.verify import _Settings, _Trial
 from tests.engine import PROFILE
 from tests.op_cases import Net
@@ -189,3 +190,58 @@ def test_the_longest_name_of_a_board_wins():
     host = SimpleNamespace(board="Raspberry Pi 4 Model B Rev 1.4", machine="aarch64")
     for given in (profiles, profiles[::-1]):
         assert devices._matching_profile(host, given).name == "long"
+
+
+def test_an_application_may_make_underflow_an_error():
+    graph = wide(4, 3)
+    graph.arrays["b"] = np.float32([200, 0, -200])
+    some = et.Learner(graph, batch_size=2, threads=1)
+    with np.errstate(all="raise"):
+        np.testing.assert_array_equal(some.predict_proba(np.zeros((2, 4), np.float32)), [[1, 0, 0]] * 2)
+        assert some.evaluate(np.zeros((2, 4), np.float32), [0, 0])["loss"] == 0
+
+
+def normalised(seed: int) -> Graph:
+    """A bias that moves for the first Relu moves what the second one and the pool see."""
+    rng, graph = np.random.default_rng(seed), Graph("normalised", (3, 8, 8))
+    x = graph.add("Conv", ["input", graph.parameter("w", rng.normal(0, 0.3, (4, 3, 3, 3)))], pads=[1] * 4)
+    arrays = {"s": rng.uniform(0.5, 1.5, 4), "b": rng.normal(size=4), "m": np.zeros(4), "v": np.ones(4)}
+    names = [graph.parameter(name, array, trainable=name in "sb") for name, array in arrays.items()]
+    x = graph.add("Relu", [graph.add("BatchNormalization", [x, *names])])
+    x = graph.add("Conv", [x, graph.parameter("u", rng.normal(0, 0.3, (4, 4, 3, 3)))], pads=[1] * 4)
+    x = graph.add("MaxPool", [graph.add("Relu", [x])], kernel_shape=[2, 2], strides=[2, 2])
+    weight = graph.parameter("f", rng.normal(0, 0.1, (5, 64)))
+    graph.set_outputs([graph.add("Gemm", [graph.add("Flatten", [x]), weight], transB=1)])
+    return graph
+
+
+@pytest.mark.parametrize("seed", [12, 21, 28, 36])
+def test_verify_moves_biases_only_where_that_widens_the_margin(seed):
+    trial = _Trial(normalised(seed), _Settings(1, 8, seed, "cross_entropy", SGD(), 1))
+    x, _ = trial.batch(0)
+    before = trial.judge.kink_margin(x)
+    trial._off_kinks(x, follow=True)
+    assert trial.judge.kink_margin(x) > 0.9 * before
+
+
+def test_the_judge_knows_the_gradient_of_a_normalisation_behind_a_transpose():
+    """PyTorch 2.13 does not, where maps have one row."""
+    graph = Graph("turned", (7, 1, 11))
+    rng = np.random.default_rng(0)
+    arrays = {"s": rng.uniform(0.5, 1.5, 7), "b": rng.normal(size=7), "m": np.zeros(7), "v": np.ones(7)}
+    names = [graph.parameter(name, array, trainable=name in "sb") for name, array in arrays.items()]
+    x = graph.add("BatchNormalization", ["input", *names])
+    graph.set_outputs([graph.add("Transpose", [x], perm=[0, 3, 1, 2])])
+    data = rng.normal(size=(3, 7, 1, 11)), rng.normal(size=(3, 11, 7, 1))
+    judge = TorchNetwork(graph, "mse")
+    judge.loss(*data).backward()
+    _, wanted = reference.gradients(graph, *data, "mse")
+    for name in "sb":
+        np.testing.assert_allclose(judge.tensors[name].grad.numpy(), wanted[name], rtol=1e-6, atol=1e-9)
+
+
+def test_schedules_count_what_observe_left_waiting():
+    some, (x, y, _) = learner(), instances(64)
+    some.observe(x[:3], y[:3])
+    some.fit((x, y), epochs=2)
+    assert some.topology.total_steps == some.step_count

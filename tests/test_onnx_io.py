@@ -325,6 +325,36 @@ def test_an_input_that_others_read_too_keeps_its_axes() -> None:
     np.testing.assert_array_equal(outputs(graph, x), np.moveaxis(x + np.maximum(x, 0), 3, 1))
 
 
+@pytest.mark.parametrize("sizes", [(6, 6), (4, 6)])
+def test_a_transpose_behind_an_identity_keeps_its_meaning_in_the_file(sizes: tuple[int, int], tmp_path: Path) -> None:
+    """The file looks like one of Keras then; it tells that it is none."""
+    rows, columns = sizes
+    text = f"""(float[N,{rows},{columns}] x) => (float[N,{columns},{rows}] y) {{
+        i = Identity(x) t = Transpose<perm = [0,2,1]>(i) y = Relu(t) }}"""
+    graph = load_onnx(net(text))
+    assert (graph.input_shape, graph.channels_last) == (sizes, False)
+    save_onnx(graph, tmp_path / "again.onnx")
+    again = load_onnx(tmp_path / "again.onnx")
+    assert (again.input_shape, again.channels_last) == (sizes, False)
+    x = np.random.default_rng(0).normal(size=(2, *sizes)).astype(np.float32)
+    np.testing.assert_array_equal(outputs(again, x), outputs(graph, x))
+
+
+def test_the_transpose_of_one_channel_may_have_become_a_reshape(tmp_path: Path) -> None:
+    text = """(float[N,6,4,1] x) => (float[N,3] y) {
+        t = Reshape(x, s) c = Conv<pads = [1,1,1,1]>(t, k) f = Flatten(c) y = MatMul(f, w) }"""
+    rng = np.random.default_rng(0)
+    arrays = {"k": rng.normal(size=(2, 1, 3, 3)), "w": rng.normal(size=(48, 3))}
+    model = net(text, s=np.array([-1, 1, 6, 4]), **{name: a.astype(np.float32) for name, a in arrays.items()})
+    graph = load_onnx(model)
+    assert (graph.input_shape, graph.channels_last) == ((1, 6, 4), True)
+    onnx.save(model, tmp_path / "keras.onnx")
+    save_onnx(graph, tmp_path / "again.onnx")
+    x = rng.normal(size=(5, 6, 4, 1)).astype(np.float32)
+    for file in ("keras.onnx", "again.onnx"):
+        np.testing.assert_allclose(run(tmp_path / file, x), outputs(graph, np.moveaxis(x, 3, 1)), atol=1e-5)
+
+
 def test_a_shuffle_with_an_identity_in_its_middle_is_one() -> None:
     """As PyTorch writes ``.contiguous()`` where it does not optimise."""
     text = """(float[N,4,2,2] x) => (float[N,4,2,2] y) {

@@ -11,12 +11,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from edgetrain import Learner
 from edgetrain.checkpoint import _digest, _without_duplicates, load_checkpoint
-from edgetrain.cli import streaming
+from edgetrain.cli import streaming, training
 from edgetrain.cli.progress import choose_display
 from edgetrain.cli.savings import savings_of
 from edgetrain.cli.signals import StopOnSignal, interrupts_kept
-from edgetrain.errors import CheckpointError
+from edgetrain.errors import CheckpointError, DataError, UsageError
 from edgetrain.history import COUNTED, EpochRecord, History
 from edgetrain.runs import Run, open_run
 from tests.cli_support import FIT, STREAM, run, write_data
@@ -174,3 +175,54 @@ def test_an_interrupt_that_asks_for_a_stop_goes_on_asking():
         with interrupts_kept():
             signal.raise_signal(signal.SIGINT)
         assert stop.requested()
+
+
+def test_a_line_that_cannot_be_written_whole_leaves_no_half(tmp_path, monkeypatch):
+    some = Run(tmp_path)
+    some.log("started")
+    before = some.events_file.read_bytes()
+
+    def full(_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(UsageError, match="No space left on device"):
+        some.log("saved")
+    assert some.events_file.read_bytes() == before
+
+
+def failing(times, real):
+    """Return a function that fails so many times as on a full disk, behind the first call."""
+    calls = []
+
+    def write(*arguments):
+        calls.append(arguments)
+        if 1 < len(calls) <= 1 + times:
+            raise CheckpointError("no space")
+        return real(*arguments)
+
+    return write
+
+
+@pytest.mark.parametrize("flags", [FIT, [*STREAM, "--window", "20", "--save-every", "0"]], ids=["epochs", "stream"])
+def test_a_checkpoint_on_the_way_that_cannot_be_written_ends_nothing(flags, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_data(tmp_path, 80)
+    module = streaming if "--stream" in flags else training
+    monkeypatch.setattr(module, "save_checkpoint", failing(2, module.save_checkpoint))
+    code, out, err = run(capsys, *flags)
+    assert code == 0
+    assert out.count("no space; training goes on, and the next checkpoint is tried as usual") >= 1, err
+    finished = open_run("runs/fit-1")
+    assert load_checkpoint(finished.last).step_count
+    assert len(finished.read_metrics()) == (4 if "--stream" in flags else 3)
+
+
+def test_a_run_that_ends_early_and_cannot_be_saved_tells_both(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_data(tmp_path, 80)
+    monkeypatch.setattr(streaming, "save_checkpoint", failing(9, streaming.save_checkpoint))
+    monkeypatch.setattr(Learner, "observe", lambda *_, **__: (_ for _ in ()).throw(DataError("a bad instance")))
+    code, _, err = run(capsys, *STREAM)
+    assert code == 3
+    assert "a bad instance; no space; runs/fit-1/last.safetensors holds an earlier state, go on with" in err

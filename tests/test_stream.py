@@ -227,6 +227,37 @@ def struck_at(some: et.Learner, step: int) -> et.Learner:
     return some
 
 
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, TimeoutError])
+def test_books_hold_where_a_signal_strikes_a_step(error, monkeypatch):
+    """Behind a step that was taken it counts; before it, its instances wait, or are dropped by an error."""
+    for taken in (True, False):
+        some, (x, y, _) = learner(), instances(16)
+        real = some.partial_fit
+
+        def struck(*batch, real=real, taken=taken):
+            if taken:
+                real(*batch)
+            raise error
+
+        monkeypatch.setattr(some, "partial_fit", struck)
+        with pytest.raises(error):
+            some.observe(x, y)
+        total, waits = some.stream.totals["train"], 16 * (not taken and error is not TimeoutError)
+        assert (some.step_count, total.instances_trained, some.stream.waiting) == (taken, 16 * taken, waits)
+        assert (total.macs_done > 0) is taken
+        assert some.stream.position == 16
+
+
+def test_what_breaks_into_collecting_leaves_all_as_it_was(monkeypatch):
+    some, (x, y, _) = learner(), instances(5)
+    some.observe(x[:2], y[:2])
+    with monkeypatch.context() as patch:
+        patch.setattr(np, "take", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            some.observe(x[2:], y[2:])
+    assert (some.stream.position, some.stream.waiting, some.stream.totals["train"].instances_seen) == (2, 2, 2)
+
+
 @pytest.mark.parametrize("kind", [et.RandomFilter, et.SelectiveBackprop, et.EarlyInstanceFilter])
 @pytest.mark.parametrize("step", [1, 2, 3, 5, 8])
 def test_a_fit_that_an_interrupt_strikes_goes_on_exactly(kind, step):

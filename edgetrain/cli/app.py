@@ -117,7 +117,9 @@ def resume(
 @app.command()
 def evaluate(
     model: Trained,
-    data: Source = "embedded",
+    data: Annotated[
+        Text, typer.Option(help="'embedded', a folder, or an array file; by default what a run was judged on.")
+    ] = None,
     split: Split = None,
     threads: Threads = None,
     json: Json = False,

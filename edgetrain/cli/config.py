@@ -15,6 +15,7 @@ from typing import Annotated, Any
 
 from edgetrain.data import Augmentation
 from edgetrain.data.embedded import EMBEDDED_NAMES
+from edgetrain.data.readers import NO_SOURCE
 from edgetrain.data.streaming import STANDARD_INPUT
 from edgetrain.devices import DeviceProfile, load_profile
 from edgetrain.errors import ProfileError, UsageError
@@ -207,6 +208,8 @@ def effective(
         asked = both if file.get("stream", {}).get("enabled") else given
         merged["data"]["augment"] = asked.get("data", {}).get("augment", "")
     config = build(Config, merged, Path("settings"))
+    if not config.data.source:
+        raise UsageError(f"data.source is ''; {NO_SOURCE}")
     # Errors now, not when the run folder exists.
     Augmentation.parse(config.data.augment)
     _check_methods(config, profile, both.get("methods", {}))
@@ -399,7 +402,7 @@ def _with_whole_paths(given: Table) -> Table:
     for key, is_path in _PATHS.items():
         section, _, name = key.partition(".")
         value = given.get(section, {}).get(name)
-        if isinstance(value, str) and is_path(value):
+        if isinstance(value, str) and value and is_path(value):
             try:
                 value.encode()
             except UnicodeEncodeError:

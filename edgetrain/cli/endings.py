@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Protocol
 
 from edgetrain._version import __version__
@@ -14,7 +15,7 @@ from edgetrain.cli.signals import StopOnSignal, interrupts_kept
 from edgetrain.data.batches import Batch
 from edgetrain.data.streaming import STANDARD_INPUT
 from edgetrain.devices import DeviceProfile
-from edgetrain.errors import EdgetrainError, InterruptedRunError, NumericalError, UsageError
+from edgetrain.errors import CheckpointError, EdgetrainError, InterruptedRunError, NumericalError, UsageError
 from edgetrain.runs import Run
 
 if TYPE_CHECKING:
@@ -172,6 +173,28 @@ def draw(run: Run, display: Display) -> None:
 def resuming(run: Run) -> str:
     """Return the command that goes on with a run; of a dense twin, that of the run that wants it."""
     return f"edgetrain resume {run.path.parent if run.comparison() == 'baseline' else run.path}"
+
+
+@contextmanager
+def going_on(display: Display) -> Iterator[None]:
+    """Say that a file on the way cannot be written, and go on: there may be space again at the next time."""
+    try:
+        yield
+    except (CheckpointError, UsageError) as error:
+        display.say(f"{error}; training goes on, and the next checkpoint is tried as usual")
+
+
+def save_at_last(save: Callable[[], None], why: str, run: Run) -> None:
+    """Save the state of a run that ends early.
+
+    Raises:
+        CheckpointError: it cannot be written; the message tells ``why`` the run ends, too.
+    """
+    try:
+        save()
+    except (CheckpointError, UsageError) as error:
+        kept = f"{run.last} holds an earlier state, go on with: {resuming(run)}"
+        raise CheckpointError(f"{why}; {error}; {kept}") from error
 
 
 def heed_stop(session: Session) -> None:

@@ -9,24 +9,37 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from edgetrain.cli.config import from_run
 from edgetrain.cli.output import emit, table
-from edgetrain.cli.sources import default_split, load_for, load_trained, load_unlabelled
+from edgetrain.cli.sources import (
+    check_classes,
+    default_split,
+    load_for,
+    load_splits,
+    load_trained,
+    load_unlabelled,
+)
 from edgetrain.data import Dataset
 from edgetrain.data.folder import IMAGE_SUFFIXES, class_folders, image_files, read_image
 from edgetrain.data.readers import available_splits, is_image_folder
+from edgetrain.data.streaming import STANDARD_INPUT
 from edgetrain.errors import DataError, UsageError
 from edgetrain.fitting import evaluate_dataset
-from edgetrain.losses import log_softmax
+from edgetrain.losses import probabilities_of
+from edgetrain.runs import Run, open_run
 
 if TYPE_CHECKING:
     from edgetrain.graph import Graph
     from edgetrain.learner import Learner
 
 
-def evaluate_command(model: str, data: str, split: str | None, threads: int | None, *, as_json: bool) -> None:
+def evaluate_command(model: str, data: str | None, split: str | None, threads: int | None, *, as_json: bool) -> None:
     """Print loss and accuracy."""
     learner, file = load_trained(model, threads)
-    dataset = load_for(learner.graph, data, split)
+    if data is None:
+        data, dataset = _own_data(model, learner.graph, split)
+    else:
+        dataset = load_for(learner.graph, data, split)
     metrics = evaluate_dataset(learner, dataset)
     result = {"model": file, "data": data, "images": len(dataset), **metrics}
     text = f"accuracy {metrics['accuracy']:.4f}, loss {metrics['loss']:.4f} on {len(dataset)} images of {dataset.name}"
@@ -59,6 +72,28 @@ def export_command(model: str, output: Path, *, best: bool, as_json: bool) -> No
     emit({"from": file, "model": str(output), "bytes": size}, f"{output}: {size:,} bytes, from {file}", as_json)
 
 
+def _own_data(model: str, graph: Graph, split: str | None) -> tuple[str, Dataset]:
+    """Return the name of the data that a model's run took, and those it was judged on; the embedded data without a run.
+
+    Raises:
+        UsageError: the run learned from standard input.
+    """
+    path = Path(model)
+    folder = path if path.is_dir() else path.parent
+    if not Run(folder).config_file.is_file():
+        return "embedded", load_for(graph, "embedded", split)
+    run = open_run(folder)
+    config = from_run(run.read_config(), run.config_file)
+    source = config.data.source
+    if source == STANDARD_INPUT:
+        raise UsageError(f"{folder}: its data came from standard input and are gone; name others with --data")
+    if config.stream.enabled or split is not None:
+        return source, load_for(graph, source, split)
+    dataset = load_splits(config, graph.class_names)[1]
+    check_classes(graph, dataset)
+    return source, dataset
+
+
 def _logits(learner: Learner, dataset: Dataset) -> NDArray[np.float32]:
     """Return what the network gives for all images, float32 (N, outputs)."""
     pieces = []
@@ -69,7 +104,7 @@ def _logits(learner: Learner, dataset: Dataset) -> NDArray[np.float32]:
 
 
 def _most_probable(graph: Graph, logits: NDArray[np.float32]) -> dict[str, Any]:
-    probabilities = np.exp(log_softmax(logits[None]))[0]
+    probabilities = probabilities_of(logits[None])[0]
     label = int(probabilities.argmax())
     name = graph.class_names[label] if label < len(graph.class_names) else str(label)
     return {"label": label, "class": name, "probability": float(probabilities[label])}

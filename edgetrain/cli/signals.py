@@ -38,7 +38,9 @@ def interrupts_kept() -> Iterator[None]:
 
 
 class StopOnSignal:
-    """While open, SIGINT and SIGTERM ask for a stop after the present step; a second SIGINT aborts at once.
+    """While open, SIGINT, SIGTERM and SIGHUP ask for a stop after the present step; a second SIGINT aborts at once.
+
+    SIGHUP comes when a terminal or a connection is closed; ``nohup`` has it ignored, and it stays so.
 
     A command opens it before its run folder is made, and closes it behind its last line.
     """
@@ -66,8 +68,11 @@ class StopOnSignal:
             self._unbroken = False
 
     def __enter__(self) -> StopOnSignal:
-        """Take over both signals."""
-        self._before = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        """Take over the signals."""
+        numbers = [signal.SIGINT, signal.SIGTERM]
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+            numbers.append(signal.SIGHUP)
+        self._before = {number: signal.signal(number, self._ask) for number in numbers}
         return self
 
     def __exit__(self, *error: object) -> None:

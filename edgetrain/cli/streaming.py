@@ -18,10 +18,12 @@ from edgetrain.checkpoint import save_checkpoint
 from edgetrain.cli.config import Config, MethodSettings, is_onnx_file
 from edgetrain.cli.endings import (
     begin,
+    going_on,
     heed_stop,
     how_to_go_on,
     is_done,
     resuming,
+    save_at_last,
     starting_anew,
     taken_up,
     tell_surprises,
@@ -465,8 +467,9 @@ class StreamSession:
             return
         self._saved_at = time.monotonic()
         if position != self._saved_position:  # a pipe may give nothing for hours
-            self._save()
-            self._log("saved")
+            with going_on(self.display):
+                self._save()
+                self._log("saved")
 
     def _is_due(self) -> bool:
         return time.monotonic() - self._saved_at > 60 * self.config.training.save_every_minutes
@@ -518,7 +521,7 @@ class StreamSession:
         # stays as it was: else every vain attempt to go on would cost some more. What a pipe gave is gone anyway.
         vain = step and self.source.count is not None and self.learner.step_count == self._first_step
         if not vain:
-            self._save()
+            save_at_last(self._save, str(error), self.run)
         self._log("failed", error=str(error))
         if step and self.learner.stream.latest is None:  # the network predicts nothing any more
             raise NumericalError(how_to_go_on(error, self.run, self.config)) from error
@@ -556,7 +559,7 @@ class StreamSession:
         return f"{mended})" if isinstance(error, DataError) else f"{mended}, else it is left out)"
 
     def _interrupt(self) -> None:
-        self._save()
+        save_at_last(self._save, "stopped by a signal", self.run)
         self._log("interrupted")
         raise InterruptedRunError(
             f"stopped after {self.learner.stream.position:,} instances; the state is saved in {self.run.last}, go on "

@@ -17,10 +17,12 @@ from edgetrain.cli.config import Config, MethodSettings, check_stream, from_flag
 from edgetrain.cli.endings import (
     begin,
     check_baseline,
+    going_on,
     heed_stop,
     how_to_go_on,
     is_done,
     resuming,
+    save_at_last,
     taken_up,
     tell_surprises,
     train_baseline,
@@ -188,6 +190,7 @@ class _Session:
     held_out: str
     began: float
     _saved_at: float = field(default_factory=time.monotonic, init=False)
+    _lacks_rows: bool = field(default=False, init=False)  # whether metrics.csv could not be written
 
     def __post_init__(self) -> None:
         self._first_step = self.learner.step_count
@@ -234,6 +237,8 @@ class _Session:
             if not self.run.best.exists():
                 save_checkpoint(self.learner, self.run.best)
             self.learner.export_onnx(self.run.model)
+            if self._lacks_rows:
+                self.run.write_metrics(self.learner.history.epochs)
         last = self.learner.history.epochs[-1]
         self._log("finished", accuracy=last.validation_accuracy, loss=last.validation_loss)
 
@@ -247,15 +252,23 @@ class _Session:
     def _on_step(self, event: StepEvent) -> None:
         self.display.step(event)
         if time.monotonic() - self._saved_at > 60 * self.config.training.save_every_minutes:
-            self._save()
-            self._log("saved", epoch=self.learner.position.epoch, batch=self.learner.position.batch)
+            self._saved_at = time.monotonic()
+            with going_on(self.display):
+                self._save()
+                self._log("saved", epoch=self.learner.position.epoch, batch=self.learner.position.batch)
 
     def _on_epoch(self, record: EpochRecord) -> None:
-        self._save()
-        if self.learner.history.best() is record:
-            save_checkpoint(self.learner, self.run.best)
-        self.run.add_metrics(record)
-        self._log("epoch", epoch=record.epoch, validation_accuracy=record.validation_accuracy)
+        lacks_rows, self._lacks_rows = self._lacks_rows, True
+        with going_on(self.display):
+            self._save()
+            if self.learner.history.best() is record:
+                save_checkpoint(self.learner, self.run.best)
+            if lacks_rows:
+                self.run.write_metrics(self.learner.history.epochs)
+            else:
+                self.run.add_metrics(record)
+            self._lacks_rows = False
+            self._log("epoch", epoch=record.epoch, validation_accuracy=record.validation_accuracy)
         self.display.epoch(record)
 
     def _save(self) -> None:
@@ -266,7 +279,7 @@ class _Session:
         self.run.log(event, whole_seconds=time.monotonic() - self.began, **details)
 
     def _interrupt(self) -> None:
-        self._save()
+        save_at_last(self._save, "stopped by a signal", self.run)
         where = _where(self.learner, self.training)
         self._log("interrupted", epoch=self.learner.position.epoch, batch=self.learner.position.batch)
         raise InterruptedRunError(

@@ -36,6 +36,9 @@ class _Format:
     has_image_options: bool = False
 
 
+NO_SOURCE = "expected 'embedded', a folder or a file; the current folder is '.'"
+
+
 def load_dataset(
     source: str | Path,
     *,
@@ -68,7 +71,7 @@ def load_dataset(
     if source in EMBEDDED_NAMES:
         _refuse_options(str(source), options)
         return load_embedded(split)
-    path = Path(source)
+    path = _path_of(source)
     found, splits = _recognised(path)
     if not found.has_image_options:
         _refuse_options(str(path), options)
@@ -82,12 +85,13 @@ def available_splits(source: str | Path) -> tuple[str, ...]:
 
     Raises:
         DataError: the source is missing or of no known format.
+        UsageError: it is empty.
 
     Example:
         >>> available_splits("embedded")
         ('train', 'test')
     """
-    return EMBEDDED_SPLITS if source in EMBEDDED_NAMES else _recognised(Path(source))[1]
+    return EMBEDDED_SPLITS if source in EMBEDDED_NAMES else _recognised(_path_of(source))[1]
 
 
 def is_image_folder(path: Path) -> bool:
@@ -97,6 +101,12 @@ def is_image_folder(path: Path) -> bool:
         DataError: the source is missing or of no known format.
     """
     return _recognised(path)[0].has_image_options
+
+
+def _path_of(source: str | Path) -> Path:
+    if not str(source):  # as of a variable of the shell that is not set: the current folder would be taken
+        raise UsageError(f"the data source is ''; {NO_SOURCE}")
+    return Path(source)
 
 
 def _recognised(path: Path) -> tuple[_Format, tuple[str, ...]]:

@@ -8,11 +8,8 @@ same training behaviour).
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from collections.abc import Callable, Mapping
 from os import PathLike
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,9 +17,11 @@ from numpy.typing import NDArray
 
 from edgetrain._version import __version__
 from edgetrain.errors import ModelError, UsageError
+from edgetrain.files import replace_file
 from edgetrain.graph import Graph, Node, Normalization, Value
 from edgetrain.onnx_io.names import (
     BATCH,
+    CHANNELS_LAST,
     CLASS_NAMES,
     DIVIDE_BY_STD,
     NORMALIZATION,
@@ -72,10 +71,12 @@ def save_onnx(
     except Exception as error:  # ValidationError or InferenceError, whose classes differ between versions of onnx
         raise ModelError(f"graph '{graph.name}' cannot be written as ONNX: {error}") from error
     try:
-        _write(model.SerializeToString(), Path(path))
+        replace_file(path, model.SerializeToString())
     except OSError as error:
-        reason = error.strerror or error
-        raise UsageError(f"{path}: cannot be written ({reason}); make its folder, or choose another") from error
+        remedy = "make its folder" if isinstance(error, FileNotFoundError) else "free space"
+        raise UsageError(
+            f"{path}: cannot be written ({error.strerror or error}); {remedy} or choose another file"
+        ) from error
 
 
 def build_model(
@@ -146,22 +147,10 @@ def _set_metadata(model: ModelProto, graph: Graph, metadata: Mapping[str, str]) 
     props = {str(key): str(value) for key, value in metadata.items()}
     if graph.class_names:
         props[CLASS_NAMES] = json.dumps(list(graph.class_names))
+    readers = [node for node in graph.nodes if any(v is not None and v.name in graph.inputs for v in node.inputs)]
+    if graph.channels_last or any(node.op_type in ("Transpose", "Reshape") for node in readers):
+        props[CHANNELS_LAST] = json.dumps(graph.channels_last)
     helper.set_model_props(model, props)
-
-
-def _write(data: bytes, path: Path) -> None:
-    """Write to a temporary file beside ``path``, sync it, rename it."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(temporary).chmod(0o644)  # mkstemp lets only the owner read
-        Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
 
 
 def _described(value: Value) -> ValueInfoProto:

@@ -18,7 +18,7 @@ import numpy as np
 from edgetrain.errors import ModelError, UnsupportedError
 from edgetrain.graph import Graph
 from edgetrain.onnx_io.folding import live_nodes
-from edgetrain.onnx_io.names import CLASS_NAMES
+from edgetrain.onnx_io.names import CHANNELS_LAST, CLASS_NAMES
 from edgetrain.onnx_io.readers import READERS
 from edgetrain.onnx_io.reading import Reading, Source, check_text
 
@@ -156,7 +156,8 @@ def _build(model: ModelProto, opset: int, marker: int) -> Graph:
     r = Reading(Graph(model.graph.name or "onnx"), opset, marker)
     _load_tensors(r, model.graph.initializer)
     inputs = [info for info in model.graph.input if info.name not in r.constants]
-    r.channels_last = _channels_last(model.graph, inputs)
+    if _metadata(model).get(CHANNELS_LAST) != "false":
+        r.channels_last = _channels_last(r, model.graph, inputs)
     for info in inputs:
         _read_input(r, info)
     for node in live_nodes(model.graph):
@@ -167,15 +168,22 @@ def _build(model: ModelProto, opset: int, marker: int) -> Graph:
     return r.graph
 
 
-def _channels_last(graph: GraphProto, inputs: Sequence[ValueInfoProto]) -> str:
-    """Return the name of the only input if nodes read it with its last axis put first alone, as Keras' files do."""
+def _channels_last(r: Reading, graph: GraphProto, inputs: Sequence[ValueInfoProto]) -> str:
+    """Return the name of the only input if nodes read it with its last axis put first alone, as Keras' files do.
+
+    By a Transpose; where images have one channel, it may have become a Reshape.
+    """
     names = [info.name for info in inputs]
     readers = [node for node in graph.node if any(name in node.input for name in names)]
-    if len(names) != 1 or len(readers) != 1 or readers[0].op_type != "Transpose":
+    if len(names) != 1 or len(readers) != 1 or not any(readers[0].output[0] in node.input for node in graph.node):
         return ""
-    rank = len(inputs[0].type.tensor_type.shape.dim)
-    first = rank > 2 and Source.of(readers[0]).get("perm") == [0, rank - 1, *range(1, rank - 1)]
-    return names[0] if first and any(readers[0].output[0] in node.input for node in graph.node) else ""
+    sizes = [dimension.dim_value for dimension in inputs[0].type.tensor_type.shape.dim]
+    order = [0, len(sizes) - 1, *range(1, len(sizes) - 1)]
+    first = readers[0].op_type == "Transpose" and len(sizes) > 2 and Source.of(readers[0]).get("perm") == order
+    if readers[0].op_type == "Reshape" and len(sizes) == 4 and sizes[3] == 1:
+        target = r.constants.get(readers[0].input[1])
+        first = target is not None and target.ravel()[1:].tolist() == [1, *sizes[1:3]] != sizes[1:]
+    return names[0] if first else ""
 
 
 def _check_same(graph: Graph, other: Graph) -> None:
@@ -303,11 +311,12 @@ def _set_outputs(r: Reading, names: list[str]) -> None:
 
 def _class_names(model: ModelProto) -> tuple[str, ...]:
     """Return the labels in the file's metadata; none when they are absent or not a JSON list."""
-    for entry in model.metadata_props:
-        if entry.key == CLASS_NAMES:
-            try:
-                names = json.loads(entry.value)
-            except ValueError:
-                return ()
-            return tuple(str(name) for name in names) if isinstance(names, list) else ()
-    return ()
+    try:
+        names = json.loads(_metadata(model).get(CLASS_NAMES, "[]"))
+    except ValueError:
+        return ()
+    return tuple(str(name) for name in names) if isinstance(names, list) else ()
+
+
+def _metadata(model: ModelProto) -> dict[str, str]:
+    return {entry.key: entry.value for entry in model.metadata_props}

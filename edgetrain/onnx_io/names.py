@@ -5,6 +5,8 @@ from __future__ import annotations
 PRODUCER = "edgetrain"
 BATCH = "batch"
 CLASS_NAMES = "class_names"
+# Tells of a file that looks like one of Keras whether its input has the channels last.
+CHANNELS_LAST = "channels_last"
 PROBABILITIES = "probabilities"
 NORMALIZATION = "edgetrain.normalization"
 SUBTRACT_MEAN = f"{NORMALIZATION}.subtract_mean"
