@@ -44,7 +44,11 @@ def started(folder: Path, out: Path, *flags: str) -> subprocess.Popen:
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "edgetrain", *FIT, *flags, "--out", str(out)]
     pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
-    return subprocess.Popen(command, cwd=folder, env=environment, text=True, **pipes)
+
+    def heed() -> None:  # what runs the tests may ignore it, as nohup does
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+    return subprocess.Popen(command, cwd=folder, env=environment, text=True, preexec_fn=heed, **pipes)
 
 
 def wait_for_epochs(process: subprocess.Popen, metrics: Path, count: int) -> None:

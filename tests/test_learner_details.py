@@ -19,7 +19,7 @@ from edgetrain.kernels.codes import UPDATE_JOB
 from edgetrain.optim import SGD, from_recipe
 from edgetrain.torch_network import TorchNetwork
 from edgetrain.verify import _Settings, _Trial
-from tests.engine import PROFILE
+from tests.engine import PROFILE, channel_learner, wide_host
 from tests.op_cases import Net
 from tests.test_filters import instances, learner
 from tests.test_fitting import FakeLearner, dataset
@@ -245,3 +245,21 @@ def test_schedules_count_what_observe_left_waiting():
     some.observe(x[:3], y[:3])
     some.fit((x, y), epochs=2)
     assert some.topology.total_steps == some.step_count
+
+
+@pytest.mark.usefixtures(wide_host.__name__)
+@pytest.mark.parametrize("count", [2, 3, 7, 20])
+@pytest.mark.parametrize("value", [3.7, 100.1])
+def test_a_channel_that_does_not_vary_is_normalised_exactly(value, count):
+    """A mean that is off by an ulp or two counts 316 times in what the layer behind sees."""
+    rng, graph = np.random.default_rng(1), Graph("constant", (6, 4, 4))
+    arrays = {"s": rng.uniform(0.5, 1.5, 6), "b": 0.1 * rng.normal(size=6), "m": np.zeros(6), "v": np.ones(6)}
+    names = [graph.parameter(name, array, trainable=name in "sb") for name, array in arrays.items()]
+    x = graph.add("Flatten", [graph.add("BatchNormalization", ["input", *names])])
+    graph.set_outputs([graph.add("Gemm", [x, graph.parameter("w", rng.normal(0, 0.1, (64, 96)))], transB=1)])
+    x = rng.normal(size=(count, 6, 4, 4)).astype(np.float32)
+    x[:, ::2] = value
+    y = rng.integers(0, 64, count)
+    _, wanted = reference.gradients(graph, x, y)
+    for name, gradient in channel_learner(graph).gradients(x, y).items():
+        np.testing.assert_allclose(gradient, wanted[name], rtol=0, atol=1e-5 * np.abs(wanted[name]).max(), err_msg=name)

@@ -135,16 +135,21 @@ def batch_norm_channels(lanes: int, adds: int) -> Body:
                         part = part + load(source + i * step, lanes)
                     total = total + part
             middle = total * share
-            total = broadcast(0.0, lanes)
+            # The sum was rounded many times. Where a channel hardly varies, 1 / std is 316, and an error of the mean
+            # counts: what is left around it is put right.
+            total = left = broadcast(0.0, lanes)
             for block in range(blocks):
                 for row in range(rows):
                     source = x + block * x_block + group * x_channel + row * x_row
-                    part = broadcast(0.0, lanes)
+                    part = along = broadcast(0.0, lanes)
                     for i in range(columns):
                         away = load(source + i * step, lanes) - middle
-                        part = fma(away, away, part)
-                    total = total + part
-            spread = total * share
+                        part, along = fma(away, away, part), along + away
+                    total, left = total + part, left + along
+            left = left * share
+            middle = middle + left
+            spread = total * share - left * left
+            spread = select_gt(broadcast(0.0, lanes), spread, broadcast(0.0, lanes), spread)
             # See ``normalization.batch_norm``: an overflow must not pass for a healthy step.
             inverse = select_gt(infinite, spread, one / sqrt(spread + epsilon), broken)
             store(mean + group * step, middle)
