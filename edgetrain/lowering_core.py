@@ -31,7 +31,7 @@ Pair = tuple[int, int]
 # step took 78 us, 73.5 so (two threads; test_products.py counts jobs).
 FEWEST_JOBS = 4
 # Pixels from one to the next of a vector at most: strides of usual convolutions.
-_FARTHEST = 4
+FARTHEST = 4
 
 
 @dataclass(frozen=True)
@@ -257,7 +257,7 @@ def steps_of(pixels: list[Pair], lanes: int) -> Pair:
     """
     size = 4 * lanes
     found = (pixels[1][0] - pixels[0][0], pixels[1][1] - pixels[0][1]) if len(pixels) > 1 else (size, size)
-    return found if size in found and size <= min(found) and max(found) <= _FARTHEST * size else (size, size)
+    return found if size in found and size <= min(found) and max(found) <= FARTHEST * size else (size, size)
 
 
 def widened(pixels: list[Pair], lanes: int, widest: int, steps: Pair | None = None) -> tuple[list[Pair], int]:

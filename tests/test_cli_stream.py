@@ -902,3 +902,20 @@ def test_the_plot_shows_the_run_beside_its_baseline(inside, capsys, tmp_path):
     picture = (tmp_path / "fit-1/accuracy.svg").read_text()
     assert picture.startswith("<?xml")
     assert picture.count("<!-- baseline: dense -->") + picture.count("<!-- fit-1: eif") >= 2
+
+
+def test_a_folder_may_grow_behind_what_was_learned_only(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_images(tmp_path / "images", (20, 20))
+    assert run(capsys, "fit", "--stream", "--data", "images", "--batch-size", "4", "--quiet")[0] == 0
+    folder = open_run("runs/fit-1")
+    count = counted(folder).instances_seen
+    some = sorted(path for path in (tmp_path / "images").rglob("*.png"))
+    shutil.copy(some[0], some[0].with_name("zz.png"))
+    assert run(capsys, "resume", folder.path, "--quiet")[0] == 0
+    assert counted(folder).instances_seen == count + 1
+    shutil.copy(some[0], some[0].with_name("00.png"))
+    code, _, err = run(capsys, "resume", folder.path, "--quiet")
+    assert code == 3
+    assert f"instance {count + 1} was {some[0].parent.name}/zz.png, is now " in err
+    assert "give new ones names behind it" in err

@@ -116,6 +116,12 @@ def _taken_up(run: Run, config: Config, display: Display, stop: StopOnSignal, be
             f"stream '{source.name}' has {count(source.count, 'instance')}, but {position:,} were learned from; bring "
             "the old data back, or start a new run with: edgetrain fit --stream"
         )
+    names = {event.get("last", "") for event in run.read_events() if event.get("instances") == position}
+    if names - {"", found := source.last_name(position)}:
+        raise DataError(
+            f"stream '{source.name}': instance {position:,} was {max(names)}, is now {found}; files are taken in the "
+            "order of their names: give new ones names behind it, or start a new run with: edgetrain fit --stream"
+        )
     session = StreamSession(run, learner, config, display, stop, source, began, judges=run.comparison() != "")
     if run.status() == "failed":
         session.failed_at = position
@@ -512,8 +518,9 @@ class StreamSession:
         self._saved_at, self._saved_position = time.monotonic(), self.learner.stream.position
 
     def _log(self, event: str, **details: Any) -> None:
-        whole = time.monotonic() - self.began
-        self.run.log(event, instances=self.learner.stream.position, whole_seconds=whole, **details)
+        whole, position = time.monotonic() - self.began, self.learner.stream.position
+        last = {"last": name} if (name := self.source.last_name(position)) else {}
+        self.run.log(event, instances=position, whole_seconds=whole, **last, **details)
 
     def _fail(self, error: EdgetrainError) -> NoReturn:
         step, position = self._is_step(error), self.learner.stream.position

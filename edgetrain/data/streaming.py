@@ -98,6 +98,10 @@ class InstanceSource(ABC):
             DataError: the source is damaged, or an instance or a label is bad.
         """
 
+    def last_name(self, position: int) -> str:
+        """Return the name of the last one of so many instances within the source; empty where they have none."""
+        return ""
+
 
 def open_stream(
     source: str, graph_shape: Shape, graph_classes: int, class_names: tuple[str, ...] | None = None,
@@ -282,9 +286,14 @@ class _Folder(InstanceSource):
             raise DataError(f"{folder}: no image in its sub-folders, expected one sub-folder of images per class")
         self._size = image_size or ((graph_shape[1], graph_shape[2]) if len(graph_shape) == 3 else None)
         self._channels = graph_shape[0] if graph_shape and graph_shape[0] in (1, 3) else None
+        self._folder = folder
         shape = read_image(self._files[0][0], self._size, self._channels).shape
         self._shape, self._size, self._channels = shape, (shape[1], shape[2]), shape[0]
         super().__init__(folder.name, shape, class_names, len(self._files))
+
+    def last_name(self, position: int) -> str:
+        """Return the path of the last image within the folder."""
+        return str(self._files[position - 1][0].relative_to(self._folder)) if position else ""
 
     def blocks(
         self, size: int, start: int, should_stop: Callable[[], bool], is_due: Callable[[], bool] = lambda: False
