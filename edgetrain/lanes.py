@@ -23,8 +23,8 @@ from edgetrain.ops.pooling import MaxPool
 # with vectors of 4, 8 and 16 lanes (docs/lanes.md has what came of it): what skips takes longer with the root of its
 # own lanes and of the machine's. The last is of a sample, in fully connected layers whose samples are put apart.
 _DIRECT, _SKIPPING, _APART = 0.87, 0.36, 1.1
-# So many times what a product takes whose vectors lie in several runs; of ResNet-20's at batch 4 with AVX-512.
-_STRIDED = 1.3
+# So many times as long takes a product whose vectors lie in several runs: those of ResNet-20 and MobileNetV1 (AVX-512).
+_STRIDED = 1.35
 # What a weight of a list takes, 1 is one of a dense product: 1.4 in DS-CNN, 2.2 in cnn1d, 2.4 in MobileNetV1 (batch 5
 # to 8, with a tenth and three tenths of the weights), and more, since little else of a step becomes shorter.
 _LISTED = 3.0
@@ -79,9 +79,9 @@ def _sample_vectors(graph: Graph, node: Node, g: Product, lanes: int) -> float:
         return _SKIPPING * math.sqrt(lanes * simd)
     if few.puts_apart(g, lanes):
         return _APART * lanes
-    strided = 1 < g.strides[1] <= FARTHEST
-    columns = g.out[1] if strided or g.strides[1] == 1 else 1
-    return _DIRECT * (_STRIDED if strided else 1.0) * simd * _unfilled(columns, simd // lanes)
+    columns = g.out[1] if g.strides[1] <= FARTHEST else 1
+    runs = _STRIDED if lanes < simd and 1 < g.strides[1] <= FARTHEST else 1.0
+    return _DIRECT * runs * simd * _unfilled(columns, simd // lanes)
 
 
 def _unfilled(columns: int, most: int) -> float:

@@ -175,13 +175,15 @@ def _channels_last(r: Reading, graph: GraphProto, inputs: Sequence[ValueInfoProt
     """
     names = [info.name for info in inputs]
     readers = [node for node in graph.node if any(name in node.input for name in names)]
-    if len(names) != 1 or len(readers) != 1 or not any(readers[0].output[0] in node.input for node in graph.node):
+    if len(names) != 1 or len(readers) != 1 or readers[0].op_type not in ("Transpose", "Reshape"):
+        return ""
+    if not any(name in node.input for name in readers[0].output for node in graph.node):
         return ""
     sizes = [dimension.dim_value for dimension in inputs[0].type.tensor_type.shape.dim]
     order = [0, len(sizes) - 1, *range(1, len(sizes) - 1)]
     first = readers[0].op_type == "Transpose" and len(sizes) > 2 and Source.of(readers[0]).get("perm") == order
     if readers[0].op_type == "Reshape" and len(sizes) == 4 and sizes[3] == 1:
-        target = r.constants.get(readers[0].input[1])
+        target = r.constants.get(readers[0].input[-1])
         first = target is not None and target.ravel()[1:].tolist() == [1, *sizes[1:3]] != sizes[1:]
     return names[0] if first else ""
 
