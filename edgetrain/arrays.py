@@ -151,12 +151,14 @@ def array_of(values: Any, what: str) -> NDArray[Any]:
     """Return values as an array; ``what`` begins the message.
 
     Raises:
-        DataError: nested lists of different lengths.
+        DataError: nested lists of different lengths, or what cannot be read as an array.
     """
     try:
         return np.asarray(values)
     except ValueError as error:
         raise DataError(f"{what} not one rectangular array ({error}); all samples must have one shape") from error
+    except (RuntimeError, TypeError) as error:  # a tensor of PyTorch that wants a gradient, or is on another device
+        raise DataError(f"{what} not an array ({error})") from error
 
 
 def batch_of(x: Any, shape: tuple[int, ...], what: str = "x") -> NDArray[np.float32]:
@@ -285,6 +287,6 @@ def labels_of(y: Any, count: int, classes: int) -> NDArray[np.int64]:
         raise DataError(f"y: shape {array.shape} given, expected ({count},): one label per sample")
     labels = array.astype(np.int64)
     if labels.view(np.uint64).max(initial=0) >= classes:  # one look: those below 0 are large so
-        wrong = labels[(labels < 0) | (labels >= classes)]
+        wrong = array[(labels < 0) | (labels >= classes)]
         raise DataError(f"y: label {wrong[0]} given, expected 0 to {classes - 1}: the network has {classes} outputs")
     return labels

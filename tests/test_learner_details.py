@@ -12,7 +12,7 @@ import edgetrain as et
 import edgetrain.onnx_io
 from edgetrain import choice, devices, models, reference
 from edgetrain.devices import load_profile
-from edgetrain.errors import NumericalError, ProfileError, UsageError
+from edgetrain.errors import DataError, NumericalError, ProfileError, UsageError
 from edgetrain.fitting import fit_loop
 from edgetrain.graph import Graph, Normalization
 from edgetrain.kernels.codes import UPDATE_JOB
@@ -263,3 +263,14 @@ def test_a_channel_that_does_not_vary_is_normalised_exactly(value, count):
     _, wanted = reference.gradients(graph, x, y)
     for name, gradient in channel_learner(graph).gradients(x, y).items():
         np.testing.assert_allclose(gradient, wanted[name], rtol=0, atol=1e-5 * np.abs(wanted[name]).max(), err_msg=name)
+
+
+def test_tensors_that_want_gradients_are_refused_in_one_message():
+    tensor = pytest.importorskip("torch").zeros(2, 4, requires_grad=True)
+    with pytest.raises(DataError, match=r"x is not an array \(Can't call numpy\(\) on Tensor that requires grad"):
+        et.Learner(wide(4, 3), batch_size=2, threads=1).predict(tensor)
+
+
+def test_labels_that_are_too_large_are_named_as_they_were_given():
+    with pytest.raises(DataError, match="label 18446744073709551615 given"):
+        et.Learner(wide(4, 3), batch_size=2, threads=1).partial_fit(np.zeros((1, 4)), np.array([2**64 - 1], np.uint64))
