@@ -56,6 +56,14 @@ def test_evaluate_without_data_takes_what_a_run_held_out(inside, capsys, tmp_pat
     assert (code, json.loads(own)["accuracy"]) == (0, json.loads(out)["accuracy"])
 
 
+def test_a_model_beside_settings_belongs_to_no_run(inside, capsys, tmp_path, monkeypatch):
+    shutil.copy("runs/fit-1/model.onnx", tmp_path)
+    (tmp_path / "config.toml").write_text("[data]\nsource = 'nowhere'\n")
+    monkeypatch.chdir(tmp_path)
+    _, _, err = run(capsys, "evaluate", "model.onnx")
+    assert "nowhere" not in err
+
+
 def test_evaluate_cannot_repeat_a_pipe(inside, capsys, tmp_path):
     with np.load("digits.npz") as arrays:
         lines = [json.dumps({"x": x.ravel().tolist(), "y": 0}) for x in arrays["x_test"][:9]]

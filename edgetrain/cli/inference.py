@@ -26,7 +26,7 @@ from edgetrain.data.streaming import STANDARD_INPUT
 from edgetrain.errors import DataError, UsageError
 from edgetrain.fitting import evaluate_dataset
 from edgetrain.losses import probabilities_of
-from edgetrain.runs import Run, open_run
+from edgetrain.runs import Run
 
 if TYPE_CHECKING:
     from edgetrain.graph import Graph
@@ -79,14 +79,13 @@ def _own_data(model: str, graph: Graph, split: str | None) -> tuple[str, Dataset
         UsageError: the run learned from standard input.
     """
     path = Path(model)
-    folder = path if path.is_dir() else path.parent
-    if not Run(folder).config_file.is_file():
+    run = Run(path if path.is_dir() else path.parent)
+    if not (run.config_file.is_file() and run.events_file.is_file()):
         return "embedded", load_for(graph, "embedded", split)
-    run = open_run(folder)
     config = from_run(run.read_config(), run.config_file)
     source = config.data.source
     if source == STANDARD_INPUT:
-        raise UsageError(f"{folder}: its data came from standard input and are gone; name others with --data")
+        raise UsageError(f"{run.path}: its data came from standard input and are gone; name others with --data")
     if config.stream.enabled or split is not None:
         return source, load_for(graph, source, split)
     dataset = load_splits(config, graph.class_names)[1]
