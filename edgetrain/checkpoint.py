@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from edgetrain.devices import DeviceProfile
 from edgetrain.errors import CheckpointError
-from edgetrain.files import raw, replace_file
+from edgetrain.files import not_written, raw, replace_file
 from edgetrain.graph import placeholder
 from edgetrain.graph_json import graph_from_dict, graph_to_dict
 from edgetrain.history import History
@@ -134,10 +134,7 @@ def write_file(path: str | os.PathLike[str], *content: bytes | NDArray[Any]) -> 
     try:
         replace_file(path, *content)
     except OSError as error:
-        remedy = "make its folder" if isinstance(error, FileNotFoundError) else "free space"
-        raise CheckpointError(
-            f"{path}: cannot be written ({error.strerror or error}); {remedy} or choose another file"
-        ) from error
+        raise CheckpointError(not_written(path, error)) from error
 
 
 def _without_duplicates(tensors: Tensors) -> tuple[Tensors, dict[str, str]]:

@@ -42,6 +42,12 @@ def replace_file(path: str | os.PathLike[str], *content: bytes | NDArray[Any]) -
         raise
 
 
+def not_written(path: str | os.PathLike[str], error: OSError) -> str:
+    """Return what to say of a file that cannot be written, and what to do."""
+    remedy = "make its folder" if isinstance(error, FileNotFoundError) else "free space"
+    return f"{path}: cannot be written ({error.strerror or error}); {remedy} or choose another place"
+
+
 def raw(array: NDArray[Any]) -> memoryview:
     """Return the bytes of a contiguous array."""
     return array.reshape(-1).view(np.uint8).data

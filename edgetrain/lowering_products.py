@@ -476,7 +476,9 @@ class ProductLowering(SparseLowering):
 
         Where a batch fills only part of the widest vector, neighbouring pixels fill the rest: in memory they are one
         run. LeNet-5's convolutions at batch 8 took twice as long with half a vector of AVX-512 (docs/performance.md).
-        Where a stride parts the pixels of ``x``, there are several runs.
+        Where a stride parts the pixels of ``x``, there are several runs: of a strided convolution of ResNet-20 at batch
+        4 the weight gradient took 145 us with vectors of 4, the forward pass and the input gradient 140 us each, and
+        they take 63, 50 and 43 us so (AVX-512, one thread; test_products.py).
         """
         pixels, blocks = self.merge_blocks(pixels, x, y)
         steps, size = steps_of(pixels, self.lanes), 4 * self.lanes

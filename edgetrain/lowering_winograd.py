@@ -98,7 +98,7 @@ def _emit(
     chunk, wide, (channels, width) = winograd_tile(rows * columns, low.blocks, low.threads, low.lanes)
     tiles = -(-f.outputs // channels)
     cuts = winograd_cuts(low.blocks * rows * columns // chunk, tiles, low.threads)
-    slots, cut = min(low.threads, low.blocks * rows * columns // chunk * cuts), () if cuts == 1 else (cuts,)
+    slots = min(low.threads, low.blocks * rows * columns // chunk * cuts)
     packed_position = _apart(4 * tiles * channels * f.inputs)
     v, m = _apart(f.inputs * chunk * size), _apart(tiles * channels * chunk * size)
     packed, scratch = low.workspace(_POSITIONS * packed_position), low.workspace(slots * _POSITIONS * (v + m))
@@ -108,7 +108,7 @@ def _emit(
         tap_step=f.tap_step, packed_position=packed_position,
     )  # fmt: skip
     low.emit(
-        "winograd", (low.lanes, wide, channels, width, *cut), slots, x=low.address(x) + start, y=low.address(y),
+        "winograd", (low.lanes, wide, channels, width, cuts), slots, x=low.address(x) + start, y=low.address(y),
         packed=packed, bias=bias or low.zeros(f.outputs), listed=kept or 0, scratch=scratch,
         scratch_bytes=_POSITIONS * (v + m), slots=slots, blocks=low.blocks, tile_rows=rows, tile_columns=columns,
         inputs=f.inputs, outputs=f.outputs, chunk=chunk, x_block=source.block, x_channel=source.channel,

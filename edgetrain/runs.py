@@ -31,6 +31,7 @@ from typing import Any
 
 from edgetrain.checkpoint import write_file
 from edgetrain.errors import DataError, UsageError
+from edgetrain.files import not_written
 from edgetrain.history import EpochRecord
 
 METRICS = tuple(item.name for item in fields(EpochRecord))
@@ -105,7 +106,7 @@ class Run:
         try:
             handle = os.open(self.events_file, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
         except OSError as error:
-            raise _unwritable(self.events_file, error) from error
+            raise UsageError(not_written(self.events_file, error)) from error
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -410,11 +411,7 @@ def _append(path: Path, line: str) -> None:
                     file.truncate(end)
                 raise
     except OSError as error:
-        raise _unwritable(path, error) from error
-
-
-def _unwritable(path: Path, error: OSError) -> UsageError:
-    return UsageError(f"{path}: cannot be written ({error.strerror}); free space or choose another folder")
+        raise UsageError(not_written(path, error)) from error
 
 
 def _whole_lines(path: Path) -> list[str]:

@@ -566,7 +566,7 @@ def test_a_learner_is_saved_as_a_file(place, tmp_path, monkeypatch):
 def test_a_model_that_cannot_be_written_is_one_message(place, remedy, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "folder").mkdir()
-    with pytest.raises(UsageError, match=rf"cannot be written \(.*\); {remedy} or choose another file"):
+    with pytest.raises(UsageError, match=rf"cannot be written \(.*\); {remedy} or choose another place"):
         learner().export_onnx(place)
     assert [path.name for path in tmp_path.iterdir()] == ["folder"]
 

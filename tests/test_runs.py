@@ -217,7 +217,7 @@ def test_a_run_that_is_locked_again_keeps_its_events(tmp_path):
 
 
 def test_a_folder_that_cannot_be_written_is_one_error(tmp_path):
-    with pytest.raises(UsageError, match=r"events.jsonl: cannot be written .*choose another folder"):
+    with pytest.raises(UsageError, match=r"events.jsonl: cannot be written .*choose another place"):
         Run(tmp_path / "gone").lock()
 
 

@@ -62,6 +62,8 @@ if TYPE_CHECKING:
 
 # Rows in memory, about a kilobyte each; a checkpoint writes them sooner unless windows are small.
 _MOST_UNWRITTEN = 1000
+_BY_NAME = ("files are taken in the order of their names: give new ones names behind it, or start a new run with: "
+            "edgetrain fit --stream")  # fmt: skip
 
 
 def fit_stream(
@@ -116,12 +118,10 @@ def _taken_up(run: Run, config: Config, display: Display, stop: StopOnSignal, be
             f"stream '{source.name}' has {count(source.count, 'instance')}, but {position:,} were learned from; bring "
             "the old data back, or start a new run with: edgetrain fit --stream"
         )
-    names = {event.get("last", "") for event in run.read_events() if event.get("instances") == position}
-    if names - {"", found := source.last_name(position)}:
-        raise DataError(
-            f"stream '{source.name}': instance {position:,} was {max(names)}, is now {found}; files are taken in the "
-            "order of their names: give new ones names behind it, or start a new run with: edgetrain fit --stream"
-        )
+    found = source.last_name(position)
+    names = [event["last"] for event in run.read_events() if event.get("instances") == position and "last" in event]
+    if names and names[-1] != found:
+        raise DataError(f"stream '{source.name}': instance {position:,} was {names[-1]}, is now {found}; {_BY_NAME}")
     session = StreamSession(run, learner, config, display, stop, source, began, judges=run.comparison() != "")
     if run.status() == "failed":
         session.failed_at = position

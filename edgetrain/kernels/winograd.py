@@ -58,7 +58,7 @@ def winograd_weights(channels: int) -> Body:
     "inputs", "outputs", "chunk", "x_block", "x_channel", "x_row", "y_block", "y_channel", "y_row", "packed_position",
     "v_position", "m_position",
 )  # fmt: skip
-def winograd(lanes: int, wide: int, channels: int, width: int, cuts: int = 1) -> Body:
+def winograd(lanes: int, wide: int, channels: int, width: int, cuts: int) -> Body:
     """Write ``y = bias + weights * x``: transform a chunk of tiles, 36 products of matrices, transform back.
 
     Job: a slot of ``scratch``, with an equal share of all (block, chunk of ``chunk`` tiles, one of ``cuts`` parts of

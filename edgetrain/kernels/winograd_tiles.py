@@ -200,6 +200,9 @@ def transform_weight_gradient(
 ) -> Any:
     """Write ``G^T (sum of parts of q) G``, or that backwards, to the 3x3 kernels of ``channels`` input channels.
 
+    Stored number by number, four channels at a time, they took 300 us of a step of ResNet-20 at batch 4, and take 68 us
+    as vectors of 16 (AVX-512, one thread).
+
     Args:
         q, q_position: where the first of 36 vectors is, and bytes to the next.
         parts, q_part: how many such sums there are, and bytes to the next.

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from edgetrain._version import __version__
 from edgetrain.errors import ModelError, UsageError
-from edgetrain.files import replace_file
+from edgetrain.files import not_written, replace_file
 from edgetrain.graph import Graph, Node, Normalization, Value
 from edgetrain.onnx_io.names import (
     BATCH,
@@ -73,10 +73,7 @@ def save_onnx(
     try:
         replace_file(path, model.SerializeToString())
     except OSError as error:
-        remedy = "make its folder" if isinstance(error, FileNotFoundError) else "free space"
-        raise UsageError(
-            f"{path}: cannot be written ({error.strerror or error}); {remedy} or choose another file"
-        ) from error
+        raise UsageError(not_written(path, error)) from error
 
 
 def build_model(
