@@ -193,13 +193,17 @@ class Arena:
 
 
 class Executor:
-    """A plan bound to memory, ready to run."""
+    """A plan bound to memory, ready to run.
 
-    def __init__(self, plan: Plan, arena: Arena, team: Team) -> None:
-        self.plan, self._arena, self._team = plan, arena, team
+    ``patterns``: returns how often the topology of sparse weights has changed; the lists of these are made anew then.
+    """
+
+    def __init__(self, plan: Plan, arena: Arena, team: Team, patterns: Callable[[], int] = lambda: 0) -> None:
+        self.plan, self._arena, self._team, self._patterns = plan, arena, team, patterns
+        self._listed = -1  # the pattern that the lists are made of
         self._addresses = compile_kernels(plan.kernels)
         self._bound = -1
-        self._program_address = 0
+        self._list_address = self._step_address = 0  # of the program's rows of either kind
         self._paces: dict[int, Pace] = {}  # by how many rows of the program are run
         self.masked = -1  # samples that the plan's mask tells apart at present
         self._sources: dict[str, list[int]] = {}
@@ -219,10 +223,11 @@ class Executor:
         """
         self._bind()
         self._place(sources)
+        self._list()
         rows = self._rows_until[until]
         pace = self._paces.setdefault(rows, Pace(self._team.threads))
         start = time.perf_counter()
-        finished = self._team.run(self._program_address, rows, pace.threads)
+        finished = self._team.run(self._step_address, rows, pace.threads)
         pace.took(time.perf_counter() - start)
         return finished
 
@@ -251,18 +256,26 @@ class Executor:
         """
         self._bind()
         self._place(sources)
+        self._list()
         rows, clock = len(self.plan.rows), compile_kernels([_STAMP])[_STAMP]
         stamps = aligned(2 * (rows + 2), np.int64).reshape(-1, 2)
         targets = aligned(rows + 2, np.int64)
         targets[:] = stamps.ctypes.data + STAMP_BYTES * np.arange(rows + 2)
         looks = [(clock, targets.ctypes.data + 8 * number, 1, 0) for number in range(rows + 2)]
         program = aligned(4 * (2 * rows + 2), np.int64).reshape(-1, 4)
-        program[0::2], program[1:-1:2], program[-1] = looks[:-1], self._program, looks[-1]
+        program[0::2], program[1:-1:2], program[-1] = looks[:-1], self._program[-rows:], looks[-1]
         pace = self._paces.get(rows)
         if not self._team.run(program.ctypes.data, len(program), pace.threads if pace else None):
             return None
         seconds: NDArray[np.float64] = np.diff(stamps[:, 0]) + 1e-9 * np.diff(stamps[:, 1])
         return seconds
+
+    def _list(self) -> None:
+        """Make the lists of sparse weights anew if the topology has changed."""
+        patterns = self._patterns()
+        if self._listed != patterns:
+            self._team.run(self._list_address, len(self.plan.list_rows))
+            self._listed = patterns
 
     def _place(self, sources: Mapping[str, NDArray[Any]]) -> None:
         """Put the addresses of the inputs into the program."""
@@ -273,9 +286,10 @@ class Executor:
     def step_through(self) -> Iterator[int]:
         """Yield the position of every node after running its rows on this thread alone, for diagnosis."""
         self._bind()
+        self._list()
         rows = self.plan.rows[: self._rows_until["backward"]]
         for number, row in enumerate(rows):
-            self._team.run(self._program_address + ROW_BYTES * number, 1, threads=1)
+            self._team.run(self._step_address + ROW_BYTES * number, 1, threads=1)
             if number + 1 == len(rows) or rows[number + 1].node != row.node:
                 yield row.node
 
@@ -309,5 +323,6 @@ class Executor:
         if self._bound != self._arena.address:
             address = self._arena.address
             self._program, self._arguments, self._sources = self.plan.bind(address, self._addresses)
-            self._program_address = int(self._program.ctypes.data)
+            self._list_address = int(self._program.ctypes.data)
+            self._step_address = self._list_address + ROW_BYTES * len(self.plan.list_rows)
             self._bound = address  # last: an interrupt on the way leaves it to the next run

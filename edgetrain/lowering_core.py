@@ -18,7 +18,7 @@ from edgetrain.graph import Graph, Node, Value
 from edgetrain.kernels.codes import CHANNELS, SAMPLES
 from edgetrain.kernels.registry import argument_names
 from edgetrain.ops import Border
-from edgetrain.plan import Plan, Ref, Row, borders_to_clear, share_memory, written_borders
+from edgetrain.plan import LISTS, Plan, Ref, Row, borders_to_clear, share_memory, written_borders
 
 if TYPE_CHECKING:
     from edgetrain.parameters import Parameters
@@ -191,6 +191,13 @@ class LoweringCore:
         self.plan.fixed[name] = array
         return Ref(name)
 
+    def shared(self, name: str, count: int) -> Ref:
+        """Return ``count`` int32 numbers that last; the plans that ask for this name have them together."""
+        lists = self._parameters.lists
+        array = lists.get(name)
+        self.plan.fixed[name] = lists[name] = aligned(count, np.int32) if array is None else array
+        return Ref(name)
+
     def idle_gradient(self, weight: Value) -> Ref | None:
         """Return where a weight's gradient will be if a later node makes it: nothing else lies there until then."""
         name = self._parameters.gradient(weight.name)
@@ -227,7 +234,8 @@ class LoweringCore:
         if set(names) != set(arguments):
             raise GraphError(f"kernel '{kernel}': arguments {sorted(set(names) ^ set(arguments))} missing or unknown")
         values = tuple(arguments[name] for name in names)
-        self.plan.rows.append(Row((kernel, sizes), values, jobs, self._stage, self._position, self._choice))
+        rows = self.plan.list_rows if self._stage == LISTS else self.plan.rows
+        rows.append(Row((kernel, sizes), values, jobs, self._stage, self._position, self._choice))
 
     def _clear_border(self, value: Value) -> None:
         y = self.layout(value)

@@ -1,7 +1,7 @@
 """Products whose weights are lists of non-zeros: the lists, the tiles of pixels, the kernel calls (``kernels/csr.py``).
 
-The lists are expanded from the weight's ``SparseIndex`` by a row of the program, once per product and step, so a new
-topology needs no new plan.
+The lists are expanded from the weight's ``SparseIndex`` by rows of the program that run when the topology has changed,
+so a new one needs no new plan; in every step only where error maps are pruned, whose channels change.
 """
 
 from __future__ import annotations
@@ -17,13 +17,12 @@ from edgetrain.choice import simd_lanes, target
 from edgetrain.graph import Node, Value
 from edgetrain.kernels.codes import ABSENT, ALL_COUNT, FLAGGED_COLUMNS, FLAGGED_ROWS, SAMPLES
 from edgetrain.lowering_core import LoweringCore, Pair
-from edgetrain.plan import Ref
+from edgetrain.plan import LISTS, Ref
 from edgetrain.sparse_index import WORD, SparseIndex
 
 if TYPE_CHECKING:
     from edgetrain.ops.conv import Phase, Product
 
-_ENTRY = 8  # bytes of an entry of a list: byte offset and weight
 # Per kernel call, so that four threads find work. With 16, rows are cut into pieces that read the same error maps: the
 # one-pass gradients of ResNet-20 at density 0.1 took 1.57 ms instead of 1.48 (batch 32, two threads).
 _WANTED_JOBS = 8
@@ -98,6 +97,28 @@ class _Flags:
     kind: int = ALL_COUNT
     address: Ref | int = 0
     taps: int = 1
+
+
+@dataclass(frozen=True)
+class Lists:
+    """Where a list of non-zeros stands, see ``kernels.csr_tiles``.
+
+    Attributes:
+        offsets, order, bounds: of its entries, and of its rows part by part.
+        parts: number of parts.
+        ordered: whether ``order`` says anything: entry i need not be weight i.
+    """
+
+    offsets: Ref
+    order: Ref
+    bounds: Ref
+    parts: int
+    ordered: bool
+
+    @property
+    def places(self) -> dict[str, Ref | int]:
+        """What a kernel needs that does not ask for weights."""
+        return {"offsets": self.offsets, "bounds": self.bounds, "parts": self.parts}
 
 
 @dataclass(frozen=True)
@@ -245,9 +266,10 @@ class SparseLowering(LoweringCore):
         index, bias = self.sparse[node.input(1).name], node.optional(2)
         pixels = g.forward_pixels(x, y)
         grid = self._grid(pixels, g.out[1], (g.strides[1] * x.pixel, y.pixel), x, y)
-        lists = self._expand(node.input(1), g.forward_terms(x), index.rows, g.outputs, g.inputs * x.channel, grid)
+        phases = [(g.forward_terms(x), grid)]
+        (lists,) = self._expand(node.input(1), phases, index.rows, g.outputs, g.inputs * x.channel)
         bias_ref = self.zeros(index.rows) if bias is None else self.address(bias)
-        self._multiply(self.address(node.x), x, self.address(node.y), y, grid, lists, index.rows, bias_ref)
+        self._multiply(node, x, y, grid, lists, index.rows, bias_ref)
 
     def sparse_input_grad(self, node: Node, g: Product, kept: Value | None = None) -> None:
         """Emit the gradient of the input: one product on the transposed list per phase of the stride.
@@ -256,13 +278,14 @@ class SparseLowering(LoweringCore):
         """
         flags = _Flags() if kept is None else _Flags(FLAGGED_COLUMNS, self._flags(kept, g), len(g.taps))
         grad, out = self.layout(node.x), self.layout(node.y)
-        for phase in g.phases():
-            pixels = phase.pixels(grad, out)
-            grid = self._grid(pixels, len(phase.columns), (grad.pixel, g.strides[1] * out.pixel), grad, out)
-            lists = self._expand(node.input(1), _phase_terms(phase, grad), g.channels_in, g.inputs,
-                                 g.outputs * grad.channel, grid, "input_", flags)  # fmt: skip
-            self._multiply(self.address(node.x), grad, self.address(node.y), out, grid, lists, g.channels_in,
-                           self.zeros(g.channels_in))  # fmt: skip
+        phases = [
+            (_phase_terms(phase, grad), self._grid(phase.pixels(grad, out), len(phase.columns),
+                                                   (grad.pixel, g.strides[1] * out.pixel), grad, out))
+            for phase in g.phases()
+        ]  # fmt: skip
+        lists = self._expand(node.input(1), phases, g.channels_in, g.inputs, g.outputs * grad.channel, "input_", flags)
+        for (_, grid), own in zip(phases, lists, strict=True):
+            self._multiply(node, grad, out, grid, own, g.channels_in, self.zeros(g.channels_in))
 
     def sparse_weight_grad(self, node: Node, g: Product, kept: Value | None = None) -> None:
         """Emit the gradients of the weights that exist: vectors of partial sums, then their sums.
@@ -274,7 +297,8 @@ class SparseLowering(LoweringCore):
         index: SparseIndex = self.sparse[weight.name]
         grid = self._grid(g.forward_pixels(x, grad), g.out[1], (g.strides[1] * x.pixel, grad.pixel), x, grad)
         flags = _Flags() if kept is None else _Flags(FLAGGED_ROWS, self._flags(kept, g))
-        lists = self._expand(weight, g.forward_terms(x), index.rows, g.outputs, g.inputs * x.channel, grid, flags=flags)
+        (lists,) = self._expand(weight, [(g.forward_terms(x), grid)], index.rows, g.outputs, g.inputs * x.channel,
+                                flags=flags)  # fmt: skip
         cuts = tilings(grid, _pixels())
         part_sums = 4 * grid.lanes * max(1, index.capacity)
         chunks = _pixel_chunks(cuts[0].tiles, grid.blocks, part_sums)
@@ -285,13 +309,13 @@ class SparseLowering(LoweringCore):
             self.emit(
                 "correlate_csr", (grid.lanes, cut.runs, cut.columns, grid.steps[0], 2),
                 grid.blocks * chunks * row_chunks, x=self.address(node.x), grad_out=self.address(node.input(1)),
-                tiles=self.table(cut.table), **lists, sums=sums, keep=int(number > 0), row_count=index.rows,
+                tiles=self.table(cut.table), **lists.places, sums=sums, keep=int(number > 0), row_count=index.rows,
                 x_block=x.block, grad_block=grad.block, grad_channel=grad.channel, grad_step=grid.steps[1],
                 part_sums=part_sums, tile_count=cut.tiles, tile_chunk=-(-cut.tiles // chunks), tile_chunks=chunks,
                 row_chunk=row_chunk, row_chunks=row_chunks,
             )  # fmt: skip
         if kept is None:
-            self._sum(weight, node.y, sums, grid.lanes, grid.blocks * chunks)
+            self._sum(weight, node.y, sums, grid.lanes, grid.blocks * chunks, lists.order)
         else:
             self.emit("sum_csr_listed", (grid.lanes,), -(-index.rows // _ROWS_PER_JOB), sums=sums,
                       grad_weight=self.address(node.y), capacity=index.capacity, part_sums=part_sums,
@@ -313,29 +337,30 @@ class SparseLowering(LoweringCore):
         tiles = {with_x[0].tiles for with_x, _ in cuts}
         chunks = _pixel_chunks(tiles.pop(), blocks, part_sums) if len(tiles) == 1 else 1
         row_chunk = _chunk(index.input_rows, blocks * chunks)
-        sums, order = self.workspace(part_sums * blocks * chunks), self.workspace(4 * (index.capacity + 1))
+        phases = [(_phase_terms(phase, grad), pair[0]) for phase, pair in zip(g.phases(), grids, strict=True)]
+        lists = self._expand(weight, phases, index.input_rows, g.inputs, g.outputs * grad.channel, "input_",
+                             pixels=_pixels_of_both())  # fmt: skip
+        sums = self.workspace(part_sums * blocks * chunks)
         names, normalised = ("scale", "bias", "mean", "inverse_std"), len(node.inputs) > 4
         common: dict[str, int | float | Ref] = {
             "x": self.address(node.x), "grad_out": self.address(node.input(1)), "grad_x": self.address(node.y),
             **{name: self.address(node.input(4 + i)) if normalised else 0 for i, name in enumerate(names)},
-            "sums": sums, "order": order, "row_count": index.input_rows, "x_block": x.block, "x_channel": x.channel,
+            "weight": self.address(weight), "order": lists[0].order, "sums": sums,
+            "row_count": index.input_rows, "x_block": x.block, "x_channel": x.channel,
             "x_step": grids[0][0].steps[1], "grad_block": grad.block, "grad_x_block": out.block,
             "grad_x_channel": out.channel, "part_sums": part_sums, "tile_chunks": chunks, "row_chunk": row_chunk,
             "row_chunks": -(-index.input_rows // row_chunk), "f_low": bounds[0], "f_high": bounds[1],
             "adds": int(node.optional(3) is not None),
         }  # fmt: skip
-        for phase, (grid, _), pair in zip(g.phases(), grids, cuts, strict=True):
-            lists = self._expand(weight, _phase_terms(phase, grad), index.input_rows, g.inputs,
-                                 g.outputs * grad.channel, grid, "input_", order=order,
-                                 pixels=_pixels_of_both())  # fmt: skip
+        for own, pair in zip(lists, cuts, strict=True):
             for number, (cut, other) in enumerate(zip(*pair, strict=True)):
                 table = [(a, b, c) for (a, b), (_, c) in zip(cut.table, other.table, strict=True)]
                 self.emit(
                     "gradients_csr", (lanes, cut.runs, cut.columns, int(normalised)),
-                    blocks * chunks * -(-index.input_rows // row_chunk), tiles=self.table(table), **lists,
+                    blocks * chunks * -(-index.input_rows // row_chunk), tiles=self.table(table), **own.places,
                     keep=int(number > 0), tile_count=cut.tiles, tile_chunk=-(-cut.tiles // chunks), **common,
                 )  # fmt: skip
-        self._sum(weight, node.outputs[1], sums, lanes, blocks * chunks, "input_")
+        self._sum(weight, node.outputs[1], sums, lanes, blocks * chunks, lists[0].order)
 
     def _phase_grids(self, phase: Phase, grad: Layout, x: Layout, out: Layout) -> list[Grid]:
         """Return the pixels of a phase with those of the input, and with those of its gradient."""
@@ -347,10 +372,10 @@ class SparseLowering(LoweringCore):
         ]  # fmt: skip
         return [grid.widened(simd_lanes()) for grid in grids]
 
-    def _sum(self, weight: Value, target: Value, sums: Ref, lanes: int, chunks: int, rows_of: str = "") -> None:
+    def _sum(self, weight: Value, target: Value, sums: Ref, lanes: int, chunks: int, order: Ref) -> None:
         """Emit the sums of all chunks' vectors into the gradients of the weights that exist."""
-        index, places = self.sparse[weight.name], f"index:{weight.name}:{rows_of}places"
-        self.emit("sum_csr", (lanes,), -(-index.capacity // _ENTRIES_PER_JOB), sums=sums, places=Ref(places),
+        index = self.sparse[weight.name]
+        self.emit("sum_csr", (lanes,), -(-index.capacity // _ENTRIES_PER_JOB), sums=sums, order=order,
                   grad_weight=self.address(target), count=self.index(weight)["starts"] + 4 * index.rows,
                   capacity=index.capacity, part_sums=4 * lanes * max(1, index.capacity), chunks=chunks,
                   entries_per_job=_ENTRIES_PER_JOB)  # fmt: skip
@@ -370,37 +395,61 @@ class SparseLowering(LoweringCore):
         rows = [(a + b * gathered.block, c + b * other.block) for b in range(self.blocks) for a, c in rows]
         return Grid(rows, columns, steps, 1, self.lanes)
 
-    def _expand(self, weight: Value, terms: list[int], rows: int, group_rows: int, group_bytes: int, grid: Grid,
-                rows_of: str = "", flags: _Flags = _Flags(), order: Ref | int = 0,
-                pixels: int = 0) -> dict[str, int | Ref]:  # fmt: skip
-        """Emit the expansion of a weight's list; return its entries and bounds.
+    def _expand(self, weight: Value, phases: list[tuple[list[int], Grid]], rows: int, group_rows: int, group_bytes: int,
+                rows_of: str = "", flags: _Flags = _Flags(), pixels: int = 0) -> list[Lists]:  # fmt: skip
+        """Emit the expansion of a weight's list, one part of each row per phase of a stride; return the phases' lists.
 
-        ``rows_of``: "" for rows of output channels, "input_" for rows of input channels. ``order``: where the entries'
-        numbers in the index are wanted. ``pixels``: most of a tile, see ``_pixels``.
+        Where all entries count it lasts until the topology changes: expanding in every step took 5 % of one of
+        ResNet-20 with a tenth of its weights (batch 4, two threads; 2 % at batch 32).
+
+        Args:
+            weight: whose list it is.
+            phases: byte offsets by column, and pixels.
+            rows, group_rows, group_bytes: see ``kernels.csr.expand_csr``.
+            rows_of: "" for rows of output channels, "input_" for rows of input channels.
+            flags: which entries count.
+            pixels: most of a tile, see ``_pixels``.
         """
-        index = self.sparse[weight.name]
-        limits = _limits(index, terms, rows, tiling(grid, pixels or _pixels()), grid.steps[0], grid.lanes)
-        entries, bounds = self.workspace(_ENTRY * (index.capacity + 1)), self.workspace(8 * rows * len(limits))
-        arrays = {}
-        for part in ("starts", "columns", "places"):
-            name = f"index:{weight.name}:{rows_of}{part}"
-            self.plan.fixed[name] = getattr(index, rows_of + part)
-            arrays[part] = Ref(name)
-        self.emit(
-            "expand_csr", (flags.kind,), -(-rows // _ROWS_PER_JOB), **arrays, weight=self.address(weight),
-            terms=self.table(terms), limits=self.table(limits), bounds=bounds, entries=entries, row_count=rows,
-            group_rows=group_rows, group_bytes=group_bytes, parts=len(limits), rows_per_job=_ROWS_PER_JOB,
-            flags=flags.address, taps=flags.taps, order=order,
-        )  # fmt: skip
-        return {"entries": entries, "bounds": bounds, "parts": len(limits)}
+        index, lasts = self.sparse[weight.name], flags.kind == ALL_COUNT
+        arrays = {part: self._index(weight, rows_of + part) for part in ("starts", "columns", "places")}
+        name = f"list:{weight.name}:{rows_of}{group_bytes}:{hash(tuple(tuple(terms) for terms, _ in phases))}"
+        whole, size = lasts and len(phases) == 1, max(1, index.capacity)
+        offsets = self._list_memory(lasts, name, size)
+        order = arrays["places"] if whole else self._list_memory(lasts, f"{name}:order", size)
+        made: list[Lists] = []
+        after: Ref | int = 0
+        for number, (terms, grid) in enumerate(phases):
+            limits = _limits(index, terms, rows, tiling(grid, pixels or _pixels()), grid.steps[0], grid.lanes)
+            known = len(self.plan.fixed)
+            bounds = self._list_memory(lasts, f"{name}:{number}:{limits}", 2 * rows * len(limits))
+            if not lasts or len(self.plan.fixed) > known:  # not there already
+                with self.stage(LISTS if lasts else self._stage):
+                    self.emit(
+                        "expand_csr", (flags.kind,), -(-rows // _ROWS_PER_JOB), **arrays, terms=self.table(terms),
+                        limits=self.table(limits), bounds=bounds, offsets=offsets, order=0 if whole else order,
+                        row_count=rows, group_rows=group_rows, group_bytes=group_bytes, parts=len(limits),
+                        rows_per_job=_ROWS_PER_JOB, flags=flags.address, taps=flags.taps, after=after,
+                    )  # fmt: skip
+            made.append(Lists(offsets, order, bounds, len(limits), not (whole and index.compact and not rows_of)))
+            after = bounds + 8 * rows * (len(limits) - 1)
+        return made
 
-    def _multiply(self, x: Ref, x_layout: Layout, y: Ref, y_layout: Layout, grid: Grid, lists: dict[str, int | Ref],
-                  rows: int, bias: Ref) -> None:  # fmt: skip
+    def _index(self, weight: Value, part: str) -> Ref:
+        """Return where an array of a weight's index is."""
+        name = f"index:{weight.name}:{part}"
+        self.plan.fixed[name] = getattr(self.sparse[weight.name], part)
+        return Ref(name)
+
+    def _list_memory(self, lasts: bool, name: str, count: int) -> Ref:
+        """Return memory for int32 numbers of a list."""
+        return self.shared(name, count) if lasts else self.workspace(4 * count)
+
+    def _multiply(self, node: Node, x: Layout, y: Layout, grid: Grid, lists: Lists, rows: int, bias: Ref) -> None:
         """Emit ``y[row][p] = bias[row] + sum over the row's entries of w * x[p + offset]``."""
         cut = tiling(grid, _pixels())
         sets = max(1, _LATENCY // (cut.runs * cut.columns))
         # A tile adds part after part to what it has stored: no other thread may store the same pixels meanwhile.
-        together = cut.together if lists["parts"] != 1 else 1
+        together = cut.together if lists.parts != 1 else 1
         groups = cut.tiles // together
         chunks = min(groups, max(1, -(-_WANTED_JOBS // grid.blocks)))
         tile_chunk = -(-groups // chunks) * together
@@ -410,10 +459,11 @@ class SparseLowering(LoweringCore):
         self.emit(
             # One entry per turn of the loop: two left a rest that was predicted wrongly every other time, and took
             # 0.81 ms instead of 0.69 for the forward products of six layers 16@32x32 at density 0.1 (one thread).
-            "multiply_csr", (grid.lanes, cut.runs, cut.columns, grid.steps[0], sets, sets),
-            grid.blocks * chunks * row_chunks, x=x, y=y, bias=bias, tiles=self.table(cut.table), **lists,
-            row_count=rows, x_block=x_layout.block, y_block=y_layout.block, y_channel=y_layout.channel,
-            y_step=grid.steps[1], tile_count=cut.tiles, tile_chunk=tile_chunk, tile_chunks=chunks, row_chunk=row_chunk,
+            "multiply_csr", (grid.lanes, cut.runs, cut.columns, grid.steps[0], sets, int(lists.ordered)),
+            grid.blocks * chunks * row_chunks, x=self.address(node.x), y=self.address(node.y), bias=bias,
+            tiles=self.table(cut.table), weight=self.address(node.input(1)), order=lists.order, **lists.places,
+            row_count=rows, x_block=x.block, y_block=y.block, y_channel=y.channel, y_step=grid.steps[1],
+            tile_count=cut.tiles, tile_chunk=tile_chunk, tile_chunks=chunks, row_chunk=row_chunk,
             row_chunks=row_chunks,
         )  # fmt: skip
 

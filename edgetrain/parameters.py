@@ -8,6 +8,7 @@ that are not trained. So an optimizer step is one pass over two ranges. Of an ar
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from weakref import WeakValueDictionary
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -33,6 +34,7 @@ class Parameters:
         sparse: the indices of weights that are sparse, by name.
         moments: names of the optimizer's buffers, empty before training.
         patterns: how often an index has changed so far.
+        lists: what plans make of the indices for their kernels, by name, as long as there is a plan that needs it.
     """
 
     def __init__(self, graph: Graph, optimizer: Optimizer, sparse: Mapping[str, SparseIndex] | None = None) -> None:
@@ -43,6 +45,7 @@ class Parameters:
         self._gradients: dict[str, str] = {}
         self.moments: tuple[str, ...] = ()
         self.patterns = 0
+        self.lists: WeakValueDictionary[str, NDArray[np.int32]] = WeakValueDictionary()
         place, ends = 0, [0, 0, 0]
         for name in names:
             self._starts[name] = place

@@ -25,6 +25,8 @@ from edgetrain.sparse_index import SparseIndex
 
 # Stages of a step, in the order in which they run.
 STAGES = ("forward", "backward", "check", "update")
+# Stage of the rows that run before a step where the topology of sparse weights has changed.
+LISTS = "lists"
 
 
 @dataclass(frozen=True)
@@ -42,8 +44,8 @@ class Ref:
 class Row:
     """One kernel call: arguments in the kernel's order, as integers, floats or references.
 
-    ``stage`` is one of ``STAGES``; ``node`` is the position of the node it belongs to; ``choice`` is why a product
-    has this kernel and tile, its packing of weights included.
+    ``stage`` is one of ``STAGES``, or ``LISTS``; ``node`` is the position of the node it belongs to; ``choice`` is why
+    a product has this kernel and tile, its packing of weights included.
     """
 
     kernel: KernelKey
@@ -159,7 +161,8 @@ class Plan:
         graph: what is computed.
         lanes, blocks: samples in a vector; vectors of samples (single samples when lanes hold channels).
         by_channel: whether lanes hold channels.
-        rows: kernel calls in order.
+        rows: kernel calls of a step in order.
+        list_rows: those that run before a step where the topology of sparse weights has changed.
         layouts: of every batched value.
         root: by the name of a value, the value whose memory it shares; itself if it has its own.
         fixed: arrays that outlive a step, by buffer name (parameters, tables, state).
@@ -175,6 +178,7 @@ class Plan:
     blocks: int
     by_channel: bool = False
     rows: list[Row] = field(default_factory=list)
+    list_rows: list[Row] = field(default_factory=list)
     layouts: dict[str, Layout] = field(default_factory=dict)
     root: dict[str, str] = field(default_factory=dict)
     fixed: dict[str, NDArray[np.generic]] = field(default_factory=dict)
@@ -195,15 +199,25 @@ class Plan:
         return self.blocks if self.by_channel else self.lanes * self.blocks
 
     @property
+    def program(self) -> list[Row]:
+        """``list_rows``, then ``rows``: what ``bind`` makes a program of."""
+        return [*self.list_rows, *self.rows]
+
+    @property
     def kernels(self) -> list[KernelKey]:
         """Distinct kernels in order of first use."""
-        return list(dict.fromkeys(row.kernel for row in self.rows))
+        return list(dict.fromkeys(row.kernel for row in self.program))
 
     @property
     def table_bytes(self) -> int:
         """Bytes of the constant offset tables and of the program itself."""
-        arguments = sum(8 * len(row.arguments) + 32 for row in self.rows)
+        arguments = sum(8 * len(row.arguments) + 32 for row in self.program)
         return arguments + sum(a.nbytes for name, a in self.fixed.items() if name.startswith("table:"))
+
+    @property
+    def list_bytes(self) -> int:
+        """Bytes of the lists of sparse weights' entries."""
+        return sum(a.nbytes for name, a in self.fixed.items() if name.startswith("list:"))
 
     def settle(self, lifetimes: dict[str, tuple[int, int]]) -> None:
         """Order the rows by stage and place all buffers that have a lifetime."""
@@ -222,11 +236,12 @@ class Plan:
             The program int64 ``(rows, 4)``, its arguments, and where in the arguments the
             addresses of each input (``source:...``) belong, which change at every step.
         """
-        *starts, total = accumulate((len(row.arguments) for row in self.rows), initial=0)
+        rows = self.program
+        *starts, total = accumulate((len(row.arguments) for row in rows), initial=0)
         arguments = aligned(total, np.int64)
-        program = aligned(4 * len(self.rows), np.int64).reshape(-1, 4)
+        program = aligned(4 * len(rows), np.int64).reshape(-1, 4)
         sources: dict[str, list[int]] = {}
-        for number, (row, start) in enumerate(zip(self.rows, starts, strict=True)):
+        for number, (row, start) in enumerate(zip(rows, starts, strict=True)):
             names = argument_names(row.kernel[0])
             for slot, argument in enumerate(row.arguments, start):
                 if isinstance(argument, Ref) and argument.buffer.startswith("source:"):

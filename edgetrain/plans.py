@@ -284,7 +284,8 @@ class Plans:
             moves = not self._executors and bool(self._moving())  # looked at once: it takes three plans
             more = training and not whole_gradients and (self._topology.wants_gradients or moves)
             self._check_budget(self.largest(count) if more else plan, count)
-            executor = Executor(plan, self.arena, self.team)
+            parameters = self.parameters  # no cycle of references
+            executor = Executor(plan, self.arena, self.team, lambda: parameters.patterns)
             while len(self._executors) >= (_KEPT_OF_CHANNELS if self.by_channel else _KEPT_PLANS):
                 del self._executors[next(iter(self._executors))]
         self._executors[key] = executor  # the one used last stands last
@@ -433,7 +434,7 @@ class Plans:
             "optimizer": moments,
             "activations": activations,
             "workspace": max(0, plan.arena_bytes - activations),
-            **({"sparse index": sum(index.nbytes for index in sparse)} if sparse else {}),
+            **({"sparse index": sum(index.nbytes for index in sparse) + plan.list_bytes} if sparse else {}),
             "tables": plan.table_bytes,
             **{purpose: nbytes for each in self.beside for purpose, nbytes in each.memory.items()},
         }

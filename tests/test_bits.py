@@ -130,6 +130,7 @@ class Case:
             mask[seed % index.rows], mask[-1 - seed % index.rows] = True, False
             mask = mask.T if index.inputs_first else mask.reshape(index.shape)
             index.set(mask)
+            self.made._parameters.patterns += 1
             values = self.made._parameters.view(name)
             values[:] = np.nan
             values[: index.count] = index.values_of(self.original[name])

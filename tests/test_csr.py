@@ -69,6 +69,7 @@ class Sparse:
         """Take a topology for one weight, with the values of the original network."""
         index, original = self.indexes[name], self.case.graph().arrays[name]
         index.set(mask)
+        self.learner._parameters.patterns += 1
         self.dense.arrays[name] = np.where(mask, original, 0).astype(np.float32)
         flat = self.learner._parameters.view(name)
         flat[:] = np.nan  # what is behind the entries is never read

@@ -1,8 +1,8 @@
 """Products of training with sparse weights: lists of non-zeros by output channel, or by input channel.
 
-A list is expanded once per step from the rows of a ``SparseIndex``, which may have changed since the last step, to
-(byte offset, weight) pairs for the layout at hand; then every product is one pass over a list for each tile of pixels.
-Tiles are the outer loop and channels the inner one, so that the tile's part of the input stays in the cache.
+When a ``SparseIndex`` has changed, its rows are expanded to byte offsets for the layout at hand; then every product of
+every step is one pass over a list for each tile of pixels, which finds the weights where they are stored. Tiles are the
+outer loop and channels the inner one, so that the tile's part of the input stays in the cache.
 
 A list may be cut into *parts* by column, so that the channels that one part reads fit the first-level cache.
 """
@@ -10,7 +10,7 @@ A list may be cut into *parts* by column, so that the channels that one part rea
 from __future__ import annotations
 
 from edgetrain.kernels.codes import ABSENT, FLAGGED_COLUMNS, FLAGGED_ROWS
-from edgetrain.kernels.csr_tiles import ENTRY, csr_correlate_tile, csr_gradients_tile, csr_multiply_tile
+from edgetrain.kernels.csr_tiles import csr_correlate_tile, csr_gradients_tile, csr_multiply_tile
 from edgetrain.kernels.registry import Body, kernel
 from edgetrain.kernels.simd import (
     arguments,
@@ -24,7 +24,7 @@ from edgetrain.kernels.simd import (
     sum_lanes,
 )
 
-# bounds: int32 pairs [part][row], the first entry and the one behind the last; entries: see ``csr_tiles``.
+# bounds: int32 pairs [part][row], the first entry and the one behind the last; offsets, order: see ``csr_tiles``.
 
 
 @kernel("kept", "kept_count", "channels", "flags")
@@ -43,30 +43,31 @@ def channel_flags() -> Body:
 
 
 @kernel(
-    "starts", "columns", "places", "weight", "terms", "limits", "bounds", "entries", "row_count", "group_rows",
-    "group_bytes", "parts", "rows_per_job", "flags", "taps", "order",
+    "starts", "columns", "places", "terms", "limits", "bounds", "offsets", "order", "row_count", "group_rows",
+    "group_bytes", "parts", "rows_per_job", "flags", "taps", "after",
 )  # fmt: skip
 def expand_csr(flagged: int) -> Body:
-    """Write the list of every row: the offset of each non-zero's input, and its weight.
+    """Write the list of every row: the offset of each non-zero's input, and where its weight is stored.
 
     Job: some rows. ``starts``, ``columns``, ``places``: of a ``SparseIndex``. ``terms``: table of int64 byte offsets
     by column, ``ABSENT`` for columns to leave out; ``group_bytes`` comes on top for each group of ``group_rows`` rows.
     ``limits``: int64 column behind each part. ``flags``: int32 by output channel, 0 for those to leave out, which are
-    rows or, each, ``taps`` columns: ``flagged``, see ``codes``. ``order``: takes the number in the index of every entry
-    of the list, int32, unless it is 0.
+    rows or, each, ``taps`` columns: ``flagged``, see ``codes``. ``order``: takes the ``places`` of what is listed, 0
+    where that is everything. ``after``: the bounds of the last part of a list that stands before this one in each row,
+    or 0.
     """
 
     def body(args: int, first: int, last: int) -> None:
-        (starts, columns, places, weight, terms, limits, bounds, entries, row_count, group_rows, group_bytes, parts,
-         rows_per_job, flags, taps, order) = arguments(args, 16)  # fmt: skip
+        (starts, columns, places, terms, limits, bounds, offsets, order, row_count, group_rows, group_bytes, parts,
+         rows_per_job, flags, taps, after) = arguments(args, 16)  # fmt: skip
         for row in range(first * rows_per_job, min(row_count, last * rows_per_job)):
             base = row // group_rows * group_bytes
             counts = 1
             if flagged == FLAGGED_ROWS:
                 counts = load_i32(flags + 4 * row)
-            begin = load_i32(starts + 4 * row)
+            begin = load_i32(starts + 4 * row) if after == 0 else load_i32(after + 8 * row + 4)
             at, part, limit = begin, 0, load_i64(limits)
-            for i in range(begin, load_i32(starts + 4 * row + 4)):
+            for i in range(load_i32(starts + 4 * row), load_i32(starts + 4 * row + 4)):
                 column = load_i32(columns + 4 * i)
                 while column >= limit:
                     bound = bounds + 8 * (part * row_count + row)
@@ -76,14 +77,15 @@ def expand_csr(flagged: int) -> Body:
                     part += 1
                     limit = load_i64(limits + 8 * part)
                 term = load_i64(terms + 8 * column)
-                # Written in any case and kept if present: a branch would be predicted wrongly every other time.
-                store_i32(entries + ENTRY * at, base + term)
-                store_f32(entries + ENTRY * at + 4, load_f32(weight + 4 * load_i32(places + 4 * i)))
-                if order != 0:
-                    store_i32(order + 4 * at, i)
                 if flagged == FLAGGED_COLUMNS:
                     counts = load_i32(flags + 4 * (column // taps))
-                at += term != ABSENT and counts != 0
+                listed = term != ABSENT and counts != 0
+                # Where there is room, written in any case: a branch would be predicted wrongly every other time.
+                if listed or after == 0:
+                    store_i32(offsets + 4 * at, base + term)
+                    if order != 0:
+                        store_i32(order + 4 * at, load_i32(places + 4 * i))
+                at += listed
             while part < parts:
                 bound = bounds + 8 * (part * row_count + row)
                 store_i32(bound, begin)
@@ -95,19 +97,20 @@ def expand_csr(flagged: int) -> Body:
 
 
 @kernel(
-    "x", "y", "bias", "tiles", "entries", "bounds", "row_count", "parts", "x_block", "y_block", "y_channel", "y_step",
-    "tile_count", "tile_chunk", "tile_chunks", "row_chunk", "row_chunks",
+    "x", "y", "bias", "tiles", "weight", "offsets", "order", "bounds", "row_count", "parts", "x_block", "y_block",
+    "y_channel", "y_step", "tile_count", "tile_chunk", "tile_chunks", "row_chunk", "row_chunks",
 )  # fmt: skip
-def multiply_csr(lanes: int, runs: int, columns: int, x_step: int, sets: int, unroll: int) -> Body:
+def multiply_csr(lanes: int, runs: int, columns: int, x_step: int, sets: int, ordered: int) -> Body:
     """Write ``y[block][row][p] = bias[row] + sum over the row's entries of w * x[block][p + offset]``.
 
     Job: (block, chunk of tiles, chunk of rows). ``tiles``: int64 pairs (input, output offset), ``runs`` per tile.
+    ``ordered``: 0 if weights are stored as they are listed, else ``order`` tells their places.
     """
     tile_bytes = 16 * runs
 
     def body(args: int, first: int, last: int) -> None:
-        (x, y, bias, tiles, entries, bounds, row_count, parts, x_block, y_block, y_channel, y_step, tile_count,
-         tile_chunk, tile_chunks, row_chunk, row_chunks) = arguments(args, 17)  # fmt: skip
+        (x, y, bias, tiles, weight, offsets, order, bounds, row_count, parts, x_block, y_block, y_channel, y_step,
+         tile_count, tile_chunk, tile_chunks, row_chunk, row_chunks) = arguments(args, 19)  # fmt: skip
         for job in range(first, last):
             chunk_r = job % row_chunks
             rest = job // row_chunks
@@ -121,16 +124,16 @@ def multiply_csr(lanes: int, runs: int, columns: int, x_step: int, sets: int, un
                         begin, end = load_i32(bound), load_i32(bound + 4)
                         if part == 0 or begin < end:
                             csr_multiply_tile(
-                                x + block * x_block, y + block * y_block + row * y_channel, entries + ENTRY * begin,
-                                entries + ENTRY * end, load_f32(bias + 4 * row) * (part == 0), tiles + t * tile_bytes,
-                                part, y_step, runs, columns, x_step, sets, unroll, lanes,
+                                x + block * x_block, y + block * y_block + row * y_channel, weight, offsets, order,
+                                begin, end, load_f32(bias + 4 * row) * (part == 0), tiles + t * tile_bytes, part,
+                                y_step, runs, columns, x_step, sets, ordered, lanes,
                             )  # fmt: skip
 
     return body
 
 
 @kernel(
-    "x", "grad_out", "tiles", "entries", "bounds", "sums", "keep", "row_count", "parts", "x_block", "grad_block",
+    "x", "grad_out", "tiles", "offsets", "bounds", "sums", "keep", "row_count", "parts", "x_block", "grad_block",
     "grad_channel", "grad_step", "part_sums", "tile_count", "tile_chunk", "tile_chunks", "row_chunk", "row_chunks",
 )  # fmt: skip
 def correlate_csr(lanes: int, runs: int, columns: int, x_step: int, chains: int) -> Body:
@@ -140,10 +143,10 @@ def correlate_csr(lanes: int, runs: int, columns: int, x_step: int, chains: int)
     vectors of lanes, ``part_sums`` bytes of them per chunk of pixels; ``keep``: 1 to add to what they hold.
     ``tiles`` as in ``multiply_csr``.
     """
-    tile_bytes, vector = 16 * runs, 4 * lanes
+    tile_bytes = 16 * runs
 
     def body(args: int, first: int, last: int) -> None:
-        (x, grad_out, tiles, entries, bounds, sums, keep, row_count, parts, x_block, grad_block, grad_channel,
+        (x, grad_out, tiles, offsets, bounds, sums, keep, row_count, parts, x_block, grad_block, grad_channel,
          grad_step, part_sums, tile_count, tile_chunk, tile_chunks, row_chunk,
          row_chunks) = arguments(args, 19)  # fmt: skip
         for job in range(first, last):
@@ -160,18 +163,19 @@ def correlate_csr(lanes: int, runs: int, columns: int, x_step: int, chains: int)
                         begin, end = load_i32(bound), load_i32(bound + 4)
                         if begin < end:
                             csr_correlate_tile(
-                                source, grad + row * grad_channel, entries + ENTRY * begin, entries + ENTRY * end,
-                                target + vector * begin, tiles + t * tile_bytes, keep + t - first_tile, grad_step,
-                                runs, columns, x_step, chains, lanes,
+                                source, grad + row * grad_channel, offsets, begin, end, target,
+                                tiles + t * tile_bytes, keep + t - first_tile, grad_step, runs, columns, x_step, chains,
+                                lanes,
                             )  # fmt: skip
 
     return body
 
 
 @kernel(
-    "x", "grad_out", "grad_x", "tiles", "entries", "bounds", "sums", "scale", "bias", "mean", "inverse_std", "keep",
-    "row_count", "parts", "x_block", "x_channel", "grad_block", "grad_x_block", "grad_x_channel", "part_sums",
-    "tile_count", "tile_chunk", "tile_chunks", "row_chunk", "row_chunks", "order", "x_step", "f_low", "f_high", "adds",
+    "x", "grad_out", "grad_x", "tiles", "weight", "offsets", "order", "bounds", "sums", "scale", "bias", "mean",
+    "inverse_std", "keep", "row_count", "parts", "x_block", "x_channel", "grad_block", "grad_x_block", "grad_x_channel",
+    "part_sums", "tile_count", "tile_chunk", "tile_chunks", "row_chunk", "row_chunks", "x_step", "f_low", "f_high",
+    "adds",
 )  # fmt: skip
 def gradients_csr(lanes: int, runs: int, columns: int, normalised: int) -> Body:
     """Do the work of ``multiply_csr`` for the input gradient and of ``correlate_csr`` in one pass over ``grad_out``.
@@ -180,17 +184,16 @@ def gradients_csr(lanes: int, runs: int, columns: int, normalised: int) -> Body:
     of ``x``, bit for bit, with the statistics that ``batch_norm`` wrote, clipped to ``low`` and ``high``.
     ``adds``: 1 to add to what ``grad_x`` holds, 0 to write.
     Job: (block, chunk of tiles, chunk of rows); ``tiles``: int64 triples (``grad_out``, ``x``, ``grad_x``).
-    ``sums``, ``part_sums`` and ``keep`` as in ``correlate_csr``, but a vector's place is the entry's number in the
-    index, which ``order`` holds by place in the list: the lists of all phases of a stride have their sums together.
+    ``sums``, ``part_sums`` and ``keep`` as in ``correlate_csr``; ``order``: where the weights of the list are stored.
     ``x_step``: bytes between pixels of ``x`` and of ``grad_x``.
     """
     tile_bytes = 24 * runs
 
     def body(args: int, first: int, last: int) -> None:
-        (x, grad_out, grad_x, tiles, entries, bounds, sums, scale, bias, mean, inverse_std, keep, row_count, parts,
-         x_block, x_channel, grad_block, grad_x_block, grad_x_channel, part_sums, tile_count, tile_chunk, tile_chunks,
-         row_chunk, row_chunks, order, x_step) = arguments(args, 27)  # fmt: skip
-        low, high, adds = load_f32(args + 216), load_f32(args + 224), load_i64(args + 232)
+        (x, grad_out, grad_x, tiles, weight, offsets, order, bounds, sums, scale, bias, mean, inverse_std, keep,
+         row_count, parts, x_block, x_channel, grad_block, grad_x_block, grad_x_channel, part_sums, tile_count,
+         tile_chunk, tile_chunks, row_chunk, row_chunks, x_step) = arguments(args, 28)  # fmt: skip
+        low, high, adds = load_f32(args + 224), load_f32(args + 232), load_i64(args + 240)
         middle, factor, offset = low, low, low
         for job in range(first, last):
             chunk_r = job % row_chunks
@@ -214,10 +217,9 @@ def gradients_csr(lanes: int, runs: int, columns: int, normalised: int) -> Body:
                                 middle, offset = load_f32(mean + 4 * row), load_f32(bias + 4 * row)
                                 factor = load_f32(scale + 4 * row) * load_f32(inverse_std + 4 * row)
                             csr_gradients_tile(
-                                grad, source + row * x_channel, target + row * grad_x_channel, entries + ENTRY * begin,
-                                entries + ENTRY * end, summed, tiles + t * tile_bytes, part + adds,
-                                keep + t - first_tile, following, order + 4 * begin, x_step, middle, factor, offset,
-                                low, high, runs, columns, normalised, lanes,
+                                grad, source + row * x_channel, target + row * grad_x_channel, weight, offsets, order,
+                                begin, end, summed, tiles + t * tile_bytes, part + adds, keep + t - first_tile,
+                                following, x_step, middle, factor, offset, low, high, runs, columns, normalised, lanes,
                             )  # fmt: skip
 
     return body
@@ -245,20 +247,20 @@ def sum_csr_listed(lanes: int) -> Body:
     return body
 
 
-@kernel("sums", "grad_weight", "places", "count", "capacity", "part_sums", "chunks", "entries_per_job")
+@kernel("sums", "grad_weight", "order", "count", "capacity", "part_sums", "chunks", "entries_per_job")
 def sum_csr(lanes: int) -> Body:
-    """Write ``grad_weight[places[entry]] = sum of all chunks' vectors and lanes``; 0 behind the last entry.
+    """Write ``grad_weight[order[entry]] = sum of all chunks' vectors and lanes``; 0 behind the last entry.
 
-    Job: some entries. ``places``: int32, where in compact storage. ``count``: address of their number, int32.
+    Job: some entries. ``order``: int32, where in compact storage. ``count``: address of their number, int32.
     """
 
     def body(args: int, first: int, last: int) -> None:
-        sums, grad_weight, places, count, capacity, part_sums, chunks, entries_per_job = arguments(args, 8)
+        sums, grad_weight, order, count, capacity, part_sums, chunks, entries_per_job = arguments(args, 8)
         entries = load_i32(count)
         for i in range(first * entries_per_job, min(capacity, last * entries_per_job)):
             total, place = broadcast(0.0, lanes), i
             if i < entries:
-                place = load_i32(places + 4 * i)
+                place = load_i32(order + 4 * i)
                 for chunk in range(chunks):
                     total = total + load(sums + chunk * part_sums + 4 * lanes * i, lanes)
             store_f32(grad_weight + 4 * place, sum_lanes(total))

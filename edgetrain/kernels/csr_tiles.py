@@ -5,7 +5,7 @@ fill a part of a vector (``lowering_sparse.Grid.widened``): so vectors may begin
 of a run are compile-time constants, so that every multiply-accumulate reads its input by one addressing mode; with an
 address per pixel, as in ``tiles``, the sixteen integer registers of x86 would not hold a tile.
 
-An entry of a list is 8 bytes: the input's byte offset (int32), the weight (float32).
+Entry i of a list: ``offsets[i]``, the input's byte offset, and ``order[i]``, which number of the weights it is; int32.
 """
 
 from __future__ import annotations
@@ -16,8 +16,6 @@ from llvmlite import ir
 from numba.core import cgutils, types
 
 from edgetrain.kernels.simd import F32, I32, I64, ask_for, call_llvm, intrinsic, literal, pointer, splat, suffix
-
-ENTRY = 8  # bytes
 
 
 def _constant(number: int) -> Any:
@@ -42,8 +40,10 @@ def _tile(builder: Any, addresses: list[Any], step: Any, columns: int, lanes: in
     return [_place(builder, address, step, c, lanes) for address in addresses for c in range(columns)]
 
 
-def _offset(builder: Any, entry: Any) -> Any:
-    return builder.sext(builder.load(pointer(builder, entry, I32)), I64)
+def _item(builder: Any, address: Any, number: Any, kind: Any = I32) -> Any:
+    """Return number ``number`` of an array of 4-byte numbers; integers as int64."""
+    item = builder.load(builder.gep(pointer(builder, address, kind), [number]))
+    return builder.sext(item, I64) if kind == I32 else item
 
 
 def _fma(builder: Any, a: Any, b: Any, c: Any) -> Any:
@@ -52,28 +52,30 @@ def _fma(builder: Any, a: Any, b: Any, c: Any) -> Any:
 
 @intrinsic(prefer_literal=True)
 def csr_multiply_tile(
-    typingctx: Any, x: Any, y: Any, entries: Any, last: Any, bias: Any, table: Any, keep: Any, y_step: Any, runs: Any,
-    columns: Any, x_step: Any, sets: Any, unroll: Any, lanes: Any,
+    typingctx: Any, x: Any, y: Any, weight: Any, offsets: Any, order: Any, first: Any, last: Any, bias: Any, table: Any,
+    keep: Any, y_step: Any, runs: Any, columns: Any, x_step: Any, sets: Any, ordered: Any, lanes: Any,
 ) -> Any:  # fmt: skip
     """Compute the pixels of a tile of one output channel: ``y[p] = bias + sum over entries of w * x[p + offset]``.
 
     Args:
         x, y: addresses of the input and of the output channel.
-        entries, last: addresses of the first entry and behind the last one.
+        weight, offsets, order: addresses of the weights and of the list.
+        first, last: the first entry, and the one behind the last.
         bias: float32.
         table: ``runs`` pairs (input, output) of int64 byte offsets, those of the first pixel of each run.
         keep: 0 to start from nothing instead of what ``y`` holds.
         y_step: bytes between output pixels.
         runs, columns: compile-time; runs of a tile and pixels of a run.
         x_step: compile-time; bytes between input pixels.
-        sets: compile-time; sets of accumulators, for tiles with fewer pixels than a multiply-accumulate has latency.
-        unroll: compile-time; entries per turn of the loop, a multiple of ``sets``.
+        sets: compile-time; sets of accumulators, for tiles with fewer pixels than a multiply-accumulate has latency,
+            and entries per turn of the loop.
+        ordered: compile-time; 0 if entry i is weight i.
         lanes: compile-time.
     """
-    nr, nc, step, ns, nu, n = (literal(size) for size in (runs, columns, x_step, sets, unroll, lanes))
+    nr, nc, step, ns, has_order, n = (literal(size) for size in (runs, columns, x_step, sets, ordered, lanes))
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        x_, y_, entries_, last_, bias_, table_, keep_, y_step_ = args[:8]
+        x_, y_, weight_, offsets_, order_, first_, last_, bias_, table_, keep_, y_step_ = args[:11]
         sources, targets = _runs(builder, table_, nr, x_, y_)
         places = _tile(builder, targets, y_step_, nc, n)
         zero = ir.Constant(ir.VectorType(F32, n), [0.0] * n)
@@ -85,22 +87,23 @@ def csr_multiply_tile(
                 builder.store(builder.load(place, align=4), slot)
 
         def add(entry: Any, part: list[Any]) -> None:
-            offset = _offset(builder, entry)
-            weight = splat(builder, builder.load(pointer(builder, builder.add(entry, _constant(4)), F32)), n)
+            offset = _item(builder, offsets_, entry)
+            number = _item(builder, order_, entry) if has_order else entry
+            weight = splat(builder, _item(builder, weight_, number, F32), n)
             pixels = _tile(builder, [builder.add(source, offset) for source in sources], step, nc, n)
             for slot, pixel in zip(part, pixels, strict=True):
                 builder.store(_fma(builder, builder.load(pixel, align=4), weight, builder.load(slot)), slot)
 
-        count = builder.sdiv(builder.sub(last_, entries_), _constant(ENTRY))
-        whole = builder.sdiv(count, _constant(nu))
+        count = builder.sub(last_, first_)
+        whole = builder.sdiv(count, _constant(ns))
         with cgutils.for_range(builder, whole) as loop:
-            first = builder.add(entries_, builder.mul(loop.index, _constant(ENTRY * nu)))
-            for u in range(nu):
-                add(builder.add(first, _constant(ENTRY * u)), slots[u % ns])
-        if nu > 1:
-            rest = builder.add(entries_, builder.mul(whole, _constant(ENTRY * nu)))
-            with cgutils.for_range(builder, builder.srem(count, _constant(nu))) as loop:
-                add(builder.add(rest, builder.mul(loop.index, _constant(ENTRY))), slots[0])
+            entry = builder.add(first_, builder.mul(loop.index, _constant(ns)))
+            for s in range(ns):
+                add(builder.add(entry, _constant(s)), slots[s])
+        if ns > 1:
+            rest = builder.add(first_, builder.mul(whole, _constant(ns)))
+            with cgutils.for_range(builder, builder.srem(count, _constant(ns))) as loop:
+                add(builder.add(rest, loop.index), slots[0])
         shift = splat(builder, bias_, n)
         for i, place in enumerate(places):
             total = builder.load(slots[0][i])
@@ -109,15 +112,14 @@ def csr_multiply_tile(
             builder.store(builder.fadd(total, shift), place, align=4)
         return context.get_dummy_value()
 
-    integer = types.int64
-    kinds = (integer, integer, integer, integer, types.float32, integer, integer, integer)
-    return types.void(*kinds, runs, columns, x_step, sets, unroll, lanes), codegen
+    kinds = [types.int64] * 7 + [types.float32] + [types.int64] * 3
+    return types.void(*kinds, runs, columns, x_step, sets, ordered, lanes), codegen
 
 
 @intrinsic(prefer_literal=True)
 def csr_correlate_tile(
-    typingctx: Any, x: Any, dy: Any, entries: Any, last: Any, sums: Any, table: Any, keep: Any, y_step: Any, runs: Any,
-    columns: Any, x_step: Any, chains: Any, lanes: Any,
+    typingctx: Any, x: Any, dy: Any, offsets: Any, first: Any, last: Any, sums: Any, table: Any, keep: Any, y_step: Any,
+    runs: Any, columns: Any, x_step: Any, chains: Any, lanes: Any,
 ) -> Any:  # fmt: skip
     """Add to every entry's vector in ``sums`` what a tile contributes: ``sum over p of dy[p] * x[p + offset]``.
 
@@ -125,8 +127,8 @@ def csr_correlate_tile(
 
     Args:
         x, dy: addresses of the input and of the channel of the output gradient.
-        entries, last: addresses of the first entry and behind the last one; the weights are not read.
-        sums: address of the first entry's vector.
+        offsets, first, last: as in ``csr_multiply_tile``.
+        sums: address of the vector of entry 0.
         table, y_step, runs, columns, x_step, lanes: as in ``csr_multiply_tile``.
         keep: 0 to start from nothing instead of what ``sums`` holds.
         chains: compile-time; sums that are kept apart, since a multiply-accumulate waits for the one before.
@@ -134,15 +136,15 @@ def csr_correlate_tile(
     nr, nc, step, nk, n = (literal(size) for size in (runs, columns, x_step, chains, lanes))
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        x_, dy_, entries_, last_, sums_, table_, keep_, y_step_ = args
+        x_, dy_, offsets_, first_, last_, sums_, table_, keep_, y_step_ = args
         sources, targets = _runs(builder, table_, nr, x_, dy_)
         grads = [builder.load(place, align=4) for place in _tile(builder, targets, y_step_, nc, n)]
         zero = ir.Constant(grads[0].type, [0.0] * n)
         kept = builder.icmp_signed("!=", keep_, _constant(0))
-        count = builder.sdiv(builder.sub(last_, entries_), _constant(ENTRY))
-        with cgutils.for_range(builder, count) as loop:
-            offset = _offset(builder, builder.add(entries_, builder.mul(loop.index, _constant(ENTRY))))
-            target = pointer(builder, builder.add(sums_, builder.mul(loop.index, _constant(4 * n))), zero.type)
+        with cgutils.for_range(builder, builder.sub(last_, first_)) as loop:
+            entry = builder.add(first_, loop.index)
+            offset = _item(builder, offsets_, entry)
+            target = pointer(builder, builder.add(sums_, builder.mul(entry, _constant(4 * n))), zero.type)
             totals = [builder.select(kept, builder.load(target, align=4), zero)] + [zero] * (nk - 1)
             pixels = _tile(builder, [builder.add(source, offset) for source in sources], step, nc, n)
             for i, (grad, pixel) in enumerate(zip(grads, pixels, strict=True)):
@@ -154,16 +156,16 @@ def csr_correlate_tile(
         return context.get_dummy_value()
 
     def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        return codegen(context, builder, sig, args[:8])
+        return codegen(context, builder, sig, args[:9])
 
-    return types.void(*[types.int64] * 8, runs, columns, x_step, chains, lanes), generate
+    return types.void(*[types.int64] * 9, runs, columns, x_step, chains, lanes), generate
 
 
 @intrinsic(prefer_literal=True)
 def csr_gradients_tile(
-    typingctx: Any, dy: Any, x: Any, dx: Any, entries: Any, last: Any, sums: Any, table: Any, part: Any, keep: Any,
-    following: Any, order: Any, x_step: Any, middle: Any, factor: Any, offset: Any, low: Any, high: Any, runs: Any,
-    columns: Any, normalised: Any, lanes: Any,
+    typingctx: Any, dy: Any, x: Any, dx: Any, weight: Any, offsets: Any, order: Any, first: Any, last: Any, sums: Any,
+    table: Any, part: Any, keep: Any, following: Any, x_step: Any, middle: Any, factor: Any, offset: Any, low: Any,
+    high: Any, runs: Any, columns: Any, normalised: Any, lanes: Any,
 ) -> Any:  # fmt: skip
     """Compute both gradients at the pixels of a tile of one input channel: each vector of ``dy`` is loaded once.
 
@@ -172,8 +174,7 @@ def csr_gradients_tile(
 
     Args:
         dy, x, dx: addresses of the output gradient and of the channel of input and input gradient.
-        entries, last: as in ``csr_correlate_tile``.
-        order, sums: addresses of the first entry's number (int32), and of the vector of number 0.
+        weight, offsets, order, first, last, sums: as in ``csr_multiply_tile`` and ``csr_correlate_tile``.
         x_step: bytes between pixels of ``x``, and of ``dx``; those of ``dy`` lie side by side.
         table: ``runs`` triples (``dy``, ``x``, ``dx``) of int64 byte offsets, those of the first pixel of each run.
         part: 0 to start from nothing instead of what ``dx`` holds.
@@ -188,7 +189,8 @@ def csr_gradients_tile(
     step, vector = 4 * n, ir.VectorType(F32, n)
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        dy_, x_, dx_, entries_, last_, sums_, table_, part_, keep_, following_, order_, x_step_ = args[:12]
+        (dy_, x_, dx_, weight_, offsets_, order_, first_, last_, sums_, table_, part_, keep_, following_,
+         x_step_) = args[:14]  # fmt: skip
         base = pointer(builder, table_, I64)
         offsets = [builder.load(builder.gep(base, [_constant(i)])) for i in range(3 * nr)]
         with builder.if_then(builder.icmp_signed("!=", following_, _constant(0))):
@@ -204,7 +206,7 @@ def csr_gradients_tile(
         )
         pixels = [builder.load(place, align=4) for place in _tile(builder, inputs, x_step_, nc, n)]
         if norm:
-            middle_, factor_, offset_, low_, high_ = (splat(builder, number, n) for number in args[12:17])
+            middle_, factor_, offset_, low_, high_ = (splat(builder, number, n) for number in args[14:19])
             for i, pixel in enumerate(pixels):
                 value = _fma(builder, builder.fsub(pixel, middle_), factor_, offset_)
                 value = builder.select(builder.fcmp_ordered("<", value, low_), low_, value)
@@ -218,13 +220,11 @@ def csr_gradients_tile(
             for slot, place in zip(slots, places, strict=True):
                 builder.store(builder.load(place, align=4), slot)
         kept = builder.icmp_signed("!=", keep_, _constant(0))
-        count = builder.sdiv(builder.sub(last_, entries_), _constant(ENTRY))
-        with cgutils.for_range(builder, count) as loop:
-            entry = builder.add(entries_, builder.mul(loop.index, _constant(ENTRY)))
-            at = _offset(builder, entry)
-            weight = splat(builder, builder.load(pointer(builder, builder.add(entry, _constant(4)), F32)), n)
-            number = _offset(builder, builder.add(order_, builder.mul(loop.index, _constant(4))))
-            target = pointer(builder, builder.add(sums_, builder.mul(number, _constant(step))), vector)
+        with cgutils.for_range(builder, builder.sub(last_, first_)) as loop:
+            entry = builder.add(first_, loop.index)
+            at = _item(builder, offsets_, entry)
+            weight = splat(builder, _item(builder, weight_, _item(builder, order_, entry), F32), n)
+            target = pointer(builder, builder.add(sums_, builder.mul(entry, _constant(step))), vector)
             totals = [builder.select(kept, builder.load(target, align=4), zero), zero]
             errors = _tile(builder, [builder.add(source, at) for source in sources], step, nc, n)
             for i, (slot, pixel, place) in enumerate(zip(slots, pixels, errors, strict=True)):
@@ -236,5 +236,5 @@ def csr_gradients_tile(
             builder.store(builder.load(slot), place, align=4)
         return context.get_dummy_value()
 
-    kinds = [types.int64] * 12 + [types.float32] * 5
+    kinds = [types.int64] * 14 + [types.float32] * 5
     return types.void(*kinds, runs, columns, normalised, lanes), codegen
