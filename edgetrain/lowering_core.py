@@ -171,14 +171,11 @@ class LoweringCore:
             self.plan.fixed[name][:] = array
         return Ref(name)
 
-    def index(self, weight: Value) -> dict[str, Ref]:
-        """Return where kernels find the rows of a sparse weight: ``starts``, ``columns``."""
-        refs = {}
-        for part in ("starts", "columns"):
-            name = f"index:{weight.name}:{part}"
-            self.plan.fixed[name] = getattr(self.sparse[weight.name], part)
-            refs[part] = Ref(name)
-        return refs
+    def index(self, weight: Value, part: str) -> Ref:
+        """Return where kernels find an array of a sparse weight's index, such as ``starts``."""
+        name = f"index:{weight.name}:{part}"
+        self.plan.fixed[name] = getattr(self.sparse[weight.name], part)
+        return Ref(name)
 
     def kept(self, name: str, nbytes: int) -> Ref:
         """Return memory in the arena that lasts to the end of the step, for ``Executor.kept`` to read."""

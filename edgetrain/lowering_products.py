@@ -210,7 +210,8 @@ class ProductLowering(SparseLowering):
             self.emit(kernels[0], (WORD,), rows, dense_row=g.weight_out, **bits, **arguments)
             return
         column = g.weight_tap if len(g.taps) > 1 else g.weight_in
-        self.emit(kernels[1], (), rows, dense_row=g.weight_out, dense_column=column, **self.index(weight), **arguments)
+        self.emit(kernels[1], (), rows, dense_row=g.weight_out, dense_column=column,
+                  starts=self.index(weight, "starts"), columns=self.index(weight, "columns"), **arguments)  # fmt: skip
 
     def _masked_weight(self, weight: Value, index: SparseIndex) -> Ref:
         """Return where a copy of dense weights is in which those that do not exist are 0.
@@ -237,7 +238,7 @@ class ProductLowering(SparseLowering):
         side_by_side = (g.weight_tap if len(g.taps) > 1 else g.weight_in) == 4
         if index is None or index.bits is None or index.inputs_first or not side_by_side or not moves_by_bits():
             return {}
-        return {"starts": self.index(weight)["starts"], "bits": self._bits(weight), "row_words": index.row_words}
+        return {"starts": self.index(weight, "starts"), "bits": self._bits(weight), "row_words": index.row_words}
 
     def _bits(self, weight: Value) -> Ref:
         name, bits = f"index:{weight.name}:bits", self.sparse[weight.name].bits

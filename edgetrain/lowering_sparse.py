@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 _WANTED_JOBS = 8
 _ROWS_PER_JOB = 8  # of expanding a list
 _ENTRIES_PER_JOB = 128  # of summing gradients; a step of ResNet-20 at density 0.1 took 1 % longer with 1024 (2 threads)
+_COPIES_PER_JOB = 512  # of putting weights into a list's order
 _MOST_RUNS = 8  # of a tile: each keeps an address in a register
 _LATENCY = 8  # multiply-accumulates that must be under way to hide one's latency
 # Vectors of partial sums that a weight gradient may have, in bytes: a part of the second-level cache.
@@ -101,12 +102,13 @@ class _Flags:
 
 @dataclass(frozen=True)
 class Lists:
-    """Where a list of non-zeros stands, see ``kernels.csr_tiles``.
+    """Where a list of non-zeros stands, see ``kernels.csr``.
 
     Attributes:
-        offsets, order, bounds: of its entries, and of its rows part by part.
+        offsets, order: of its entries.
+        bounds: of its rows, part by part.
         parts: number of parts.
-        ordered: whether ``order`` says anything: entry i need not be weight i.
+        ordered: whether weights are stored in another order than that of the list.
     """
 
     offsets: Ref
@@ -269,7 +271,7 @@ class SparseLowering(LoweringCore):
         phases = [(g.forward_terms(x), grid)]
         (lists,) = self._expand(node.input(1), phases, index.rows, g.outputs, g.inputs * x.channel)
         bias_ref = self.zeros(index.rows) if bias is None else self.address(bias)
-        self._multiply(node, x, y, grid, lists, index.rows, bias_ref)
+        self._multiply(node, x, y, grid, lists, self._gather(node.input(1), lists), index.rows, bias_ref)
 
     def sparse_input_grad(self, node: Node, g: Product, kept: Value | None = None) -> None:
         """Emit the gradient of the input: one product on the transposed list per phase of the stride.
@@ -284,8 +286,9 @@ class SparseLowering(LoweringCore):
             for phase in g.phases()
         ]  # fmt: skip
         lists = self._expand(node.input(1), phases, g.channels_in, g.inputs, g.outputs * grad.channel, "input_", flags)
+        weights = self._gather(node.input(1), lists[0])
         for (_, grid), own in zip(phases, lists, strict=True):
-            self._multiply(node, grad, out, grid, own, g.channels_in, self.zeros(g.channels_in))
+            self._multiply(node, grad, out, grid, own, weights, g.channels_in, self.zeros(g.channels_in))
 
     def sparse_weight_grad(self, node: Node, g: Product, kept: Value | None = None) -> None:
         """Emit the gradients of the weights that exist: vectors of partial sums, then their sums.
@@ -319,7 +322,7 @@ class SparseLowering(LoweringCore):
         else:
             self.emit("sum_csr_listed", (grid.lanes,), -(-index.rows // _ROWS_PER_JOB), sums=sums,
                       grad_weight=self.address(node.y), capacity=index.capacity, part_sums=part_sums,
-                      chunks=grid.blocks * chunks, starts=self.index(weight)["starts"], flags=flags.address,
+                      chunks=grid.blocks * chunks, starts=self.index(weight, "starts"), flags=flags.address,
                       row_count=index.rows, rows_per_job=_ROWS_PER_JOB)  # fmt: skip
 
     def sparse_grads(self, node: Node, g: Product, bounds: tuple[float, float]) -> None:
@@ -345,7 +348,7 @@ class SparseLowering(LoweringCore):
         common: dict[str, int | float | Ref] = {
             "x": self.address(node.x), "grad_out": self.address(node.input(1)), "grad_x": self.address(node.y),
             **{name: self.address(node.input(4 + i)) if normalised else 0 for i, name in enumerate(names)},
-            "weight": self.address(weight), "order": lists[0].order, "sums": sums,
+            "weight": self._gather(weight, lists[0]), "sums": sums,
             "row_count": index.input_rows, "x_block": x.block, "x_channel": x.channel,
             "x_step": grids[0][0].steps[1], "grad_block": grad.block, "grad_x_block": out.block,
             "grad_x_channel": out.channel, "part_sums": part_sums, "tile_chunks": chunks, "row_chunk": row_chunk,
@@ -376,7 +379,7 @@ class SparseLowering(LoweringCore):
         """Emit the sums of all chunks' vectors into the gradients of the weights that exist."""
         index = self.sparse[weight.name]
         self.emit("sum_csr", (lanes,), -(-index.capacity // _ENTRIES_PER_JOB), sums=sums, order=order,
-                  grad_weight=self.address(target), count=self.index(weight)["starts"] + 4 * index.rows,
+                  grad_weight=self.address(target), count=self.index(weight, "starts") + 4 * index.rows,
                   capacity=index.capacity, part_sums=4 * lanes * max(1, index.capacity), chunks=chunks,
                   entries_per_job=_ENTRIES_PER_JOB)  # fmt: skip
 
@@ -411,18 +414,20 @@ class SparseLowering(LoweringCore):
             pixels: most of a tile, see ``_pixels``.
         """
         index, lasts = self.sparse[weight.name], flags.kind == ALL_COUNT
-        arrays = {part: self._index(weight, rows_of + part) for part in ("starts", "columns", "places")}
+        arrays = {part: self.index(weight, rows_of + part) for part in ("starts", "columns", "places")}
         name = f"list:{weight.name}:{rows_of}{group_bytes}:{hash(tuple(tuple(terms) for terms, _ in phases))}"
-        whole, size = lasts and len(phases) == 1, max(1, index.capacity)
+        whole, size = len(phases) == 1 and flags.kind != FLAGGED_COLUMNS, max(1, index.capacity)
         offsets = self._list_memory(lasts, name, size)
-        order = arrays["places"] if whole else self._list_memory(lasts, f"{name}:order", size)
+        # Places of weights in any case: ``gather_csr`` reads also what stands between the listed entries.
+        order = arrays["places"] if whole else self.shared(f"{name}:{flags.kind}", size)
         made: list[Lists] = []
         after: Ref | int = 0
         for number, (terms, grid) in enumerate(phases):
             limits = _limits(index, terms, rows, tiling(grid, pixels or _pixels()), grid.steps[0], grid.lanes)
-            known = len(self.plan.fixed)
-            bounds = self._list_memory(lasts, f"{name}:{number}:{limits}", 2 * rows * len(limits))
-            if not lasts or len(self.plan.fixed) > known:  # not there already
+            place = f"{name}:{number}:{limits}"
+            known = lasts and place in self.plan.fixed  # another product reads the same list
+            bounds = self._list_memory(lasts, place, 2 * rows * len(limits))
+            if not known:
                 with self.stage(LISTS if lasts else self._stage):
                     self.emit(
                         "expand_csr", (flags.kind,), -(-rows // _ROWS_PER_JOB), **arrays, terms=self.table(terms),
@@ -434,17 +439,23 @@ class SparseLowering(LoweringCore):
             after = bounds + 8 * rows * (len(limits) - 1)
         return made
 
-    def _index(self, weight: Value, part: str) -> Ref:
-        """Return where an array of a weight's index is."""
-        name = f"index:{weight.name}:{part}"
-        self.plan.fixed[name] = getattr(self.sparse[weight.name], part)
-        return Ref(name)
-
     def _list_memory(self, lasts: bool, name: str, count: int) -> Ref:
         """Return memory for int32 numbers of a list."""
         return self.shared(name, count) if lasts else self.workspace(4 * count)
 
-    def _multiply(self, node: Node, x: Layout, y: Layout, grid: Grid, lists: Lists, rows: int, bias: Ref) -> None:
+    def _gather(self, weight: Value, lists: Lists) -> Ref:
+        """Return where a list's weights stand one after another; emit the copy unless they are stored so."""
+        if not lists.ordered:
+            return self.address(weight)
+        index = self.sparse[weight.name]
+        values = self.workspace(4 * index.capacity)
+        self.emit("gather_csr", (), -(-index.capacity // _COPIES_PER_JOB), weight=self.address(weight),
+                  order=lists.order, values=values, count=self.index(weight, "starts") + 4 * index.rows,
+                  entries_per_job=_COPIES_PER_JOB)  # fmt: skip
+        return values
+
+    def _multiply(self, node: Node, x: Layout, y: Layout, grid: Grid, lists: Lists, weight: Ref, rows: int,
+                  bias: Ref) -> None:  # fmt: skip
         """Emit ``y[row][p] = bias[row] + sum over the row's entries of w * x[p + offset]``."""
         cut = tiling(grid, _pixels())
         sets = max(1, _LATENCY // (cut.runs * cut.columns))
@@ -459,9 +470,9 @@ class SparseLowering(LoweringCore):
         self.emit(
             # One entry per turn of the loop: two left a rest that was predicted wrongly every other time, and took
             # 0.81 ms instead of 0.69 for the forward products of six layers 16@32x32 at density 0.1 (one thread).
-            "multiply_csr", (grid.lanes, cut.runs, cut.columns, grid.steps[0], sets, int(lists.ordered)),
+            "multiply_csr", (grid.lanes, cut.runs, cut.columns, grid.steps[0], sets),
             grid.blocks * chunks * row_chunks, x=self.address(node.x), y=self.address(node.y), bias=bias,
-            tiles=self.table(cut.table), weight=self.address(node.input(1)), order=lists.order, **lists.places,
+            tiles=self.table(cut.table), weight=weight, **lists.places,
             row_count=rows, x_block=x.block, y_block=y.block, y_channel=y.channel, y_step=grid.steps[1],
             tile_count=cut.tiles, tile_chunk=tile_chunk, tile_chunks=chunks, row_chunk=row_chunk,
             row_chunks=row_chunks,

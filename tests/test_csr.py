@@ -153,6 +153,43 @@ def test_no_weight_at_all(case, monkeypatch):
     sparse.check(5)
 
 
+def test_lists_are_made_when_the_topology_has_changed_and_not_before():
+    case = Case("lists", (16, 8, 8), lambda net, x: net.conv(net.Relu(net.conv(x, 16, 16, 3, 3)), 16, 16, 3, 3))
+    made = learner(case.graph(), 4, loss=case.loss, sparsity=RigL(weights=0.9, dense_first=False, refresh=3))
+    x, y = case.batch(4)
+    made.partial_fit(x, y)
+    plan = made.training_plan()
+    assert {row.kernel[0] for row in plan.list_rows} == {"expand_csr"}
+    assert "expand_csr" not in {row.kernel[0] for row in plan.rows}
+    lists = {name: array for name, array in plan.fixed.items() if name.startswith("list:")}
+    first = {name: array.copy() for name, array in lists.items()}
+    for array in lists.values():
+        array[:] = 0
+    made.partial_fit(x, y)
+    assert not any(array.any() for array in lists.values())
+    made.logits(x)  # another plan for as many samples has the same lists, and had not made them
+    own = [name for name in made.plans.executor(False, 4).plan.fixed if name.startswith("list:")]
+    assert own
+    assert_same({name: lists[name] for name in own}, {name: first[name] for name in own})
+    while made.topology.changes == 0:
+        made.partial_fit(x, y)
+    made.partial_fit(x, y)
+    assert all(array.any() and not np.array_equal(array, first[name]) for name, array in lists.items()
+               if array.size > 32)  # not the bounds, which may stay  # fmt: skip
+
+
+def test_lists_go_with_the_last_plan_that_reads_them():
+    case = Case("lists", (16, 8, 8), lambda net, x: net.conv(x, 16, 16, 3, 3))
+    made = learner(case.graph(), 4, loss=case.loss, sparsity=StaticSparse(weights=0.9, dense_first=False))
+    kept = made.plans.plan(True, 4)
+    assert kept.list_bytes == sum(array.nbytes for array in made._parameters.lists.values()) > 0
+    assert made.plans.memory(kept).parts["sparse index"] == kept.list_bytes + sum(
+        index.nbytes for index in made._parameters.sparse.values()
+    )
+    del kept
+    assert not made._parameters.lists
+
+
 @pytest.mark.parametrize("compact", [True, False], ids=["compact", "master"])
 def test_density_one_is_dense_bit_for_bit(compact):
     def build(net: Net, x: str) -> str:

@@ -5,7 +5,7 @@ fill a part of a vector (``lowering_sparse.Grid.widened``): so vectors may begin
 of a run are compile-time constants, so that every multiply-accumulate reads its input by one addressing mode; with an
 address per pixel, as in ``tiles``, the sixteen integer registers of x86 would not hold a tile.
 
-Entry i of a list: ``offsets[i]``, the input's byte offset, and ``order[i]``, which number of the weights it is; int32.
+Entry i of a list: ``offsets[i]``, the input's byte offset (int32), and ``weight[i]`` (float32).
 """
 
 from __future__ import annotations
@@ -52,14 +52,14 @@ def _fma(builder: Any, a: Any, b: Any, c: Any) -> Any:
 
 @intrinsic(prefer_literal=True)
 def csr_multiply_tile(
-    typingctx: Any, x: Any, y: Any, weight: Any, offsets: Any, order: Any, first: Any, last: Any, bias: Any, table: Any,
-    keep: Any, y_step: Any, runs: Any, columns: Any, x_step: Any, sets: Any, ordered: Any, lanes: Any,
+    typingctx: Any, x: Any, y: Any, weight: Any, offsets: Any, first: Any, last: Any, bias: Any, table: Any, keep: Any,
+    y_step: Any, runs: Any, columns: Any, x_step: Any, sets: Any, lanes: Any,
 ) -> Any:  # fmt: skip
     """Compute the pixels of a tile of one output channel: ``y[p] = bias + sum over entries of w * x[p + offset]``.
 
     Args:
         x, y: addresses of the input and of the output channel.
-        weight, offsets, order: addresses of the weights and of the list.
+        weight, offsets: addresses of the list.
         first, last: the first entry, and the one behind the last.
         bias: float32.
         table: ``runs`` pairs (input, output) of int64 byte offsets, those of the first pixel of each run.
@@ -69,13 +69,12 @@ def csr_multiply_tile(
         x_step: compile-time; bytes between input pixels.
         sets: compile-time; sets of accumulators, for tiles with fewer pixels than a multiply-accumulate has latency,
             and entries per turn of the loop.
-        ordered: compile-time; 0 if entry i is weight i.
         lanes: compile-time.
     """
-    nr, nc, step, ns, has_order, n = (literal(size) for size in (runs, columns, x_step, sets, ordered, lanes))
+    nr, nc, step, ns, n = (literal(size) for size in (runs, columns, x_step, sets, lanes))
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        x_, y_, weight_, offsets_, order_, first_, last_, bias_, table_, keep_, y_step_ = args[:11]
+        x_, y_, weight_, offsets_, first_, last_, bias_, table_, keep_, y_step_ = args[:10]
         sources, targets = _runs(builder, table_, nr, x_, y_)
         places = _tile(builder, targets, y_step_, nc, n)
         zero = ir.Constant(ir.VectorType(F32, n), [0.0] * n)
@@ -88,8 +87,7 @@ def csr_multiply_tile(
 
         def add(entry: Any, part: list[Any]) -> None:
             offset = _item(builder, offsets_, entry)
-            number = _item(builder, order_, entry) if has_order else entry
-            weight = splat(builder, _item(builder, weight_, number, F32), n)
+            weight = splat(builder, _item(builder, weight_, entry, F32), n)
             pixels = _tile(builder, [builder.add(source, offset) for source in sources], step, nc, n)
             for slot, pixel in zip(part, pixels, strict=True):
                 builder.store(_fma(builder, builder.load(pixel, align=4), weight, builder.load(slot)), slot)
@@ -112,8 +110,8 @@ def csr_multiply_tile(
             builder.store(builder.fadd(total, shift), place, align=4)
         return context.get_dummy_value()
 
-    kinds = [types.int64] * 7 + [types.float32] + [types.int64] * 3
-    return types.void(*kinds, runs, columns, x_step, sets, ordered, lanes), codegen
+    kinds = [types.int64] * 6 + [types.float32] + [types.int64] * 3
+    return types.void(*kinds, runs, columns, x_step, sets, lanes), codegen
 
 
 @intrinsic(prefer_literal=True)
@@ -163,9 +161,9 @@ def csr_correlate_tile(
 
 @intrinsic(prefer_literal=True)
 def csr_gradients_tile(
-    typingctx: Any, dy: Any, x: Any, dx: Any, weight: Any, offsets: Any, order: Any, first: Any, last: Any, sums: Any,
-    table: Any, part: Any, keep: Any, following: Any, x_step: Any, middle: Any, factor: Any, offset: Any, low: Any,
-    high: Any, runs: Any, columns: Any, normalised: Any, lanes: Any,
+    typingctx: Any, dy: Any, x: Any, dx: Any, weight: Any, offsets: Any, first: Any, last: Any, sums: Any, table: Any,
+    part: Any, keep: Any, following: Any, x_step: Any, middle: Any, factor: Any, offset: Any, low: Any, high: Any,
+    runs: Any, columns: Any, normalised: Any, lanes: Any,
 ) -> Any:  # fmt: skip
     """Compute both gradients at the pixels of a tile of one input channel: each vector of ``dy`` is loaded once.
 
@@ -174,7 +172,7 @@ def csr_gradients_tile(
 
     Args:
         dy, x, dx: addresses of the output gradient and of the channel of input and input gradient.
-        weight, offsets, order, first, last, sums: as in ``csr_multiply_tile`` and ``csr_correlate_tile``.
+        weight, offsets, first, last, sums: as in ``csr_multiply_tile`` and ``csr_correlate_tile``.
         x_step: bytes between pixels of ``x``, and of ``dx``; those of ``dy`` lie side by side.
         table: ``runs`` triples (``dy``, ``x``, ``dx``) of int64 byte offsets, those of the first pixel of each run.
         part: 0 to start from nothing instead of what ``dx`` holds.
@@ -189,8 +187,7 @@ def csr_gradients_tile(
     step, vector = 4 * n, ir.VectorType(F32, n)
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        (dy_, x_, dx_, weight_, offsets_, order_, first_, last_, sums_, table_, part_, keep_, following_,
-         x_step_) = args[:14]  # fmt: skip
+        dy_, x_, dx_, weight_, offsets_, first_, last_, sums_, table_, part_, keep_, following_, x_step_ = args[:13]
         base = pointer(builder, table_, I64)
         offsets = [builder.load(builder.gep(base, [_constant(i)])) for i in range(3 * nr)]
         with builder.if_then(builder.icmp_signed("!=", following_, _constant(0))):
@@ -206,7 +203,7 @@ def csr_gradients_tile(
         )
         pixels = [builder.load(place, align=4) for place in _tile(builder, inputs, x_step_, nc, n)]
         if norm:
-            middle_, factor_, offset_, low_, high_ = (splat(builder, number, n) for number in args[14:19])
+            middle_, factor_, offset_, low_, high_ = (splat(builder, number, n) for number in args[13:18])
             for i, pixel in enumerate(pixels):
                 value = _fma(builder, builder.fsub(pixel, middle_), factor_, offset_)
                 value = builder.select(builder.fcmp_ordered("<", value, low_), low_, value)
@@ -223,7 +220,7 @@ def csr_gradients_tile(
         with cgutils.for_range(builder, builder.sub(last_, first_)) as loop:
             entry = builder.add(first_, loop.index)
             at = _item(builder, offsets_, entry)
-            weight = splat(builder, _item(builder, weight_, _item(builder, order_, entry), F32), n)
+            weight = splat(builder, _item(builder, weight_, entry, F32), n)
             target = pointer(builder, builder.add(sums_, builder.mul(entry, _constant(step))), vector)
             totals = [builder.select(kept, builder.load(target, align=4), zero), zero]
             errors = _tile(builder, [builder.add(source, at) for source in sources], step, nc, n)
@@ -236,5 +233,5 @@ def csr_gradients_tile(
             builder.store(builder.load(slot), place, align=4)
         return context.get_dummy_value()
 
-    kinds = [types.int64] * 14 + [types.float32] * 5
+    kinds = [types.int64] * 13 + [types.float32] * 5
     return types.void(*kinds, runs, columns, normalised, lanes), codegen
