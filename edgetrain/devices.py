@@ -31,26 +31,32 @@ _PEAK_ORIGIN = "derived: cores x clock x lanes x 2 flops x FMA per cycle"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recipe:
-    """How to train on this device unless the user says otherwise; ``lr`` is the peak of the schedule.
+class Hyperparameters:
+    """Optimizer, schedule and loss of a training run; ``lr`` is the peak of the schedule."""
 
-    ``filter``, ``sparsity`` and ``error_pruning`` say what to skip, as ``policies.parse_policy`` reads it. Where they
-    skip nothing, ``stream_recipe`` names the recipe of ``edgetrain fit --recipe`` that a stream is learned with.
-    """
-
+    epochs: Annotated[int, Within(1, 100_000)]
     optimizer: Annotated[str, OneOf(("sgd", "adam", "adamw"))]
     lr: Annotated[float, Within(1e-8, 10)]
     momentum: Annotated[float, Within(0, 0.9999)]
     nesterov: bool
     weight_decay: Fraction
     decay_bias_and_norm: bool
-    schedule: Annotated[str, OneOf(("constant", "cosine"))]
-    warmup_fraction: Fraction
-    epochs: Annotated[int, Within(1, 100_000)]
-    label_smoothing: Annotated[float, Within(0, 0.9)]
-    augmentation: str
     clip_norm: Annotated[float, Within(1e-6, 1e6)] | None = None
     averaging: Annotated[float, Within(0, 0.999999)] = 0.0
+    schedule: Annotated[str, OneOf(("constant", "cosine"))]
+    warmup_fraction: Annotated[float, Within(0, 0.99)]
+    label_smoothing: Annotated[float, Within(0, 0.9)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe(Hyperparameters):
+    """How to train on this device unless the user says otherwise.
+
+    ``filter``, ``sparsity`` and ``error_pruning`` say what to skip, as ``policies.parse_policy`` reads it. Where they
+    skip nothing, ``stream_recipe`` names the recipe of ``edgetrain fit --recipe`` that a stream is learned with.
+    """
+
+    augmentation: str
     filter: str = "none"
     sparsity: str = "none"
     error_pruning: str = "none"

@@ -319,7 +319,7 @@ def from_recipe(recipe: Any) -> Optimizer:
     """Return the optimizer that a recipe describes; ``fit`` fills in the schedule's length.
 
     Args:
-        recipe: anything with the fields of ``devices.Recipe``.
+        recipe: anything with the fields of ``devices.Hyperparameters``.
 
     Raises:
         UsageError: unknown optimizer or schedule.

@@ -17,7 +17,7 @@ from edgetrain.data import Augmentation
 from edgetrain.data.embedded import EMBEDDED_NAMES
 from edgetrain.data.readers import NO_SOURCE
 from edgetrain.data.streaming import STANDARD_INPUT
-from edgetrain.devices import DeviceProfile, load_profile
+from edgetrain.devices import DeviceProfile, Hyperparameters, load_profile
 from edgetrain.errors import ProfileError, UsageError
 from edgetrain.optim import KINDS, OPTIMIZERS
 from edgetrain.policies import NONE, parse_policy
@@ -57,22 +57,12 @@ class DeviceSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainingSettings:
-    """The recipe; ``lr`` is the peak of the schedule."""
+class TrainingSettings(Hyperparameters):
+    """The hyperparameters of the run; where its random numbers begin, and how often it is saved."""
 
-    epochs: Annotated[int, Within(1, 100_000)]
-    seed: Annotated[int, Within(0, 2**63 - 1)] = 0
     optimizer: Annotated[str, OneOf(tuple(OPTIMIZERS))]
-    lr: Annotated[float, Within(1e-8, 10)]
-    momentum: Annotated[float, Within(0, 0.9999)]
-    nesterov: bool
-    weight_decay: Annotated[float, Within(0, 1)]
-    decay_bias_and_norm: bool
-    clip_norm: Annotated[float, Within(1e-6, 1e6)] | None = None
-    averaging: Annotated[float, Within(0, 0.999999)] = 0.0
     schedule: Annotated[str, OneOf(KINDS)]
-    warmup_fraction: Annotated[float, Within(0, 0.99)]
-    label_smoothing: Annotated[float, Within(0, 0.9)]
+    seed: Annotated[int, Within(0, 2**63 - 1)] = 0
     save_every_minutes: Annotated[float, Within(0, 1e6)] = 10.0
 
 
