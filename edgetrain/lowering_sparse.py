@@ -448,7 +448,7 @@ class SparseLowering(LoweringCore):
         if not lists.ordered:
             return self.address(weight)
         index = self.sparse[weight.name]
-        values = self.workspace(4 * index.capacity)
+        values = self.workspace(4 * max(1, index.capacity))
         self.emit("gather_csr", (), -(-index.capacity // _COPIES_PER_JOB), weight=self.address(weight),
                   order=lists.order, values=values, count=self.index(weight, "starts") + 4 * index.rows,
                   entries_per_job=_COPIES_PER_JOB)  # fmt: skip
