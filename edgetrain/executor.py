@@ -221,9 +221,10 @@ class Executor:
         Returns:
             False if the step was stopped because it was not finite.
         """
-        self._bind()
-        self._place(sources)
-        self._list()
+        self._prepare(sources)
+        return self._run(until)
+
+    def _run(self, until: str = "update") -> bool:
         rows = self._rows_until[until]
         pace = self._paces.setdefault(rows, Pace(self._team.threads))
         start = time.perf_counter()
@@ -236,10 +237,11 @@ class Executor:
 
         ``taken`` is called if it was, also where an interrupt (Ctrl-C) strikes: that is raised behind the step.
         """
+        self._prepare(sources)
         team = self._team
-        team.ended = []
+        team.ended = []  # only now: lists of weights are made by a run, too
         try:
-            return self.run(sources)
+            return self._run()
         finally:
             if team.ended and team.ended[0] == 0:
                 taken(self)
@@ -254,9 +256,7 @@ class Executor:
             Seconds of every row float64 ``(rows + 1,)``, the last being what a look at the clock takes; ``None`` if
             the step was stopped because it was not finite.
         """
-        self._bind()
-        self._place(sources)
-        self._list()
+        self._prepare(sources)
         rows, clock = len(self.plan.rows), compile_kernels([_STAMP])[_STAMP]
         stamps = aligned(2 * (rows + 2), np.int64).reshape(-1, 2)
         targets = aligned(rows + 2, np.int64)
@@ -269,6 +269,12 @@ class Executor:
             return None
         seconds: NDArray[np.float64] = np.diff(stamps[:, 0]) + 1e-9 * np.diff(stamps[:, 1])
         return seconds
+
+    def _prepare(self, sources: Mapping[str, NDArray[Any]]) -> None:
+        """Put all addresses in their places, and make the lists that are not up to date."""
+        self._bind()
+        self._place(sources)
+        self._list()
 
     def _list(self) -> None:
         """Make the lists of sparse weights anew if the topology has changed."""

@@ -9,7 +9,7 @@ A list may be cut into *parts* by column, so that the channels that one part rea
 
 from __future__ import annotations
 
-from edgetrain.kernels.codes import ABSENT, FLAGGED_COLUMNS, FLAGGED_ROWS
+from edgetrain.kernels.codes import ABSENT, ALL_COUNT, FLAGGED_COLUMNS, FLAGGED_ROWS
 from edgetrain.kernels.csr_tiles import csr_correlate_tile, csr_gradients_tile, csr_multiply_tile
 from edgetrain.kernels.registry import Body, kernel
 from edgetrain.kernels.simd import (
@@ -81,8 +81,9 @@ def expand_csr(flagged: int) -> Body:
                 if flagged == FLAGGED_COLUMNS:
                     counts = load_i32(flags + 4 * (column // taps))
                 listed = term != ABSENT and counts != 0
-                # Where there is room, written in any case: a branch would be predicted wrongly every other time.
-                if listed or after == 0:
+                # In lists of a step written in any case, where there is room: a branch would be predicted wrongly every
+                # other time. What lasts is another list's, too, that may stand behind this one.
+                if listed or (flagged != ALL_COUNT and after == 0):
                     store_i32(offsets + 4 * at, base + term)
                     if order != 0:
                         store_i32(order + 4 * at, load_i32(places + 4 * i))
