@@ -21,7 +21,7 @@ from edgetrain.ops import get_op
 from edgetrain.ops.conv import ProductOp
 from edgetrain.ops.pooling import MaxPoolGrad
 from edgetrain.ops.pruning import CHOICE, IMPORTANCE
-from edgetrain.schema import percent_hint, take_numbers
+from edgetrain.settings import Limits, take_numbers
 
 # Gradients of normalisations, and which of their outputs is the gradient of the input.
 _NORMALISED = {
@@ -89,15 +89,10 @@ class ErrorMapPruning(ErrorPruning):
 
     def __post_init__(self) -> None:
         take_numbers(self, "ErrorMapPruning")
-        if not (isinstance(self.keep, int | float) and 0 < self.keep <= 1):
-            hint = percent_hint("keep", self.keep)
-            raise UsageError(f"ErrorMapPruning: keep={self.keep!r}, expected a number above 0 and at most 1{hint}")
-        if self.importance not in IMPORTANCE:
-            known = ", ".join(IMPORTANCE)
-            raise UsageError(f"ErrorMapPruning: importance={self.importance!r}, expected one of {known}")
-        if self.distribution not in DISTRIBUTIONS:
-            known = ", ".join(DISTRIBUTIONS)
-            raise UsageError(f"ErrorMapPruning: distribution={self.distribution!r}, expected one of {known}")
+        limits = Limits(self, "ErrorMapPruning")
+        limits.number("keep", lambda keep: 0 < keep <= 1, "a number above 0 and at most 1", share=True)
+        limits.one_of("importance", IMPORTANCE)
+        limits.one_of("distribution", DISTRIBUTIONS)
 
     @property
     def idle(self) -> bool:
@@ -241,11 +236,9 @@ class GradientPruning(ErrorPruning):
 
     def __post_init__(self) -> None:
         take_numbers(self, "GradientPruning")
-        if not (isinstance(self.rate, int | float) and 0 < self.rate < 1):
-            hint = percent_hint("rate", self.rate)
-            raise UsageError(f"GradientPruning: rate={self.rate!r}, expected a number above 0 and below 1{hint}")
-        if self.group not in ("element", "lanes"):
-            raise UsageError(f"GradientPruning: group={self.group!r}, expected 'element' or 'lanes'")
+        limits = Limits(self, "GradientPruning")
+        limits.number("rate", lambda rate: 0 < rate < 1, "a number above 0 and below 1", share=True)
+        limits.require("group", self.group in ("element", "lanes"), "'element' or 'lanes'")
 
     @property
     def factor(self) -> float:
