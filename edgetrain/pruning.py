@@ -28,6 +28,8 @@ _NORMALISED = {
     "BatchNormalizationGrad": 0, "BatchNormalizationGradAgain": 0, "ResidualNormalizationGrad": 1,
     "ResidualNormalizationMaskGrad": 1,
 }  # fmt: skip
+# First ``stream`` of the random numbers for channels behind max pools, and of gradient pruning; other channels' is 0.
+_POOLED_STREAMS, _GRADIENT_STREAMS = 500, 1000
 _PRUNED = {"ProductInputGrad": "PrunedInputGrad", "ProductWeightGrad": "PrunedWeightGrad", "SumTo": "PrunedBiasGrad"}
 
 
@@ -116,7 +118,7 @@ class ErrorMapPruning(ErrorPruning):
             if count := self._count(error_map.conv, keep):
                 kept = self._choice(graph, error_map.conv, error_map.value, count, stream)
                 self._prune(train, error_map, kept)
-        for stream, node in enumerate(pooled, 500):
+        for stream, node in enumerate(pooled, _POOLED_STREAMS):
             if count := self._count(node.get("conv"), keep):
                 # What comes to the pool has the norms of the error map.
                 kept = self._choice(graph, node.get("conv"), node.input(1), count, stream)
@@ -293,7 +295,8 @@ class GradientPruning(ErrorPruning):
             if node.get("grad_out") == source:  # lists of activations tell places in the map that is read with them
                 graph.nodes[i] = replace(graph.nodes[i], attributes={**node.attributes, "grad_out": pruned})
         made = next(i for i, node in enumerate(graph.nodes) if source in node.outputs)
-        attributes = {"group": self.group, "factor": self.factor, "record": train.records, "stream": 1000 + made}
+        stream = _GRADIENT_STREAMS + made
+        attributes = {"group": self.group, "factor": self.factor, "record": train.records, "stream": stream}
         graph.nodes.insert(made + 1, Node("PrunedGradient", pruned.name, (source,), (pruned,), attributes))
         train.records += 1
 

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from edgetrain.errors import CheckpointError, NumericalError, UsageError
 from edgetrain.graph import Graph
 from edgetrain.kernels.registry import KernelKey
+from edgetrain.random_streams import FILTER, generator
 from edgetrain.settings import Limits, take_numbers
 
 Floats = NDArray[np.float64]
@@ -139,8 +140,7 @@ class Selector(ABC):
     def __init__(self, settings: InstanceFilter, seed: int) -> None:
         self.settings = settings
         self.share = KeptShare(settings.rate)
-        # A stream of its own: a filter must not draw the numbers that shuffling or dropout draw.
-        self.rng = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(2,)))
+        self.rng = generator(seed, FILTER)
         self.seen = 0
 
     def choose(self, x: Images, y: Labels, losses: Floats | None) -> Choice:
