@@ -234,7 +234,7 @@ class Plans:
     def macs(self, count: int, plan: Plan) -> tuple[int, dict[str, int]]:
         """Return the multiply-accumulates that a plan's latest step of ``count`` samples executed, and those saved.
 
-        The latter by method, with the names of the fields of ``StepResult``.
+        The latter by what saved them (``accounting.SAVERS``), with the names of the fields of ``StepResult``.
         """
         listed, activations = self._skipped()
         saved = {
@@ -243,7 +243,7 @@ class Plans:
             "saved_activations": activations,
         }
         done = self._macs["dense"] - sum(saved.values())
-        return count * done, {method: count * macs for method, macs in saved.items()}
+        return count * done, {name: count * macs for name, macs in saved.items()}
 
     def _skipped(self) -> tuple[int, int]:
         """Return what products on lists of error maps, and of activations, skipped of a sample in the latest step.
