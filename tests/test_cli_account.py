@@ -374,7 +374,7 @@ def test_a_run_whose_baseline_is_only_begun_is_drawn_alone_and_the_report_says_h
     inside, capsys, monkeypatch
 ):
     pytest.importorskip("matplotlib")
-    killed(monkeypatch, capsys, "endings.begin", *STREAM, "--baseline")
+    killed(monkeypatch, capsys, "sessions.begin", *STREAM, "--baseline")
     assert (inside / "runs/fit-1/baseline").is_dir()
     assert len(drawn(monkeypatch, capsys, "runs/fit-1", "--plot")[1]) == 1
     told = run(capsys, "report", "runs/fit-1")[1]

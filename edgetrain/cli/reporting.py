@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from edgetrain.cli.endings import is_done, twins_to_plot
 from edgetrain.cli.output import emit, table
 from edgetrain.cli.savings import account_text, times_text
+from edgetrain.cli.sessions import is_done, twins_to_plot
 from edgetrain.history import COUNTED
 from edgetrain.runs import Run, open_run
 

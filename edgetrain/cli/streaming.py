@@ -16,7 +16,12 @@ from numpy.typing import NDArray
 from edgetrain._version import __version__
 from edgetrain.checkpoint import save_checkpoint
 from edgetrain.cli.config import Config, MethodSettings, is_onnx_file
-from edgetrain.cli.endings import (
+from edgetrain.cli.estimate import Work, random_batches, time_dense
+from edgetrain.cli.normalizing import STANDS_OUT, normalization_of, standing_out
+from edgetrain.cli.output import count, emit
+from edgetrain.cli.progress import CompileNotice, Display, resident_mib
+from edgetrain.cli.savings import account_of, account_text, itself, layers_of, savings_of
+from edgetrain.cli.sessions import (
     begin,
     going_on,
     heed_stop,
@@ -30,11 +35,6 @@ from edgetrain.cli.endings import (
     train_baseline,
     until_stopped,
 )
-from edgetrain.cli.estimate import Work, random_batches, time_dense
-from edgetrain.cli.normalizing import STANDS_OUT, normalization_of, standing_out
-from edgetrain.cli.output import count, emit
-from edgetrain.cli.progress import CompileNotice, Display, resident_mib
-from edgetrain.cli.savings import account_of, account_text, itself, layers_of, savings_of
 from edgetrain.cli.signals import StopOnSignal, interrupts_kept
 from edgetrain.cli.sources import (
     check_classes,

@@ -14,7 +14,11 @@ import numpy as np
 import edgetrain
 from edgetrain.checkpoint import read_checkpoint, save_checkpoint
 from edgetrain.cli.config import Config, MethodSettings, check_stream, from_flags, from_run, is_onnx_file, why_dense
-from edgetrain.cli.endings import (
+from edgetrain.cli.estimate import Work, time_dense
+from edgetrain.cli.output import count, emit
+from edgetrain.cli.progress import CompileNotice, Display, choose_display, resident_mib
+from edgetrain.cli.savings import account_of, account_text, itself, layers_of, savings_of
+from edgetrain.cli.sessions import (
     begin,
     check_baseline,
     going_on,
@@ -28,10 +32,6 @@ from edgetrain.cli.endings import (
     train_baseline,
     until_stopped,
 )
-from edgetrain.cli.estimate import Work, time_dense
-from edgetrain.cli.output import count, emit
-from edgetrain.cli.progress import CompileNotice, Display, choose_display, resident_mib
-from edgetrain.cli.savings import account_of, account_text, itself, layers_of, savings_of
 from edgetrain.cli.signals import StopOnSignal, interrupts_kept
 from edgetrain.cli.sources import (
     check_classes,
