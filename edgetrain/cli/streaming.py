@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from edgetrain._version import __version__
 from edgetrain.checkpoint import save_checkpoint
-from edgetrain.cli.config import Config, MethodSettings, is_onnx_file
+from edgetrain.cli.config import Config, MethodSettings
 from edgetrain.cli.estimate import Work, random_batches, time_dense
 from edgetrain.cli.normalizing import STANDS_OUT, normalization_of, standing_out
 from edgetrain.cli.output import count, emit
@@ -36,18 +36,12 @@ from edgetrain.cli.sessions import (
     until_stopped,
 )
 from edgetrain.cli.signals import StopOnSignal, interrupts_kept
-from edgetrain.cli.sources import (
-    check_classes,
-    check_several,
-    image_options,
-    image_size_of,
-    make_learner,
-    take_initial_weights,
-)
+from edgetrain.cli.sources import make_learner, take_initial_weights
 from edgetrain.cli.stream_lines import last_line, stream_line
-from edgetrain.data import Dataset, available_splits, load_dataset
+from edgetrain.cli.stream_sources import stream_graph, stream_source, test_data
+from edgetrain.data import Dataset
 from edgetrain.data.batches import Batch
-from edgetrain.data.streaming import STANDARD_INPUT, InstanceSource, open_stream
+from edgetrain.data.streaming import InstanceSource
 from edgetrain.devices import DeviceProfile, load_profile
 from edgetrain.errors import DataError, EdgetrainError, InterruptedRunError, NumericalError, UsageError
 from edgetrain.fitting import block_size, check_fits, evaluate_dataset, last_lr
@@ -57,7 +51,6 @@ from edgetrain.policies import NONE
 from edgetrain.runs import Run, create_run
 
 if TYPE_CHECKING:
-    from edgetrain.graph import Graph
     from edgetrain.learner import Learner
 
 # Rows in memory, about a kilobyte each; a checkpoint writes them sooner unless windows are small.
@@ -71,7 +64,7 @@ def fit_stream(
 ) -> None:
     """Learn from a stream in a new run folder; ``began``: when the command did, of ``time.monotonic``."""
     learner, source = _new_learner(config, profile, display)
-    if (test := _test_data(config, learner.graph)) is not None:
+    if (test := test_data(config, learner.graph)) is not None:
         check_fits(learner.graph, test)  # now, not behind the whole stream
         del test
     with StopOnSignal(display) as stop:
@@ -161,49 +154,6 @@ def _baseline(session: StreamSession, profile: DeviceProfile) -> dict[str, Any]:
         return StreamSession(run, learner, config, display, stop, source, began, judges=True)
 
     return train_baseline(session, lambda run, config, began: _taken_up(run, config, display, stop, began), begin_anew)
-
-
-def stream_source(config: Config, graph: Graph) -> InstanceSource:
-    """Return the instances of a run, after a look at whether they fit the network.
-
-    Raises:
-        DataError: they do not, or the source is bad.
-    """
-    source = open_stream(
-        config.data.source, graph.input_shape, graph.num_classes, graph.class_names, image_size_of(config)
-    )
-    expected = graph.input_shape if len(graph.input_shape) == 3 else (graph.input_shape[0], 1, *graph.input_shape[1:])
-    if source.input_shape not in (None, expected):
-        raise DataError(
-            f"stream '{source.name}' has instances of shape {source.input_shape}, but the network '{graph.name}' "
-            f"expects {expected}"
-        )
-    if len(source.class_names) > graph.num_classes:
-        raise DataError(
-            f"stream '{source.name}' has {len(source.class_names)} classes, but the network '{graph.name}' has "
-            f"{graph.num_classes} outputs"
-        )
-    check_classes(graph, source)
-    return source
-
-
-def stream_graph(config: Config) -> Graph:
-    """Build the network: for the shape and the classes that the source tells, or in its own shape.
-
-    Raises:
-        UsageError, ModelError, DataError: unknown or unsuitable model, or a bad source.
-    """
-    from edgetrain.catalog import build_model
-
-    name = config.model.name
-    if is_onnx_file(name) or config.data.source == STANDARD_INPUT:
-        return build_model(name, seed=config.training.seed)
-    shape = build_model(name).input_shape
-    source = open_stream(config.data.source, (), 2, image_size=image_size_of(config))
-    check_several(source.class_names, source.name)
-    told = source.input_shape or shape
-    fitted = (told[0], told[2]) if len(told) == 3 and told[1] == 1 and len(shape) == 2 else told
-    return build_model(name, fitted, len(source.class_names), config.training.seed)
 
 
 @dataclass
@@ -575,16 +525,7 @@ class StreamSession:
 
     @functools.cached_property
     def _test(self) -> Dataset | None:
-        return _test_data(self.config, self.learner.graph)
-
-
-def _test_data(config: Config, graph: Graph) -> Dataset | None:
-    """Return the test data of a stream's source, if it has any, with images in the size that the network takes."""
-    source = config.data.source
-    if source == STANDARD_INPUT or "test" not in available_splits(source):
-        return None
-    options = image_options(source, graph.input_shape)
-    return load_dataset(source, split="test", class_names=graph.class_names, **options)
+        return test_data(self.config, self.learner.graph)
 
 
 def _can_predict(learner: Learner) -> bool:
