@@ -27,6 +27,7 @@ from edgetrain.cli.sessions import (
     heed_stop,
     how_to_go_on,
     is_done,
+    new_learner,
     resuming,
     save_at_last,
     starting_anew,
@@ -35,8 +36,7 @@ from edgetrain.cli.sessions import (
     train_baseline,
     until_stopped,
 )
-from edgetrain.cli.signals import StopOnSignal, interrupts_kept
-from edgetrain.cli.sources import make_learner, take_initial_weights
+from edgetrain.cli.signals import StopOnSignal
 from edgetrain.cli.stream_lines import last_line, stream_line
 from edgetrain.cli.stream_sources import stream_graph, stream_source, test_data
 from edgetrain.data import Dataset
@@ -51,6 +51,7 @@ from edgetrain.policies import NONE
 from edgetrain.runs import Run, create_run
 
 if TYPE_CHECKING:
+    from edgetrain.graph import Graph
     from edgetrain.learner import Learner
 
 # Rows in memory, about a kilobyte each; a checkpoint writes them sooner unless windows are small.
@@ -125,21 +126,23 @@ def _taken_up(run: Run, config: Config, display: Display, stop: StopOnSignal, be
 def _new_learner(
     config: Config, profile: DeviceProfile, display: Display, source: InstanceSource | None = None
 ) -> tuple[Learner, InstanceSource]:
-    """Return the learner of a new run and its instances; the graph goes, for that has all weights once more.
+    """Return the learner of a new run and its instances.
 
     ``source``: the instances, if they are open already.
+
+    Raises:
+        UsageError, DataError, ModelError, MemoryBudgetError: model, source and settings do not fit together.
     """
-    graph = stream_graph(config)
-    source = stream_source(config, graph) if source is None else source
-    graph.name_classes(source.class_names)
-    matched = take_initial_weights(config, graph)
-    if matched is not None:
-        display.say(str(matched))
-    with CompileNotice(display.compiling):
-        learner = make_learner(config, graph, profile)
-        del graph  # here, as compiling takes memory, too
-        with interrupts_kept():
-            learner.prepare()  # compiles, and checks the memory budget, before there is a run folder
+
+    def network() -> Graph:
+        nonlocal source
+        graph = stream_graph(config)
+        source = stream_source(config, graph) if source is None else source
+        graph.name_classes(source.class_names)
+        return graph
+
+    learner = new_learner(config, profile, display, network)
+    assert source is not None
     if learner.sparsity is not None:
         display.say(f"sparsity {config.methods.sparsity}: {learner.topology.beginning}")
     return learner, source

@@ -25,6 +25,7 @@ from edgetrain.cli.sessions import (
     heed_stop,
     how_to_go_on,
     is_done,
+    new_learner,
     resuming,
     save_at_last,
     taken_up,
@@ -32,15 +33,13 @@ from edgetrain.cli.sessions import (
     train_baseline,
     until_stopped,
 )
-from edgetrain.cli.signals import StopOnSignal, interrupts_kept
+from edgetrain.cli.signals import StopOnSignal
 from edgetrain.cli.sources import (
     check_classes,
     classes_of_file,
     describe_data,
     load_splits,
     make_graph,
-    make_learner,
-    take_initial_weights,
     with_usable_methods,
 )
 from edgetrain.cli.streaming import fit_stream, resume_stream
@@ -55,6 +54,7 @@ from edgetrain.hostinfo import host_facts
 from edgetrain.runs import Run, create_run, open_run, runs_released
 
 if TYPE_CHECKING:
+    from edgetrain.graph import Graph
     from edgetrain.learner import Learner
 
 
@@ -88,25 +88,21 @@ def fit_command(flags: Mapping[str, Any]) -> None:
 def _new_learner(
     config: Config, training: Dataset, validation: Dataset, profile: DeviceProfile, display: Display
 ) -> Learner:
-    """Return the learner of a new run; the graph that it is made from goes, for that has all weights once more.
+    """Return the learner of a new run.
 
     Raises:
         UsageError, DataError, ModelError, MemoryBudgetError: model, data and settings do not fit together.
     """
-    graph = make_graph(config, training)
-    check_classes(graph, training)
-    for dataset in (training, validation):
-        check_fits(graph, dataset)
-    _check_augmentation(config, training)
-    matched = take_initial_weights(config, graph)
-    if matched is not None:
-        display.say(str(matched))
-    with CompileNotice(display.compiling):
-        learner = make_learner(config, graph, profile)
-        del graph  # here, as compiling takes memory, too
-        with interrupts_kept():
-            learner.prepare()  # compiles, and checks the memory budget, before there is a run folder
-    return learner
+
+    def network() -> Graph:
+        graph = make_graph(config, training)
+        check_classes(graph, training)
+        for dataset in (training, validation):
+            check_fits(graph, dataset)
+        _check_augmentation(config, training)
+        return graph
+
+    return new_learner(config, profile, display, network)
 
 
 def _baseline(session: _Session, profile: DeviceProfile) -> dict[str, Any]:
