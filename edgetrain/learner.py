@@ -260,7 +260,10 @@ class Learner(NotCopied):
         is stored for them (``RigL``, ``SET``, ``StaticSparse``).
 
         Args:
-            x, y: as for ``partial_fit``; what does not fit raises DataError or MemoryBudgetError as there.
+            x, y: as for ``partial_fit``.
+
+        Raises:
+            DataError, MemoryBudgetError: as ``partial_fit``.
         """
         with self._lock:
             executor, sources, _ = self._take_batch(x, y)

@@ -25,6 +25,10 @@ def plan_command(
         training: settings of the section of that name.
         methods: policies as text by kind, ``None`` for what the profile's recipe says.
         model, batch_size, profile_name, memory_budget, input_shape, classes, threads, stream, as_json: the flags.
+
+    Raises:
+        MemoryBudgetError: the plan needs more than the budget.
+        UsageError, ModelError, ProfileError: a flag is bad, or names what is not there.
     """
     from edgetrain.cli.config import effective
     from edgetrain.cli.sources import make_learner, with_usable_methods
@@ -58,7 +62,12 @@ def plan_command(
 def verify_command(
     model: str, steps: int, batch_size: int, input_shape: str | None, classes: int | None, seed: int, *, as_json: bool
 ) -> None:
-    """Print the comparison; a disagreement is an error after the table."""
+    """Print the comparison; a disagreement is an error after the table.
+
+    Raises:
+        VerificationError: edgetrain and PyTorch disagree.
+        UsageError, ModelError: a flag is bad, the model is not there, or PyTorch is not.
+    """
     from edgetrain.verify import verify
 
     report = verify(_graph(model, input_shape, classes, seed), steps=steps, batch_size=batch_size, seed=seed)

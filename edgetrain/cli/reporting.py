@@ -17,7 +17,11 @@ _COLUMNS = (("epoch", "epoch"), ("loss", "loss"), ("accuracy", "accuracy"), ("va
 
 
 def report_command(path: Path, *, as_json: bool, plot: bool = False, against: Sequence[Path] = ()) -> None:
-    """Print settings, epochs and files of a run; draw it beside its baseline and the runs of ``against``."""
+    """Print settings, epochs and files of a run; draw it beside its baseline and the runs of ``against``.
+
+    Raises:
+        UsageError: a folder is no run, or nothing can be drawn.
+    """
     run = open_run(path)
     if plot or against:
         from edgetrain.cli.plotting import plot_runs

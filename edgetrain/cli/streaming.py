@@ -90,7 +90,21 @@ def _introduce(display: Display, run: Run, learner: Learner, config: Config, sou
 
 
 def resume_stream(run: Run, config: Config, display: Display, as_json: bool, began: float) -> None:
-    """Go on in a run folder: a file or a folder where the stream was left, standard input with what comes now."""
+    """Go on in a run folder: a file or a folder where the stream was left, standard input with what comes now.
+
+    Args:
+        run: its folder, locked.
+        config: of the run, perhaps with another number of threads.
+        display: told what happens.
+        as_json: print the last lines for machines.
+        began: when the command did, of ``time.monotonic``.
+
+    Raises:
+        UsageError: nothing of the stream is left, and its last files are written.
+        CheckpointError: the last checkpoint is missing or damaged.
+        DataError, NumericalError, MemoryBudgetError, InterruptedRunError: as ``StreamSession.train``; DataError also
+            where the source is not what it was.
+    """
     session = _taken_up(run, config, display, StopOnSignal(display), began)
     learner, source = session.learner, session.source
     if session.is_over and is_done(run):
@@ -104,7 +118,12 @@ def resume_stream(run: Run, config: Config, display: Display, as_json: bool, beg
 
 
 def _taken_up(run: Run, config: Config, display: Display, stop: StopOnSignal, began: float) -> StreamSession:
-    """Return a session that goes on where the last checkpoint of a run stands."""
+    """Return a session that goes on where the last checkpoint of a run stands.
+
+    Raises:
+        CheckpointError: it is missing or damaged.
+        DataError: the source is bad, shorter than it was, or has other instances before that place.
+    """
     learner = taken_up(run, config, display)
     source, position = stream_source(config, learner.graph), learner.stream.position
     if source.count is not None and position > source.count:
@@ -276,7 +295,13 @@ class StreamSession:
         }  # fmt: skip
 
     def conclude(self) -> None:
-        """Write the last checkpoint and the ONNX file: the run is then finished, whatever becomes of its account."""
+        """Write the last checkpoint and the ONNX file: the run is then finished, whatever becomes of its account.
+
+        Raises:
+            InterruptedRunError: a signal came before the test data were looked at.
+            CheckpointError, UsageError: a file cannot be written.
+            DataError: the test data were damaged since the stream began; all of it is learned, and the files are there.
+        """
         with self.stop.unbroken():
             self._save()
             save_checkpoint(self.learner, self.run.best)

@@ -59,7 +59,13 @@ if TYPE_CHECKING:
 
 
 def fit_command(flags: Mapping[str, Any]) -> None:
-    """Train in a new run folder; ``flags`` are the parameters of the command."""
+    """Train in a new run folder; ``flags`` are the parameters of the command.
+
+    Raises:
+        UsageError, ProfileError, ModelError, DataError: flags, model and data are bad, or do not fit together.
+        MemoryBudgetError, NumericalError, InterruptedRunError, CheckpointError: as ``_Session.train`` and
+            ``StreamSession.train``.
+    """
     began = time.monotonic()
     config, profile, by_recipe = from_flags(flags)
     config, left_out = with_usable_methods(config, by_recipe)
@@ -120,7 +126,19 @@ def _baseline(session: _Session, profile: DeviceProfile) -> dict[str, Any]:
 
 
 def resume_command(path: Path, *, epochs: int | None, threads: int | None, quiet: bool, as_json: bool) -> None:
-    """Go on in an existing run folder."""
+    """Go on in an existing run folder.
+
+    Args:
+        path: of the folder.
+        epochs, threads: take the place of those of the run; ``None`` for these.
+        quiet: say nothing on the way.
+        as_json: print the last lines for machines.
+
+    Raises:
+        UsageError: no run, one that another process goes on with, settings edited that must not be, or nothing left.
+        DataError: the data are bad, or not those that the run began with.
+        CheckpointError, MemoryBudgetError, NumericalError, InterruptedRunError: as ``fit_command``.
+    """
     began, run = time.monotonic(), open_run(path)
     with runs_released():
         run.lock()
@@ -207,6 +225,9 @@ class _Session:
 
         Raises:
             InterruptedRunError: a signal asked to stop; the state is saved.
+            NumericalError: a step was not finite; the state before it is saved.
+            CheckpointError: the state of an interrupted run cannot be written.
+            MemoryBudgetError: a step does not fit into the budget.
         """
         self.display.begin(self.config.training.epochs, self.held_out)
         with CompileNotice(self.display.compiling):
@@ -227,7 +248,11 @@ class _Session:
                 self._interrupt()
 
     def conclude(self) -> None:
-        """Write the last checkpoint and the ONNX file: the run is then finished, whatever becomes of its account."""
+        """Write the last checkpoint and the ONNX file: the run is then finished, whatever becomes of its account.
+
+        Raises:
+            CheckpointError, UsageError: a file cannot be written.
+        """
         with self.stop.unbroken():
             save_checkpoint(self.learner, self.run.last)
             if not self.run.best.exists():
