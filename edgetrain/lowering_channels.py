@@ -24,16 +24,18 @@ from edgetrain.ops import Border, describe, get_op
 from edgetrain.ops.conv import ProductGrad, ProductOp
 from edgetrain.plan import Ref
 
-_PLAIN = (
-    "ActivationGrad", "AveragePool", "AveragePoolGrad", "BatchNormalization", "BatchNormalizationAgain",
-    "BatchNormalizationGrad", "BatchNormalizationGradAgain", "BatchNormalizationTraining", "ChannelShuffle",
-    "Clip", "Concat", "Dropout", "DropoutTraining", "Elu", "Flatten", "GlobalAveragePool", "HardSigmoid", "HardSwish",
-    "Identity", "LeakyRelu", "MaskActivation", "MaxPool", "MaxPoolGrad", "MaxPoolTraining", "MeanSquaredErrorLoss",
-    "MeanSquaredErrorLossGrad", "Pad", "Relu", "ReluMask", "ReluMaskGrad", "Reshape", "ResidualNormalizationGrad",
-    "Sigmoid", "SoftmaxCrossEntropyLoss", "SoftmaxCrossEntropyLossGrad", "Tanh", "Transpose",
-)  # fmt: skip
-
+# Operators that move single numbers: they leave the lanes behind the last channel alone.
 _COPIES = ("ChannelShuffle", "Concat", "Flatten", "Pad", "Reshape", "Transpose")
+# Operators whose kernels do not care what lanes hold, or have a twin here, whatever the shapes. A list instead of a
+# class attribute, for what derives from one of them (``PrunedMaxPoolGrad`` from ``MaxPoolGrad``) is for samples only.
+_PLAIN = (
+    *_COPIES, "ActivationGrad", "AveragePool", "AveragePoolGrad", "BatchNormalization", "BatchNormalizationAgain",
+    "BatchNormalizationGrad", "BatchNormalizationGradAgain", "BatchNormalizationTraining", "Clip", "Dropout",
+    "DropoutTraining", "Elu", "GlobalAveragePool", "HardSigmoid", "HardSwish", "Identity", "LeakyRelu",
+    "MaskActivation", "MaxPool", "MaxPoolGrad", "MaxPoolTraining", "MeanSquaredErrorLoss", "MeanSquaredErrorLossGrad",
+    "Relu", "ReluMask", "ReluMaskGrad", "ResidualNormalizationGrad", "Sigmoid", "SoftmaxCrossEntropyLoss",
+    "SoftmaxCrossEntropyLossGrad", "Tanh",
+)  # fmt: skip
 
 
 def fits(nodes: Sequence[Node]) -> bool:
