@@ -43,7 +43,7 @@ from edgetrain.pruning import ErrorPruning
 from edgetrain.sparsity import SparsityPolicy, Topology
 from edgetrain.sparsity.topology import TOPOLOGY
 from edgetrain.stream import InstanceStream
-from edgetrain.units import parse_bytes
+from edgetrain.units import MIB, parse_bytes
 
 if TYPE_CHECKING:
     from edgetrain.onnx_io import MatchReport
@@ -103,7 +103,7 @@ class Learner(NotCopied):
         self.seed, self.loss = integer_of("seed", seed, 0), loss_of(loss, self.graph)
         self.label_smoothing = smoothing_of(label_smoothing)
         budget = None if memory_budget is None else parse_bytes(memory_budget)
-        self.memory_budget = self.profile.memory_budget_mib * 2**20 if budget is None else budget
+        self.memory_budget = self.profile.memory_budget_mib * MIB if budget is None else budget
         self._optimizer = optimizer_of(SGD(lr=0.05, momentum=0.9) if optimizer is None else optimizer)
         self.error_pruning: ErrorPruning | None = as_policy("error_pruning", error_pruning)
         self.instance_filter: InstanceFilter | None = as_policy("filter", instance_filter)

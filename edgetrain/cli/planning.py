@@ -10,7 +10,7 @@ from edgetrain.cli.output import emit, mebibytes, parse_sizes, table
 from edgetrain.errors import MemoryBudgetError, VerificationError
 from edgetrain.graph import Graph
 from edgetrain.policies import NONE
-from edgetrain.units import parse_bytes
+from edgetrain.units import MIB, parse_bytes
 
 
 def plan_command(
@@ -47,7 +47,7 @@ def plan_command(
     config, left_out = with_usable_methods(config, by_recipe)
     learner = make_learner(config, graph, profile)
     plan = learner.memory_plan()
-    limit = budget or round(config.device.memory_budget_mib * (1 << 20))
+    limit = budget or round(config.device.memory_budget_mib * MIB)
     result = {"model": model, "batch_size": learner.batch_size, "methods": asdict(config.methods),
               "parts": plan.parts, "notes": plan.notes, "peak_bytes": plan.peak_bytes, "budget_bytes": limit,
               "fits": plan.peak_bytes <= limit}  # fmt: skip
