@@ -373,7 +373,7 @@ class Learner(NotCopied):
         """
         from edgetrain.onnx_io import match_parameters
 
-        arrays, report = match_parameters(self.graph, source)  # type: ignore[arg-type]
+        arrays, report = match_parameters(self.graph, source)
         with self._lock:
             self._parameters.load(self.topology.adopt(arrays))
             report.mark(self.graph)
@@ -578,7 +578,7 @@ class Learner(NotCopied):
 
     @property
     def _settings(self) -> NDArray[np.float32]:
-        return self._parameters.buffers["settings"]  # type: ignore[return-value]
+        return self._parameters.buffers["settings"]  # type: ignore[return-value]  # always float32
 
     def _arrays(self, buffer: str) -> Arrays:
         return {name: self._parameters.dense(name, buffer) for name in self._parameters.names()}
