@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from edgetrain.arrays import Layout, aligned, map_sizes
 from edgetrain.autodiff import LABELS
-from edgetrain.choice import Choice, Sizes, Tile, choose, simd_lanes
+from edgetrain.choice import Sizes, Tile, TileChoice, choose, simd_lanes
 from edgetrain.errors import GraphError
 from edgetrain.graph import Graph, Node, Value
 from edgetrain.kernels.codes import CHANNELS, SAMPLES
@@ -130,7 +130,7 @@ class LoweringCore:
         self._workspaces = 0
         self._masked: set[str] = set()  # weights of which a copy lies where their gradient will be
         self._written: dict[str, Ref] = {}  # where weights are written out for nodes to come, by name
-        self._choice: Choice | None = None
+        self._choice: TileChoice | None = None
         self.threads = 1  # that will run the plan: scratch memory is theirs, results are not
 
     def make_layout(self, value: Value, border: Border) -> Layout:
