@@ -5,10 +5,7 @@ Operations are multiply-accumulates of convolutions, fully connected layers and 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-# Methods that save operations; each has a field ``saved_<method>`` in every record.
-METHODS = ("filter", "error_maps", "weights", "activations")
+from dataclasses import dataclass, fields
 
 
 @dataclass(frozen=True)
@@ -43,3 +40,7 @@ class StepResult:
     saved_error_maps: int = 0
     saved_weights: int = 0
     saved_activations: int = 0
+
+
+# Where methods save operations; "saved_<name>" of every record tells how many.
+SAVERS = tuple(item.name.removeprefix("saved_") for item in fields(StepResult) if item.name.startswith("saved_"))

@@ -190,7 +190,7 @@ def _batch_norm(mnn: Any, network: Any, graph: Graph, node: Node) -> Callable[..
             variable.fix_as_trainable()
     module.load_parameters(variables)
     setattr(network, f"norm {node.name}", module)  # its parameters become the network's
-    return module.forward  # type: ignore[no-any-return]
+    return module.forward  # type: ignore[no-any-return]  # untyped here
 
 
 def _pool(mnn: Any, node: Node) -> Callable[..., Any]:

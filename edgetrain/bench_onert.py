@@ -32,7 +32,7 @@ def import_onert(threads: int) -> tuple[Any, Any, Any]:
     os.environ["NUM_THREADS"] = str(threads)
     try:
         names = ("onert.experimental.train", "tflite", "flatbuffers")
-        return tuple(importlib.import_module(name) for name in names)  # type: ignore[return-value]
+        return tuple(importlib.import_module(name) for name in names)  # type: ignore[return-value]  # three of them
     except ModuleNotFoundError:
         raise UsageError(
             "onert is not installed: pip install onert tflite flatbuffers, or leave that contender out"

@@ -96,11 +96,11 @@ def _write_artifacts(runtime: Any, graph: Graph, count: int, folder: Path) -> No
 
 def _model(graph: Graph, count: int) -> ModelProto:
     """Return the exported network for batches of one size: the gradient of AveragePool needs to know it."""
-    from edgetrain.onnx_io.exporter import build_model
+    from edgetrain.onnx_io.exporter import exported_model
 
     twin = graph.copy(share=True)
     twin.channels_last = False  # the batches that all contenders get are as inside
-    model = build_model(twin)
+    model = exported_model(twin)
     for value in (*model.graph.input, *model.graph.output):
         value.type.tensor_type.shape.dim[0].dim_value = count
     return model

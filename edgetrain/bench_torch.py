@@ -67,12 +67,12 @@ def _layer(torch: Any, graph: Graph, node: Node) -> Callable[..., Any]:
     }  # fmt: skip
     plain = {"Relu": torch.nn.ReLU, "Flatten": torch.nn.Flatten, "Dropout": torch.nn.Dropout}
     if node.op_type in plain:
-        return plain[node.op_type]()  # type: ignore[no-any-return]
+        return plain[node.op_type]()  # type: ignore[no-any-return]  # untyped here
     if node.op_type in ("Add", "Mul"):
-        return getattr(torch, node.op_type.lower())  # type: ignore[no-any-return]
+        return getattr(torch, node.op_type.lower())  # type: ignore[no-any-return]  # untyped here
     if node.op_type not in makers:
         raise UnsupportedError(f"node '{node.name}': the benchmark's PyTorch side has no {node.op_type}")
-    return makers[node.op_type](torch, graph, node)  # type: ignore[no-any-return]
+    return makers[node.op_type](torch, graph, node)  # type: ignore[no-any-return]  # untyped here
 
 
 def _fill(torch: Any, module: Any, graph: Graph, node: Node, names: list[str]) -> Any:

@@ -66,7 +66,7 @@ class Sizes:
 
 
 @dataclass(frozen=True)
-class Choice:
+class TileChoice:
     """The tile of a product, and why: ``rule``, ``calibration``, or ``trial`` while calibrating."""
 
     sizes: Sizes
@@ -93,16 +93,16 @@ _TARGET: ContextVar[Target | None] = ContextVar("target", default=None)
 _TRIAL: ContextVar[Callable[[Sizes], Tile | None] | None] = ContextVar("trial", default=None)
 
 
-def choose(sizes: Sizes) -> Choice:
+def choose(sizes: Sizes) -> TileChoice:
     """Return the choice for a product: of a trial, else of this machine's calibration, else of the rule."""
     trial = _TRIAL.get()
     if trial is not None:
         tile = trial(sizes)
-        return Choice(sizes, rule(sizes), "rule") if tile is None else Choice(sizes, tile, "trial")
+        return TileChoice(sizes, rule(sizes), "rule") if tile is None else TileChoice(sizes, tile, "trial")
     stored = stored_tiles().get(sizes.label) if target() == _host() else None
     if stored in candidates(sizes)[1:]:  # never what a file edited by hand says: too wide a tile reads beyond its rows
-        return Choice(sizes, stored, "calibration")
-    return Choice(sizes, rule(sizes), "rule")
+        return TileChoice(sizes, stored, "calibration")
+    return TileChoice(sizes, rule(sizes), "rule")
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from edgetrain.arguments import integer_of
 from edgetrain.arrays import array_of
 from edgetrain.data import Augmentation, Dataset, batch_count, batches
 from edgetrain.data.batches import Batch
-from edgetrain.data.convert import Layout
+from edgetrain.data.convert import ImageLayout
 from edgetrain.data.targets import TargetSet
 from edgetrain.errors import DataError, UsageError
 from edgetrain.graph import Graph, Normalization, Shape
@@ -138,7 +138,7 @@ def as_samples(data: Data, name: str, graph: Graph, loss: str) -> Samples:
     x, y = data
     if len(graph.input_shape) == 1:
         x = _as_maps(x, name)
-    layout: Layout = "signal" if _three_sizes(graph.input_shape)[1] == 1 else "image"
+    layout: ImageLayout = "signal" if _three_sizes(graph.input_shape)[1] == 1 else "image"
     if loss == "mse":
         return TargetSet.from_arrays(x, y, graph.output_shape, name, layout)
     names = tuple(map(str, range(graph.num_classes)))

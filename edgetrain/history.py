@@ -10,12 +10,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-from edgetrain.accounting import METHODS, StepResult
+from edgetrain.accounting import StepResult
 from edgetrain.errors import UsageError
-
-# What records, sums and steps all count.
-COUNTED = ("instances_seen", "instances_trained", "instances_kept", "instances_uncertain", "macs_dense", "macs_done",
-           "macs_selection", *(f"saved_{method}" for method in METHODS))  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -120,6 +116,10 @@ class Totals:
     def images_per_second(self) -> float:
         """Instances seen per second so far."""
         return self.instances_seen / self.seconds if self.seconds > 0 else 0.0
+
+
+# What sums, steps and records of epochs all count: integers, under the same names.
+COUNTED = tuple(item.name for item in fields(Totals) if item.name not in ("loss", "correct", "judged", "seconds"))
 
 
 @dataclass

@@ -43,7 +43,7 @@ from edgetrain.pruning import ErrorPruning
 from edgetrain.sparsity import SparsityPolicy, Topology
 from edgetrain.sparsity.topology import TOPOLOGY
 from edgetrain.stream import InstanceStream
-from edgetrain.units import parse_bytes
+from edgetrain.units import MIB, parse_bytes
 
 if TYPE_CHECKING:
     from edgetrain.onnx_io import MatchReport
@@ -103,7 +103,7 @@ class Learner(NotCopied):
         self.seed, self.loss = integer_of("seed", seed, 0), loss_of(loss, self.graph)
         self.label_smoothing = smoothing_of(label_smoothing)
         budget = None if memory_budget is None else parse_bytes(memory_budget)
-        self.memory_budget = self.profile.memory_budget_mib * 2**20 if budget is None else budget
+        self.memory_budget = self.profile.memory_budget_mib * MIB if budget is None else budget
         self._optimizer = optimizer_of(SGD(lr=0.05, momentum=0.9) if optimizer is None else optimizer)
         self.error_pruning: ErrorPruning | None = as_policy("error_pruning", error_pruning)
         self.instance_filter: InstanceFilter | None = as_policy("filter", instance_filter)
@@ -260,7 +260,10 @@ class Learner(NotCopied):
         is stored for them (``RigL``, ``SET``, ``StaticSparse``).
 
         Args:
-            x, y: as for ``partial_fit``; what does not fit raises DataError or MemoryBudgetError as there.
+            x, y: as for ``partial_fit``.
+
+        Raises:
+            DataError, MemoryBudgetError: as ``partial_fit``.
         """
         with self._lock:
             executor, sources, _ = self._take_batch(x, y)
@@ -370,7 +373,7 @@ class Learner(NotCopied):
         """
         from edgetrain.onnx_io import match_parameters
 
-        arrays, report = match_parameters(self.graph, source)  # type: ignore[arg-type]
+        arrays, report = match_parameters(self.graph, source)
         with self._lock:
             self._parameters.load(self.topology.adopt(arrays))
             report.mark(self.graph)
@@ -575,7 +578,7 @@ class Learner(NotCopied):
 
     @property
     def _settings(self) -> NDArray[np.float32]:
-        return self._parameters.buffers["settings"]  # type: ignore[return-value]
+        return self._parameters.buffers["settings"]  # type: ignore[return-value]  # always float32
 
     def _arrays(self, buffer: str) -> Arrays:
         return {name: self._parameters.dense(name, buffer) for name in self._parameters.names()}

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from edgetrain.arrays import Layout, aligned, map_sizes
 from edgetrain.autodiff import LABELS
-from edgetrain.choice import Choice, Sizes, Tile, choose, simd_lanes
+from edgetrain.choice import Sizes, Tile, TileChoice, choose, simd_lanes
 from edgetrain.errors import GraphError
 from edgetrain.graph import Graph, Node, Value
 from edgetrain.kernels.codes import CHANNELS, SAMPLES
@@ -53,6 +53,56 @@ class Runs:
 NEIGHBOURS = Runs()
 
 
+@dataclass(frozen=True, kw_only=True)
+class GatherMultiply:
+    """What a gather-multiply ``y[c][p] = bias[c] + sum_k weight[k][c] * x[p + term k]`` computes; places are in bytes.
+
+    Attributes:
+        pixels: where every ``p`` is in ``x`` and in ``y``.
+        terms, sources: where every ``k`` is in ``x`` from there, and in the weights of an output channel.
+        weight: of the first output channel of the first group.
+        weight_channel, weight_group: to the weights of the next output channel, and of the next group.
+        groups: how many there are; ``inputs`` and ``outputs`` are channels of one.
+        bias: of all outputs; ``None`` for none.
+        ranges: the (first, behind last) term of every pixel that is not known to be 0; ``None`` for all.
+        y_group: between the results of groups; ``None`` for those of their channels.
+    """
+
+    pixels: list[Pair]
+    terms: list[int]
+    sources: list[int]
+    weight: Ref
+    weight_channel: int
+    weight_group: int
+    groups: int
+    inputs: int
+    outputs: int
+    bias: Ref | None = None
+    ranges: list[Pair] | None = None
+    y_group: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class GatherCorrelate:
+    """What a gather-correlate ``target[c][k] = sum_p grad[c][p] * x[p + term k]`` computes; places are in bytes.
+
+    Attributes:
+        pixels: where every ``p`` is in ``x`` and in ``grad``.
+        terms: where every ``k`` is in ``x`` from there, and in the weights of an output channel.
+        groups, inputs, outputs, weight_channel, weight_group: as of ``GatherMultiply``.
+        area: pixels of ``x`` per pixel of ``grad``, the product of the strides.
+    """
+
+    pixels: list[Pair]
+    terms: list[Pair]
+    groups: int
+    inputs: int
+    outputs: int
+    weight_channel: int
+    weight_group: int
+    area: int
+
+
 class LoweringCore:
     """Rows of one plan, and the buffers that they read and write; ``kind``: what the lanes hold, see ``codes``."""
 
@@ -80,7 +130,7 @@ class LoweringCore:
         self._workspaces = 0
         self._masked: set[str] = set()  # weights of which a copy lies where their gradient will be
         self._written: dict[str, Ref] = {}  # where weights are written out for nodes to come, by name
-        self._choice: Choice | None = None
+        self._choice: TileChoice | None = None
         self.threads = 1  # that will run the plan: scratch memory is theirs, results are not
 
     def make_layout(self, value: Value, border: Border) -> Layout:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from edgetrain.choice import Sizes, simd_lanes
 from edgetrain.graph import Node, Value
 from edgetrain.kernels.codes import CHANNELS, SAMPLES
-from edgetrain.lowering_core import lanes_of
+from edgetrain.lowering_core import GatherMultiply, lanes_of
 from edgetrain.lowering_sparse import is_read_by_bits
 from edgetrain.plan import Ref
 from edgetrain.sparse_index import WORD
@@ -150,27 +150,29 @@ def puts_apart(g: Product, lanes: int) -> bool:
     return g.out == g.size == (1, 1) and g.groups == 1 and lanes < simd_lanes() and g.macs >= _APART
 
 
-def multiply_apart(low: ProductLowering, x: Ref, y: Ref, y_channel: int, *, pixels: int, groups: int,
-                   terms: list[int], weight: Ref, sources: list[int], weight_channel: int, outputs: int,
-                   bias: Ref | None) -> bool:  # fmt: skip
+def multiply_apart(low: ProductLowering, x: Ref, y: Ref, y_channel: int, product: GatherMultiply) -> bool:
     """Emit a product of one pixel with its samples apart, if that fills wider vectors; return whether it does.
 
     See ``ProductLowering.multiply``. The lanes run along an output's weights, or along the outputs.
     """
-    narrow = low.kind == SAMPLES and pixels == groups == low.blocks == 1 and low.lanes < simd_lanes()
+    terms, sources, outputs = product.terms, product.sources, product.outputs
+    weight, weight_channel = product.weight, product.weight_channel
+    single = len(product.pixels) == product.groups == low.blocks == 1
+    narrow = low.kind == SAMPLES and single and low.lanes < simd_lanes()
     if not narrow or len(terms) * outputs < _APART:
         return False
     along, step = lanes_of(sources), sources[1] - sources[0] if len(sources) > 1 else 4
     across = weight_channel == 4 and sources == list(range(0, step * len(sources), step))
     if along <= low.lanes and not across:
         return False
-    samples = turn(low, x, terms)
+    ((x_pixel, y_pixel),) = product.pixels
+    samples = turn(low, x + x_pixel, terms)
     if along > low.lanes:
         sums = Apart(low.workspace(4 * outputs * low.lanes), low.lanes, 4 * outputs)
         rows_times_samples(low, samples, sums, along, len(terms), weight, weight_channel, outputs)
     else:
         sums = _outputs_in_lanes(low, samples, len(terms), weight, step, outputs)
-    join(low, sums, y, outputs, y_channel, bias)
+    join(low, sums, y + y_pixel, outputs, y_channel, product.bias)
     return True
 
 

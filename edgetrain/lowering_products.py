@@ -17,7 +17,18 @@ from edgetrain.arrays import READ_BEHIND, Layout
 from edgetrain.choice import Sizes, simd_lanes
 from edgetrain.graph import Node, Value
 from edgetrain.kernels.codes import CHANNELS, ROWS, SAMPLES
-from edgetrain.lowering_core import FEWEST_JOBS, NEIGHBOURS, Pair, Runs, lanes_of, overlapping, steps_of, widened
+from edgetrain.lowering_core import (
+    FEWEST_JOBS,
+    NEIGHBOURS,
+    GatherCorrelate,
+    GatherMultiply,
+    Pair,
+    Runs,
+    lanes_of,
+    overlapping,
+    steps_of,
+    widened,
+)
 from edgetrain.lowering_sparse import SparseLowering, moves_by_bits
 from edgetrain.plan import Ref
 from edgetrain.sparse_index import WORD, SparseIndex
@@ -135,12 +146,12 @@ class ProductLowering(SparseLowering):
         """Pack the weights, then one gather-multiply."""
         x, y = self.layout(node.x), self.layout(node.y)
         bias = node.optional(2)
-        self.multiply(
-            self.address(node.x), x, self.address(node.y), y, pixels=g.forward_pixels(x, y), terms=g.forward_terms(x),
-            weight=self.dense_weight(node.input(1), g), sources=g.forward_sources(), weight_channel=g.weight_out,
+        self.multiply(self.address(node.x), x, self.address(node.y), y, GatherMultiply(
+            pixels=g.forward_pixels(x, y), terms=g.forward_terms(x), sources=g.forward_sources(),
+            weight=self.dense_weight(node.input(1), g), weight_channel=g.weight_out,
             weight_group=g.outputs * g.weight_out, groups=g.groups, inputs=g.inputs, outputs=g.outputs,
             bias=self.address(bias) if bias is not None else None,
-        )  # fmt: skip
+        ))  # fmt: skip
 
     def _direct_input_grad(self, node: Node, g: Product) -> None:
         """One gather-multiply per phase of the stride; a phase that no window meets becomes 0."""
@@ -150,12 +161,11 @@ class ProductLowering(SparseLowering):
             self._input_grad_by_halves(node, g, weight)
             return
         for phase in g.phases():
-            self.multiply(
-                self.address(node.x), grad, self.address(node.y), out, pixels=phase.pixels(grad, out),
-                terms=phase.terms(grad), ranges=phase.ranges(), weight=weight, sources=phase.sources(),
-                weight_channel=g.weight_in, weight_group=g.outputs * g.weight_out, groups=g.groups, inputs=g.outputs,
-                outputs=g.inputs, bias=None,
-            )  # fmt: skip
+            self.multiply(self.address(node.x), grad, self.address(node.y), out, GatherMultiply(
+                pixels=phase.pixels(grad, out), terms=phase.terms(grad), sources=phase.sources(),
+                ranges=phase.ranges(), weight=weight, weight_channel=g.weight_in,
+                weight_group=g.outputs * g.weight_out, groups=g.groups, inputs=g.outputs, outputs=g.inputs,
+            ))  # fmt: skip
 
     def _halves_rows(self, g: Product, out: Layout) -> bool:
         """Whether an input gradient is the sum of two, of half of the outputs each: of large fully connected layers.
@@ -171,11 +181,10 @@ class ProductLowering(SparseLowering):
         grad, out, (phase,), half = self.layout(node.x), self.layout(node.y), g.phases(), g.outputs // 2
         sums = self.workspace(2 * out.nbytes)
         terms, sources = phase.terms(grad)[:half], phase.sources()[:half]
-        self.multiply(
-            self.address(node.x), grad, sums, out, pixels=phase.pixels(grad, out), terms=terms, weight=weight,
-            sources=sources, weight_channel=g.weight_in, weight_group=half * g.weight_out, groups=2, inputs=half,
-            outputs=g.inputs, bias=None, y_group=out.nbytes,
-        )  # fmt: skip
+        self.multiply(self.address(node.x), grad, sums, out, GatherMultiply(
+            pixels=phase.pixels(grad, out), terms=terms, sources=sources, weight=weight, weight_channel=g.weight_in,
+            weight_group=half * g.weight_out, groups=2, inputs=half, outputs=g.inputs, y_group=out.nbytes,
+        ))  # fmt: skip
         self.sum_parts(sums, self.address(node.y), 2, out.nbytes)
 
     def dense_weight(self, weight: Value, g: Product) -> Ref:
@@ -249,27 +258,19 @@ class ProductLowering(SparseLowering):
     def _direct_weight_grad(self, node: Node, g: Product, target: Ref) -> None:
         """One gather-correlate, or an outer product where there is one pixel."""
         x, grad = self.layout(node.x), self.layout(node.input(1))
-        self.correlate(
-            self.address(node.x), x, self.address(node.input(1)), grad, target,
+        self.correlate(self.address(node.x), x, self.address(node.input(1)), grad, target, GatherCorrelate(
             pixels=g.forward_pixels(x, grad), terms=list(zip(g.forward_terms(x), g.forward_sources(), strict=True)),
             groups=g.groups, inputs=g.inputs, outputs=g.outputs, weight_channel=g.weight_out,
             weight_group=g.outputs * g.weight_out, area=math.prod(g.strides),
-        )  # fmt: skip
+        ))  # fmt: skip
 
-    def multiply(self, x: Ref, x_layout: Layout, y: Ref, y_layout: Layout, *, pixels: list[Pair], terms: list[int],
-                 weight: Ref, sources: list[int], weight_channel: int, weight_group: int, groups: int, inputs: int,
-                 outputs: int, bias: Ref | None, ranges: list[Pair] | None = None,
-                 y_group: int | None = None) -> None:  # fmt: skip
-        """Emit ``y[c][p] = bias[c] + sum_k weight[k][c] * x[p + term k]``; see ``kernels.dense.multiply``.
-
-        ``ranges``: the (first, behind last) term of every pixel that is not known to be 0; ``None`` for all.
-        ``y_group``: bytes between the results of groups, those of their channels by default.
-        """
-        if few.multiply_apart(self, x + pixels[0][0], y + pixels[0][1], y_layout.channel, pixels=len(pixels),
-                              groups=groups, terms=terms, weight=weight, sources=sources,
-                              weight_channel=weight_channel, outputs=outputs, bias=bias):  # fmt: skip
+    def multiply(self, x: Ref, x_layout: Layout, y: Ref, y_layout: Layout, product: GatherMultiply) -> None:
+        """Emit a product; see ``kernels.dense.multiply``."""
+        if few.multiply_apart(self, x, y, y_layout.channel, product):
             return
-        pixels, blocks, lanes, places, runs = self.result_vectors(pixels, x_layout, y_layout)
+        pixels, blocks, lanes, places, runs = self.result_vectors(product.pixels, x_layout, y_layout)
+        terms, sources, groups, outputs = product.terms, product.sources, product.groups, product.outputs
+        weight, weight_channel, weight_group = product.weight, product.weight_channel, product.weight_group
         with self.chosen(Sizes("multiply", SAMPLES, lanes, outputs, len(pixels), len(terms), groups)) as tile:
             # Packed weights pay when many pixels use them. LeNet-5's fc1 at batch 8 (its forward pass) took 32 us with
             # packing, and takes 10 us so (2 threads, ``edgetrain bench --per-op``).
@@ -283,11 +284,11 @@ class ProductLowering(SparseLowering):
                 weights = self.weights(weight, sources, tile[0], outputs, weight_channel, groups, weight_group)
             self.emit_multiply(
                 x, y, pixels, tile, terms=self.table(terms), term_count=len(terms), lanes=lanes,
-                ranges=self.ranges(ranges or [], blocks, places, tile[1]),
+                ranges=self.ranges(product.ranges or [], blocks, places, tile[1]),
                 kind=ROWS if by_row else SAMPLES, blocks=blocks, groups=groups, channel_count=outputs, runs=runs,
-                bias=bias or self.zeros(groups * outputs + tile[0]), **weights, x_block=x_layout.block,
-                y_block=y_layout.block, x_group=inputs * x_layout.channel,
-                y_group=outputs * y_layout.channel if y_group is None else y_group, y_channel=y_layout.channel,
+                bias=product.bias or self.zeros(groups * outputs + tile[0]), **weights, x_block=x_layout.block,
+                y_block=y_layout.block, x_group=product.inputs * x_layout.channel, y_channel=y_layout.channel,
+                y_group=outputs * y_layout.channel if product.y_group is None else product.y_group,
             )  # fmt: skip
 
     def ranges(self, ranges: list[Pair], blocks: int, places: list[range], width: int) -> Ref | int:
@@ -377,13 +378,11 @@ class ProductLowering(SparseLowering):
             **{"weight_channel": 4, "ranges": 0, **arguments},
         )  # fmt: skip
 
-    def correlate(self, x: Ref, x_layout: Layout, grad: Ref, grad_layout: Layout, target: Ref, *, pixels: list[Pair],
-                  terms: list[Pair], groups: int, inputs: int, outputs: int, weight_channel: int,
-                  weight_group: int, area: int) -> None:  # fmt: skip
-        """Emit ``target[c][k] = sum grad[c][p] * x[p + term k]``; see ``kernels.dense.correlate`` and ``_outer``.
-
-        ``area``: pixels of ``x`` per pixel of ``grad``, the product of the strides.
-        """
+    def correlate(self, x: Ref, x_layout: Layout, grad: Ref, grad_layout: Layout, target: Ref,
+                  product: GatherCorrelate) -> None:  # fmt: skip
+        """Emit a weight gradient; see ``kernels.dense.correlate`` and ``_outer``."""
+        pixels, terms, groups, outputs = product.pixels, product.terms, product.groups, product.outputs
+        weight_channel, weight_group = product.weight_channel, product.weight_group
         if len(pixels) == 1 and groups == 1:
             columns, rows = [a for a, _ in terms], [grad_layout.at(c) for c in range(outputs)]
             across = [place for _, place in terms], [c * weight_channel for c in range(outputs)]
@@ -398,8 +397,8 @@ class ProductLowering(SparseLowering):
             self.emit_correlate(
                 x, x_layout, grad, grad_layout, target, pixels, terms, tile, lanes=lanes, kind=SAMPLES, blocks=blocks,
                 nbytes=groups * weight_group, keep=0, groups=groups, channel_count=outputs,
-                x_group=inputs * x_layout.channel, grad_group=outputs * grad_layout.channel, weight_group=weight_group,
-                weight_channel=weight_channel, area=area, runs=runs,
+                x_group=product.inputs * x_layout.channel, grad_group=outputs * grad_layout.channel,
+                weight_group=weight_group, weight_channel=weight_channel, area=product.area, runs=runs,
             )  # fmt: skip
 
     def _outer(self, a: Ref, a_layout: Layout, columns: list[int], b: Ref, b_layout: Layout, rows: list[Pair],

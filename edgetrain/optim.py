@@ -28,7 +28,7 @@ from edgetrain.kernels.codes import (
     REST2,
     WEIGHT_DECAY,
 )
-from edgetrain.schema import take_numbers
+from edgetrain.settings import Limits, take_numbers
 
 KINDS = ("constant", "step", "cosine", "one_cycle")
 
@@ -68,12 +68,12 @@ class Schedule:
         take_numbers(self, "schedule")
         if self.kind not in KINDS:
             raise UsageError(f"schedule '{self.kind}' is unknown; expected one of {', '.join(KINDS)}")
-        if not (isinstance(self.warmup, int | float) and 0 <= self.warmup < 1):
-            raise UsageError(f"schedule: warmup={self.warmup!r}, expected a share of training, at least 0 and below 1")
-        if self.total_steps is not None and not (isinstance(self.total_steps, int) and self.total_steps >= 1):
-            raise UsageError(f"schedule: total_steps={self.total_steps!r}, expected an integer of at least 1, or None")
-        if not all(isinstance(value, int | float) and 0 <= value <= 1 for value in self.milestones):
-            raise UsageError(f"schedule: milestones={self.milestones!r}, expected shares of training from 0 to 1")
+        limits, steps = Limits(self, "schedule"), self.total_steps
+        limits.number("warmup", lambda share: 0 <= share < 1, "a share of training, at least 0 and below 1")
+        known = steps is None or (isinstance(steps, int) and steps >= 1)
+        limits.require("total_steps", known, "an integer of at least 1, or None")
+        shares = all(isinstance(value, int | float) and 0 <= value <= 1 for value in self.milestones)
+        limits.require("milestones", shares, "shares of training from 0 to 1")
         if not all(isinstance(value, int | float) and value >= 0 for value in (self.final, self.gamma)):
             raise UsageError(f"schedule: final={self.final!r}, gamma={self.gamma!r}, expected numbers of at least 0")
 
@@ -153,14 +153,14 @@ class Optimizer:
     def __post_init__(self) -> None:
         take_numbers(self, self.name)
         shared = (("lr", 0.0, math.inf), ("weight_decay", 0.0, math.inf), ("averaging", 0.0, 1.0))
+        limits = Limits(self, self.name)
         for key, low, high in (*shared, *self._ranges()):
             value = getattr(self, key)
-            if not (isinstance(value, int | float) and low <= value < high):
-                raise UsageError(f"{self.name}: {key}={value!r}, expected a number from {low} to below {high}")
-        if self.clip_norm is not None and not (isinstance(self.clip_norm, int | float) and self.clip_norm > 0):
-            raise UsageError(f"{self.name}: clip_norm={self.clip_norm!r}, expected a number above 0, or None")
-        if self.schedule is not None and not isinstance(self.schedule, Schedule):
-            raise UsageError(f"{self.name}: schedule={self.schedule!r}, expected a Schedule, or None")
+            within = isinstance(value, int | float) and low <= value < high
+            limits.require(key, within, f"a number from {low} to below {high}")
+        if self.clip_norm is not None:
+            limits.number("clip_norm", lambda norm: norm > 0, "a number above 0, or None")
+        limits.require("schedule", isinstance(self.schedule, Schedule | None), "a Schedule, or None")
 
     def _ranges(self) -> tuple[tuple[str, float, float], ...]:
         return ()

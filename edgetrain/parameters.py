@@ -114,7 +114,7 @@ class Parameters:
     def view(self, name: str, buffer: str = "weights") -> NDArray[np.float32]:
         """Return an array of a buffer as a view, float32: in its ONNX shape, or compact ``(capacity,)``."""
         start = self._starts[name]
-        flat: NDArray[np.float32] = self.buffers[buffer][start : start + self._stored(name)]  # type: ignore[assignment]
+        flat: NDArray[np.float32] = self.buffers[buffer][start : start + self._stored(name)]  # type: ignore[assignment]  # float32
         return flat if self._is_compact(name) else flat.reshape(self._shapes[name])
 
     def stored(self, name: str, buffer: str = "weights") -> NDArray[np.float32]:

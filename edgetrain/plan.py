@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from edgetrain.arrays import Layout, aligned
 from edgetrain.autodiff import LABELS, node_users
-from edgetrain.choice import Choice
+from edgetrain.choice import TileChoice
 from edgetrain.graph import Graph, Node, Value
 from edgetrain.kernels.registry import KernelKey, argument_names
 from edgetrain.memory import Lifetime, place
@@ -53,7 +53,7 @@ class Row:
     jobs: int
     stage: str
     node: int
-    choice: Choice | None = None
+    choice: TileChoice | None = None
 
     @property
     def guard(self) -> bool:

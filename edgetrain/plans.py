@@ -43,6 +43,7 @@ from edgetrain.pooled_errors import list_pooled_errors
 from edgetrain.pruning import ErrorPruning, check_error_maps
 from edgetrain.sparse_index import SparseIndex
 from edgetrain.sparsity import Topology
+from edgetrain.units import MIB
 
 # Plans kept for other batch sizes: full and last batch, training and prediction, and some for a stream. Where lanes
 # hold channels every number of samples has a plan of its own: with 8 of them 60 predictions of 1 to 12 samples in turn
@@ -234,7 +235,7 @@ class Plans:
     def macs(self, count: int, plan: Plan) -> tuple[int, dict[str, int]]:
         """Return the multiply-accumulates that a plan's latest step of ``count`` samples executed, and those saved.
 
-        The latter by method, with the names of the fields of ``StepResult``.
+        The latter by what saved them (``accounting.SAVERS``), with the names of the fields of ``StepResult``.
         """
         listed, activations = self._skipped()
         saved = {
@@ -243,7 +244,7 @@ class Plans:
             "saved_activations": activations,
         }
         done = self._macs["dense"] - sum(saved.values())
-        return count * done, {method: count * macs for method, macs in saved.items()}
+        return count * done, {name: count * macs for name, macs in saved.items()}
 
     def _skipped(self) -> tuple[int, int]:
         """Return what products on lists of error maps, and of activations, skipped of a sample in the latest step.
@@ -476,10 +477,10 @@ class Plans:
     def _check_budget(self, plan: Plan, count: int) -> None:
         need = self.memory(plan)
         if self._budget and need.peak_bytes > self._budget:
-            parts = ", ".join(f"{name} {size / 2**20:.1f}" for name, size in need.parts.items())
+            parts = ", ".join(f"{name} {size / MIB:.1f}" for name, size in need.parts.items())
             raise MemoryBudgetError(
-                f"a step of {count} samples needs {need.peak_bytes / 2**20:,.3f} MiB ({parts}), the budget"
-                f" is {self._budget / 2**20:,.3f} MiB; use a smaller batch size or network, or a larger budget"
+                f"a step of {count} samples needs {need.peak_bytes / MIB:,.3f} MiB ({parts}), the budget"
+                f" is {self._budget / MIB:,.3f} MiB; use a smaller batch size or network, or a larger budget"
             )
 
 

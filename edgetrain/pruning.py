@@ -21,13 +21,15 @@ from edgetrain.ops import get_op
 from edgetrain.ops.conv import ProductOp
 from edgetrain.ops.pooling import MaxPoolGrad
 from edgetrain.ops.pruning import CHOICE, IMPORTANCE
-from edgetrain.schema import percent_hint, take_numbers
+from edgetrain.settings import Limits, take_numbers
 
 # Gradients of normalisations, and which of their outputs is the gradient of the input.
 _NORMALISED = {
     "BatchNormalizationGrad": 0, "BatchNormalizationGradAgain": 0, "ResidualNormalizationGrad": 1,
     "ResidualNormalizationMaskGrad": 1,
 }  # fmt: skip
+# First ``stream`` of the random numbers for channels behind max pools, and of gradient pruning; other channels' is 0.
+_POOLED_STREAMS, _GRADIENT_STREAMS = 500, 1000
 _PRUNED = {"ProductInputGrad": "PrunedInputGrad", "ProductWeightGrad": "PrunedWeightGrad", "SumTo": "PrunedBiasGrad"}
 
 
@@ -89,15 +91,10 @@ class ErrorMapPruning(ErrorPruning):
 
     def __post_init__(self) -> None:
         take_numbers(self, "ErrorMapPruning")
-        if not (isinstance(self.keep, int | float) and 0 < self.keep <= 1):
-            hint = percent_hint("keep", self.keep)
-            raise UsageError(f"ErrorMapPruning: keep={self.keep!r}, expected a number above 0 and at most 1{hint}")
-        if self.importance not in IMPORTANCE:
-            known = ", ".join(IMPORTANCE)
-            raise UsageError(f"ErrorMapPruning: importance={self.importance!r}, expected one of {known}")
-        if self.distribution not in DISTRIBUTIONS:
-            known = ", ".join(DISTRIBUTIONS)
-            raise UsageError(f"ErrorMapPruning: distribution={self.distribution!r}, expected one of {known}")
+        limits = Limits(self, "ErrorMapPruning")
+        limits.number("keep", lambda keep: 0 < keep <= 1, "a number above 0 and at most 1", share=True)
+        limits.one_of("importance", IMPORTANCE)
+        limits.one_of("distribution", DISTRIBUTIONS)
 
     @property
     def idle(self) -> bool:
@@ -121,7 +118,7 @@ class ErrorMapPruning(ErrorPruning):
             if count := self._count(error_map.conv, keep):
                 kept = self._choice(graph, error_map.conv, error_map.value, count, stream)
                 self._prune(train, error_map, kept)
-        for stream, node in enumerate(pooled, 500):
+        for stream, node in enumerate(pooled, _POOLED_STREAMS):
             if count := self._count(node.get("conv"), keep):
                 # What comes to the pool has the norms of the error map.
                 kept = self._choice(graph, node.get("conv"), node.input(1), count, stream)
@@ -241,11 +238,9 @@ class GradientPruning(ErrorPruning):
 
     def __post_init__(self) -> None:
         take_numbers(self, "GradientPruning")
-        if not (isinstance(self.rate, int | float) and 0 < self.rate < 1):
-            hint = percent_hint("rate", self.rate)
-            raise UsageError(f"GradientPruning: rate={self.rate!r}, expected a number above 0 and below 1{hint}")
-        if self.group not in ("element", "lanes"):
-            raise UsageError(f"GradientPruning: group={self.group!r}, expected 'element' or 'lanes'")
+        limits = Limits(self, "GradientPruning")
+        limits.number("rate", lambda rate: 0 < rate < 1, "a number above 0 and below 1", share=True)
+        limits.require("group", self.group in ("element", "lanes"), "'element' or 'lanes'")
 
     @property
     def factor(self) -> float:
@@ -300,7 +295,8 @@ class GradientPruning(ErrorPruning):
             if node.get("grad_out") == source:  # lists of activations tell places in the map that is read with them
                 graph.nodes[i] = replace(graph.nodes[i], attributes={**node.attributes, "grad_out": pruned})
         made = next(i for i, node in enumerate(graph.nodes) if source in node.outputs)
-        attributes = {"group": self.group, "factor": self.factor, "record": train.records, "stream": 1000 + made}
+        stream = _GRADIENT_STREAMS + made
+        attributes = {"group": self.group, "factor": self.factor, "record": train.records, "stream": stream}
         graph.nodes.insert(made + 1, Node("PrunedGradient", pruned.name, (source,), (pruned,), attributes))
         train.records += 1
 

@@ -1,4 +1,4 @@
-"""Checks a TOML table against a dataclass, and the numbers of a record, with messages a user can act on.
+"""Checks a TOML table against a dataclass, with messages a user can act on.
 
 A field's annotation says its type, and ``Annotated[int, Within(1, 8)]`` its range; a field without
 default is required. Nested dataclasses are nested tables.
@@ -6,14 +6,13 @@ default is required. Nested dataclasses are nested tables.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Collection, Mapping
 from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from edgetrain.errors import ProfileError, UsageError
+from edgetrain.errors import ProfileError
 
 Record = TypeVar("Record")
 
@@ -105,61 +104,6 @@ def _convert(value: Any, hint: Any, path: Path, key: str) -> Any:
     if not ok:
         raise ProfileError(f"{path}: key {key!r} is {value!r}, expected {expected}")
     return tuple(value) if isinstance(value, list) else float(value) if kind is float else value
-
-
-def take_numbers(record: Any, name: str) -> None:
-    """Turn NumPy's numbers in a frozen dataclass into Python's, so that texts and checkpoints tell them apart no more.
-
-    Args:
-        record: whose fields are numbers, flags, tuples of numbers, and others, which stay.
-        name: of the record, for messages.
-
-    Raises:
-        UsageError: a field that is a number is given True or False.
-
-    >>> from dataclasses import dataclass
-    >>> import numpy as np
-    >>> @dataclass(frozen=True)
-    ... class Fan:
-    ...     speed_rpm: int
-    ...     share: float
-    >>> fan = Fan(np.int64(1200), np.float32(0.9))
-    >>> take_numbers(fan, "fan")
-    >>> fan
-    Fan(speed_rpm=1200, share=0.9)
-    """
-    for key, kinds in _kinds(record.__class__).items():
-        value = getattr(record, key)
-        plain = tuple(map(_plain, value)) if isinstance(value, tuple) else _plain(value)
-        if isinstance(plain, bool) and bool not in kinds and (int in kinds or float in kinds):
-            raise UsageError(f"{name}: {key}={value!r}, expected a number")
-        object.__setattr__(record, key, plain)
-
-
-@functools.cache
-def _kinds(record: Any) -> dict[str, tuple[Any, ...]]:
-    """Return the types that the fields of a dataclass may have, by name."""
-    hints = get_type_hints(record)
-    return {item.name: get_args(hints[item.name]) or (hints[item.name],) for item in fields(record)}
-
-
-def _plain(value: Any) -> Any:
-    """Return a NumPy number as a Python number; a float32 of 0.9 is 0.9, as it is printed. Others stay."""
-    if getattr(value, "shape", None) != ():
-        return value
-    kind = value.dtype.kind
-    if kind == "f":
-        return float(str(value))
-    return bool(value) if kind == "b" else int(value) if kind in "iu" else value
-
-
-def percent_hint(key: str, value: Any) -> str:
-    """Return what follows the message that a share is too large: the share that percent stand for.
-
-    >>> percent_hint("rate", 30.0), percent_hint("rate", 0.3)
-    ('; 30 % is rate=0.3', '')
-    """
-    return f"; {value:g} % is {key}={value / 100:g}" if isinstance(value, int | float) and 1 < value < 100 else ""
 
 
 def nearest(word: str, words: Collection[str]) -> str:

@@ -7,7 +7,9 @@ from typing import SupportsIndex
 
 from edgetrain.errors import UsageError
 
-_UNITS = {"b": 1, "kb": 1000, "mb": 1000**2, "gb": 1000**3, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30}
+# Bytes of a mebibyte.
+MIB = 1 << 20
+_UNITS = {"b": 1, "kb": 1000, "mb": 1000**2, "gb": 1000**3, "kib": 1 << 10, "mib": MIB, "gib": 1 << 30}
 
 
 def parse_bytes(size: SupportsIndex | str) -> int:

@@ -64,7 +64,7 @@ def test_rule(folder, registers, name):
     sizes, with_32, with_16 = RULES[name]
     wanted = with_32 if registers == 32 else with_16
     assert rule(sizes) == wanted
-    assert choose(sizes) == choice.Choice(sizes, wanted, "rule")
+    assert choose(sizes) == choice.TileChoice(sizes, wanted, "rule")
 
 
 @pytest.mark.parametrize("name", RULES)
@@ -137,7 +137,7 @@ def test_a_calibration_replaces_the_rule_and_says_so(folder, monkeypatch):
     monkeypatch.setattr(choice, "_host", lambda: choice.Target(16, 32))
     other = Sizes(MULTIPLY, SAMPLES, 16, 32, 576, 17)
     file = calibration.keep({PRODUCT.label: FOUND, other.label: Finding((4, 4), (4, 4), 1.0, 15)})
-    assert choose(PRODUCT) == choice.Choice(PRODUCT, (8, 3), "calibration")
+    assert choose(PRODUCT) == choice.TileChoice(PRODUCT, (8, 3), "calibration")
     assert choose(other).reason == "rule"
     assert json.loads(file.read_text())["products"][PRODUCT.label]["tile"] == [8, 3]
     assert [path.name for path in folder.iterdir()] == [file.name]
@@ -217,7 +217,7 @@ def test_only_what_wins_clearly_in_both_comparisons_replaces_the_rule(folder, mo
         choices = dict.fromkeys(row.choice for row in learner.training_plan().rows if row.choice is not None)
         return {c.sizes: 1e-3 / speed(list(steps.products(learner)).index(c.sizes), c) for c in choices}
 
-    def speed(number: int, of: choice.Choice) -> float:
+    def speed(number: int, of: choice.TileChoice) -> float:
         if of.tile == rule(of.sizes):
             return 1.0
         other = {0: 1.5, 1: 1.5 if len(comparisons) == 1 else 0.9, 2: 1.03}

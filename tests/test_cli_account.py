@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 
 import edgetrain as et
-from edgetrain.cli import output, streaming
+from edgetrain.cli import output, sessions, streaming
 from edgetrain.errors import NumericalError, UsageError
 from edgetrain.runs import open_run
 from tests.cli_support import ROOT, rows_without_times, run, stored_data, write_data
@@ -55,16 +55,15 @@ def stopped_after(monkeypatch, count: int, folder: str) -> None:
 
 @pytest.mark.parametrize("flags", [STREAM, CHANNELS], ids=["stream", "epochs"])
 def test_a_run_lets_the_graph_go_that_its_learner_was_made_from(inside, capsys, monkeypatch, flags):
-    module = import_module(f"edgetrain.cli.{'streaming' if flags is STREAM else 'training'}")
     made, left = [], []
-    real = module.make_learner
+    real = sessions.make_learner
 
     def make_learner(config, graph, profile):
         made.append(weakref.ref(graph))
         return real(config, graph, profile)
 
-    monkeypatch.setattr(module, "make_learner", make_learner)
-    monkeypatch.setattr(module, "begin", lambda *_, **__: left.append(made[-1]()) or sys.exit(9))
+    monkeypatch.setattr(sessions, "make_learner", make_learner)
+    monkeypatch.setattr("edgetrain.learner.Learner.prepare", lambda _: left.append(made[-1]()) or sys.exit(9))
     assert run(capsys, *flags, "--quiet")[0] == 9
     assert left == [None]
 
@@ -374,7 +373,7 @@ def test_a_run_whose_baseline_is_only_begun_is_drawn_alone_and_the_report_says_h
     inside, capsys, monkeypatch
 ):
     pytest.importorskip("matplotlib")
-    killed(monkeypatch, capsys, "endings.begin", *STREAM, "--baseline")
+    killed(monkeypatch, capsys, "sessions.begin", *STREAM, "--baseline")
     assert (inside / "runs/fit-1/baseline").is_dir()
     assert len(drawn(monkeypatch, capsys, "runs/fit-1", "--plot")[1]) == 1
     told = run(capsys, "report", "runs/fit-1")[1]

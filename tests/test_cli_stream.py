@@ -466,7 +466,7 @@ def test_an_instance_that_waits_already_does_not_spoil_the_normalisation_either(
             for number, (x, y) in enumerate(super().blocks(*args)):
                 yield x * np.float32(1e5 if number == 1 else 1), y
 
-    monkeypatch.setattr("edgetrain.cli.streaming.open_stream", lambda *_: Glitch([4, 1, 2, 9]))
+    monkeypatch.setattr("edgetrain.cli.stream_sources.open_stream", lambda *_: Glitch([4, 1, 2, 9]))
     assert run(capsys, *LIVE[3:], "--batch-size", "8", "--out", tmp_path)[0] == 0
     learner = load_checkpoint(tmp_path / "fit-1/last.safetensors")
     assert learner.stream.position == 16
@@ -669,7 +669,7 @@ class InBlocks(InstanceSource):
 
 def test_small_blocks_of_a_slow_pipe_change_no_step(inside, capsys, tmp_path, monkeypatch):
     for sizes in ([8] * 5, [1, 0, 3, 0, 0, 2, 2, 10, 22]):
-        monkeypatch.setattr("edgetrain.cli.streaming.open_stream", lambda *_, sizes=sizes: InBlocks(sizes))
+        monkeypatch.setattr("edgetrain.cli.stream_sources.open_stream", lambda *_, sizes=sizes: InBlocks(sizes))
         assert run(capsys, *LIVE[3:], "--batch-size", "8", "--quiet", "--out", tmp_path)[0] == 0
     assert_same_result(tmp_path / "fit-1", tmp_path / "fit-2")
     normalization = load_checkpoint(tmp_path / "fit-2/last.safetensors").graph.normalization
@@ -677,7 +677,7 @@ def test_small_blocks_of_a_slow_pipe_change_no_step(inside, capsys, tmp_path, mo
 
 
 def test_a_pipe_that_gives_nothing_is_not_saved_again_and_again(inside, capsys, tmp_path, monkeypatch):
-    monkeypatch.setattr("edgetrain.cli.streaming.open_stream", lambda *_: InBlocks([8, 0, 0, 0, 8, 0]))
+    monkeypatch.setattr("edgetrain.cli.stream_sources.open_stream", lambda *_: InBlocks([8, 0, 0, 0, 8, 0]))
     assert run(capsys, *LIVE[3:], "--batch-size", "8", "--save-every", "0", "--quiet", "--out", tmp_path)[0] == 0
     events = open_run(tmp_path / "fit-1").read_events()
     assert [event["instances"] for event in events if event["event"] == "saved"] == [8, 16]

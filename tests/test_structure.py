@@ -33,8 +33,9 @@ EVERY_FILE = pytest.mark.parametrize("name", FILES)
 
 # A unit is a module, or a whole sub-package. It imports itself and units of lower floors, nothing else.
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("errors", "_version", "hostinfo", "device_profiles", "bench_load", "forking", "files"),
-    ("arrays", "schema", "bench_process", "units", "accounting", "losses", "densities"),
+    ("errors", "_version", "hostinfo", "device_profiles", "bench_load", "forking", "files",
+     "random_streams"),
+    ("arrays", "schema", "settings", "bench_process", "units", "accounting", "losses", "densities"),
     ("devices", "kernels", "sparse_index"),
     ("graph", "calibration"),
     ("choice",),
@@ -192,6 +193,26 @@ def test_everything_public_has_a_docstring(name):
     tree = ast.parse(FILES[name].read_text())
     assert undocumented(tree.body, name) == []
     assert ast.get_docstring(tree) or not tree.body
+
+
+@EVERY_FILE
+def test_what_a_public_function_raises_itself_is_in_its_docstring(name):
+    tree = ast.parse(FILES[name].read_text())
+    classes = [node for node in tree.body if isinstance(node, ast.ClassDef) and not node.name.startswith("_")]
+    bodies = [tree.body, *(one.body for one in classes)]
+    functions = [node for body in bodies for node in body if isinstance(node, ast.FunctionDef)]
+    public = [one for one in functions if not one.name.startswith("_") and ast.get_docstring(one)]
+    silent = [one.name for one in public if set(raised(one)) & ERRORS and "Raises:" not in str(ast.get_docstring(one))]
+    assert silent == []
+
+
+ERRORS = {name for name in vars(et.errors) if name.endswith("Error")}
+
+
+def raised(function: ast.FunctionDef) -> list[str]:
+    """Return the names of the classes that a function makes errors of, those of functions in it included."""
+    raises = [node.exc for node in ast.walk(function) if isinstance(node, ast.Raise)]
+    return [call.func.id for call in raises if isinstance(call, ast.Call) and isinstance(call.func, ast.Name)]
 
 
 @pytest.mark.parametrize("name", [name for name in FILES if name != "edgetrain.__main__"])

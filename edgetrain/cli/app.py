@@ -17,6 +17,7 @@ profiles = typer.Typer(help="List device profiles, or show one.", invoke_without
 app.add_typer(profiles, name="profiles")
 
 # Typer reads these annotations at run time, on Python 3.11 too, hence Optional instead of "| None".
+# It hands out a list of its own where a default is one (B006).
 Text = Optional[str]  # noqa: UP045
 Number = Optional[float]  # noqa: UP045
 Whole = Optional[int]  # noqa: UP045

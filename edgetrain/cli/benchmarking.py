@@ -22,7 +22,20 @@ def bench_command(
     models: Sequence[str], batch_sizes: Sequence[int], threads: Sequence[int], contenders: Sequence[str], *, turns: int,
     per_op: bool, start_up: bool, as_json: bool, out: Path | None,
 ) -> None:  # fmt: skip
-    """Time every combination and print one document; progress goes to standard error."""
+    """Time every combination and print one document; progress goes to standard error.
+
+    Args:
+        models, batch_sizes, threads, contenders: those of ``bench`` where nothing is given.
+        turns: times that every contender has its turn.
+        per_op: time the nodes of edgetrain's steps instead, without contenders.
+        start_up: time the first step of a process, too.
+        as_json: print the document for machines.
+        out: file that the document is written to as well.
+
+    Raises:
+        UsageError: more threads than processors, a contender that is not installed, or a file that cannot be written.
+        BenchmarkError, UnsupportedError: as ``bench.compare``.
+    """
     cores = len(os.sched_getaffinity(0))
     threads = threads or [number for number in bench.THREADS if number <= cores]
     if max(threads) > cores:

@@ -34,7 +34,12 @@ if TYPE_CHECKING:
 
 
 def evaluate_command(model: str, data: str | None, split: str | None, threads: int | None, *, as_json: bool) -> None:
-    """Print loss and accuracy."""
+    """Print loss and accuracy.
+
+    Raises:
+        UsageError, ModelError: ``model`` is nothing that can be evaluated.
+        DataError: the data are bad, or not for this network.
+    """
     learner, file = load_trained(model, threads)
     if data is None:
         data, dataset = _own_data(model, learner.graph, split)
@@ -47,7 +52,13 @@ def evaluate_command(model: str, data: str | None, split: str | None, threads: i
 
 
 def predict_command(model: str, data: str, split: str | None, threads: int | None, *, as_json: bool) -> None:
-    """Print the class of every image, or the numbers that a network without classes gives."""
+    """Print the class of every image, or the numbers that a network without classes gives.
+
+    Raises:
+        UsageError, ModelError: ``model`` is nothing that can predict.
+        DataError: the data are bad, or not for this network.
+        NumericalError: an output is not finite.
+    """
     learner, loaded = load_trained(model, threads)
     files = _image_files(Path(data), split)
     dataset = _from_images(_decoded(files, learner.graph), data) if files else _arrays(learner.graph, data, split)
@@ -63,7 +74,12 @@ def predict_command(model: str, data: str, split: str | None, threads: int | Non
 
 
 def export_command(model: str, output: Path, *, best: bool, as_json: bool) -> None:
-    """Write an ONNX file."""
+    """Write an ONNX file.
+
+    Raises:
+        UsageError: the file has another ending than .onnx, or cannot be written.
+        UsageError, ModelError: ``model`` is nothing that can be exported.
+    """
     if output.suffix.lower() != ".onnx":
         raise UsageError(f"--output is '{output}', expected a file name that ends in .onnx")
     learner, file = load_trained(model, best=best)

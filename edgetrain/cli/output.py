@@ -46,6 +46,7 @@ from typing import Any, TextIO
 import typer
 
 from edgetrain.errors import UsageError
+from edgetrain.units import MIB
 
 
 def emit(result: dict[str, Any], text: str, as_json: bool) -> None:
@@ -128,7 +129,7 @@ def mebibytes(count: float) -> str:
         >>> mebibytes(1 << 20)
         '1.00 MiB'
     """
-    return f"{count / (1 << 20):,.2f} MiB"
+    return f"{count / MIB:,.2f} MiB"
 
 
 def count(number: int, thing: str) -> str:

@@ -10,7 +10,7 @@ from edgetrain.cli.output import emit, mebibytes, parse_sizes, table
 from edgetrain.errors import MemoryBudgetError, VerificationError
 from edgetrain.graph import Graph
 from edgetrain.policies import NONE
-from edgetrain.units import parse_bytes
+from edgetrain.units import MIB, parse_bytes
 
 
 def plan_command(
@@ -25,6 +25,10 @@ def plan_command(
         training: settings of the section of that name.
         methods: policies as text by kind, ``None`` for what the profile's recipe says.
         model, batch_size, profile_name, memory_budget, input_shape, classes, threads, stream, as_json: the flags.
+
+    Raises:
+        MemoryBudgetError: the plan needs more than the budget.
+        UsageError, ModelError, ProfileError: a flag is bad, or names what is not there.
     """
     from edgetrain.cli.config import effective
     from edgetrain.cli.sources import make_learner, with_usable_methods
@@ -43,7 +47,7 @@ def plan_command(
     config, left_out = with_usable_methods(config, by_recipe)
     learner = make_learner(config, graph, profile)
     plan = learner.memory_plan()
-    limit = budget or round(config.device.memory_budget_mib * (1 << 20))
+    limit = budget or round(config.device.memory_budget_mib * MIB)
     result = {"model": model, "batch_size": learner.batch_size, "methods": asdict(config.methods),
               "parts": plan.parts, "notes": plan.notes, "peak_bytes": plan.peak_bytes, "budget_bytes": limit,
               "fits": plan.peak_bytes <= limit}  # fmt: skip
@@ -58,7 +62,12 @@ def plan_command(
 def verify_command(
     model: str, steps: int, batch_size: int, input_shape: str | None, classes: int | None, seed: int, *, as_json: bool
 ) -> None:
-    """Print the comparison; a disagreement is an error after the table."""
+    """Print the comparison; a disagreement is an error after the table.
+
+    Raises:
+        VerificationError: edgetrain and PyTorch disagree.
+        UsageError, ModelError: a flag is bad, the model is not there, or PyTorch is not.
+    """
     from edgetrain.verify import verify
 
     report = verify(_graph(model, input_shape, classes, seed), steps=steps, batch_size=batch_size, seed=seed)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from edgetrain.checkpoint import write_file
-from edgetrain.cli.endings import resuming
+from edgetrain.cli.sessions import resuming
 from edgetrain.errors import CheckpointError, UsageError
 from edgetrain.runs import Run
 

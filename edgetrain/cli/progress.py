@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TextIO, cast
 from edgetrain.cli.output import duration, silence, write_line
 from edgetrain.fitting import StepEvent
 from edgetrain.history import EpochRecord, Totals
+from edgetrain.units import MIB
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
@@ -238,7 +239,7 @@ def resident_mib() -> float:
         pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
     except (OSError, ValueError, IndexError):
         return 0.0
-    return pages * _page_size() / (1 << 20)
+    return pages * _page_size() / MIB
 
 
 def _page_size() -> int:

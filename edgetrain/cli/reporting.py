@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from edgetrain.cli.endings import is_done, twins_to_plot
 from edgetrain.cli.output import emit, table
 from edgetrain.cli.savings import account_text, times_text
+from edgetrain.cli.sessions import is_done, twins_to_plot
 from edgetrain.history import COUNTED
 from edgetrain.runs import Run, open_run
 
@@ -17,7 +17,11 @@ _COLUMNS = (("epoch", "epoch"), ("loss", "loss"), ("accuracy", "accuracy"), ("va
 
 
 def report_command(path: Path, *, as_json: bool, plot: bool = False, against: Sequence[Path] = ()) -> None:
-    """Print settings, epochs and files of a run; draw it beside its baseline and the runs of ``against``."""
+    """Print settings, epochs and files of a run; draw it beside its baseline and the runs of ``against``.
+
+    Raises:
+        UsageError: a folder is no run, or nothing can be drawn.
+    """
     run = open_run(path)
     if plot or against:
         from edgetrain.cli.plotting import plot_runs

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from edgetrain.accounting import METHODS
+from edgetrain.accounting import SAVERS
 from edgetrain.cli.output import duration, table
 from edgetrain.layer_report import layer_report
 
@@ -29,7 +29,7 @@ def savings_of(
         dense: ``seconds`` that dense training takes, ``None`` if that is unknown, ``how`` it is known or why not, and
             perhaps its ``accuracy`` and ``whole_seconds``; ``itself`` of a run that is dense.
     """
-    shares = {f"saved_{name}": counts[f"saved_{name}"] / max(counts["macs_dense"], 1) for name in METHODS}
+    shares = {f"saved_{name}": counts[f"saved_{name}"] / max(counts["macs_dense"], 1) for name in SAVERS}
     done = counts["macs_done"] / counts["macs_dense"] if counts["macs_dense"] else 1.0
     return {
         **counts, "share_done": done, "shares": shares, "seconds": seconds,
@@ -65,7 +65,7 @@ def savings_text(account: Mapping[str, Any]) -> str:
         rows.append((f"instances {name}", f"{number:,}", _percent(number / seen)))
     rows += [("operations of dense training", _macs(account["macs_dense"]), "100.0 %"),
              ("operations done", _macs(account["macs_done"]), _percent(account["share_done"]))]  # fmt: skip
-    for name in METHODS:
+    for name in SAVERS:
         number = account[f"saved_{name}"]
         if number:
             rows.append((f"  saved by {_NAMES[name]}", _macs(number), _percent(account["shares"][f"saved_{name}"])))

@@ -16,6 +16,7 @@ from edgetrain.data.readers import is_image_folder
 from edgetrain.errors import DataError, UsageError
 from edgetrain.policies import NONE, parse_policy
 from edgetrain.runs import Run, open_run
+from edgetrain.units import MIB
 
 if TYPE_CHECKING:
     from edgetrain.data.streaming import InstanceSource
@@ -142,7 +143,7 @@ def make_learner(config: Config, graph: Graph, profile: DeviceProfile) -> Learne
     device = config.device
     return Learner(
         graph, profile=profile, batch_size=device.batch_size, seed=config.training.seed, threads=device.threads,
-        memory_budget=round(device.memory_budget_mib * (1 << 20)), optimizer=make_optimizer(config),
+        memory_budget=round(device.memory_budget_mib * MIB), optimizer=make_optimizer(config),
         label_smoothing=config.training.label_smoothing, instance_filter=config.methods.filter,
         sparsity=config.methods.sparsity, error_pruning=config.methods.error_pruning,
     )  # fmt: skip

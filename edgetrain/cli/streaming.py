@@ -15,13 +15,19 @@ from numpy.typing import NDArray
 
 from edgetrain._version import __version__
 from edgetrain.checkpoint import save_checkpoint
-from edgetrain.cli.config import Config, MethodSettings, is_onnx_file
-from edgetrain.cli.endings import (
+from edgetrain.cli.config import Config, MethodSettings
+from edgetrain.cli.estimate import Work, random_batches, time_dense
+from edgetrain.cli.normalizing import STANDS_OUT, normalization_of, standing_out
+from edgetrain.cli.output import count, emit
+from edgetrain.cli.progress import CompileNotice, Display, resident_mib
+from edgetrain.cli.savings import account_of, account_text, itself, layers_of, savings_of
+from edgetrain.cli.sessions import (
     begin,
     going_on,
     heed_stop,
     how_to_go_on,
     is_done,
+    new_learner,
     resuming,
     save_at_last,
     starting_anew,
@@ -30,24 +36,12 @@ from edgetrain.cli.endings import (
     train_baseline,
     until_stopped,
 )
-from edgetrain.cli.estimate import Work, random_batches, time_dense
-from edgetrain.cli.normalizing import STANDS_OUT, normalization_of, standing_out
-from edgetrain.cli.output import count, emit
-from edgetrain.cli.progress import CompileNotice, Display, resident_mib
-from edgetrain.cli.savings import account_of, account_text, itself, layers_of, savings_of
-from edgetrain.cli.signals import StopOnSignal, interrupts_kept
-from edgetrain.cli.sources import (
-    check_classes,
-    check_several,
-    image_options,
-    image_size_of,
-    make_learner,
-    take_initial_weights,
-)
+from edgetrain.cli.signals import StopOnSignal
 from edgetrain.cli.stream_lines import last_line, stream_line
-from edgetrain.data import Dataset, available_splits, load_dataset
+from edgetrain.cli.stream_sources import stream_graph, stream_source, test_data
+from edgetrain.data import Dataset
 from edgetrain.data.batches import Batch
-from edgetrain.data.streaming import STANDARD_INPUT, InstanceSource, open_stream
+from edgetrain.data.streaming import InstanceSource
 from edgetrain.devices import DeviceProfile, load_profile
 from edgetrain.errors import DataError, EdgetrainError, InterruptedRunError, NumericalError, UsageError
 from edgetrain.fitting import block_size, check_fits, evaluate_dataset, last_lr
@@ -71,7 +65,7 @@ def fit_stream(
 ) -> None:
     """Learn from a stream in a new run folder; ``began``: when the command did, of ``time.monotonic``."""
     learner, source = _new_learner(config, profile, display)
-    if (test := _test_data(config, learner.graph)) is not None:
+    if (test := test_data(config, learner.graph)) is not None:
         check_fits(learner.graph, test)  # now, not behind the whole stream
         del test
     with StopOnSignal(display) as stop:
@@ -96,7 +90,21 @@ def _introduce(display: Display, run: Run, learner: Learner, config: Config, sou
 
 
 def resume_stream(run: Run, config: Config, display: Display, as_json: bool, began: float) -> None:
-    """Go on in a run folder: a file or a folder where the stream was left, standard input with what comes now."""
+    """Go on in a run folder: a file or a folder where the stream was left, standard input with what comes now.
+
+    Args:
+        run: its folder, locked.
+        config: of the run, perhaps with another number of threads.
+        display: told what happens.
+        as_json: print the last lines for machines.
+        began: when the command did, of ``time.monotonic``.
+
+    Raises:
+        UsageError: nothing of the stream is left, and its last files are written.
+        CheckpointError: the last checkpoint is missing or damaged.
+        DataError, NumericalError, MemoryBudgetError, InterruptedRunError: as ``StreamSession.train``; DataError also
+            where the source is not what it was.
+    """
     session = _taken_up(run, config, display, StopOnSignal(display), began)
     learner, source = session.learner, session.source
     if session.is_over and is_done(run):
@@ -110,7 +118,12 @@ def resume_stream(run: Run, config: Config, display: Display, as_json: bool, beg
 
 
 def _taken_up(run: Run, config: Config, display: Display, stop: StopOnSignal, began: float) -> StreamSession:
-    """Return a session that goes on where the last checkpoint of a run stands."""
+    """Return a session that goes on where the last checkpoint of a run stands.
+
+    Raises:
+        CheckpointError: it is missing or damaged.
+        DataError: the source is bad, shorter than it was, or has other instances before that place.
+    """
     learner = taken_up(run, config, display)
     source, position = stream_source(config, learner.graph), learner.stream.position
     if source.count is not None and position > source.count:
@@ -132,21 +145,23 @@ def _taken_up(run: Run, config: Config, display: Display, stop: StopOnSignal, be
 def _new_learner(
     config: Config, profile: DeviceProfile, display: Display, source: InstanceSource | None = None
 ) -> tuple[Learner, InstanceSource]:
-    """Return the learner of a new run and its instances; the graph goes, for that has all weights once more.
+    """Return the learner of a new run and its instances.
 
     ``source``: the instances, if they are open already.
+
+    Raises:
+        UsageError, DataError, ModelError, MemoryBudgetError: model, source and settings do not fit together.
     """
-    graph = stream_graph(config)
-    source = stream_source(config, graph) if source is None else source
-    graph.name_classes(source.class_names)
-    matched = take_initial_weights(config, graph)
-    if matched is not None:
-        display.say(str(matched))
-    with CompileNotice(display.compiling):
-        learner = make_learner(config, graph, profile)
-        del graph  # here, as compiling takes memory, too
-        with interrupts_kept():
-            learner.prepare()  # compiles, and checks the memory budget, before there is a run folder
+
+    def network() -> Graph:
+        nonlocal source
+        graph = stream_graph(config)
+        source = stream_source(config, graph) if source is None else source
+        graph.name_classes(source.class_names)
+        return graph
+
+    learner = new_learner(config, profile, display, network)
+    assert source is not None
     if learner.sparsity is not None:
         display.say(f"sparsity {config.methods.sparsity}: {learner.topology.beginning}")
     return learner, source
@@ -161,49 +176,6 @@ def _baseline(session: StreamSession, profile: DeviceProfile) -> dict[str, Any]:
         return StreamSession(run, learner, config, display, stop, source, began, judges=True)
 
     return train_baseline(session, lambda run, config, began: _taken_up(run, config, display, stop, began), begin_anew)
-
-
-def stream_source(config: Config, graph: Graph) -> InstanceSource:
-    """Return the instances of a run, after a look at whether they fit the network.
-
-    Raises:
-        DataError: they do not, or the source is bad.
-    """
-    source = open_stream(
-        config.data.source, graph.input_shape, graph.num_classes, graph.class_names, image_size_of(config)
-    )
-    expected = graph.input_shape if len(graph.input_shape) == 3 else (graph.input_shape[0], 1, *graph.input_shape[1:])
-    if source.input_shape not in (None, expected):
-        raise DataError(
-            f"stream '{source.name}' has instances of shape {source.input_shape}, but the network '{graph.name}' "
-            f"expects {expected}"
-        )
-    if len(source.class_names) > graph.num_classes:
-        raise DataError(
-            f"stream '{source.name}' has {len(source.class_names)} classes, but the network '{graph.name}' has "
-            f"{graph.num_classes} outputs"
-        )
-    check_classes(graph, source)
-    return source
-
-
-def stream_graph(config: Config) -> Graph:
-    """Build the network: for the shape and the classes that the source tells, or in its own shape.
-
-    Raises:
-        UsageError, ModelError, DataError: unknown or unsuitable model, or a bad source.
-    """
-    from edgetrain.catalog import build_model
-
-    name = config.model.name
-    if is_onnx_file(name) or config.data.source == STANDARD_INPUT:
-        return build_model(name, seed=config.training.seed)
-    shape = build_model(name).input_shape
-    source = open_stream(config.data.source, (), 2, image_size=image_size_of(config))
-    check_several(source.class_names, source.name)
-    told = source.input_shape or shape
-    fitted = (told[0], told[2]) if len(told) == 3 and told[1] == 1 and len(shape) == 2 else told
-    return build_model(name, fitted, len(source.class_names), config.training.seed)
 
 
 @dataclass
@@ -323,7 +295,13 @@ class StreamSession:
         }  # fmt: skip
 
     def conclude(self) -> None:
-        """Write the last checkpoint and the ONNX file: the run is then finished, whatever becomes of its account."""
+        """Write the last checkpoint and the ONNX file: the run is then finished, whatever becomes of its account.
+
+        Raises:
+            InterruptedRunError: a signal came before the test data were looked at.
+            CheckpointError, UsageError: a file cannot be written.
+            DataError: the test data were damaged since the stream began; all of it is learned, and the files are there.
+        """
         with self.stop.unbroken():
             self._save()
             save_checkpoint(self.learner, self.run.best)
@@ -575,16 +553,7 @@ class StreamSession:
 
     @functools.cached_property
     def _test(self) -> Dataset | None:
-        return _test_data(self.config, self.learner.graph)
-
-
-def _test_data(config: Config, graph: Graph) -> Dataset | None:
-    """Return the test data of a stream's source, if it has any, with images in the size that the network takes."""
-    source = config.data.source
-    if source == STANDARD_INPUT or "test" not in available_splits(source):
-        return None
-    options = image_options(source, graph.input_shape)
-    return load_dataset(source, split="test", class_names=graph.class_names, **options)
+        return test_data(self.config, self.learner.graph)
 
 
 def _can_predict(learner: Learner) -> bool:

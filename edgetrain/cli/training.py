@@ -14,13 +14,18 @@ import numpy as np
 import edgetrain
 from edgetrain.checkpoint import read_checkpoint, save_checkpoint
 from edgetrain.cli.config import Config, MethodSettings, check_stream, from_flags, from_run, is_onnx_file, why_dense
-from edgetrain.cli.endings import (
+from edgetrain.cli.estimate import Work, time_dense
+from edgetrain.cli.output import count, emit
+from edgetrain.cli.progress import CompileNotice, Display, choose_display, resident_mib
+from edgetrain.cli.savings import account_of, account_text, itself, layers_of, savings_of
+from edgetrain.cli.sessions import (
     begin,
     check_baseline,
     going_on,
     heed_stop,
     how_to_go_on,
     is_done,
+    new_learner,
     resuming,
     save_at_last,
     taken_up,
@@ -28,19 +33,13 @@ from edgetrain.cli.endings import (
     train_baseline,
     until_stopped,
 )
-from edgetrain.cli.estimate import Work, time_dense
-from edgetrain.cli.output import count, emit
-from edgetrain.cli.progress import CompileNotice, Display, choose_display, resident_mib
-from edgetrain.cli.savings import account_of, account_text, itself, layers_of, savings_of
-from edgetrain.cli.signals import StopOnSignal, interrupts_kept
+from edgetrain.cli.signals import StopOnSignal
 from edgetrain.cli.sources import (
     check_classes,
     classes_of_file,
     describe_data,
     load_splits,
     make_graph,
-    make_learner,
-    take_initial_weights,
     with_usable_methods,
 )
 from edgetrain.cli.streaming import fit_stream, resume_stream
@@ -55,11 +54,18 @@ from edgetrain.hostinfo import host_facts
 from edgetrain.runs import Run, create_run, open_run, runs_released
 
 if TYPE_CHECKING:
+    from edgetrain.graph import Graph
     from edgetrain.learner import Learner
 
 
 def fit_command(flags: Mapping[str, Any]) -> None:
-    """Train in a new run folder; ``flags`` are the parameters of the command."""
+    """Train in a new run folder; ``flags`` are the parameters of the command.
+
+    Raises:
+        UsageError, ProfileError, ModelError, DataError: flags, model and data are bad, or do not fit together.
+        MemoryBudgetError, NumericalError, InterruptedRunError, CheckpointError: as ``_Session.train`` and
+            ``StreamSession.train``.
+    """
     began = time.monotonic()
     config, profile, by_recipe = from_flags(flags)
     config, left_out = with_usable_methods(config, by_recipe)
@@ -88,25 +94,21 @@ def fit_command(flags: Mapping[str, Any]) -> None:
 def _new_learner(
     config: Config, training: Dataset, validation: Dataset, profile: DeviceProfile, display: Display
 ) -> Learner:
-    """Return the learner of a new run; the graph that it is made from goes, for that has all weights once more.
+    """Return the learner of a new run.
 
     Raises:
         UsageError, DataError, ModelError, MemoryBudgetError: model, data and settings do not fit together.
     """
-    graph = make_graph(config, training)
-    check_classes(graph, training)
-    for dataset in (training, validation):
-        check_fits(graph, dataset)
-    _check_augmentation(config, training)
-    matched = take_initial_weights(config, graph)
-    if matched is not None:
-        display.say(str(matched))
-    with CompileNotice(display.compiling):
-        learner = make_learner(config, graph, profile)
-        del graph  # here, as compiling takes memory, too
-        with interrupts_kept():
-            learner.prepare()  # compiles, and checks the memory budget, before there is a run folder
-    return learner
+
+    def network() -> Graph:
+        graph = make_graph(config, training)
+        check_classes(graph, training)
+        for dataset in (training, validation):
+            check_fits(graph, dataset)
+        _check_augmentation(config, training)
+        return graph
+
+    return new_learner(config, profile, display, network)
 
 
 def _baseline(session: _Session, profile: DeviceProfile) -> dict[str, Any]:
@@ -124,7 +126,19 @@ def _baseline(session: _Session, profile: DeviceProfile) -> dict[str, Any]:
 
 
 def resume_command(path: Path, *, epochs: int | None, threads: int | None, quiet: bool, as_json: bool) -> None:
-    """Go on in an existing run folder."""
+    """Go on in an existing run folder.
+
+    Args:
+        path: of the folder.
+        epochs, threads: take the place of those of the run; ``None`` for these.
+        quiet: say nothing on the way.
+        as_json: print the last lines for machines.
+
+    Raises:
+        UsageError: no run, one that another process goes on with, settings edited that must not be, or nothing left.
+        DataError: the data are bad, or not those that the run began with.
+        CheckpointError, MemoryBudgetError, NumericalError, InterruptedRunError: as ``fit_command``.
+    """
     began, run = time.monotonic(), open_run(path)
     with runs_released():
         run.lock()
@@ -211,6 +225,9 @@ class _Session:
 
         Raises:
             InterruptedRunError: a signal asked to stop; the state is saved.
+            NumericalError: a step was not finite; the state before it is saved.
+            CheckpointError: the state of an interrupted run cannot be written.
+            MemoryBudgetError: a step does not fit into the budget.
         """
         self.display.begin(self.config.training.epochs, self.held_out)
         with CompileNotice(self.display.compiling):
@@ -231,7 +248,11 @@ class _Session:
                 self._interrupt()
 
     def conclude(self) -> None:
-        """Write the last checkpoint and the ONNX file: the run is then finished, whatever becomes of its account."""
+        """Write the last checkpoint and the ONNX file: the run is then finished, whatever becomes of its account.
+
+        Raises:
+            CheckpointError, UsageError: a file cannot be written.
+        """
         with self.stop.unbroken():
             save_checkpoint(self.learner, self.run.last)
             if not self.run.best.exists():

@@ -15,6 +15,7 @@ from edgetrain.errors import CheckpointError, UsageError
 from edgetrain.optim import Optimizer
 from edgetrain.policies import NONE, agrees, parse_policy
 from edgetrain.runs import Run
+from edgetrain.units import MIB
 
 
 def check_unchanged(run: Run, config: Config) -> None:
@@ -43,7 +44,7 @@ def _settings(config: Config) -> dict[str, Any]:
     """Return what a checkpoint of a run with this configuration would say, methods aside."""
     return {
         "batch_size": config.device.batch_size,
-        "memory_budget": round(config.device.memory_budget_mib * (1 << 20)),
+        "memory_budget": round(config.device.memory_budget_mib * MIB),
         "seed": config.training.seed,
         "label_smoothing": config.training.label_smoothing,
         "optimizer": make_optimizer(config).to_dict(),
@@ -77,7 +78,7 @@ def _by_key(settings: Mapping[str, Any], model: str) -> dict[str, Any]:
     return {
         "model.name": model,
         "device.batch_size": settings["batch_size"],
-        "device.memory_budget_mib": settings["memory_budget"] / (1 << 20),
+        "device.memory_budget_mib": settings["memory_budget"] / MIB,
         "training.seed": settings["seed"],
         "training.label_smoothing": settings["label_smoothing"],
         "training.optimizer": optimizer.pop("name"),

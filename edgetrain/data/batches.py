@@ -13,9 +13,8 @@ from edgetrain.data.checks import whole_number
 from edgetrain.data.dataset import Dataset
 from edgetrain.data.targets import TargetSet
 from edgetrain.errors import UsageError
+from edgetrain.random_streams import AUGMENTATION, ORDER, generator
 
-# First word of a spawn key: the order of an epoch and the augmentation of a batch never share random numbers.
-_ORDER, _AUGMENT = 0, 1
 Batch: TypeAlias = tuple[NDArray[np.float32], NDArray[np.int64] | NDArray[np.float32]]
 
 
@@ -72,18 +71,13 @@ def batches(
     first, count = whole_number(start, "start", 0), batch_count(len(dataset), size)
     if first > count:
         raise UsageError(f"start is {first}, expected at most {count}, the number of batches in an epoch")
-    order = _stream(root, _ORDER, turn).permutation(len(dataset)) if shuffle else np.arange(len(dataset))
+    order = generator(root, ORDER, turn).permutation(len(dataset)) if shuffle else np.arange(len(dataset))
 
     def generate() -> Iterator[Batch]:
         for index in range(first, count):
             x, y = dataset.take(order[index * size : (index + 1) * size])
             if augmentation is not None:
-                x = augmentation(x, _stream(root, _AUGMENT, turn, index))
+                x = augmentation(x, generator(root, AUGMENTATION, turn, index))
             yield x, y
 
     return generate()
-
-
-def _stream(seed: int, *key: int) -> np.random.Generator:
-    # A spawn key, not a list of entropy words: NumPy pads those with zeros, so (1, 2) would equal (1, 2, 0).
-    return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=key))

@@ -28,7 +28,11 @@ def whole_number(value: SupportsIndex, what: str, minimum: int) -> int:
 
 @contextmanager
 def naming(place: Path | str) -> Iterator[None]:
-    """Prefix the message of a DataError raised inside with the file, or the part of it, that it comes from."""
+    """Prefix the message of a DataError raised inside with the file, or the part of it, that it comes from.
+
+    Raises:
+        DataError: one was raised inside.
+    """
     try:
         yield
     except DataError as error:

@@ -11,13 +11,13 @@ from edgetrain.arrays import array_of, pixels_of
 from edgetrain.errors import DataError, UsageError
 
 Images: TypeAlias = NDArray[np.uint8] | NDArray[np.float32]
-Layout: TypeAlias = Literal["auto", "image", "signal"]
+ImageLayout: TypeAlias = Literal["auto", "image", "signal"]
 
 # Beyond this a label is a mistake (an identifier, a time stamp), and naming the classes would fill memory.
 MAX_CLASSES = 65536
 
 
-def images_from(x: ArrayLike, layout: Layout = "auto") -> Images:
+def images_from(x: ArrayLike, layout: ImageLayout = "auto") -> Images:
     """Return ``x`` as uint8 or float32 of shape (N, C, H, W) or (N, C, W); copied only to change the dtype.
 
     ``layout`` says what a 3-D array is: "image" (N, H, W), one channel; "signal" (N, C, W); "auto" takes

@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from edgetrain.arrays import scaled
 from edgetrain.data.checks import whole_number
-from edgetrain.data.convert import Images, Layout, class_names_for, images_from, labels_from
+from edgetrain.data.convert import ImageLayout, Images, class_names_for, images_from, labels_from
 from edgetrain.data.images import channel_statistics, check_images, checked_indices, sizes_of
 from edgetrain.errors import DataError, UsageError
 
@@ -64,7 +64,7 @@ class Dataset:
         class_names: Sequence[str] | None = None,
         name: str = "arrays",
         *,
-        layout: Layout = "auto",
+        layout: ImageLayout = "auto",
         allow_missing_classes: bool = False,
     ) -> Dataset:
         """Make a Dataset from arrays of any reasonable dtype; the inputs are never modified.

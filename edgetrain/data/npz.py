@@ -20,7 +20,7 @@ from edgetrain.errors import DataError
 try:
     from lzma import LZMAError
 except ImportError:  # a Python built without it: zipfile refuses such members then
-    LZMAError = zipfile.BadZipFile  # type: ignore[misc,assignment]
+    LZMAError = zipfile.BadZipFile  # type: ignore[misc,assignment]  # only caught
 
 # What zipfile and NumPy raise at damaged, encrypted and foreign archives; KeyError: a member without ".npy".
 DAMAGED = (

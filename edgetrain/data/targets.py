@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from edgetrain.arrays import scaled, targets_of
-from edgetrain.data.convert import Images, Layout, images_from
+from edgetrain.data.convert import ImageLayout, Images, images_from
 from edgetrain.data.images import channel_statistics, check_images, checked_indices, sizes_of
 from edgetrain.errors import DataError
 
@@ -29,7 +29,7 @@ class TargetSet:
 
     @classmethod
     def from_arrays(
-        cls, x: ArrayLike, y: ArrayLike, target_shape: tuple[int, ...], name: str, layout: Layout = "auto"
+        cls, x: ArrayLike, y: ArrayLike, target_shape: tuple[int, ...], name: str, layout: ImageLayout = "auto"
     ) -> TargetSet:
         """Check arrays; the inputs are never modified.
 

@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from edgetrain.errors import CheckpointError, NumericalError, UsageError
 from edgetrain.graph import Graph
 from edgetrain.kernels.registry import KernelKey
-from edgetrain.schema import percent_hint, take_numbers
+from edgetrain.random_streams import FILTER, generator
+from edgetrain.settings import Limits, take_numbers
 
 Floats = NDArray[np.float64]
 Images = NDArray[np.float32]
@@ -92,28 +93,14 @@ class InstanceFilter:
 
     def __post_init__(self) -> None:
         take_numbers(self, type(self).__name__)
-        self.require_number("rate", lambda rate: 0 < rate <= 1, "above 0, at most 1: the share of instances to keep")
-        self.require_number("start", lambda start: start >= 0 and start % 1 == 0, "a whole number of at least 0")
+        share = "above 0, at most 1: the share of instances to keep"
+        self.limits.number("rate", lambda rate: 0 < rate <= 1, share, share=True)
+        self.limits.number("start", lambda start: start >= 0 and start % 1 == 0, "a whole number of at least 0")
 
-    def require_number(self, key: str, holds: Callable[[float], bool], expected: str) -> None:
-        """Refuse a value that is no number, or for which ``holds`` is false.
-
-        Raises:
-            UsageError: it is refused.
-        """
-        value = getattr(self, key)
-        self.require(key, isinstance(value, int | float) and holds(value), expected)
-
-    def require(self, key: str, holds: bool, expected: str) -> None:
-        """Refuse a value.
-
-        Raises:
-            UsageError: ``holds`` is false.
-        """
-        if not holds:
-            value = getattr(self, key)
-            hint = percent_hint(key, value) if "share" in expected else ""
-            raise UsageError(f"{type(self).__name__}: {key}={value!r}, expected {expected}{hint}")
+    @property
+    def limits(self) -> Limits:
+        """What checks a setting."""
+        return Limits(self, type(self).__name__)
 
     def kept_of(self, count: int) -> int:
         """Return how many of the first ``count`` instances pass, as far as can be said beforehand."""
@@ -153,8 +140,7 @@ class Selector(ABC):
     def __init__(self, settings: InstanceFilter, seed: int) -> None:
         self.settings = settings
         self.share = KeptShare(settings.rate)
-        # A stream of its own: a filter must not draw the numbers that shuffling or dropout draw.
-        self.rng = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(2,)))
+        self.rng = generator(seed, FILTER)
         self.seen = 0
 
     def choose(self, x: Images, y: Labels, losses: Floats | None) -> Choice:

@@ -38,7 +38,7 @@ class SelectiveBackprop(InstanceFilter):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.require("rule", self.rule in ("quantile", "top"), "'quantile' or 'top'")
+        self.limits.require("rule", self.rule in ("quantile", "top"), "'quantile' or 'top'")
 
     def selector(self, learner: Any, judge: Judge) -> Selector:
         """Return what decides for one learner."""

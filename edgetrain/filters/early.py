@@ -97,14 +97,15 @@ class EarlyInstanceFilter(InstanceFilter):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.require_number("uncertain", lambda u: 0 <= u <= 1, "0 to 1: a share of the rejected instances")
-        self.require_number("power", lambda power: power > 0, "a number above 0")
-        self.require("labels", self.labels in ("soft", "hard"), "'soft' or 'hard'")
-        self.require_number("lr", lambda lr: 0 < lr < 10, "a number above 0 and below 10")
+        limits = self.limits
+        limits.number("uncertain", lambda u: 0 <= u <= 1, "0 to 1: a share of the rejected instances", share=True)
+        limits.number("power", lambda power: power > 0, "a number above 0")
+        limits.require("labels", self.labels in ("soft", "hard"), "'soft' or 'hard'")
+        limits.number("lr", lambda lr: 0 < lr < 10, "a number above 0 and below 10")
         for key in ("cells", "hidden"):
             value = getattr(self, key)
             whole = isinstance(value, int) and 1 <= value <= 1024
-            self.require(key, value is None or whole, "a whole number from 1 to 1024, or None")
+            limits.require(key, value is None or whole, "a whole number from 1 to 1024, or None")
 
     def check_network(self, graph: Graph) -> None:
         """Refuse a network with several inputs, or one that is too small for a filter of 5 % of its operations.

@@ -65,7 +65,7 @@ def save_onnx(
     """
     import onnx
 
-    model = build_model(graph, arrays=arrays, metadata=metadata)
+    model = exported_model(graph, arrays=arrays, metadata=metadata)
     try:
         onnx.checker.check_model(model, full_check=True)
     except Exception as error:  # ValidationError or InferenceError, whose classes differ between versions of onnx
@@ -76,7 +76,7 @@ def save_onnx(
         raise UsageError(not_written(path, error)) from error
 
 
-def build_model(
+def exported_model(
     graph: Graph,
     *,
     arrays: Mapping[str, NDArray[np.float32]] | None = None,

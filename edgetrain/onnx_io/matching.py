@@ -14,7 +14,7 @@ from os import PathLike
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from edgetrain.errors import ModelError
 from edgetrain.graph import Graph, Normalization
@@ -77,7 +77,7 @@ def _line(title: str, names: tuple[str, ...] | list[str]) -> str:
 
 
 def match_parameters(
-    graph: Graph, source: str | PathLike[str] | ModelProto | Mapping[str, NDArray[np.float32]]
+    graph: Graph, source: str | PathLike[str] | ModelProto | Mapping[str, ArrayLike]
 ) -> tuple[Arrays, MatchReport]:
     """Choose initial weights for a graph; the graph is not changed.
 
@@ -100,9 +100,9 @@ def match_parameters(
         >>> print(report)
         matched by order and shape (1): fc.weight from head.weight
     """
-    offered, normalization, told_for = (dict(source), None, 0) if isinstance(source, Mapping) else _read(source)
+    given, normalization, told_for = (source, None, 0) if isinstance(source, Mapping) else _read(source)
     tells = len(graph.inputs) == 1 and told_for == graph.input_shape[0]
-    offered = {name: np.asarray(array) for name, array in offered.items()}
+    offered = {name: np.asarray(array) for name, array in given.items()}
     wanted = _wanted(graph)
     same = [n for n in wanted if n in offered and _sizes(offered[n]) == _sizes(graph.arrays[n])]
     rest = {name: graph.arrays[name] for name in wanted if name not in same}

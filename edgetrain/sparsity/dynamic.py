@@ -13,8 +13,6 @@ from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
-from edgetrain.errors import UsageError
-from edgetrain.schema import percent_hint
 from edgetrain.sparsity.policy import (
     INDEX_BYTES,
     CompactPolicy,
@@ -59,14 +57,11 @@ class DynamicPolicy(CompactPolicy):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._check_count("refresh")
+        self.limits.count("refresh")
         for key in ("fraction", "until"):
-            value = getattr(self, key)
-            if not (isinstance(value, int | float) and 0 <= value <= 1):
-                hint = percent_hint(key, value)
-                raise UsageError(f"{self.name}: {key}={value!r}, expected a share from 0 to 1{hint}")
+            self.limits.number(key, lambda share: 0 <= share <= 1, "a share from 0 to 1", share=True)
         if self.total_steps is not None:
-            self._check_count("total_steps")
+            self.limits.count("total_steps")
 
     def replaced(self, step: int, total_steps: int | None) -> float:
         """Return the share of weights that the change after step ``step`` (from 0) replaces; 0 when there is none."""

@@ -11,10 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgetrain.densities import DISTRIBUTIONS
-from edgetrain.errors import UsageError
 from edgetrain.graph import Graph
 from edgetrain.optim import Optimizer
-from edgetrain.schema import percent_hint, take_numbers
+from edgetrain.settings import Limits, take_numbers
 from edgetrain.sparse_index import Positions
 from edgetrain.sparsity.layers import SparseLayer, entries, shapes_of, sparse_layers
 
@@ -55,7 +54,15 @@ class SparsityPolicy:
 
     def __post_init__(self) -> None:
         take_numbers(self, self.name)
-        self._check_share("weights")
+        self._check_zeros("weights")
+
+    @property
+    def limits(self) -> Limits:
+        """What checks a setting."""
+        return Limits(self, self.name)
+
+    def _check_zeros(self, key: str) -> None:
+        self.limits.number(key, lambda share: 0 <= share < 1, "a share of zeros from 0 to below 1", share=True)
 
     def change_bytes(self, size: int, count: int) -> int:
         """Return about how much memory a change of a layer's topology takes between steps, 0 where there is none.
@@ -161,29 +168,6 @@ class SparsityPolicy:
     def after_step(self, topology: Topology, step: int, gradients: Gradients) -> None:
         """Change the topology after a step."""
 
-    # --- checks ---
-
-    def _check_share(self, key: str) -> None:
-        value = getattr(self, key)
-        if not (isinstance(value, int | float) and 0 <= value < 1):
-            hint = percent_hint(key, value)
-            raise UsageError(f"{self.name}: {key}={value!r}, expected a share of zeros from 0 to below 1{hint}")
-
-    def _check_one_of(self, key: str, choices: Sequence[str]) -> None:
-        if getattr(self, key) not in choices:
-            raise UsageError(f"{self.name}: {key}={getattr(self, key)!r}, expected one of {', '.join(choices)}")
-
-    def _check_flag(self, key: str, optional: bool = False) -> None:
-        value = getattr(self, key)
-        if not (isinstance(value, bool) or (optional and value is None)):
-            expected = "True, False or None" if optional else "True or False"
-            raise UsageError(f"{self.name}: {key}={value!r}, expected {expected}")
-
-    def _check_count(self, key: str) -> None:
-        value = getattr(self, key)
-        if not isinstance(value, int) or value < 1:
-            raise UsageError(f"{self.name}: {key}={value!r}, expected a whole number of at least 1")
-
 
 @dataclass(frozen=True)
 class CompactPolicy(SparsityPolicy):
@@ -208,11 +192,11 @@ class CompactPolicy(SparsityPolicy):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._check_one_of("distribution", tuple(DISTRIBUTIONS))
+        self.limits.one_of("distribution", DISTRIBUTIONS)
         if self.initial_pattern is not None:
-            self._check_one_of("initial_pattern", ("random", "magnitude"))
-        self._check_flag("dense_first", optional=True)
-        self._check_flag("dense_last")
+            self.limits.one_of("initial_pattern", ("random", "magnitude"))
+        self.limits.flag("dense_first", optional=True)
+        self.limits.flag("dense_last")
 
     @property
     def dense_ends(self) -> tuple[bool, bool]:

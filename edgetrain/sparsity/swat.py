@@ -108,14 +108,14 @@ class SWAT(SparsityPolicy):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._check_share("activations")
-        self._check_one_of("variant", VARIANTS)
-        self._check_one_of("group", ("element", "lanes"))
-        self._check_count("refresh")
-        self._check_flag("dense_first", optional=True)
-        self._check_flag("dense_last")
-        self._check_flag("rescale", optional=True)
-        self._check_flag("linear")
+        self._check_zeros("activations")
+        self.limits.one_of("variant", VARIANTS)
+        self.limits.one_of("group", ("element", "lanes"))
+        self.limits.count("refresh")
+        self.limits.flag("dense_first", optional=True)
+        self.limits.flag("dense_last")
+        self.limits.flag("rescale", optional=True)
+        self.limits.flag("linear")
         if self.linear and self.group != "element":
             raise UsageError("swat: linear=true with group=lanes, for convolutions only; expected group=element")
         if self.variant == "momentum" and self.weights == 0 < self.activations:
@@ -123,8 +123,7 @@ class SWAT(SparsityPolicy):
                 "swat: variant=momentum with weights=0; it shares out what is kept by the momentum of sparse weights: "
                 "expected weights above 0, or another variant for activations alone"
             )
-        if not (isinstance(self.fade, int | float) and 0 <= self.fade <= 1):
-            raise UsageError(f"swat: fade={self.fade!r}, expected a number from 0 to 1; 1 lets nothing fade")
+        self.limits.number("fade", lambda fade: 0 <= fade <= 1, "a number from 0 to 1; 1 lets nothing fade")
 
     def check(self, optimizer: Optimizer) -> None:
         """Refuse an optimizer without momentum for the momentum variant.

@@ -12,6 +12,7 @@ from edgetrain.checkpoint import load_checkpoint, save_checkpoint
 from edgetrain.cli.config import Config, dense
 from edgetrain.cli.progress import CompileNotice, Display
 from edgetrain.cli.signals import StopOnSignal, interrupts_kept
+from edgetrain.cli.sources import make_learner, take_initial_weights
 from edgetrain.data.batches import Batch
 from edgetrain.data.streaming import STANDARD_INPUT
 from edgetrain.devices import DeviceProfile
@@ -19,6 +20,7 @@ from edgetrain.errors import CheckpointError, EdgetrainError, InterruptedRunErro
 from edgetrain.runs import Run
 
 if TYPE_CHECKING:
+    from edgetrain.graph import Graph
     from edgetrain.learner import Learner
 
 
@@ -52,6 +54,32 @@ def begin(run: Run, config: Config, *, comparison: str = "") -> None:
     run.log("started", edgetrain=__version__, comparison=comparison)
     run.write_metrics(())
     run.write_config(config.to_dict())
+
+
+def new_learner(config: Config, profile: DeviceProfile, display: Display, network: Callable[[], Graph]) -> Learner:
+    """Return the learner of a new run, with its kernels compiled and its memory checked: before there is a run folder.
+
+    Args:
+        config, profile: of the run.
+        display: told which initial weights matched, and that kernels are compiled.
+        network: builds the graph, which must be kept by nobody else: it has all weights once more, and goes before
+            compiling takes memory, too.
+
+    Raises:
+        ModelError: the initial weights are bad.
+        UsageError: settings and network do not fit together.
+        MemoryBudgetError: a training step does not fit into the budget.
+    """
+    graph = network()
+    matched = take_initial_weights(config, graph)
+    if matched is not None:
+        display.say(str(matched))
+    with CompileNotice(display.compiling):
+        learner = make_learner(config, graph, profile)
+        del graph
+        with interrupts_kept():
+            learner.prepare()
+    return learner
 
 
 def taken_up(run: Run, config: Config, display: Display) -> Learner:
