@@ -524,10 +524,9 @@ class Learner(NotCopied):
 
     def _end_step(self, executor: Executor) -> None:
         """Count a step that was taken; the topology may change after it."""
-        values = self.graph.values
-        self.topology.end_step(self.step_count, lambda n: executor.kept(whole_gradient_name(n), values[n].shape))
-        self.step_count += 1
-        self.graph.trained = True
+        step, values = self.step_count, self.graph.values
+        self.step_count, self.graph.trained = step + 1, True  # first: whatever breaks in finds it counted
+        self.topology.end_step(step, lambda n: executor.kept(whole_gradient_name(n), values[n].shape))
 
     def _take_batch(self, x: Inputs, y: ArrayLike, whole_gradients: bool = False) -> tuple[Executor, Arrays, int]:
         """Check a batch and put its labels, mask and counters where kernels read them."""

@@ -78,11 +78,13 @@ class DynamicPolicy(CompactPolicy):
         """
         return max(INDEX_BYTES * count, 30 * (count + block_of(size, int(self.fraction * count))))
 
+    def changes_after(self, step: int, total_steps: int | None) -> bool:
+        """Every ``refresh`` steps, until the last change."""
+        return self.replaced(step, total_steps) > 0
+
     def after_step(self, topology: Topology, step: int, gradients: Gradients) -> None:
         """Drop and grow in every layer."""
         share = self.replaced(step, topology.total_steps)
-        if share == 0:
-            return
         for number, layer in enumerate(topology.layers):
             scores = self.grow_scores(layer.weight, gradients, np.random.default_rng([topology.seed, step, number]))
             topology.set(layer, _replaced(topology, layer, share, scores))
@@ -121,7 +123,7 @@ class RigL(DynamicPolicy):
 
     def wants_gradients_at(self, step: int, total_steps: int | None) -> bool:
         """Those after which the topology changes."""
-        return self.replaced(step, total_steps) > 0
+        return self.changes_after(step, total_steps)
 
     def grow_scores(self, weight: str, gradients: Gradients, rng: np.random.Generator) -> Scores:
         """Return the gradients' absolute values."""

@@ -162,11 +162,19 @@ class SparsityPolicy:
         """Whether ``after_step`` of this step needs them."""
         return False
 
+    def changes_before(self, step: int) -> bool:
+        """Whether there is a change before a step."""
+        return False
+
+    def changes_after(self, step: int, total_steps: int | None) -> bool:
+        """Whether there is a change after a step."""
+        return False
+
     def before_step(self, topology: Topology, step: int) -> None:
-        """Change the topology before a step."""
+        """Change the topology before a step of which ``changes_before`` is true."""
 
     def after_step(self, topology: Topology, step: int, gradients: Gradients) -> None:
-        """Change the topology after a step."""
+        """Change the topology after a step of which ``changes_after`` is true."""
 
 
 @dataclass(frozen=True)

@@ -224,10 +224,12 @@ class SWAT(SparsityPolicy):
         """
         return max(9 * size, size + INDEX_BYTES * count)
 
+    def changes_before(self, step: int) -> bool:
+        """At the end of a period."""
+        return step % self._period(step) == 0
+
     def before_step(self, topology: Topology, step: int) -> None:
         """Choose the largest weights of every layer anew."""
-        if step % self._period(step):
-            return
         if self.variant == "momentum" and step:
             topology.densities |= momentum_densities(topology, 1 - self.weights)
             topology.prune_activations(momentum_densities(topology, 1 - self.activations))

@@ -21,6 +21,7 @@ from edgetrain.policies import NONE, describe_policy, parse_policy
 from edgetrain.sparse_index import Positions, SparseIndex
 from edgetrain.sparsity.layers import SparseLayer, dense_layers, sparse_layers
 from edgetrain.sparsity.policy import Floats, Gradients, Mask, SparsityPolicy
+from edgetrain.unbroken import unbroken
 
 TOPOLOGY = "topology/"  # begins the names of the state's tensors
 _PARTS = ("starts", "columns")
@@ -67,6 +68,7 @@ class Topology:
         self._scales: dict[str, np.float32] = {}
         self.changes, self.seconds, self.beginning = 0, 0.0, ""
         self._held = False
+        self._begun: int | None = None  # the step before which there was a change already
         _check_values(graph)
         if policy is not None:
             policy.check(optimizer)
@@ -213,14 +215,16 @@ class Topology:
         return policy is not None and policy.wants_gradients_at(step, self.total_steps)
 
     def begin_step(self, step: int) -> None:
-        """Change the topology before step ``step``."""
-        if (policy := self._at_work) is not None:
-            self._measure(policy.before_step, step)
+        """Change the topology before step ``step``; not again where that step is tried once more."""
+        policy = self._at_work
+        if policy is not None and policy.changes_before(step) and self._begun != step:
+            unbroken(lambda: self._change(step, policy.before_step, step))
 
     def end_step(self, step: int, gradients: Gradients) -> None:
         """Change the topology after step ``step``."""
-        if (policy := self._at_work) is not None:
-            self._measure(policy.after_step, step, gradients)
+        policy = self._at_work
+        if policy is not None and policy.changes_after(step, self.total_steps):
+            unbroken(lambda: self._change(None, policy.after_step, step, gradients))
 
     def adopt(self, arrays: Mapping[str, NDArray[np.float32]]) -> dict[str, NDArray[np.float32]]:
         """Choose the patterns of layers whose weights are about to be replaced; moments stay with their weights.
@@ -231,6 +235,7 @@ class Topology:
         taken = dict(arrays)
         if self.policy is None:
             return taken
+        self._begun = None
         if not self.policy.compact and all(layer.weight in arrays for layer in self.candidates):
             wanted, indices = self.policy.densities_for(self.candidates, arrays), self.indices
             self.densities = {n: min(wanted[n], index.capacity / index.size) for n, index in indices.items()}
@@ -307,6 +312,7 @@ class Topology:
         for name, positions in patterns.items():  # only now: a state that does not fit changes nothing
             self.indices[name].set_positions(positions)
         self._parameters.patterns += 1
+        self._begun = None
         if meta is not None:
             self.total_steps, self.densities = meta["total_steps"], dict(meta["densities"])
             # Not in files from before they were kept.
@@ -321,10 +327,14 @@ class Topology:
         except UsageError:
             return False
 
-    def _measure(self, change: Callable[..., None], *arguments: Any) -> None:
-        """Call what may change the topology, and count it as one change if it does."""
+    def _change(self, begun: int | None, change: Callable[..., None], *arguments: Any) -> None:
+        """Call what changes the topology, and count it if anything moves; ``begun``: the step that it is done before.
+
+        All or nothing: half of a change that an interrupt broke off left weights where no step has them.
+        """
         start, patterns = time.perf_counter(), self._parameters.patterns
         change(self, *arguments)
+        self._begun = begun
         if self._parameters.patterns != patterns:
             self.changes += 1
             self.seconds += time.perf_counter() - start
