@@ -9,6 +9,7 @@ from edgetrain import reference
 from edgetrain.autodiff import LABELS, TARGET, training_graph
 from edgetrain.choice import simd_lanes
 from edgetrain.combining import combine_gradients
+from edgetrain.executor import Team
 from edgetrain.graph import Graph
 from edgetrain.kernels.registry import argument_names
 from edgetrain.learner import Learner
@@ -188,6 +189,34 @@ def test_lists_go_with_the_last_plan_that_reads_them():
     )
     del kept
     assert not made._parameters.lists
+
+
+def test_lists_that_an_interrupt_left_unmade_are_made_before_the_next_step(monkeypatch):
+    case = Case("lists", (16, 8, 8), lambda net, x: net.conv(x, 16, 16, 3, 3))
+    policy = StaticSparse(weights=0.9, dense_first=False)
+    some, other = (learner(case.graph(), 4, loss=case.loss, sparsity=policy) for _ in range(2))
+    x, y = case.batch(4)
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as struck:
+        struck.setattr(Team, "run", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            some.gradients(x, y)
+    assert_same(some.gradients(x, y), other.gradients(x, y))
+
+
+def test_steps_that_are_timed_are_those_with_the_lists_of_their_topology():
+    case = Case("lists", (16, 8, 8), lambda net, x: net.conv(x, 16, 16, 3, 3))
+    policy = RigL(weights=0.9, dense_first=False, refresh=1)
+    timed, other = (learner(case.graph(), 4, loss=case.loss, sparsity=policy) for _ in range(2))
+    x, y = case.batch(4)
+    for _ in range(3):
+        timed.time_rows(x, y)
+        other.partial_fit(x, y)
+    assert timed.topology.changes == 3
+    assert_same(timed.parameters(), other.parameters())
 
 
 @pytest.mark.parametrize("compact", [True, False], ids=["compact", "master"])
@@ -378,6 +407,20 @@ def test_one_pass_does_not_add_to_the_error_map_that_it_reads(monkeypatch):
     assert next(node.optional(3) is not None for node in nodes if node.op_type == "ProductGrads")
 
 
+def test_of_two_products_that_read_a_map_the_later_one_adds_to_its_gradient(monkeypatch):
+    """What the earlier one would add to does not exist yet."""
+
+    def build(net: Net, x: str) -> str:
+        y = net.Relu(net.conv(x, 4, 3, 3, 3, pads=[1] * 4))
+        return net.Add(net.conv(y, 3, 4, 3, 3, pads=[1] * 4), net.conv(y, 3, 4, 1, 1))
+
+    sparse = Sparse(Case("two-readers", (3, 6, 6), build), monkeypatch)
+    sparse.thin_out(1, 0.4)
+    sparse.check(5)
+    nodes = [node for node in sparse.learner.training_plan().graph.nodes if node.op_type == "ProductGrads"]
+    assert [node.optional(3) is not None for node in nodes] == [False, True, False]
+
+
 def test_one_pass_changes_no_bit_of_an_input_gradient(monkeypatch):
     """But for the order of sums where it adds to what is there."""
     monkeypatch.setattr("edgetrain.combining._add_up", lambda *_: None)
@@ -437,6 +480,26 @@ def test_fully_connected_layers_have_lists_by_how_many_vectors_of_samples_there_
     policy = StaticSparse(weights=1 - density, distribution="uniform", dense_first=False)
     made = Learner(net.graph, PROFILE, batch_size=vectors * simd_lanes(), loss="mse", sparsity=policy)
     assert ("multiply_csr" in [row.kernel[0] for row in made.training_plan().rows]) == listed
+
+
+def test_a_tile_of_a_small_map_has_the_pixels_of_several_blocks():
+    """Of a fully connected layer a block has one pixel: an entry would be read for one multiply-accumulate."""
+    net = Net((64, 1, 1))
+    net.graph.set_outputs([net.Gemm(net.Flatten("input"), net.parameter(64, 64), transB=1)])
+    policy = StaticSparse(weights=0.95, distribution="uniform", dense_first=False)
+    made = Learner(net.graph, PROFILE, batch_size=4 * simd_lanes(), loss="mse", sparsity=policy)
+    sizes = {row.kernel[1] for row in made.training_plan().rows if row.kernel[0] in ("multiply_csr", "correlate_csr")}
+    assert {runs * columns for _, runs, columns, *_ in sizes} == {4}
+
+
+@pytest.mark.parametrize(("channels", "chunks"), [(16, 8), (128, 1)])
+def test_few_sums_of_many_weights_are_kept_apart(channels, chunks):
+    """Each chunk of pixels has a vector of sums for every weight; many would not stay in the cache."""
+    net = Net((channels, 16, 16))
+    net.graph.set_outputs([net.conv("input", channels, channels, 3, 3, pads=[1] * 4)])
+    made = learner(net.graph, 16, loss="mse", sparsity=StaticSparse(weights=0.9, dense_first=False))
+    (row,) = [row for row in made.training_plan().rows if row.kernel[0] == "correlate_csr"]
+    assert row.arguments[argument_names("correlate_csr").index("tile_chunks")] == chunks
 
 
 # ---- vectors that neighbouring pixels fill

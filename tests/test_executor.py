@@ -23,6 +23,7 @@ from edgetrain.executor import Arena, Pace, Team
 from edgetrain.graph import Graph
 from edgetrain.kernels.codes import ARRIVED, TICKET
 from edgetrain.kernels.registry import interpreter
+from edgetrain.plan import Plan
 
 BUILDERS = {
     "resnet8": lambda: et.models.resnet((3, 8, 8), depth=8),
@@ -173,7 +174,24 @@ def test_an_interrupt_before_a_run_leaves_a_team_that_works(monkeypatch):
     monkeypatch.setattr(order, "wake", interrupted)
     with pytest.raises(KeyboardInterrupt):
         struck.partial_fit(*batch(struck, seed=1))
+    assert order.wanted == int(struck.plans.team.sync[TICKET // 8])  # else the threads would look for a run for ever
     assert in_threads(lambda: struck.partial_fit(*batch(struck, seed=2))) == []
+
+
+def test_addresses_that_an_interrupt_left_unresolved_are_resolved_in_the_next_run(monkeypatch):
+    struck, other = learner(), learner()
+    x, y = batch(struck)
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as strike:
+        strike.setattr(Plan, "bind", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            struck.partial_fit(x, y)
+    struck.partial_fit(x, y)
+    other.partial_fit(x, y)
+    assert content(struck) == content(other)
 
 
 # --- fork -------------------------------------------------------------------------------------------------------------

@@ -253,6 +253,14 @@ def test_what_waits_for_a_label_and_cannot_be_predicted_is_left_out():
     assert sum(result.instances_uncertain for result in results) > 100
 
 
+def test_a_label_that_cannot_be_had_is_paid_for():
+    some = learner(et.EarlyInstanceFilter(rate=0.3, start=0))
+    selector, (_, y, _) = some.stream._selector, instances(1)
+    selector._queue.add(np.full((1, *SHAPE), 3e38, np.float32), y, np.ones(1), np.full(1, -1.0))
+    lesson = selector._lessons()
+    assert (lesson.uncertain, lesson.macs) == (1, some.graph.macs())
+
+
 @pytest.mark.parametrize("kind", [et.EarlyInstanceFilter, et.SelectiveBackprop, et.RandomFilter])
 def test_networks_with_several_inputs_are_refused_when_the_learner_is_made(kind):
     graph = Graph("two", input_shape=(4,))
@@ -306,6 +314,17 @@ def test_what_was_kept_too_much_is_made_up_for():
     assert share.level(1) < 0.3
     share.count(np.zeros(400, bool))
     assert share.level(1) > 0.3
+
+
+def test_no_more_is_made_up_for_than_a_block_or_so():
+    """Else nearly nothing would pass for long after pictures that were all new, and nearly all after dull ones."""
+    share = KeptShare(0.3)
+    for keep, sign in ((np.ones(64, bool), 1), (np.zeros(64, bool), -1)):
+        for _ in range(50):
+            share.count(keep)
+        assert share.surplus == sign * 128
+    share.count(np.ones(1000, bool))
+    assert share.surplus == pytest.approx(700 - 128)
 
 
 @pytest.mark.parametrize("rate", [0.02, 0.1, 0.3, 0.9])
@@ -534,6 +553,18 @@ def test_the_queue_of_lessons_is_bounded_where_next_to_nothing_is_kept():
     assert longest < 256
     assert some.stream.totals["train"].instances_uncertain == uncertain > 2500
     assert some.step_count < 3
+
+
+def test_a_state_does_not_change_when_the_filter_goes_on():
+    some, (x, y, _) = learner(et.EarlyInstanceFilter(start=1000)), instances(400)
+    some.observe(x[:100], y[:100])
+    tensors, _ = some.state()
+    before = {name: array.copy() for name, array in tensors.items()}
+    assert any("queue" in name for name in tensors)
+    for start in range(100, 400, 20):
+        some.observe(x[start : start + 20], y[start : start + 20])
+    for name, array in tensors.items():
+        np.testing.assert_array_equal(array, before[name], err_msg=name)
 
 
 def test_a_long_queue_is_learned_from_in_steps_of_a_planned_size():

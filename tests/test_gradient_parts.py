@@ -131,3 +131,17 @@ def test_input_gradients_of_fully_connected_layers_are_sums_of_halves(
     made.gradients(x, y)
     poison(made)
     assert_all_close(made.gradients(x, y), reference.gradients(net.graph, x, y)[1], 1e-5)
+
+
+def test_gradients_with_a_border_are_no_sums_of_halves(monkeypatch):
+    """A border must stay zero: the padded convolution before reads it."""
+    monkeypatch.setattr(lowering_products, "_HALVED_BYTES", 4 * 8 * 16)
+    net = Net((4, 1, 1))
+    x = net.conv(net.conv("input", 8, 4, 1, 1), 8, 8, 3, 3, pads=[1] * 4)
+    net.graph.set_outputs([net.Flatten(net.conv(net.Relu(x), 16, 8, 1, 1))])
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(9, 4, 1, 1)).astype(np.float32), np.arange(9) % 4
+    made = learner(net.graph, LANES)
+    made.gradients(x, y)
+    poison(made)
+    assert_all_close(made.gradients(x, y), reference.gradients(net.graph, x, y)[1], 1e-5)

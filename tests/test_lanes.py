@@ -74,6 +74,18 @@ def test_zeros_behind_max_pools_speak_for_samples(group, pads, skips, simd):
     assert (vectors == lanes._SKIPPING * (4 * simd) ** 0.5) == skips
 
 
+@pytest.mark.parametrize(
+    ("stride", "vectors"), [(1, 0.25), (2, 0.25 * lanes._STRIDED), (4, 0.25 * lanes._STRIDED), (5, 1.0)]
+)
+def test_pixels_far_from_each_other_fill_no_vectors_of_samples(stride, vectors, monkeypatch):
+    set_lanes(monkeypatch, 16)
+    net = Net((4, 1, 8 * stride))
+    net.graph.set_outputs([net.conv("input", 4, 4, 1, 1, strides=[1, stride])])
+    (conv,) = net.graph.nodes
+    found = lanes._sample_vectors(net.graph, conv, get_op("Conv").product(conv), 4)
+    assert found == pytest.approx(lanes._DIRECT * 16 * vectors)
+
+
 def test_a_batch_that_fills_a_vector_has_samples_in_the_lanes(simd):
     net = Net((3,))
     net.graph.set_outputs([net.Gemm("input", net.parameter(2, 3), transB=1)])

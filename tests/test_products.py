@@ -116,6 +116,7 @@ def test_a_stride_in_one_operand_leaves_vectors_whole():
     assert steps_of(strided, 4) == (32, 16)
     assert widened(strided, 4, 16, (32, 16)) == (strided[::4], 16)
     assert widened(strided, 4, 32, (32, 16)) == (strided[::4], 16)  # the next row is elsewhere
+    assert steps_of([(64 * p, 16 * p) for p in range(8)], 4) == (64, 16)
     for pixels in ([(32 * p, 32 * p) for p in range(8)], [(80 * p, 16 * p) for p in range(8)], [(0, 0)]):
         assert steps_of(pixels, 4) == (16, 16)
 
@@ -131,6 +132,16 @@ def test_strided_convolutions_fill_the_widest_vectors_in_small_batches(lanes, ru
     multiply, correlate = ([row.kernel[1] for row in rows if row.kernel[0] == name] for name in (MULTIPLY, CORRELATE))
     assert {(key[0], *key[4:]) for key in multiply} == ({(16, runs, 1), (16, 1, runs)} if runs > 1 else {(16,)})
     assert {(key[0], *key[5:]) for key in correlate} == ({(16, runs)} if runs > 1 else {(16,)})
+
+
+@pytest.mark.parametrize(("stride", "pixels"), [(1, 256), (2, 64)])
+def test_a_sum_of_a_weight_gradient_goes_over_as_many_pixels_of_the_input(stride, pixels):
+    graph = Graph("strided", (3, 64, 64))
+    weight = graph.parameter("a", np.ones((5, 3, 3, 3)))
+    graph.set_outputs([graph.add("Conv", ["input", weight], strides=[stride] * 2, pads=[1] * 4)])
+    rows = Learner(graph, PROFILE, batch_size=32, threads=1, loss="mse").training_plan(32).rows
+    place = argument_names("correlate").index("pixel_chunk")
+    assert [row.arguments[place] for row in rows if row.kernel[0] == CORRELATE] == [pixels]
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,8 @@ import pytest
 from edgetrain import Learner
 from edgetrain.checkpoint import _digest, _without_duplicates, load_checkpoint
 from edgetrain.cli import streaming, training
+from edgetrain.cli.config import from_run
+from edgetrain.cli.endings import taken_up
 from edgetrain.cli.progress import choose_display
 from edgetrain.cli.savings import savings_of
 from edgetrain.cli.signals import StopOnSignal, interrupts_kept
@@ -175,6 +177,58 @@ def test_an_interrupt_that_asks_for_a_stop_goes_on_asking():
         with interrupts_kept():
             signal.raise_signal(signal.SIGINT)
         assert stop.requested()
+
+
+def test_a_second_signal_that_is_no_interrupt_aborts_nothing():
+    with StopOnSignal(choose_display(True, False, 1)) as stop:
+        for _ in range(2):
+            signal.raise_signal(signal.SIGTERM)
+        assert stop.requested()
+
+
+def test_behind_what_is_not_to_be_broken_a_second_interrupt_aborts_again():
+    with StopOnSignal(choose_display(True, False, 1)) as stop:
+        with stop.unbroken():
+            for _ in range(2):
+                signal.raise_signal(signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+
+
+def test_a_closed_terminal_that_is_ignored_asks_for_no_stop():
+    """As ``nohup`` has it."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopOnSignal(choose_display(True, False, 1)) as stop:
+            signal.raise_signal(signal.SIGHUP)
+            assert not stop.requested()
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_run_folder_has_its_configuration_last(capsys, tmp_path, monkeypatch):
+    """A folder that has one is resumed: what is read then must be there."""
+
+    def killed(*_):
+        raise SystemExit(9)
+
+    write_data(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Run, "write_metrics", killed)
+    assert run(capsys, *FIT, "--quiet")[0] == 9
+    assert (tmp_path / "runs/fit-1").is_dir()
+    assert not (tmp_path / "runs/fit-1/config.toml").exists()
+
+
+def test_a_run_that_goes_on_has_the_threads_of_its_configuration(capsys, tmp_path, monkeypatch):
+    write_data(tmp_path, 40)
+    monkeypatch.chdir(tmp_path)
+    assert run(capsys, *FIT, "--quiet")[0] == 0
+    some = open_run("runs/fit-1")
+    table = some.read_config()
+    for threads in (1, 3):
+        config = from_run(table | {"device": table["device"] | {"threads": threads}}, some.config_file)
+        assert taken_up(some, config, choose_display(True, False, 1)).threads == threads
 
 
 def test_a_line_that_cannot_be_written_whole_leaves_no_half(tmp_path, monkeypatch):

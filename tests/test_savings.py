@@ -241,3 +241,10 @@ def test_the_account_says_why_kept_instances_were_not_trained_on(waiting, why):
     counts = Totals(instances_seen=100, instances_kept=90, instances_trained=74, macs_dense=10**9).counts() | waiting
     text = savings_text(savings_of(counts, 2.0, 3.0, {"seconds": None, "how": "not at all"}))
     assert f"\noperations of training are those of 84 instances: 16 were kept, {why}\n" in text
+
+
+@pytest.mark.parametrize(("seconds", "outcome"), [(8.0, "20.0 % of the time saved"), (12.0, "20.0 % more time")])
+def test_the_account_says_whether_time_was_saved_or_lost(seconds, outcome):
+    counts = Totals(instances_seen=100, instances_kept=100, instances_trained=100, macs_dense=10**9).counts()
+    text = savings_text(savings_of(counts, seconds, None, {"seconds": 10.0, "how": "measured"}))
+    assert text.endswith(f"; dense 10.0 s (measured): {outcome}")

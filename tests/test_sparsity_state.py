@@ -9,6 +9,7 @@ import edgetrain as et
 from edgetrain import checkpoint
 from edgetrain.checkpoint import read_checkpoint, write_file
 from edgetrain.errors import UsageError
+from edgetrain.layer_report import layer_report
 from tests.sparse_networks import PROFILE, assert_equal, batch, learner, network, train
 
 # ---- parameters that bring other densities, then a checkpoint --------------------------------------------------------
@@ -128,3 +129,34 @@ def test_weights_of_a_file_are_trained_ones_after_a_checkpoint_too(trained, tmp_
     taken = [learner(et.RigL(0.8), graph=source.graph) for source in (made, loaded)]
     assert taken[0].topology.beginning == taken[1].topology.beginning == et.RigL(0.8).beginning(trained)
     assert_equal(taken[1].parameters(), taken[0].parameters())
+
+
+@pytest.mark.parametrize("policy", [et.RigL(weights=0.9, refresh=2), et.SWAT(weights=0.9, activations=0.0, refresh=2)],
+                         ids=lambda policy: policy.name)  # fmt: skip
+def test_a_learner_goes_back_to_a_state_of_its_own(policy):
+    """What was made of the pattern that it has now is of no use then."""
+    made = learner(policy)
+    train(made, 3)
+    state = made.state()
+    losses = train(made, 8, 3)
+    made.restore(*state)
+    assert train(made, 8, 3) == losses
+
+
+def test_behind_a_report_the_topology_changes_again():
+    made = learner(et.RigL(weights=0.9, refresh=1))
+    layer_report(made)
+    assert made.topology.changes == 0
+    train(made, 2)
+    assert made.topology.changes == 2
+
+
+def test_the_length_of_training_outlives_a_checkpoint(tmp_path):
+    """Without it the topology would go on changing beyond ``until``."""
+    made = learner(et.RigL(weights=0.9, refresh=1, until=0.5))
+    made.fit(batch(32), epochs=4)
+    loaded = saved_and_loaded(made, tmp_path)
+    changes = loaded.topology.changes
+    assert changes > 0
+    train(loaded, 2)
+    assert loaded.topology.changes == changes

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -439,6 +440,7 @@ def test_choices_are_close_together_at_first():
     chosen = [step for step in range(4000) if step % policy._period(step) == 0]
     gaps = np.diff(chosen)
     assert (gaps[:40] == 10).all() and (np.diff(gaps) >= 0).all() and gaps[-1] == 100
+    assert [policy._period(step) for step in (0, 399, 400, 800, 1599, 1600, 3200)] == [10, 10, 20, 40, 40, 80, 100]
     assert {step % 3 for step in range(500) if step % et.SWAT(refresh=3)._period(step) == 0} == {0}
 
 
@@ -489,3 +491,10 @@ def test_a_budget_that_holds_the_first_plan_holds_those_of_moved_weights_too():
         sizes.add(made.plans.memory(made.plans.latest.plan).peak_bytes)
     assert len(sizes) > 1
     assert max(sizes) <= promised
+
+
+def test_what_a_full_layer_cannot_take_goes_to_the_others_until_they_are_full():
+    sizes, means = {"a": 100, "b": 100, "c": 1000}, {"a": 100.0, "b": 30.0, "c": 10.0}
+    layers = [SimpleNamespace(weight=name, size=size) for name, size in sizes.items()]
+    topology = SimpleNamespace(layers=layers, mean_momentum=lambda layer: means[layer.weight])
+    assert momentum_densities(topology, 0.3) == pytest.approx({"a": 0.99, "b": 0.99, "c": (360 - 2 * 99) / 1000})

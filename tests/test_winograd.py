@@ -59,8 +59,10 @@ def test_other_layers_are_direct(channels, size, kernel, attributes):
 # Largest error relative to the largest number: 1e-5 for 128 channels was measured (kernels/winograd.py), twenty times
 # less than what the contract allows a gradient.
 @pytest.mark.parametrize(
-    ("channels", "size", "pads"), [(16, 16, SAME), (64, 8, SAME), (128, 4, SAME), (16, 8, [2, 0, 0, 2])]
-)
+    ("channels", "size", "pads"),
+    [(16, 16, SAME), (64, 8, SAME), (128, 4, SAME), (16, 8, [2, 0, 0, 2]), (20, 8, SAME),  # no whole vectors of inputs
+     (16, 8, [2] * 4), (16, 12, [0] * 4)],  # maps of 10x10 become 12x12, and 8x8
+)  # fmt: skip
 def test_errors_stay_small(channels, size, pads):
     graph = network(channels, size, pads=pads)
     x, y = batch(graph, 6)
@@ -130,6 +132,11 @@ def test_chunks_let_all_threads_finish_together(tiles, blocks, threads, chunk):
 )
 def test_threads_share_the_outputs_of_few_chunks(chunks, tiles, threads, cuts):
     assert winograd_cuts(chunks, tiles, threads) == cuts
+
+
+def test_a_single_chunk_has_a_job_for_every_thread():
+    rows = learner(network(32, 4), 4, 2, loss="mse").training_plan(4).rows
+    assert {row.jobs for row in rows if row.kernel[0] == "winograd"} == {2}
 
 
 @pytest.mark.parametrize(
