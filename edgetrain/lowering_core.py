@@ -17,8 +17,8 @@ from edgetrain.errors import GraphError
 from edgetrain.graph import Graph, Node, Value
 from edgetrain.kernels.codes import CHANNELS, SAMPLES
 from edgetrain.kernels.registry import argument_names
-from edgetrain.ops import Border
-from edgetrain.plan import LISTS, Plan, Ref, Row, borders_to_clear, share_memory, written_borders
+from edgetrain.ops import NO_BORDER, Border
+from edgetrain.plan import LISTS, Plan, Ref, Row, borders_to_clear, share_memory, wanted_borders, written_borders
 
 if TYPE_CHECKING:
     from edgetrain.parameters import Parameters
@@ -118,6 +118,7 @@ class LoweringCore:
         self._nodes, self._parameters, self._keep = nodes, parameters, keep
         sharing = share_memory(nodes, keep, self.shares)
         self.plan.root = sharing.root
+        self._wanted = wanted_borders(nodes)
         for name, value in graph.values.items():
             if name in sharing.root and value.batched and name != LABELS:
                 self.plan.layouts[name] = self.make_layout(value, sharing.border[name])
@@ -164,6 +165,10 @@ class LoweringCore:
     def layout(self, value: Value) -> Layout:
         """Return the layout of a batched value."""
         return self.plan.layouts[value.name]
+
+    def zeros_around(self, value: Value) -> Border:
+        """Return the border of a value that is known to be 0 while nodes read it; its memory may have a wider one."""
+        return self._wanted.get(value.name, NO_BORDER)
 
     def address(self, value: Value) -> Ref:
         """Return where a value's first pixel inside the border (or first number) will be."""

@@ -172,7 +172,8 @@ class ProductLowering(SparseLowering):
 
         Not by threads, as it fixes the order of summation.
         """
-        connected = self.kind == SAMPLES and g.out == g.size == (1, 1) and g.groups == 1 and not out.bordered
+        pixel = g.out == g.size == g.kernel == (1, 1)
+        connected = self.kind == SAMPLES and pixel and g.groups == 1 and not out.bordered
         even = self.blocks > 1 and g.outputs % 2 == 0
         return connected and even and 4 * g.inputs * g.outputs >= _HALVED_BYTES
 

@@ -416,7 +416,9 @@ class SparseLowering(LoweringCore):
         index, lasts = self.sparse[weight.name], flags.kind == ALL_COUNT
         arrays = {part: self.index(weight, rows_of + part) for part in ("starts", "columns", "places")}
         name = f"list:{weight.name}:{rows_of}{group_bytes}:{hash(tuple(tuple(terms) for terms, _ in phases))}"
-        whole, size = len(phases) == 1 and flags.kind != FLAGGED_COLUMNS, max(1, index.capacity)
+        # One phase may leave out weights, too: those that meet the border alone, where the stride is above the size.
+        whole = len(phases) == 1 and flags.kind != FLAGGED_COLUMNS and ABSENT not in phases[0][0]
+        size = max(1, index.capacity)
         offsets = self._list_memory(lasts, name, size)
         # Places of weights in any case: ``gather_csr`` reads also what stands between the listed entries.
         order = arrays["places"] if whole else self.shared(f"{name}:{flags.kind}", size)

@@ -147,7 +147,7 @@ def weight_grad(low: ProductLowering, node: Node, g: Product, target: Ref, kept:
     v_position, z_position = _apart(g.inputs * channel), _apart(g.outputs * channel)
     v, z = (low.workspace(groups * _POSITIONS * bytes_) for bytes_ in (v_position, z_position))
     sums = low.workspace(groups * _POSITIONS * position)
-    x_start, grad_start, flipped = low.address(node.x), low.address(node.input(1)), _can_flip(g, grad)
+    x_start, grad_start, flipped = low.address(node.x), low.address(node.input(1)), _can_flip(low, g, node.input(1))
     if flipped:
         grad_start = grad_start + _flipped_start(g, grad)
     else:
@@ -167,9 +167,10 @@ def weight_grad(low: ProductLowering, node: Node, g: Product, target: Ref, kept:
     )  # fmt: skip
 
 
-def _can_flip(g: Product, grad: Layout) -> bool:
-    """Whether the tiles of the output gradient can overlap: no tile is cut off, and the border is there."""
-    return g.size == g.out and all(has >= wants for has, wants in zip(grad.border, g.grad_border, strict=True))
+def _can_flip(low: LoweringCore, g: Product, grad: Value) -> bool:
+    """Whether the tiles of the output gradient can overlap: no tile is cut off, and the zeros around it are there."""
+    border = low.zeros_around(grad)
+    return g.size == g.out and all(has >= wants for has, wants in zip(border, g.grad_border, strict=True))
 
 
 def _parts(blocks: int, groups: int, rows: int, row_bytes: int) -> list[_Part]:

@@ -79,7 +79,7 @@ def share_memory(
     must survive to the end and are never overwritten; ``shares`` tells whether a reshape
     leaves all numbers where they are.
     """
-    users, wanted = node_users(nodes), _wanted_borders(nodes)
+    users, wanted = node_users(nodes), wanted_borders(nodes)
     values = {v.name: v for node in nodes for v in (*node.inputs, *node.outputs) if v is not None}
     root = {name: name for name in values}
     border = {name: wanted.get(name, NO_BORDER) for name in values}
@@ -129,7 +129,7 @@ def borders_to_clear(
             made[value.name] = position
             if i in own:
                 written.setdefault(root[value.name], position)
-    wanted = [name for name, border in _wanted_borders(nodes).items() if any(border)]
+    wanted = [name for name, border in wanted_borders(nodes).items() if any(border)]
     return {root[name] for name in wanted if made.get(name, -1) < written.get(root[name], len(nodes))}
 
 
@@ -140,7 +140,11 @@ def _takes_over(node: Node) -> Value | None:
     return value if value is not None and value.batched and node.y.batched and value.name != LABELS else None
 
 
-def _wanted_borders(nodes: Sequence[Node]) -> dict[str, Border]:
+def wanted_borders(nodes: Sequence[Node]) -> dict[str, Border]:
+    """Return the border of zeros that nodes read around values, by the name of the value.
+
+    Around others there may be anything: the border of what took over their memory has its zeros only later.
+    """
     wanted: dict[str, Border] = {}
     for node in nodes:
         for value, border in zip(node.inputs, get_op(node.op_type).borders(node), strict=False):

@@ -139,6 +139,8 @@ def convolutions() -> Iterable[Case]:
     yield conv("2x2-stride3-pads", (3, 7, 8), 4, 3, 2, 2, strides=[3, 3], pads=[1, 0, 0, 1])
     yield conv("3x3-stride5-small-map", (2, 4, 4), 3, 2, 3, 3, strides=[5, 5], pads=same3)
     yield conv("3x3-one-pixel-map", (4, 1, 1), 5, 4, 3, 3, pads=same3)
+    yield conv("3x3-one-pixel-map-stride2", (8, 1, 1), 16, 8, 3, 3, strides=[2, 2], pads=same3)
+    yield conv("3x3-one-row-strides-2-1", (8, 1, 5), 16, 8, 3, 3, strides=[2, 1], pads=same3)
     yield conv("1x1-one-pixel-map", (20, 1, 1), 18, 20, 1, 1)
     yield conv("1x1-one-pixel-never-read", (8, 1, 1), 5, 8, 1, 1, strides=[2, 2], pads=[0, 1, 0, 1])
     yield conv("3x3-one-pixel-out", (4, 3, 3), 6, 4, 3, 3)

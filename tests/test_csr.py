@@ -207,6 +207,23 @@ def test_lists_that_an_interrupt_left_unmade_are_made_before_the_next_step(monke
     assert_same(some.gradients(x, y), other.gradients(x, y))
 
 
+def test_an_interrupt_while_lists_are_made_takes_no_step(monkeypatch):
+    case = Case("lists", (16, 8, 8), lambda net, x: net.conv(x, 16, 16, 3, 3))
+    made = learner(case.graph(), 4, loss=case.loss, sparsity=StaticSparse(weights=0.9, dense_first=False))
+    before, lead = made.parameters(), Team._lead
+
+    def interrupted(*arguments):
+        lead(*arguments)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as struck:
+        struck.setattr(Team, "_lead", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            made.partial_fit(*case.batch(4))
+    assert made.step_count == 0
+    assert_same(made.parameters(), before)
+
+
 def test_steps_that_are_timed_are_those_with_the_lists_of_their_topology():
     case = Case("lists", (16, 8, 8), lambda net, x: net.conv(x, 16, 16, 3, 3))
     policy = RigL(weights=0.9, dense_first=False, refresh=1)

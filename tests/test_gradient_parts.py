@@ -145,3 +145,16 @@ def test_gradients_with_a_border_are_no_sums_of_halves(monkeypatch):
     made.gradients(x, y)
     poison(made)
     assert_all_close(made.gradients(x, y), reference.gradients(net.graph, x, y)[1], 1e-5)
+
+
+@pytest.mark.parametrize("kernel", [1, 3, 5])
+def test_gradients_of_convolutions_of_one_pixel_are_right(kernel, monkeypatch):
+    """Of larger kernels the other numbers lie outside."""
+    monkeypatch.setattr(lowering_products, "_HALVED_BYTES", 1)
+    net = Net((4, 1, 1))
+    x = net.conv(net.conv("input", 8, 4, 1, 1), 8, 8, kernel, kernel, pads=[kernel // 2] * 4)
+    net.graph.set_outputs([net.Flatten(x)])
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(9, 4, 1, 1)).astype(np.float32), np.arange(9) % 8
+    made = learner(net.graph, LANES)
+    assert_all_close(made.gradients(x, y), reference.gradients(net.graph, x, y)[1], 1e-5)

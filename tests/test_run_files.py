@@ -15,9 +15,9 @@ from edgetrain import Learner
 from edgetrain.checkpoint import _digest, _without_duplicates, load_checkpoint
 from edgetrain.cli import streaming, training
 from edgetrain.cli.config import from_run
-from edgetrain.cli.endings import taken_up
 from edgetrain.cli.progress import choose_display
 from edgetrain.cli.savings import savings_of
+from edgetrain.cli.sessions import taken_up
 from edgetrain.cli.signals import StopOnSignal, interrupts_kept
 from edgetrain.errors import CheckpointError, DataError, UsageError
 from edgetrain.history import COUNTED, EpochRecord, History

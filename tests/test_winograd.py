@@ -10,7 +10,7 @@ from edgetrain import reference
 from edgetrain.choice import Target, simd_lanes, winograd_cuts, winograd_tile
 from edgetrain.graph import Graph
 from edgetrain.kernels.registry import argument_names
-from tests.engine import assert_same, learner, wide_host
+from tests.engine import assert_all_close, assert_same, learner, poison, wide_host
 
 pytestmark = pytest.mark.usefixtures(wide_host.__name__)
 
@@ -94,6 +94,25 @@ def test_either_operands_tiles_may_overlap(monkeypatch):
     assert np.array_equal(other["weight0"], usual["weight0"])
     assert not np.array_equal(other["weight1"], usual["weight1"])
     np.testing.assert_allclose(other["weight1"], usual["weight1"], rtol=0, atol=1e-5 * np.abs(usual["weight1"]).max())
+
+
+def test_error_maps_whose_memory_has_a_border_later_have_none_yet():
+    """The gradient of a sum is that of its second branch as it is; in its place comes a normalisation's, bordered."""
+    rng, graph = np.random.default_rng(0), Graph("case", (16, 8, 8))
+
+    def conv(x: str, name: str, kernel: int) -> str:
+        weight = graph.parameter(name, rng.normal(0, 0.1, (16, 16, kernel, kernel)))
+        return graph.add("Conv", [x, weight], pads=[kernel // 2] * 4)
+
+    numbers = [graph.parameter(name, rng.random(16) + 0.5, name in ("scale", "bias"))
+               for name in ("scale", "bias", "mean", "variance")]  # fmt: skip
+    branch = graph.add("Relu", [graph.add("BatchNormalization", [conv(conv("input", "a", 1), "b", 3), *numbers])])
+    graph.set_outputs([conv(graph.add("Add", [branch, conv("input", "c", 3)]), "d", 1)])
+    x, y = batch(graph, 16)
+    made = learner(graph, 4, loss="mse")
+    made.gradients(x, y)
+    poison(made)
+    assert_all_close(made.gradients(x, y), reference.gradients(graph, x, y, "mse")[1], 1e-5)
 
 
 def test_without_a_bias_there_is_a_zero_for_each_of_an_odd_number_of_channels():

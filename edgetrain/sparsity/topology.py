@@ -174,8 +174,8 @@ class Topology:
         buffers = self._parameters.carried if index.compact else ()
         moved = {n: _moved(old, self._parameters.view(layer.weight, n)[order], positions) for n in buffers}
         del old, order  # with those of the caller they took half of the memory of a change
+        self._parameters.patterns += 1  # first: lists of what was there are stale whatever breaks in
         index.set_positions(positions)
-        self._parameters.patterns += 1
         if moved:
             _, order = index.ascending()
             for name, values in moved.items():
@@ -309,9 +309,9 @@ class Topology:
             patterns = {name: index.positions_of(*parts[name]) for name, index in self.indices.items()}
         except UsageError as error:
             raise CheckpointError(f"the state belongs to another network: {error}") from error
+        self._parameters.patterns += 1
         for name, positions in patterns.items():  # only now: a state that does not fit changes nothing
             self.indices[name].set_positions(positions)
-        self._parameters.patterns += 1
         self._begun = None
         if meta is not None:
             self.total_steps, self.densities = meta["total_steps"], dict(meta["densities"])
