@@ -25,8 +25,10 @@ def replace_file(path: str | os.PathLike[str], *content: bytes | NDArray[Any]) -
         OSError: the folder is missing, full or not writable, or there is something else than a file, such as a device;
             what was there is untouched.
     """
+    folder = os.path.realpath(os.path.dirname(os.path.abspath(path)))
     path = Path(os.path.realpath(path))
-    if path.exists() and not path.is_file():
+    # /dev/stdout leads to the file that standard output was sent to: to replace that would lose what it holds.
+    if folder == "/dev" or folder.startswith("/proc/") or (path.exists() and not path.is_file()):
         raise OSError(errno.EINVAL, "it is no regular file")
     temporary = path.with_name(f".{path.name}.{threading.get_ident()}.{os.getpid()}.tmp")
     try:

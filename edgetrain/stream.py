@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from edgetrain.accounting import StepResult
 from edgetrain.arrays import Checked
+from edgetrain.errors import CheckpointError
 from edgetrain.filters import Choice, InstanceFilter, Judge, Lesson, Selector
 from edgetrain.filters.base import Floats, Images, instance_bytes
 from edgetrain.history import Totals
@@ -181,7 +182,14 @@ class InstanceStream:
         return tensors, meta
 
     def restore(self, tensors: Mapping[str, NDArray[Any]], meta: Mapping[str, Any]) -> None:
-        """Take the state that ``state`` returned."""
+        """Take the state that ``state`` returned.
+
+        Raises:
+            CheckpointError: it is of a stream with another filter, or with one where here is none.
+        """
+        if (self._selector is None) == ("filter" in meta):
+            its, own = ("one", "none") if self._selector is None else ("none", "one")
+            raise CheckpointError(f"the state belongs to another instance filter: {its}, this learner has {own}")
         self.position, self._faded = int(meta["position"]), np.array(tensors["faded"])
         self._mode = meta.get("mode", MODES[0])
         self.totals = {mode: Totals(**meta["totals"][mode]) for mode in MODES}
@@ -285,18 +293,18 @@ class InstanceStream:
         x, y, last, interrupt = self._x, self._y, 0, None
         try:
             while len(y) - last >= least and (whole or interrupt is None):
-                first, last, before = last, min(last + self._learner.batch_size, len(y)), self._learner.step_count
-                began = working_clock()
+                end, before = min(last + self._learner.batch_size, len(y)), self._learner.step_count
+                began, known = working_clock(), len(done.steps)
                 try:
-                    step = self._learner.partial_fit(_checked(self._learner, x[first:last]), y[first:last])
-                    done.steps.append(step)
+                    done.steps.append(self._learner.partial_fit(_checked(self._learner, x[last:end]), y[last:end]))
                 except BaseException as struck:
                     if self._learner.step_count == before:
-                        if not isinstance(struck, Exception):
-                            last = first  # no step was taken: they wait
-                        raise
+                        if isinstance(struck, Exception):
+                            last = end
+                        raise  # after an interrupt that left no step they wait
                     interrupt = struck
-                    done.steps.append(_step_result(self._learner, last - first, working_clock() - began))
+                    done.steps[known:] = [_step_result(self._learner, end - last, working_clock() - began)]
+                first, last = last, end
                 if self._selector is not None:
                     losses = _step_losses(self._learner, last - first)
                     done.lessons.append(self._selector.learn(x[first:last], y[first:last], losses))

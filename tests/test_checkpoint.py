@@ -256,6 +256,15 @@ def test_what_is_no_file_is_not_replaced(tmp_path):
     assert (tmp_path / "pipe").is_fifo()
 
 
+@pytest.mark.parametrize("name", ["/dev/stdout", "/proc/self/fd/1", "/dev/fd/1"])
+def test_what_standard_output_was_sent_to_is_not_replaced(name, tmp_path):
+    script = f"from edgetrain.files import replace_file; print('a line', flush=True); replace_file({name!r}, b'new')"
+    with (tmp_path / "log").open("w") as log:
+        done = subprocess.run([sys.executable, "-c", script], stdout=log, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    assert "it is no regular file" in done.stderr
+    assert (tmp_path / "log").read_text() == "a line\n"
+
+
 def test_read_only_file_system_is_one_message_about_the_file(tmp_path, monkeypatch):
     def refuse(*_, **__):
         raise OSError(30, "Read-only file system")

@@ -117,6 +117,13 @@ def test_a_run_whose_output_cannot_be_written_goes_on(inside, tmp_path):
     assert_same_result(tmp_path / "fit-1", inside / "runs/fit-1")
 
 
+def test_an_error_that_cannot_be_told_has_its_exit_code():
+    command = [sys.executable, "-m", "edgetrain", "evaluate", "nothing"]
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(command, stderr=full, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert done.returncode == 2
+
+
 def test_what_the_output_cannot_encode_is_replaced(inside, tmp_path):
     command = [sys.executable, "-m", "edgetrain", *FIT, "--epochs", "1", "--out", str(tmp_path / "läuft")]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "ascii"}

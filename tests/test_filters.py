@@ -135,7 +135,8 @@ def test_the_same_seed_gives_the_same_parameters_whatever_the_threads(name):
 
 @pytest.mark.parametrize(("stored", "own"), [
     ("random:rate=0.5", "eif:rate=0.5,start=8"), ("selective:rate=0.5", "random:rate=0.5"),
-    ("eif:rate=0.5,start=8,cells=4", "eif:rate=0.5,start=8,cells=8"),
+    ("eif:rate=0.5,start=8,cells=4", "eif:rate=0.5,start=8,cells=8"), ("none", "random:rate=0.5"),
+    ("random:rate=0.5", "none"),
 ])  # fmt: skip
 def test_the_state_of_another_filter_is_refused_and_changes_nothing(stored, own):
     x, y, _ = instances(64)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import signal
+
 import numpy as np
 import pytest
 
@@ -160,3 +163,30 @@ def test_the_length_of_training_outlives_a_checkpoint(tmp_path):
     assert changes > 0
     train(loaded, 2)
     assert loaded.topology.changes == changes
+
+
+# ---- interrupts ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("policy", [et.RigL(weights=0.7, refresh=2), et.SET(weights=0.7, refresh=2),
+                                    et.SWAT(weights=0.7, activations=0.0, refresh=2, fade=0.9)])  # fmt: skip
+def test_a_change_that_an_interrupt_strikes_is_made_whole_and_once(policy, monkeypatch):
+    usual, struck, interrupts = learner(policy), learner(policy), []
+    change = type(policy).after_step if policy.compact else type(policy).before_step
+
+    def interrupted(self, topology, *arguments):
+        if topology is struck.topology:
+            os.kill(os.getpid(), signal.SIGINT)
+        change(self, topology, *arguments)
+
+    monkeypatch.setattr(type(policy), change.__name__, interrupted)
+    x, y = batch()
+    while struck.step_count < 6:
+        try:
+            struck.partial_fit(x, y)
+        except KeyboardInterrupt:
+            interrupts.append(struck.step_count)
+    for _ in range(6):
+        usual.partial_fit(x, y)
+    assert len(interrupts) >= struck.topology.changes == usual.topology.changes >= 2
+    assert_equal(struck.parameters(), usual.parameters())

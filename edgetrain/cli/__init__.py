@@ -29,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         SystemExit: always; ``--debug`` prints the traceback of an error in place of its message.
     """
     from edgetrain.cli.app import app
-    from edgetrain.cli.output import write_line
+    from edgetrain.cli.output import silence, write_line
 
     given = list(sys.argv[1:] if arguments is None else arguments)
     # The flag is global, but people add it at the end of the line that just failed.
@@ -47,7 +47,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except Exception as error:
         message, exit_code = _described(error)
         message = re.sub(r"[\x00-\x1f\x7f]", lambda found: repr(found[0])[1:-1], message)  # one line, whatever it names
-        write_line("".join(traceback.format_exception(error)).rstrip() if debug else message, sys.stderr)
+        try:
+            write_line("".join(traceback.format_exception(error)).rstrip() if debug else message, sys.stderr)
+        except OSError:  # a closed terminal, a full disk: the exit code tells
+            silence(sys.stderr)
         sys.exit(exit_code)
 
 

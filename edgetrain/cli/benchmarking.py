@@ -14,6 +14,7 @@ from edgetrain import bench
 from edgetrain.bench_load import Watch
 from edgetrain.cli.output import count, duration, emit, finite, mebibytes, table, write_line
 from edgetrain.errors import UsageError
+from edgetrain.files import not_written, replace_file
 
 Result = dict[str, Any]
 
@@ -41,7 +42,6 @@ def bench_command(
     if max(threads) > cores:
         raise UsageError(f"--threads is {max(threads)}, this machine has {count(cores, 'processor')}")
     if out is not None:
-        out = out.resolve()  # a link stays one
         _check_writable(out)
     cases = [
         bench.Case(model, batch_size, number)
@@ -54,7 +54,10 @@ def bench_command(
     result["notes"] = notes
     emit(result, _text(result), as_json)  # first, whatever becomes of the file
     if out is not None:
-        out.write_text(json.dumps(finite(result), indent=1) + "\n", encoding="utf-8")
+        try:
+            replace_file(out, (json.dumps(finite(result), indent=1) + "\n").encode())
+        except OSError as error:
+            raise UsageError(not_written(out, error)) from error
 
 
 def _check_writable(file: Path) -> None:

@@ -11,7 +11,7 @@ The keys of the JSON documents are part of the interface; later versions may add
   trained on
 - fit --stream: run, model, data, profile, timed_on, instances, instances_waiting, mode, running_accuracy,
   recent_accuracy, loss, accuracy, seconds, whole_seconds, steps, batch_size, images_per_second, memory_mib, savings,
-  filter {threshold, filter_share}, files; with sparsity: layers, topology
+  filter {of eif: threshold, filter_share}, files; with sparsity: layers, topology
 - evaluate: model, data, images, loss, accuracy
 - predict: model, data, predictions [{index, label, class, probability, of an image file: file}]
 - export: from, model, bytes

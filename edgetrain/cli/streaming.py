@@ -307,7 +307,8 @@ class StreamSession:
             save_checkpoint(self.learner, self.run.best)
             self.learner.export_onnx(self.run.model)
         if self.stop.requested():  # what follows looks at all test data
-            self._log("interrupted")
+            with suppress(UsageError):
+                self._log("interrupted")
             heed_stop(self)
         try:
             self._log("finished", accuracy=self.test_metrics().get("accuracy"))
@@ -471,8 +472,9 @@ class StreamSession:
             images_per_second=total.images_per_second, **total.counts(),
         )  # fmt: skip
         self._unwritten.append(record)
-        if len(self._unwritten) >= _MOST_UNWRITTEN:
-            self._write_rows()
+        if len(self._unwritten) % _MOST_UNWRITTEN == 0:
+            with going_on(self.display):
+                self._write_rows()
         self.display.say(stream_line(learner.stream, self.source.count, record, self.config.stream.predict))
 
     def _end(self) -> None:
@@ -507,7 +509,8 @@ class StreamSession:
         vain = step and self.source.count is not None and self.learner.step_count == self._first_step
         if not vain:
             save_at_last(self._save, str(error), self.run)
-        self._log("failed", error=str(error))
+        with suppress(UsageError):  # the message tells it in any case
+            self._log("failed", error=str(error))
         if step and self.learner.stream.latest is None:  # the network predicts nothing any more
             raise NumericalError(how_to_go_on(error, self.run, self.config)) from error
         if vain:
@@ -545,7 +548,8 @@ class StreamSession:
 
     def _interrupt(self) -> None:
         save_at_last(self._save, "stopped by a signal", self.run)
-        self._log("interrupted")
+        with suppress(UsageError):
+            self._log("interrupted")
         raise InterruptedRunError(
             f"stopped after {self.learner.stream.position:,} instances; the state is saved in {self.run.last}, go on "
             f"with: {resuming(self.run)}"

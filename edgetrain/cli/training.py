@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -205,6 +205,7 @@ class _Session:
     began: float
     _saved_at: float = field(default_factory=time.monotonic, init=False)
     _lacks_rows: bool = field(default=False, init=False)  # whether metrics.csv could not be written
+    _lacks_best: bool = field(default=False, init=False)  # whether the best epoch's checkpoint could not be written
 
     def __post_init__(self) -> None:
         self._first_step = self.learner.step_count
@@ -241,8 +242,9 @@ class _Session:
                 # A filter's block is not repeated. Where no step was taken, the checkpoint stays as it was: else every
                 # vain attempt to go on would cost another block.
                 if self.learner.step_count > self._first_step:
-                    self._save()
-                self._log("failed", error=str(error))
+                    save_at_last(self._save, str(error), self.run)
+                with suppress(UsageError):  # the message tells it in any case
+                    self._log("failed", error=str(error))
                 raise NumericalError(how_to_go_on(error, self.run, self.config)) from error
             if not history.finished:
                 self._interrupt()
@@ -257,6 +259,8 @@ class _Session:
             save_checkpoint(self.learner, self.run.last)
             if not self.run.best.exists():
                 save_checkpoint(self.learner, self.run.best)
+            if self._lacks_best:
+                self.display.say(f"{self.run.best} is of another epoch than the best one, when it could not be written")
             self.learner.export_onnx(self.run.model)
             if self._lacks_rows:
                 self.run.write_metrics(self.learner.history.epochs)
@@ -280,10 +284,12 @@ class _Session:
 
     def _on_epoch(self, record: EpochRecord) -> None:
         lacks_rows, self._lacks_rows = self._lacks_rows, True
+        self._lacks_best |= self.learner.history.best() is record
         with going_on(self.display):
             self._save()
             if self.learner.history.best() is record:
                 save_checkpoint(self.learner, self.run.best)
+                self._lacks_best = False
             if lacks_rows:
                 self.run.write_metrics(self.learner.history.epochs)
             else:
@@ -302,7 +308,8 @@ class _Session:
     def _interrupt(self) -> None:
         save_at_last(self._save, "stopped by a signal", self.run)
         where = _where(self.learner, self.training)
-        self._log("interrupted", epoch=self.learner.position.epoch, batch=self.learner.position.batch)
+        with suppress(UsageError):
+            self._log("interrupted", epoch=self.learner.position.epoch, batch=self.learner.position.batch)
         raise InterruptedRunError(
             f"stopped {where}; the state is saved in {self.run.last}, go on with: {resuming(self.run)}"
         )
