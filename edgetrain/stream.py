@@ -188,8 +188,8 @@ class InstanceStream:
             CheckpointError: it is of a stream with another filter, or with one where here is none.
         """
         if (self._selector is None) == ("filter" in meta):
-            its, own = ("one", "none") if self._selector is None else ("none", "one")
-            raise CheckpointError(f"the state belongs to another instance filter: {its}, this learner has {own}")
+            theirs, ours = ("one", "none") if self._selector is None else ("none", "one")
+            raise CheckpointError(f"the state belongs to another instance filter: {theirs}, this learner has {ours}")
         self.position, self._faded = int(meta["position"]), np.array(tensors["faded"])
         self._mode = meta.get("mode", MODES[0])
         self.totals = {mode: Totals(**meta["totals"][mode]) for mode in MODES}

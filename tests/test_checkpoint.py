@@ -21,6 +21,7 @@ from edgetrain.errors import CheckpointError, GraphError
 from edgetrain.fitting import fit_loop
 from edgetrain.graph import Graph, Normalization
 from edgetrain.graph_json import graph_from_dict, graph_to_dict
+from tests.cli_support import ROOT
 
 
 def small_graph() -> Graph:
