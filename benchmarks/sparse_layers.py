@@ -164,7 +164,7 @@ def edgetrain_layer(contender: str, channels: int, size: int, sparsity: float):
     ]
     if policy is not None and "multiply_csr" not in [row.kernel[0] for row in plan.rows]:
         raise SystemExit(f"the layer does not run on lists of non-zeros: {plan.kernels}")
-    executor = Executor(plan, learner.plans.arena, learner.plans.team)
+    executor = Executor(plan, learner.plans.parameters, learner.plans.arena, learner.plans.team)
     return lambda: executor.run({})
 
 

@@ -18,6 +18,7 @@ from edgetrain.arrays import aligned
 from edgetrain.graph import Value
 from edgetrain.kernels.codes import ARRIVED, ROW_BYTES, STAMP_BYTES, SYNC_BYTES, TICKET
 from edgetrain.kernels.registry import KernelKey, compile_kernels, interpreter
+from edgetrain.parameters import Parameters
 from edgetrain.plan import STAGES, Plan
 
 _STAMP: KernelKey = ("stamp", ())
@@ -195,12 +196,12 @@ class Arena:
 class Executor:
     """A plan bound to memory, ready to run.
 
-    ``patterns``: returns how often the topology of sparse weights has changed; the lists of these are made anew then.
+    ``parameters`` tell how often the topology of sparse weights has changed; the lists of these are made anew then.
     """
 
-    def __init__(self, plan: Plan, arena: Arena, team: Team, patterns: Callable[[], int] = lambda: 0) -> None:
-        self.plan, self._arena, self._team, self._patterns = plan, arena, team, patterns
-        self._listed = -1  # the pattern that the lists are made of
+    def __init__(self, plan: Plan, parameters: Parameters, arena: Arena, team: Team) -> None:
+        self.plan, self._parameters, self._arena, self._team = plan, parameters, arena, team
+        self._listed = -1  # the topology that the lists are made of
         self._addresses = compile_kernels(plan.kernels)
         self._bound = -1
         self._list_address = self._step_address = 0  # of the program's rows of either kind
@@ -278,7 +279,7 @@ class Executor:
 
     def _list(self) -> None:
         """Make the lists of sparse weights anew if the topology has changed."""
-        patterns = self._patterns()
+        patterns = self._parameters.patterns
         if self._listed != patterns:
             self._team.run(self._list_address, len(self.plan.list_rows))
             self._listed = patterns

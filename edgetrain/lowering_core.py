@@ -45,7 +45,10 @@ class Runs:
 
     @classmethod
     def of(cls, together: int, steps: Pair, lanes: int) -> Runs:
-        """Return those of vectors of so many pixels that are ``steps`` apart, ``lanes`` samples each."""
+        """Return those of vectors of so many pixels that are ``steps`` apart, ``lanes`` samples each.
+
+        A stride parts the pixels of one operand at most; those of the other are neighbours, and its bytes unused.
+        """
         x, y = (together if step != 4 * lanes else 1 for step in steps)
         return cls(x, y, *steps) if x != y else NEIGHBOURS
 

@@ -108,14 +108,14 @@ class Lists:
         offsets, order: of its entries.
         bounds: of its rows, part by part.
         parts: number of parts.
-        ordered: whether weights are stored in another order than that of the list.
+        reordered: whether weights are stored in another order than that of the list, so that a step copies them.
     """
 
     offsets: Ref
     order: Ref
     bounds: Ref
     parts: int
-    ordered: bool
+    reordered: bool
 
     @property
     def places(self) -> dict[str, Ref | int]:
@@ -214,7 +214,7 @@ def _table(grid: Grid, rows: list[Pair], runs: int, starts: list[int]) -> list[P
 def vectors_of(pixels: int, blocks: int, lanes: int) -> float:
     """Return how many full vectors of the machine the pixels of all samples make.
 
-    Where samples fill half a vector, dense kernels fill the rest with neighbouring pixels; lists do not.
+    Where samples fill half a vector, neighbouring pixels of a row may fill the rest (``Grid.widened``).
     """
     return pixels * blocks * lanes / simd_lanes()
 
@@ -416,12 +416,11 @@ class SparseLowering(LoweringCore):
         index, lasts = self.sparse[weight.name], flags.kind == ALL_COUNT
         arrays = {part: self.index(weight, rows_of + part) for part in ("starts", "columns", "places")}
         name = f"list:{weight.name}:{rows_of}{group_bytes}:{hash(tuple(tuple(terms) for terms, _ in phases))}"
-        # One phase may leave out weights, too: those that meet the border alone, where the stride is above the size.
-        whole = len(phases) == 1 and flags.kind != FLAGGED_COLUMNS and ABSENT not in phases[0][0]
-        size = max(1, index.capacity)
+        complete, size = _is_complete(phases, flags), max(1, index.capacity)
         offsets = self._list_memory(lasts, name, size)
         # Places of weights in any case: ``gather_csr`` reads also what stands between the listed entries.
-        order = arrays["places"] if whole else self.shared(f"{name}:{flags.kind}", size)
+        order = arrays["places"] if complete else self.shared(f"{name}:{flags.kind}", size)
+        reordered = not (complete and index.compact and not rows_of)
         made: list[Lists] = []
         after: Ref | int = 0
         for number, (terms, grid) in enumerate(phases):
@@ -433,11 +432,11 @@ class SparseLowering(LoweringCore):
                 with self.stage(LISTS if lasts else self._stage):
                     self.emit(
                         "expand_csr", (flags.kind,), -(-rows // _ROWS_PER_JOB), **arrays, terms=self.table(terms),
-                        limits=self.table(limits), bounds=bounds, offsets=offsets, order=0 if whole else order,
+                        limits=self.table(limits), bounds=bounds, offsets=offsets, order=0 if complete else order,
                         row_count=rows, group_rows=group_rows, group_bytes=group_bytes, parts=len(limits),
                         rows_per_job=_ROWS_PER_JOB, flags=flags.address, taps=flags.taps, after=after,
                     )  # fmt: skip
-            made.append(Lists(offsets, order, bounds, len(limits), not (whole and index.compact and not rows_of)))
+            made.append(Lists(offsets, order, bounds, len(limits), reordered))
             after = bounds + 8 * rows * (len(limits) - 1)
         return made
 
@@ -447,7 +446,7 @@ class SparseLowering(LoweringCore):
 
     def _gather(self, weight: Value, lists: Lists) -> Ref:
         """Return where a list's weights stand one after another; emit the copy unless they are stored so."""
-        if not lists.ordered:
+        if not lists.reordered:
             return self.address(weight)
         index = self.sparse[weight.name]
         values = self.workspace(4 * max(1, index.capacity))
@@ -470,8 +469,9 @@ class SparseLowering(LoweringCore):
         row_chunk = _chunk(rows, grid.blocks * chunks)
         row_chunks = -(-rows // row_chunk)
         self.emit(
-            # One entry per turn of the loop: two left a rest that was predicted wrongly every other time, and took
-            # 0.81 ms instead of 0.69 for the forward products of six layers 16@32x32 at density 0.1 (one thread).
+            # ``sets`` entries per turn of the loop, mostly one: two left a rest that was predicted wrongly every
+            # other time, and took 0.81 ms instead of 0.69 for the forward products of six layers 16@32x32 at density
+            # 0.1 (one thread).
             "multiply_csr", (grid.lanes, cut.runs, cut.columns, grid.steps[0], sets),
             grid.blocks * chunks * row_chunks, x=self.address(node.x), y=self.address(node.y), bias=bias,
             tiles=self.table(cut.table), weight=weight, **lists.places,
@@ -479,6 +479,14 @@ class SparseLowering(LoweringCore):
             tile_count=cut.tiles, tile_chunk=tile_chunk, tile_chunks=chunks, row_chunk=row_chunk,
             row_chunks=row_chunks,
         )  # fmt: skip
+
+
+def _is_complete(phases: list[tuple[list[int], Grid]], flags: _Flags) -> bool:
+    """Whether nothing is left out in the middle of a list's rows.
+
+    A single phase may leave out weights, too: those that meet the border alone, where the stride is above the size.
+    """
+    return len(phases) == 1 and flags.kind != FLAGGED_COLUMNS and ABSENT not in phases[0][0]
 
 
 def _limits(index: SparseIndex, terms: list[int], rows: int, cut: Tiling, step: int, lanes: int) -> list[int]:

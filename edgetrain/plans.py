@@ -285,8 +285,7 @@ class Plans:
             moves = not self._executors and bool(self._moving())  # looked at once: it takes three plans
             more = training and not whole_gradients and (self._topology.wants_gradients or moves)
             self._check_budget(self.largest(count) if more else plan, count)
-            parameters = self.parameters  # no cycle of references
-            executor = Executor(plan, self.arena, self.team, lambda: parameters.patterns)
+            executor = Executor(plan, self.parameters, self.arena, self.team)
             while len(self._executors) >= (_KEPT_OF_CHANNELS if self.by_channel else _KEPT_PLANS):
                 del self._executors[next(iter(self._executors))]
         self._executors[key] = executor  # the one used last stands last

@@ -53,9 +53,9 @@ def expand_csr(flagged: int) -> Body:
     Job: some rows. ``starts``, ``columns``, ``places``: of a ``SparseIndex``. ``terms``: table of int64 byte offsets
     by column, ``ABSENT`` for columns to leave out; ``group_bytes`` comes on top for each group of ``group_rows`` rows.
     ``limits``: int64 column behind each part. ``flags``: int32 by output channel, 0 for those to leave out, which are
-    rows or, each, ``taps`` columns: ``flagged``, see ``codes``. ``order``: takes the ``places`` of what is listed, 0
-    where that is everything. ``after``: the bounds of the last part of a list that stands before this one in each row,
-    or 0.
+    rows or, each, ``taps`` columns: ``flagged``, see ``codes``. ``order``: takes the ``places`` of what is listed; 0 if
+    nothing is left out in the middle of a row, so that ``places`` are the order. ``after``: the bounds of the last part
+    of a list that stands before this one in each row, or 0.
     """
 
     def body(args: int, first: int, last: int) -> None:

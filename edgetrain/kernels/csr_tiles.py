@@ -134,7 +134,7 @@ def csr_correlate_tile(
     nr, nc, step, nk, n = (literal(size) for size in (runs, columns, x_step, chains, lanes))
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        x_, dy_, offsets_, first_, last_, sums_, table_, keep_, y_step_ = args
+        x_, dy_, offsets_, first_, last_, sums_, table_, keep_, y_step_ = args[:9]
         sources, targets = _runs(builder, table_, nr, x_, dy_)
         grads = [builder.load(place, align=4) for place in _tile(builder, targets, y_step_, nc, n)]
         zero = ir.Constant(grads[0].type, [0.0] * n)
@@ -153,10 +153,7 @@ def csr_correlate_tile(
             builder.store(totals[0], target, align=4)
         return context.get_dummy_value()
 
-    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        return codegen(context, builder, sig, args[:9])
-
-    return types.void(*[types.int64] * 9, runs, columns, x_step, chains, lanes), generate
+    return types.void(*[types.int64] * 9, runs, columns, x_step, chains, lanes), codegen
 
 
 @intrinsic(prefer_literal=True)

@@ -85,8 +85,8 @@ def winograd(lanes: int, wide: int, channels: int, width: int, cuts: int) -> Bod
                 block, start = part // chunks, part % chunks * chunk
                 low, high = 0, outputs
                 if cuts > 1:
-                    low = tiles * max(0, begin - part * cuts) // cuts * channels
-                    high = min(outputs, tiles * min(cuts, end - part * cuts) // cuts * channels)
+                    first_cut, last_cut = max(0, begin - part * cuts), min(cuts, end - part * cuts)
+                    low, high = tiles * first_cut // cuts * channels, min(outputs, tiles * last_cut // cuts * channels)
                 for c in range(inputs):
                     source = x + block * x_block + _channel(listed, c) * x_channel
                     for t in range(chunk):
