@@ -132,6 +132,7 @@ class LoweringCore:
         self._stage, self._position = "forward", 0
         self._lifetimes: dict[str, tuple[int, int]] = {}
         self._workspaces = 0
+        self._thresholds: list[int] = []  # records of layers whose threshold a step may move
         self._masked: set[str] = set()  # weights of which a copy lies where their gradient will be
         self._written: dict[str, Ref] = {}  # where weights are written out for nodes to come, by name
         self._choice: TileChoice | None = None

@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from edgetrain.arrays import ALIGNMENT, Layout
+from edgetrain.arrays import Layout
 from edgetrain.choice import simd_lanes, target
 from edgetrain.errors import GraphError
 from edgetrain.graph import Node, Value
@@ -152,7 +152,7 @@ class ElementLowering(PrunedLowering):
         it matters where they go.
         """
         x, starts = self.layout(value), self.workspace(8 * (self.layout(value).maps + 1))
-        choice = {"threshold": self.kept(f"threshold:{node.y.name}", ALIGNMENT), "quotas": self.workspace(8 * x.planes)}
+        choice = {"threshold": self.threshold_of(node), "quotas": self.workspace(8 * x.planes)}
         self.emit(
             "element_threshold", (x.lanes,), 1, **self._chosen_from(node, value), **choice, counts=counts,
             starts=starts, capacity=capacity, counters=self.workspace(COUNTERS),
@@ -160,7 +160,6 @@ class ElementLowering(PrunedLowering):
             state=Ref("state"), blocks=self.blocks, refresh=int(node.get("refresh")),
             sample_numbers=x.channels * x.rows * x.columns, parts=parts,
         )  # fmt: skip
-        self.remember_threshold(self.record_of(node), choice["threshold"])
         return starts, choice
 
     def alive(self, x: Layout) -> dict[str, int | Ref]:

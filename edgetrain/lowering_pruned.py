@@ -23,13 +23,12 @@ from edgetrain.kernels.codes import (
     SAMPLES,
     SUMS,
     TALLY_BYTES,
-    THRESHOLD,
 )
 from edgetrain.lowering_core import Pair, lanes_of
 from edgetrain.lowering_products import ProductLowering
 from edgetrain.ops.normalization import epsilon_of
 from edgetrain.ops.pruning import IMPORTANCE
-from edgetrain.plan import Ref
+from edgetrain.plan import Plan, Ref
 
 if TYPE_CHECKING:
     from edgetrain.ops.conv import Phase, Product
@@ -214,7 +213,7 @@ class PrunedLowering(ProductLowering):
         """Emit the norms of a plane's ``pixels`` vectors and the choice; return norms, channels' starts, threshold."""
         x, record = self.layout(node.x), self.record_of(node)
         norms, counts = self.workspace(4 * pixels * x.planes), self.workspace(8 * x.planes)
-        starts, threshold = self.workspace(8 * x.channels), self.kept(f"threshold:{node.y.name}", ALIGNMENT)
+        starts, threshold = self.workspace(8 * x.channels), self.threshold_of(node)
         self.emit(
             "vector_norms", (self.lanes,), x.planes, x=self.address(node.x), norms=norms, counts=counts, record=record,
             mask=Ref("mask"), channels=x.channels, rows=x.rows, columns=x.columns, x_block=x.block,
@@ -226,7 +225,6 @@ class PrunedLowering(ProductLowering):
             state=Ref("state"), blocks=self.blocks, channels=x.channels, pixels=pixels, capacity=capacity,
             refresh=int(node.get("refresh")),
         )  # fmt: skip
-        self.remember_threshold(record, threshold)
         return norms, starts, threshold
 
     def record_of(self, node: Node) -> Ref:
@@ -237,11 +235,21 @@ class PrunedLowering(ProductLowering):
         """Return where a layer counts what it keeps in a step, see ``kernels.codes.TALLY_BYTES``."""
         return Ref("tally", TALLY_BYTES * int(node.get("record")))
 
-    def remember_threshold(self, record: Ref, threshold: Ref) -> None:
-        """Emit, in the update, the copy of this step's threshold to the record."""
-        with self.stage("update"):
-            self.emit("expand", (1,), 1, x=threshold, y=record + 4 * THRESHOLD, rows=1, columns=1, x_channel=0,
-                      x_row=0, x_pixel=4)  # fmt: skip
+    def threshold_of(self, node: Node) -> Ref:
+        """Return where a layer's threshold of this step is until the update copies it to the record."""
+        number, name = int(node.get("record")), "thresholds"
+        if not self._thresholds:
+            self.kept(name, self._parameters.buffers["records"].nbytes)
+        self._thresholds.append(number)
+        return Ref(name, 4 * RECORD * number)
+
+    def finish(self) -> Plan:
+        """Also let the update remember all thresholds, in one row: of ResNet-20 with SWAT it would be 18."""
+        if self._thresholds:
+            with self.stage("update"):
+                self.emit("remember_thresholds", (), 1, thresholds=Ref("thresholds"), records=Ref("records"),
+                          numbers=self.table(self._thresholds), count=len(self._thresholds))  # fmt: skip
+        return super().finish()
 
     def compressed_weight_grad(self, node: Node, g: Product) -> None:
         """Emit one correlation over lists per phase of the stride: a phase meets kernel positions of its own."""

@@ -14,7 +14,7 @@ from typing import Any
 
 from numba import njit
 
-from edgetrain.kernels.codes import DENSITY, SAMPLES, THRESHOLD
+from edgetrain.kernels.codes import DENSITY, RECORD, SAMPLES, THRESHOLD
 from edgetrain.kernels.registry import Body, kernel
 from edgetrain.kernels.simd import (
     arguments,
@@ -163,6 +163,19 @@ def choose_threshold() -> Body:
             store_i64(starts + 8 * channel, start)
             for block in range(blocks):
                 start += load_i64(counts + 8 * (block * channels + channel))
+
+    return body
+
+
+@kernel("thresholds", "records", "numbers", "count")
+def remember_thresholds() -> Body:
+    """Copy the thresholds of a step, a record's size apart, to the records of these ``numbers`` (int64). One job."""
+
+    def body(args: int, first: int, last: int) -> None:
+        thresholds, records, numbers, count = arguments(args, 4)
+        for i in range(count):
+            place = 4 * RECORD * load_i64(numbers + 8 * i)
+            store_f32(records + place + 4 * THRESHOLD, load_f32(thresholds + place))
 
     return body
 
