@@ -25,7 +25,6 @@ Watts = Annotated[float, Within(0, 1000)]
 Bandwidth = Annotated[float, Within(0.01, 10_000)]
 Gflops = Annotated[float, Within(0.01, 1e6)]
 Count = Annotated[int, Within(1, 4096)]
-Fraction = Annotated[float, Within(0, 1)]
 
 _PEAK_ORIGIN = "derived: cores x clock x lanes x 2 flops x FMA per cycle"
 
@@ -39,7 +38,7 @@ class Hyperparameters:
     lr: Annotated[float, Within(1e-8, 10)]
     momentum: Annotated[float, Within(0, 0.9999)]
     nesterov: bool
-    weight_decay: Fraction
+    weight_decay: Annotated[float, Within(0, 1)]
     decay_bias_and_norm: bool
     clip_norm: Annotated[float, Within(1e-6, 1e6)] | None = None
     averaging: Annotated[float, Within(0, 0.999999)] = 0.0

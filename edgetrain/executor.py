@@ -226,6 +226,7 @@ class Executor:
         return self._run(until)
 
     def _run(self, until: str = "update") -> bool:
+        """Run the rows up to the end of a stage; return whether no guard stopped them."""
         rows = self._rows_until[until]
         pace = self._paces.setdefault(rows, Pace(self._team.threads))
         start = time.perf_counter()

@@ -25,11 +25,7 @@ def replace_file(path: str | os.PathLike[str], *content: bytes | NDArray[Any]) -
         OSError: the folder is missing, full or not writable, or there is something else than a file, such as a device;
             what was there is untouched.
     """
-    folder = os.path.realpath(os.path.dirname(os.path.abspath(path)))
-    path = Path(os.path.realpath(path))
-    # /dev/stdout leads to the file that standard output was sent to: to replace that would lose what it holds.
-    if folder == "/dev" or folder.startswith("/proc/") or (path.exists() and not path.is_file()):
-        raise OSError(errno.EINVAL, "it is no regular file")
+    path = file_meant(path)
     temporary = path.with_name(f".{path.name}.{threading.get_ident()}.{os.getpid()}.tmp")
     try:
         _remove_orphans(path)
@@ -42,6 +38,22 @@ def replace_file(path: str | os.PathLike[str], *content: bytes | NDArray[Any]) -
         with contextlib.suppress(OSError):  # nothing can be removed from a read-only file system either
             temporary.unlink()
         raise
+
+
+def file_meant(path: str | os.PathLike[str]) -> Path:
+    """Return the file that a path means: the one that a link leads to.
+
+    Raises:
+        OSError: there is something else than a file, such as a device.
+    """
+    folder = os.path.realpath(os.path.dirname(os.path.abspath(path)))
+    file = Path(os.path.realpath(path))
+    if file.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+    # /dev/stdout leads to the file that standard output was sent to: to replace that would lose what it holds.
+    if folder == "/dev" or folder.startswith("/proc/") or (file.exists() and not file.is_file()):
+        raise OSError(errno.EINVAL, "it is no regular file")
+    return file
 
 
 def not_written(path: str | os.PathLike[str], error: OSError) -> str:

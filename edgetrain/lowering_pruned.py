@@ -244,7 +244,11 @@ class PrunedLowering(ProductLowering):
         return Ref(name, 4 * RECORD * number)
 
     def finish(self) -> Plan:
-        """Also let the update remember all thresholds, in one row: of ResNet-20 with SWAT it would be 18."""
+        """Also let the update remember all thresholds, in one row.
+
+        With one for each of 18 a step of ResNet-20 with SWAT took 0.7 % longer (half of the weights, batch 4, two
+        threads; test_sparsity_swat.py counts rows).
+        """
         if self._thresholds:
             with self.stage("update"):
                 self.emit("remember_thresholds", (), 1, thresholds=Ref("thresholds"), records=Ref("records"),

@@ -549,6 +549,7 @@ ERRORS = {
     "unknown contender": ([*TINY, "--contenders", "tf"], "contender 'tf' is unknown"),
     "too many threads": ([*TINY, "--threads", "9999"], "--threads is 9999, this machine has"),
     "no folder": ([*TINY, "--out", "/no/such/folder/x.json"], "which cannot be written (No such file or directory)"),
+    "a device as file": ([*TINY, "--out", "/dev/null"], "which cannot be written (it is no regular file)"),
     "a folder as file": ([*TINY, "--out", "/tmp"], "--out is '/tmp', which cannot be written (Is a directory)"),
     "no turns": (["bench", "--turns", "0"], "--turns"),
     "unknown model": (["bench", "--model", "lenet6", "--contenders", "edgetrain"], "unknown model 'lenet6'; did you"),

@@ -452,6 +452,13 @@ def test_lists_instead_of_maps_save_memory():
     assert sparse.peak_bytes < 0.85 * dense.peak_bytes
 
 
+def test_thresholds_of_all_layers_are_remembered_in_one_row():
+    made = et.Learner(et.models.resnet(), batch_size=4, sparsity=et.SWAT(weights=0.5, activations=0.5))
+    rows = made.training_plan().rows
+    assert sum(row.kernel[0] == "element_threshold" for row in rows) > 1
+    assert [row.stage for row in rows if row.kernel[0] == "remember_thresholds"] == ["update"]
+
+
 @pytest.mark.parametrize("size", [2, 8, 40])
 def test_the_copy_with_zeros_is_written_once_a_step_and_gives_the_gradients_of_a_network_with_zeros(size):
     """It lies where the weights' gradient will be: nothing that is written there may come before the input gradient."""

@@ -14,7 +14,7 @@ from edgetrain import bench
 from edgetrain.bench_load import Watch
 from edgetrain.cli.output import count, duration, emit, finite, mebibytes, table, write_line
 from edgetrain.errors import UsageError
-from edgetrain.files import not_written, replace_file
+from edgetrain.files import file_meant, not_written, replace_file
 
 Result = dict[str, Any]
 
@@ -68,11 +68,11 @@ def _check_writable(file: Path) -> None:
     """
     there = file.exists()
     try:
-        file.open("a").close()
+        file_meant(file).open("a").close()
     except OSError as error:
         raise UsageError(f"--out is '{file}', which cannot be written ({error.strerror}); choose another") from error
     if not there:
-        file.unlink()
+        file_meant(file).unlink()
 
 
 def _contenders(given: Sequence[str], notes: list[str]) -> list[str]:
