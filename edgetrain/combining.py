@@ -58,7 +58,7 @@ def _suits(node: Node, index: SparseIndex, blocks: int, lanes: int) -> bool:
     sizes, outputs = list(zip(g.size, g.strides, strict=True)), g.out[0] * g.out[1]
     whole = all(size >= stride for size, stride in sizes)  # else some weights meet no phase
     few = math.prod(-(-size // stride) for size, stride in sizes) <= _MOST_PIXELS * outputs
-    listed = suits_lists(index, True, vectors_of(outputs, blocks, lanes))
+    listed = suits_lists(index, True, vectors_of(g, blocks, lanes))
     return node.get("forward") == "Conv" and listed and whole and few and outputs >= _FEWEST_PIXELS
 
 

@@ -51,6 +51,10 @@ SKIPS_WEIGHTS = ("multiply_csr", "correlate_csr", "gradients_csr")
 # Less than a vector, of fully connected layers at batch 4 and 8: dense ones put samples apart, lists cannot. A step of
 # LeNet-5 with a tenth of its weights (uniform) took 0.80 and 0.81 of the dense one with 0.12, takes 0.66 and 0.74 so.
 _VECTORS, _DIRECT_SHARES = (0.25, 0.5, 1, 2, 4, 8, 16), (0.05, 0.08, 0.12, 0.18, 0.33, 0.42, 0.45)
+# With strides vectors stay as empty as samples leave them, and lists pay later: as if there were at most so many
+# vectors. Strided convolutions of ResNet-20 were equally fast at shares of 0.25 (batch 4), 0.38 (8) and above 0.45 (16,
+# 32); a step with 0.4 of the weights took 1.037 of a dense one's time at batch 4, takes 1.00 so (static).
+_STRIDED_VECTORS = 12
 # Of Winograd's kernels: 0.28 to 0.4 in layers of ResNet-20 at batch 32, 0.27 at batch 8.
 _WINOGRAD_SHARE = 0.27
 _ROW_ENTRIES = 2.5
@@ -211,12 +215,14 @@ def _table(grid: Grid, rows: list[Pair], runs: int, starts: list[int]) -> list[P
     return [(a + s * x_step, b + s * y_step) for group in groups for s in starts for a, b in group]
 
 
-def vectors_of(pixels: int, blocks: int, lanes: int) -> float:
-    """Return how many full vectors of the machine the pixels of all samples make.
+def vectors_of(g: Product, blocks: int, lanes: int) -> float:
+    """Return how many full vectors of the machine the output's pixels of all samples make, or pass for.
 
-    Where samples fill half a vector, neighbouring pixels of a row may fill the rest (``Grid.widened``).
+    Where samples fill half a vector, neighbouring pixels of a row fill the rest (``Grid.widened``), but for strides.
     """
-    return pixels * blocks * lanes / simd_lanes()
+    filled = lanes / simd_lanes()
+    vectors = math.prod(g.out) * blocks * filled
+    return min(vectors, _STRIDED_VECTORS * filled) if g.strides[1] > 1 else vectors
 
 
 def suits_lists(index: SparseIndex, winograd: bool, vectors: float) -> bool:
@@ -260,7 +266,7 @@ class SparseLowering(LoweringCore):
         index = self.sparse.get(weight.name)
         if index is None or self.kind != SAMPLES:
             return False
-        return suits_lists(index, winograd, vectors_of(math.prod(g.out), self.blocks, self.lanes))
+        return suits_lists(index, winograd, vectors_of(g, self.blocks, self.lanes))
 
     def sparse_forward(self, node: Node, g: Product) -> None:
         """Emit ``y = weights * x + bias``."""

@@ -7,7 +7,6 @@ A plan is a training step or a prediction lowered to a table of kernel calls: ``
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -176,7 +175,7 @@ class Plans:
         made.densities = {name: _share(index) for name, index in self.parameters.sparse.items()}
         if self._pools_first:
             self._list_pooled_errors(made)
-        self._topology.rewrite(made, may_list=not self.by_channel)
+        self._topology.rewrite(made, 0 if self.by_channel else self.lanes)
         if self._error_pruning is not None:
             self._error_pruning.rewrite(made)
         if not self._pools_first:
@@ -327,7 +326,7 @@ class Plans:
             return False
         if not index.compact and index.capacity == index.size:
             return True
-        vectors = vectors_of(math.prod(g.out), self._blocks(self._batch_size), self.lanes)
+        vectors = vectors_of(g, self._blocks(self._batch_size), self.lanes)
         return index.capacity <= index.rows * most_entries(index, True, vectors)
 
     def _limits(self, blocks: int) -> Iterator[tuple[SparseIndex, float]]:
@@ -337,7 +336,7 @@ class Plans:
             if isinstance(op, ProductOp):
                 index = self.parameters.sparse.get(node.input(1).name)
                 if index is not None and not index.compact:
-                    vectors = vectors_of(math.prod(op.product(node).out), blocks, self.lanes)
+                    vectors = vectors_of(op.product(node), blocks, self.lanes)
                     for winograd in (False, True):
                         yield index, index.rows * most_entries(index, winograd, vectors)
 

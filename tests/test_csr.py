@@ -535,6 +535,17 @@ def test_neighbours_of_a_row_fill_vectors(columns, lanes, widest, together):
     assert strided.widened(widest) == strided
 
 
+@pytest.mark.skipif(simd_lanes() < 16, reason="narrower vectors, half filled, are of a batch with lanes of channels")
+@pytest.mark.parametrize(("samples", "stride", "listed"), [(16, 2, True), (8, 2, False), (8, 1, True)])
+def test_strides_leave_vectors_half_filled_and_lists_do_not_pay(samples, stride, listed):
+    net = Net((16, 16, 16))
+    net.graph.set_outputs([net.conv("input", 32, 16, 5, 5, pads=[2] * 4, strides=[stride, stride])])
+    policy = StaticSparse(weights=0.6, distribution="uniform", dense_first=False)
+    made = Learner(net.graph, PROFILE, batch_size=samples, loss="mse", sparsity=policy)
+    assert made.plans.lanes == samples
+    assert ("multiply_csr" in [row.kernel[0] for row in made.training_plan().rows]) == listed
+
+
 @pytest.mark.skipif(simd_lanes() < 8, reason="no batch fills a part of vectors of 4")
 def test_small_batches_have_lists_of_whole_vectors(monkeypatch):
     sparse = Sparse(next(case for case in convolutions() if case.id.endswith("3x3-same")), monkeypatch)

@@ -943,6 +943,19 @@ def test_lists_of_weights_read_the_largest_numbers_alone_too():
     assert losses[0] == losses[1]
 
 
+@pytest.mark.parametrize(("kept", "samples", "listed"), [(0.2, 16, True), (0.3, 16, False), (0.3, 8, True)])
+def test_few_samples_list_more_of_their_numbers(kept, samples, listed, monkeypatch):
+    """A state goes to other batch sizes: records are the same."""
+    set_lanes(monkeypatch, 16)
+    graph, policy = et.models.resnet((3, 16, 16), depth=8), et.SWAT(weights=0.0, activations=1 - kept)
+    made = Learner(graph, PROFILE, batch_size=samples, sparsity=policy)
+    kernels = {row.kernel[0] for row in made.training_plan().rows}
+    assert made.plans.lanes == samples
+    assert ("correlate_elements" in kernels) == listed
+    assert ("drop_elements" in kernels) != listed  # zeros in the copies that normalisations write
+    assert list(made.topology.records) == [layer.weight for layer in made.topology.candidates[-2::-1]]
+
+
 GEOMETRIES = {
     "3x3": (5, 9, (3, 3), {"pads": SAME}),
     "stride above kernel": (3, 4, (2, 2), {"strides": [3, 4]}),
@@ -986,8 +999,8 @@ def first_of_equals(count: int, order: tuple[int, ...]) -> Any:
 @pytest.mark.parametrize("rows", [1, 0])
 @pytest.mark.parametrize(("policy", "made", "order"), [
     (Compressed(0.2, group="element"), learner, (1, 2, 3, 0)),
-    (Compressed(0.2, group="element", may_list=False), learner, (1, 2, 3, 0)),
-    (Compressed(0.2, group="element", may_list=False), channel_learner, (0, 2, 3, 1)),
+    (Compressed(0.2, group="element", lanes=0), learner, (1, 2, 3, 0)),
+    (Compressed(0.2, group="element", lanes=0), channel_learner, (0, 2, 3, 1)),
 ])  # fmt: skip
 def test_of_equal_numbers_that_do_not_fit_the_first_are_kept(policy, made, order, rows):
     """Without larger ones nothing would be learned. Which are the first depends on what lies in the lanes."""

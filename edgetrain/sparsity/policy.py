@@ -135,10 +135,10 @@ class SparsityPolicy:
             UsageError: it lacks what the policy reads.
         """
 
-    def rewrite(self, train: TrainingGraph, layers: Sequence[SparseLayer], may_list: bool) -> dict[str, int]:
+    def rewrite(self, train: TrainingGraph, layers: Sequence[SparseLayer], lanes: int) -> dict[str, int]:
         """Change the training graph of a network with these layers; return the records that this made, by weight.
 
-        ``may_list``: whether lists of activations may be made: there are kernels for them where lanes hold samples.
+        ``lanes``: samples in a vector; 0: lanes hold channels, and there are no kernels for lists of activations.
         """
         return {}
 

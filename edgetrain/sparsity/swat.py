@@ -63,9 +63,9 @@ class SWAT(SparsityPolicy):
             published; ``"lanes"``: vectors, one pixel of the samples that lie in the lanes, of convolutions only, which
             costs more accuracy (docs/sparse_accuracy.md). Both are stored as lists, and skipped, but for single numbers
             where the gradients skip the exact zeros behind a max pool instead (LeNet-5). Single numbers are listed for
-            convolutions of one group on maps of 16 pixels and more, with at most 0.32 of the numbers kept (never for
-            ``momentum``, which may keep any share); for others they are zeros in a copy, which saves neither time nor
-            memory.
+            convolutions of one group on maps of 16 pixels and more, with at most 0.32 of the numbers kept, 0.24 where
+            samples fill whole vectors (batches of 16 and more with AVX-512), and never for ``momentum``, which may keep
+            any share; for others they are zeros in a copy, which saves neither time nor memory.
         refresh: steps between choices of the weights, once that is a twentieth of all steps; at first 10, then twice
             as many whenever the number of steps has doubled. (The reference code applies a threshold of 10 to 1000
             steps ago to the present weights; here the pattern itself is kept in between, so the density is exact at
@@ -199,17 +199,17 @@ class SWAT(SparsityPolicy):
         """Whether activations are pruned by vectors of samples."""
         return self.group == "lanes"
 
-    def rewrite(self, train: TrainingGraph, layers: Sequence[SparseLayer], may_list: bool) -> dict[str, int]:
+    def rewrite(self, train: TrainingGraph, layers: Sequence[SparseLayer], lanes: int) -> dict[str, int]:
         """Let weight gradients read pruned activations."""
         densities = {n: d for n, d in self.activation_densities(layers).items() if d < 1}
         densest = 1.0 if self.variant == "momentum" else None
-        records = compress_activations(train, densities, self.refresh, densest, self.group, may_list)
+        records = compress_activations(train, densities, self.refresh, densest, self.group, lanes)
         if self.group == "element":
             others = {name: density for name, density in densities.items() if name not in records}
-            records |= mask_activations(train, others, self.refresh, merge=may_list)
+            records |= mask_activations(train, others, self.refresh, merge=lanes > 0)
         if records:  # of Relus' outputs that no weight gradient reads any more, bits are enough
             # Where lanes hold channels, residual normalisations have no kernels for bits.
-            for keep in (keep_masks, keep_residual_masks) if may_list else (keep_masks,):
+            for keep in (keep_masks, keep_residual_masks) if lanes else (keep_masks,):
                 train.forward_count += keep(train.graph, train.forward_count)
         return records
 

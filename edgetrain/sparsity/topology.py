@@ -106,10 +106,10 @@ class Topology:
         self.indices[layer.weight], self.densities[layer.weight] = index, density
         return index
 
-    def rewrite(self, train: TrainingGraph, may_list: bool) -> None:
-        """Let the policy change the training graph that autodiff made; ``may_list``: whether it may make lists."""
+    def rewrite(self, train: TrainingGraph, lanes: int) -> None:
+        """Let the policy change the training graph that autodiff made; ``lanes``: samples in a vector, or 0."""
         if self.policy is not None:
-            self.records = self.policy.rewrite(train, self.candidates, may_list)
+            self.records = self.policy.rewrite(train, self.candidates, lanes)
 
     @property
     def needs_lists(self) -> bool:
