@@ -203,9 +203,12 @@ class SparseIndex:
 
     def ascending(self) -> tuple[Positions, Positions | slice]:
         """Return the entries' positions in ascending order, and what puts an array of their values into that order."""
-        positions = self.positions()
-        order = np.argsort(positions) if self.inputs_first else slice(0, self.count)
-        return positions[order], order
+        order = self.order()
+        return self.positions()[order], order
+
+    def order(self) -> Positions | slice:
+        """Return what puts an array of the entries' values into the order of their ascending positions."""
+        return np.argsort(self.positions()) if self.inputs_first else slice(0, self.count)
 
     def positions(self) -> Positions:
         """Return the entries' indices in the flat ONNX array int64 ``(count,)``, in the order of the entries."""

@@ -21,7 +21,7 @@ from edgetrain.graph import Graph
 from edgetrain.policies import describe_policy, parse_policy, policy_names
 from edgetrain.sparsity import SparseLayer, sparse_layers
 from edgetrain.sparsity.layers import entries, shapes_of
-from edgetrain.sparsity.policy import largest, largest_missing
+from edgetrain.sparsity.policy import largest, largest_missing, random_missing
 from edgetrain.torch_network import TorchNetwork
 from tests.engine import set_lanes
 from tests.op_cases import Net
@@ -555,14 +555,29 @@ def test_a_topology_that_stays_takes_nothing_to_change():
 @pytest.mark.parametrize("block", [1, 7, 1000])
 def test_choosing_in_blocks_is_choosing_at_once(block, monkeypatch):
     monkeypatch.setattr("edgetrain.sparsity.policy._BLOCK", block)
+    monkeypatch.setattr("edgetrain.sparsity.policy._FEWEST", 1)
     rng = np.random.default_rng(3)
     for count in (0, 1, 5, 40):
         scores = rng.integers(0, 9, 100).astype(np.float32)  # many are equal
         taken = np.sort(rng.choice(100, 60, replace=False))
         free = np.setdiff1d(np.arange(100), taken)
         wanted = free[largest(scores[free], count)]
-        got = largest_missing(lambda first, last, scores=scores: scores[first:last], 100, count, taken)
+        got = largest_missing(lambda first, last, scores=scores: scores[first:last].copy(), 100, count, taken)
         np.testing.assert_array_equal(got, wanted)
+
+
+@pytest.mark.parametrize(("size", "taken", "count"), [(6, 2, 2), (6, 5, 1), (6, 0, 6), (6, 6, 0), (6, 3, 0)])
+def test_every_free_place_is_as_likely_to_be_drawn(size, taken, count):
+    rng, drawn, times = np.random.default_rng(0), np.zeros(size), 3000
+    present = np.sort(rng.choice(size, taken, replace=False))
+    for _ in range(times):
+        found = random_missing(rng, size, count, present)
+        assert len(found) == count
+        assert (np.diff(found) > 0).all()
+        drawn[found] += 1
+    wanted = np.full(size, count / max(1, size - taken))
+    wanted[present] = 0
+    np.testing.assert_allclose(drawn / times, wanted, atol=0.04)
 
 
 # ---- densities -------------------------------------------------------------------------------------------------------
@@ -708,8 +723,12 @@ def test_what_is_dropped_is_smaller_than_all_that_stays(kind, monkeypatch):
     made = learner(kind(weights=0.8, refresh=3, total_steps=40), optimizer=et.SGD(lr=0.0))
     train(made, 2)
     before, old = made.parameters(), patterns(made)
-    scores = {name: (~mask).ravel().astype(np.float64) for name, mask in old.items()}
-    monkeypatch.setattr(kind, "grow_scores", lambda policy, weight, *_: lambda first, last: scores[weight][first:last])
+
+    def grown(layer: SparseLayer, count: int, kept: np.ndarray) -> np.ndarray:
+        scores = (~old[layer.weight]).ravel().astype(np.float64)
+        return largest_missing(lambda first, last: scores[first:last].copy(), layer.size, count, kept)
+
+    monkeypatch.setattr(kind, "growth", lambda *_: grown)
     train(made, 1, 2)
     roomy = {name: new for name, new in patterns(made).items() if new.mean() < 0.5}
     assert len(roomy) > 1

@@ -8,19 +8,22 @@ connectivity inspired by network science", Nature Communications 9, 2018 (SET).
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
+from edgetrain.random_streams import GROWTH, generator
 from edgetrain.sparsity.policy import (
     INDEX_BYTES,
     CompactPolicy,
     Gradients,
-    Scores,
     block_of,
     largest,
     largest_missing,
+    random_missing,
+    random_missing_bytes,
 )
 
 if TYPE_CHECKING:
@@ -28,6 +31,8 @@ if TYPE_CHECKING:
     from edgetrain.sparsity.layers import SparseLayer
     from edgetrain.sparsity.topology import Topology
 
+# Returns where so many weights of a layer grow, besides those kept: positions in the flat ONNX array, int64 (count,).
+Growth = Callable[["SparseLayer", int, "Positions"], "Positions"]
 # RigL's experiments on ImageNet train for 32,000 steps; it serves where nobody says how long training is.
 DEFAULT_TOTAL_STEPS = 32_000
 
@@ -85,21 +90,20 @@ class DynamicPolicy(CompactPolicy):
     def after_step(self, topology: Topology, step: int, gradients: Gradients) -> None:
         """Drop and grow in every layer."""
         share = self.replaced(step, topology.total_steps)
-        for number, layer in enumerate(topology.layers):
-            scores = self.grow_scores(layer.weight, gradients, np.random.default_rng([topology.seed, step, number]))
-            topology.set(layer, _replaced(topology, layer, share, scores))
+        grown = self.growth(topology.seed, step, gradients)
+        for layer in topology.layers:
+            topology.set(layer, _replaced(topology, layer, share, grown))
 
-    def grow_scores(self, weight: str, gradients: Gradients, rng: np.random.Generator) -> Scores:
-        """Return what gives the scores, at least 0, of all weights; of those not kept the highest grow."""
+    def growth(self, seed: int, step: int, gradients: Gradients) -> Growth:
+        """Return what tells where weights grow after step ``step``; it is asked for every layer in order."""
         raise NotImplementedError
 
 
-def _replaced(topology: Topology, layer: SparseLayer, share: float, scores: Scores) -> Positions:
+def _replaced(topology: Topology, layer: SparseLayer, share: float, grown: Growth) -> Positions:
     """Return where a layer's weights stand after the smallest ``share`` were dropped and others have grown."""
     present, weights = topology.existing(layer)
     kept = present[largest(np.abs(weights), len(present) - int(share * len(present)))]
-    grown = largest_missing(scores, layer.size, len(present) - len(kept), kept)
-    return np.sort(np.concatenate([kept, grown]))
+    return np.sort(np.concatenate([kept, grown(layer, len(present) - len(kept), kept)]))
 
 
 @dataclass(frozen=True)
@@ -125,10 +129,14 @@ class RigL(DynamicPolicy):
         """Those after which the topology changes."""
         return self.changes_after(step, total_steps)
 
-    def grow_scores(self, weight: str, gradients: Gradients, rng: np.random.Generator) -> Scores:
-        """Return the gradients' absolute values."""
-        flat = gradients(weight).reshape(-1)
-        return lambda first, last: np.abs(flat[first:last])
+    def growth(self, seed: int, step: int, gradients: Gradients) -> Growth:
+        """Where the gradients' absolute values are largest."""
+
+        def grown(layer: SparseLayer, count: int, kept: Positions) -> Positions:
+            flat = gradients(layer.weight).reshape(-1)
+            return largest_missing(lambda first, last: np.abs(flat[first:last]), layer.size, count, kept)
+
+        return grown
 
 
 @dataclass(frozen=True)
@@ -142,6 +150,11 @@ class SET(DynamicPolicy):
 
     name: ClassVar[str] = "set"
 
-    def grow_scores(self, weight: str, gradients: Gradients, rng: np.random.Generator) -> Scores:
-        """Return random numbers, a function of seed, step and layer: drawn in order, blocks are no other numbers."""
-        return lambda first, last: rng.random(last - first, np.float32)
+    def change_bytes(self, size: int, count: int) -> int:
+        """Return about how much memory a change takes, as for any dynamic policy: nothing is looked at."""
+        return max(INDEX_BYTES * count, random_missing_bytes(size, int(self.fraction * count)) + 22 * count)
+
+    def growth(self, seed: int, step: int, gradients: Gradients) -> Growth:
+        """At random: drawn for one layer after another, anew for every step."""
+        rng = generator(seed, GROWTH, step)
+        return lambda layer, count, kept: random_missing(rng, layer.size, count, kept)

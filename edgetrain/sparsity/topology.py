@@ -172,15 +172,17 @@ class Topology:
         if np.array_equal(old, positions):
             return
         buffers = self._parameters.carried if index.compact else ()
-        moved = {n: _moved(old, self._parameters.view(layer.weight, n)[order], positions) for n in buffers}
-        del old, order  # with those of the caller they took half of the memory of a change
+        views = {name: self._parameters.view(layer.weight, name) for name in buffers}
+        values = {name: view[order] for name, view in views.items()}
+        del order  # with ``old`` and those of the caller it took half of the memory of a change
+        moved = _moved(values, old, positions) if values else {}
+        del old, values
         self._parameters.patterns += 1  # first: lists of what was there are stale whatever breaks in
         index.set_positions(positions)
         if moved:
-            _, order = index.ascending()
-            for name, values in moved.items():
-                view = self._parameters.view(layer.weight, name)
-                view[order], view[index.count :] = values, 0
+            order = index.order()
+            for name in moved:
+                views[name][order], views[name][index.count :] = moved[name], 0
 
     # --- what the learner calls ---
 
@@ -369,12 +371,13 @@ def _check_values(graph: Graph) -> None:
         )
 
 
-def _moved(old: Positions, values: Floats, new: Positions) -> Floats:
-    """Return the values ``(len(new),)`` of ascending positions, of which ``old`` had ``values``; 0 for the others."""
+def _moved(arrays: Mapping[str, Floats], old: Positions, new: Positions) -> dict[str, Floats]:
+    """Return the values ``(len(new),)`` of ascending positions, of which ``old`` had those given; 0 for the others."""
     places = np.minimum(np.searchsorted(old, new), max(0, len(old) - 1))
-    found = old[places] == new if len(old) else np.zeros(len(new), bool)
-    moved = np.zeros(len(new), np.float32)
-    moved[found] = values[places[found]]
+    stays = np.flatnonzero(old[places] == new) if len(old) else places[:0]
+    places, moved = places[stays], {name: np.zeros(len(new), np.float32) for name in arrays}
+    for name, values in arrays.items():
+        moved[name][stays] = values[places]
     return moved
 
 
