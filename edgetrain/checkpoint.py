@@ -27,20 +27,20 @@ from edgetrain.history import History
 from edgetrain.optim import Optimizer
 from edgetrain.policies import describe_policy
 from edgetrain.schema import build
+from edgetrain.tensors import Tensors, put_under, taken_from
 
 if TYPE_CHECKING:
     from edgetrain.learner import Learner
 
 FORMAT_VERSION = 1
 _ENTRY = "edgetrain"
+_GRAPH, _STATE = "graph/", "state/"  # begin the names of tensors
 _REMEDY = "use another checkpoint of the run (such as best.safetensors), or train again"
 
 # As safetensors names them.
 _DTYPES = {
     "bool": "BOOL", "uint8": "U8", "int32": "I32", "int64": "I64", "uint64": "U64", "float32": "F32", "float64": "F64",
 }  # fmt: skip
-
-Tensors = dict[str, NDArray[Any]]
 
 
 def save_checkpoint(learner: Learner, path: str | os.PathLike[str]) -> None:
@@ -57,11 +57,10 @@ def save_checkpoint(learner: Learner, path: str | os.PathLike[str]) -> None:
         raise CheckpointError(f"{path}: is a folder, expected a file name such as learner.safetensors in it")
     tensors, meta = learner.state()
     sparse = learner.topology.indices  # their weights are in the state only: a dense copy would say nothing new
-    arrays = {key[8:]: a for key, a in tensors.items() if key.startswith("weights/") and key[8:] not in sparse}
+    arrays = {name: array for name, array in taken_from("weights/", tensors).items() if name not in sparse}
     # ``np.ascontiguousarray`` would make a shape of (1,) of (), and the file of a network with scalars useless.
-    tensors = {f"state/{name}": np.asarray(array, order="C") for name, array in tensors.items()}
-    tensors |= {f"graph/{name}": array for name, array in arrays.items()}
-    tensors, aliases = _without_duplicates(tensors)
+    tensors = {name: np.asarray(array, order="C") for name, array in tensors.items()}
+    tensors, aliases = _without_duplicates(put_under(_STATE, tensors) | put_under(_GRAPH, arrays))
     table = {
         "format_version": FORMAT_VERSION,
         "graph": graph_to_dict(learner.graph),
@@ -84,15 +83,14 @@ def load_checkpoint(path: str | os.PathLike[str]) -> Learner:
     from edgetrain.learner import Learner
 
     try:
-        arrays = {name[6:]: array for name, array in tensors.items() if name.startswith("graph/")}
-        state = {name[6:]: array for name, array in tensors.items() if name.startswith("state/")}
+        arrays = taken_from(_GRAPH, tensors)
         arrays |= _placeholders(table["graph"], arrays)
         graph = graph_from_dict(table["graph"], arrays)
         topology = table["state"].get("topology") or {}
         # Files from before capacities were kept: they may have shrunk where ``load_parameters`` was called.
         graph.densities = topology.get("capacities", topology.get("densities", {}))
         learner = Learner(graph, **_arguments(table["settings"]))
-        learner.restore(state, table["state"])
+        learner.restore(taken_from(_STATE, tensors), table["state"])
         learner.position = replace(learner.position, **table["position"])
         learner.history = History.from_dict(table["history"])
     except (KeyError, TypeError, ValueError) as error:

@@ -23,6 +23,7 @@ from edgetrain.filters.base import Floats, Images, instance_bytes
 from edgetrain.history import Totals
 from edgetrain.kernels.registry import KernelKey, working_clock
 from edgetrain.losses import sample_losses
+from edgetrain.tensors import State, Tensors, put_under, taken_from
 
 if TYPE_CHECKING:
     from edgetrain.learner import Learner
@@ -32,6 +33,7 @@ MODES = ("train", "predict")
 # Weight of the past in the fading accuracy (Gama, Sebastiao, Rodrigues, "On evaluating stream learning algorithms",
 # Machine Learning 90, 2013, section 3.2): the last thousand instances or so count.
 _FADING = 0.999
+_FILTER = "filter/"  # begins the names of the state's tensors that are of the filter
 
 
 @dataclass
@@ -167,18 +169,18 @@ class InstanceStream:
         """Return the kernels of the filter's own network."""
         return self._selector.kernels() if self._selector else []
 
-    def state(self) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
+    def state(self) -> State:
         """Return (tensors, plain data) for ``restore``; both empty when nothing came by."""
         if not (self.position or self.waiting or (self._selector and self._selector.seen)):
             return {}, {}
-        tensors: dict[str, NDArray[Any]] = {"faded": self._faded.copy()}
+        tensors: Tensors = {"faded": self._faded.copy()}
         if self.waiting:
             tensors |= {"x": self._x.copy(), "y": self._y.copy()}
         totals = {mode: asdict(total) for mode, total in self.totals.items()}
         meta: dict[str, Any] = {"position": self.position, "mode": self._mode, "totals": totals}
         if self._selector is not None:
             own, meta["filter"] = self._selector.state()
-            tensors |= {f"filter/{name}": array for name, array in own.items()}
+            tensors |= put_under(_FILTER, own)
         return tensors, meta
 
     def restore(self, tensors: Mapping[str, NDArray[Any]], meta: Mapping[str, Any]) -> None:
@@ -196,8 +198,7 @@ class InstanceStream:
         if "x" in tensors:
             self._x, self._y = np.array(tensors["x"]), np.array(tensors["y"])
         if self._selector is not None and "filter" in meta:
-            own = {name[7:]: array for name, array in tensors.items() if name.startswith("filter/")}
-            self._selector.restore(own, meta["filter"])
+            self._selector.restore(taken_from(_FILTER, tensors), meta["filter"])
 
     def _take_in(self, x: Images, y: NDArray[Any], predict: bool, observed: bool) -> StepResult:
         """Let the filter choose, collect what it keeps, and train on every micro-batch that is full."""

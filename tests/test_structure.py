@@ -34,7 +34,7 @@ EVERY_FILE = pytest.mark.parametrize("name", FILES)
 # A unit is a module, or a whole sub-package. It imports itself and units of lower floors, nothing else.
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors", "_version", "hostinfo", "device_profiles", "bench_load", "forking", "files",
-     "random_streams", "unbroken"),
+     "random_streams", "unbroken", "tensors"),
     ("arrays", "schema", "settings", "bench_process", "units", "accounting", "losses", "densities"),
     ("devices", "kernels", "sparse_index"),
     ("graph", "calibration"),

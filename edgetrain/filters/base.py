@@ -16,11 +16,11 @@ from edgetrain.graph import Graph
 from edgetrain.kernels.registry import KernelKey
 from edgetrain.random_streams import FILTER, generator
 from edgetrain.settings import Limits, take_numbers
+from edgetrain.tensors import State
 
 Floats = NDArray[np.float64]
 Images = NDArray[np.float32]
 Labels = NDArray[Any]
-State = tuple[dict[str, NDArray[Any]], dict[str, Any]]
 
 # Scores that the wanted share is taken over: long enough for 1 % of them to mean something, short enough to follow a
 # network that learns.

@@ -34,12 +34,12 @@ from edgetrain.filters.base import (
     Labels,
     Lesson,
     Selector,
-    State,
     instance_bytes,
 )
 from edgetrain.graph import Graph, Shape
 from edgetrain.kernels.registry import KernelKey
 from edgetrain.optim import SGD
+from edgetrain.tensors import State, put_under, taken_from
 
 # Share of the main network's forward operations that the filter may take.
 _LARGEST_SHARE = 0.05
@@ -53,6 +53,7 @@ _LESSON = 128
 # in coming where next to nothing is kept. No step of the filter takes more.
 _FULL = 256
 _QUEUE = ("x", "y", "weight", "loss")
+_NETWORK = "network/"  # begins the names of the state's tensors that are of the tiny network
 _UNKNOWN = -1.0
 # How fast the threshold of the loss follows: two batches of 32 move it by 10 % at most.
 _THRESHOLD_GAIN = 0.1 / 64
@@ -249,7 +250,7 @@ class _Early(Selector):
         """Return (tensors, plain data) for ``restore``: also of the tiny network."""
         tensors, meta = super().state()
         own, own_meta = self._learner.state()
-        tensors |= {f"network/{name}": array for name, array in own.items()}
+        tensors |= put_under(_NETWORK, own)
         if self._queue.count:
             columns = zip(_QUEUE, self._queue.columns(), strict=True)
             tensors |= {f"queue/{name}": column.copy() for name, column in columns}
@@ -259,8 +260,7 @@ class _Early(Selector):
     def restore(self, tensors: Mapping[str, NDArray[Any]], meta: Mapping[str, Any]) -> None:
         """Take the state that ``state`` returned."""
         super().restore(tensors, meta)
-        network = {name[8:]: array for name, array in tensors.items() if name.startswith("network/")}
-        self._learner.restore(network, meta["network"])
+        self._learner.restore(taken_from(_NETWORK, tensors), meta["network"])
         self._threshold = math.nan if meta["threshold"] is None else float(meta["threshold"])
         self._entropy = float(meta["entropy"])
         if "queue/x" in tensors:
