@@ -24,7 +24,7 @@ from edgetrain.checkpoint import load_checkpoint, save_checkpoint
 from edgetrain.data import Augmentation
 from edgetrain.devices import DeviceProfile
 from edgetrain.diagnosis import explain_outputs, explain_step
-from edgetrain.errors import CheckpointError, DataError, UsageError
+from edgetrain.errors import DataError, UsageError
 from edgetrain.executor import Executor, Team
 from edgetrain.filters import InstanceFilter
 from edgetrain.fitting import Data, StepEvent, fit_loop
@@ -32,6 +32,7 @@ from edgetrain.forking import ForkLock, NotCopied
 from edgetrain.graph import FixedNames, Graph, Normalization
 from edgetrain.history import EpochRecord, History, Position
 from edgetrain.kernels.registry import KernelKey, compile_kernels, interpreter, working_clock
+from edgetrain.learner_state import restore_state, state_of
 from edgetrain.losses import probabilities_of, sample_losses
 from edgetrain.lowering_products import whole_gradient_name
 from edgetrain.optim import SGD, Optimizer
@@ -41,7 +42,6 @@ from edgetrain.plans import MemoryPlan, Objective, Plans
 from edgetrain.policies import as_policy
 from edgetrain.pruning import ErrorPruning
 from edgetrain.sparsity import SparsityPolicy, Topology
-from edgetrain.sparsity.topology import TOPOLOGY
 from edgetrain.stream import InstanceStream
 from edgetrain.units import MIB, parse_bytes
 
@@ -382,17 +382,7 @@ class Learner(NotCopied):
     def state(self) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
         """Return (tensors, plain data): all that training changes but the graph's own, as normalisation of inputs."""
         with self._lock:
-            stored = self._parameters.stored
-            tensors: dict[str, NDArray[Any]] = {f"weights/{n}": stored(n).copy() for n in self._parameters.names()}
-            if self.step_count:
-                tensors |= {f"{buffer}/{name}": stored(name, buffer).copy() for buffer, name in self._left_by_steps()}
-                tensors["records"] = self._parameters.buffers["records"].copy()
-            patterns, topology = self.topology.state()
-            tensors |= patterns
-            streamed, meta = self.stream.state()
-            tensors |= {f"stream/{name}": array for name, array in streamed.items()}
-            plain = {"step_count": self.step_count, "topology": topology}
-            return tensors, plain | ({"stream": meta} if meta else {})
+            return state_of(self)
 
     def restore(self, tensors: Mapping[str, NDArray[Any]], meta: Mapping[str, Any]) -> None:
         """Take the state that ``state`` returned.
@@ -400,44 +390,8 @@ class Learner(NotCopied):
         Raises:
             CheckpointError: it belongs to another network, optimizer or instance filter; nothing has changed.
         """
-        streamed = {key[7:]: array for key, array in tensors.items() if key.startswith("stream/")}
-        tensors = {key: array for key, array in tensors.items() if not key.startswith("stream/")}
-        records = tensors.pop("records", None)
         with self._lock:
-            self._check_state(tensors, records, meta["step_count"])
-            stream = InstanceStream(self, self.instance_filter)
-            if "stream" in meta:
-                stream.restore(streamed, meta["stream"])
-            parameters, tensors = self._parameters, self.topology.restore(tensors, meta.get("topology"))
-            parameters.forget()
-            if records is not None:
-                parameters.buffers["records"][:] = records
-            for key, array in tensors.items():
-                buffer, name = key.split("/", 1)
-                parameters.stored(name, buffer)[...] = array
-            self.step_count = int(meta["step_count"])
-            self.graph.trained |= self.step_count > 0
-            self.stream, self.plans.beside = stream, (stream, self.topology)
-
-    def _check_state(self, tensors: Mapping[str, NDArray[Any]], records: NDArray[Any] | None, step_count: int) -> None:
-        """Compare names and shapes with what this learner has, before any of it is changed.
-
-        Raises:
-            CheckpointError: they differ.
-        """
-        parameters = self._parameters
-        if step_count:
-            _ = self.plans.training  # makes the buffers of moments and records
-        wanted = {f"weights/{name}": parameters.stored(name).shape for name in parameters.names()}
-        if step_count:
-            wanted |= {f"{buffer}/{name}": parameters.stored(name).shape for buffer, name in self._left_by_steps()}
-        given = {key: np.shape(array) for key, array in tensors.items() if not key.startswith(TOPOLOGY)}
-        if given != wanted:
-            odd = sorted(key for key in wanted.keys() | given.keys() if wanted.get(key) != given.get(key))
-            reason = "missing, unknown or of another shape"
-            raise CheckpointError(f"the state belongs to another network or optimizer: {odd[:3]} {reason}")
-        if records is not None and records.shape != parameters.buffers["records"].shape:
-            raise CheckpointError("the state belongs to other pruned layers: its records have another size")
+            restore_state(self, tensors, meta)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a checkpoint: everything needed to go on exactly.
@@ -581,12 +535,6 @@ class Learner(NotCopied):
 
     def _arrays(self, buffer: str) -> Arrays:
         return {name: self._parameters.dense(name, buffer) for name in self._parameters.names()}
-
-    def _left_by_steps(self) -> list[tuple[str, str]]:
-        """Return what the optimizer keeps of the steps so far: buffers and names."""
-        arrays, optimizer = self.graph.arrays, self._optimizer
-        moments = [(m, name) for m in optimizer.moments for name in arrays if name in self.graph.trainable]
-        return moments + [("average", name) for name in arrays if optimizer.averaging]
 
 
 def _length(arrays: Arrays) -> int:

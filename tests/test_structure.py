@@ -54,7 +54,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("lowering_listed",),
     ("lowering",),
     ("lowering_channels", "sparsity"),
-    ("plans", "diagnosis"),
+    ("plans", "diagnosis", "learner_state"),
     ("learner",),
     ("layer_report", "verify", "bench", "bench_ops", "bench_tiles"),
     ("bench_contenders", "kernel_table"),
