@@ -91,6 +91,18 @@ def loss_of(loss: Any, graph: Graph) -> str:
     return str(loss)
 
 
+def threads_of(threads: int | None, profile: DeviceProfile) -> int:
+    """Return a number of threads that was asked for, or the profile's.
+
+    Raises:
+        UsageError: less than 1, or more than 64 and than this machine has.
+    """
+    available = len(os.sched_getaffinity(0))
+    if threads is None:
+        return min(profile.threads, available)
+    return integer_of("threads", threads, 1, max(64, available))
+
+
 def smoothing_of(value: Any) -> float:
     """Return a label smoothing as a float.
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -175,6 +176,23 @@ def batch_of(x: Any, shape: tuple[int, ...], what: str = "x") -> NDArray[np.floa
         raise DataError(f"{what}: dtype {array.dtype} given, expected float32; convert it with astype")
     array = _shaped(array, shape, what)
     return _dense(array if array.dtype.kind == "f" else scaled(pixels_of(array, f"{what} has")), what)
+
+
+def sample_count(arrays: Mapping[str, NDArray[Any]]) -> int:
+    """Return the common number of samples of inputs ``(N, ...)`` by name.
+
+    Raises:
+        DataError: they have different numbers.
+
+    Example:
+        >>> sample_count({"left": np.zeros((3, 1)), "right": np.zeros((3, 7))})
+        3
+    """
+    first, *others = (len(array) for array in arrays.values())
+    if any(other != first for other in others):
+        lengths = {name: len(array) for name, array in arrays.items()}
+        raise DataError(f"inputs have different numbers of samples: {lengths}")
+    return first
 
 
 def targets_of(y: Any, count: int, shape: tuple[int, ...]) -> NDArray[np.float32]:

@@ -206,11 +206,18 @@ class Executor:
         self._bound = -1
         self._list_address = self._step_address = 0  # of the program's rows of either kind
         self._paces: dict[int, Pace] = {}  # by how many rows of the program are run
-        self.masked = -1  # samples that the plan's mask tells apart at present
+        self._masked = -1  # samples that the plan's mask tells apart at present
         self._sources: dict[str, list[int]] = {}
         self._program = self._arguments = aligned(0, np.int64)
         # Rows are sorted by stage: those up to a stage are the first so many.
         self._rows_until = {stage: sum(STAGES.index(r.stage) <= i for r in plan.rows) for i, stage in enumerate(STAGES)}
+
+    def mask(self, count: int) -> None:
+        """Tell the kernels how many of the samples that the plan has room for are there, in all runs from now on."""
+        if self._masked != count:
+            self.plan.fixed["mask"][:count] = 1
+            self.plan.fixed["mask"][count:] = 0
+            self._masked = count
 
     def run(self, sources: Mapping[str, NDArray[Any]], until: str = "update") -> bool:
         """Run the rows up to the end of a stage.

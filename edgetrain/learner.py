@@ -17,8 +17,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from edgetrain.accounting import StepResult
-from edgetrain.arguments import graph_of, integer_of, loss_of, optimizer_of, profile_of, smoothing_of
-from edgetrain.arrays import Checked, batch_of, labels_of, targets_of
+from edgetrain.arguments import graph_of, integer_of, loss_of, optimizer_of, profile_of, smoothing_of, threads_of
+from edgetrain.arrays import Checked, batch_of, labels_of, sample_count, targets_of
 from edgetrain.autodiff import TARGET
 from edgetrain.checkpoint import load_checkpoint, save_checkpoint
 from edgetrain.data import Augmentation
@@ -29,7 +29,7 @@ from edgetrain.executor import Executor, Team
 from edgetrain.filters import InstanceFilter
 from edgetrain.fitting import Data, StepEvent, fit_loop
 from edgetrain.forking import ForkLock, NotCopied
-from edgetrain.graph import FixedNames, Graph, Normalization
+from edgetrain.graph import FixedNames, Graph
 from edgetrain.history import EpochRecord, History, Position
 from edgetrain.kernels.registry import KernelKey, compile_kernels, interpreter, working_clock
 from edgetrain.learner_state import restore_state, state_of
@@ -115,12 +115,10 @@ class Learner(NotCopied):
         self.graph.arrays = {name: self._parameters.shared(name) for name in self._parameters.names()}
         objective = Objective(self.loss, self.label_smoothing)
         self._lock = ForkLock()
-        self._scaled_for: Normalization | None = None
         self._prepared = False
-        self._parameters.scale_input(None)
         self.plans = Plans(
             self.graph, self._parameters, self._optimizer, objective, self.batch_size, self.memory_budget,
-            self._allowed(threads), self.topology, self.error_pruning,
+            threads_of(threads, self.profile), self.topology, self.error_pruning,
         )  # fmt: skip
         self.stream = InstanceStream(self, self.instance_filter)
         self.plans.beside = self.stream, self.topology
@@ -135,7 +133,7 @@ class Learner(NotCopied):
     @threads.setter
     def threads(self, threads: int | None) -> None:
         with self._lock:
-            self.plans.use_team(Team(self._allowed(threads)))
+            self.plans.use_team(Team(threads_of(threads, self.profile)))
 
     @property
     def averages(self) -> bool:
@@ -146,17 +144,6 @@ class Learner(NotCopied):
     def sparsity(self) -> SparsityPolicy | None:
         """The policy that decides which weights exist."""
         return self.topology.policy
-
-    def _allowed(self, threads: int | None) -> int:
-        """Return a number of threads that was asked for, or the profile's.
-
-        Raises:
-            UsageError: less than 1, or more than 64 and than this machine has.
-        """
-        available = len(os.sched_getaffinity(0))
-        if threads is None:
-            return min(self.profile.threads, available)
-        return integer_of("threads", threads, 1, max(64, available))
 
     @property
     def optimizer(self) -> Optimizer:
@@ -303,7 +290,7 @@ class Learner(NotCopied):
             NumericalError: an output is not finite, here and in all methods that predict.
         """
         arrays = self._inputs(x)
-        total, size = _length(arrays), self.batch_size
+        total, size = sample_count(arrays), self.batch_size
         with self._lock:
             buffer = "average" if averaged and self.averages else "weights"
             starts = range(0, total, size)
@@ -473,7 +460,8 @@ class Learner(NotCopied):
         """Make an optimizer step ready: the batch, the topology, the optimizer's numbers."""
         taken = self._take_batch(x, y, self.topology.wants_gradients_at(self.step_count))
         self.topology.begin_step(self.step_count)
-        self._optimizer.fill(self._settings, self.step_count)
+        settings: NDArray[np.float32] = self._parameters.buffers["settings"]  # type: ignore[assignment]  # float32
+        self._optimizer.fill(settings, self.step_count)
         return taken
 
     def _end_step(self, executor: Executor) -> None:
@@ -483,16 +471,16 @@ class Learner(NotCopied):
         self.topology.end_step(step, lambda n: executor.kept(whole_gradient_name(n), values[n].shape))
 
     def _take_batch(self, x: Inputs, y: ArrayLike, whole_gradients: bool = False) -> tuple[Executor, Arrays, int]:
-        """Check a batch and put its labels, mask and counters where kernels read them."""
+        """Check a batch, and put its labels and all that belongs to it where kernels read them."""
         arrays = self._inputs(x)
-        count = _length(arrays)
+        count = sample_count(arrays)
         targets = self._targets(y, count)  # before a plan is made for a bad batch
         executor = self.plans.executor(True, count, whole_gradients)
         if self.loss == "mse":
             arrays[TARGET] = targets
         else:
             executor.plan.fixed["labels"][:count] = targets
-        self._set_counters(executor, count)
+        self._tell_kernels(executor, count)
         return executor, {f"source:{name}": array for name, array in arrays.items()}, count
 
     def _targets(self, y: ArrayLike, count: int) -> NDArray[Any]:
@@ -501,20 +489,16 @@ class Learner(NotCopied):
             return targets_of(y, count, self.graph.output_shape)
         return labels_of(y, count, self.graph.num_classes)
 
-    def _set_counters(self, executor: Executor, count: int) -> None:
-        if executor.masked != count:
-            executor.plan.fixed["mask"][:count] = 1
-            executor.plan.fixed["mask"][count:] = 0
-            executor.masked = count
+    def _tell_kernels(self, executor: Executor, count: int) -> None:
+        """Put the number of samples, the counters and the scaling of the first input where kernels read them."""
+        executor.mask(count)
         self._parameters.buffers["state"][:3] = count, self.step_count, self.seed
-        if self._scaled_for is not self.graph.normalization:
-            self._parameters.scale_input(self.graph.normalization)
-            self._scaled_for = self.graph.normalization
+        self._parameters.scale_input(self.graph.normalization)
 
     def _forward(self, arrays: Arrays, buffer: str) -> NDArray[np.float32]:
-        count = _length(arrays)
+        count = sample_count(arrays)
         executor = self.plans.executor(False, count, buffer=buffer)
-        self._set_counters(executor, count)
+        self._tell_kernels(executor, count)
         executor.run({f"source:{name}": array for name, array in arrays.items()})
         return executor.value(self.graph.values[self.graph.outputs[0]], count)
 
@@ -529,18 +513,5 @@ class Learner(NotCopied):
             raise DataError(f"x: inputs {sorted(given)} given, the network '{self.graph.name}' expects {sorted(names)}")
         return {n: batch_of(given[n], values[n].shape, "x" if len(names) == 1 else n) for n in names}
 
-    @property
-    def _settings(self) -> NDArray[np.float32]:
-        return self._parameters.buffers["settings"]  # type: ignore[return-value]  # always float32
-
     def _arrays(self, buffer: str) -> Arrays:
         return {name: self._parameters.dense(name, buffer) for name in self._parameters.names()}
-
-
-def _length(arrays: Arrays) -> int:
-    """Return the common number of samples."""
-    first, *others = (len(array) for array in arrays.values())
-    if any(other != first for other in others):
-        lengths = {name: len(array) for name, array in arrays.items()}
-        raise DataError(f"inputs have different numbers of samples: {lengths}")
-    return first

@@ -29,23 +29,23 @@ def state_of(learner: Learner) -> State:
         tensors[_RECORDS] = parameters.buffers[_RECORDS].copy()
     patterns, topology = learner.topology.state()
     streamed, stream = learner.stream.state()
-    plain = {"step_count": steps, "topology": topology} | ({"stream": stream} if stream else {})
-    return tensors | patterns | put_under(_STREAM, streamed), plain
+    meta = {"step_count": steps, "topology": topology} | ({"stream": stream} if stream else {})
+    return tensors | patterns | put_under(_STREAM, streamed), meta
 
 
-def restore_state(learner: Learner, tensors: Mapping[str, NDArray[Any]], plain: Mapping[str, Any]) -> None:
+def restore_state(learner: Learner, tensors: Mapping[str, NDArray[Any]], meta: Mapping[str, Any]) -> None:
     """Give a learner the state that ``state_of`` returned.
 
     Raises:
         CheckpointError: it belongs to another network, optimizer or instance filter; nothing has changed.
     """
     own = {name: array for name, array in tensors.items() if not name.startswith(_STREAM)}
-    records, step_count = own.pop(_RECORDS, None), int(plain["step_count"])
+    records, step_count = own.pop(_RECORDS, None), int(meta["step_count"])
     _check(learner, own, records, step_count)
     stream = InstanceStream(learner, learner.instance_filter)
-    if "stream" in plain:
-        stream.restore(taken_from(_STREAM, tensors), plain["stream"])
-    own = learner.topology.restore(own, plain.get("topology"))
+    if "stream" in meta:
+        stream.restore(taken_from(_STREAM, tensors), meta["stream"])
+    own = learner.topology.restore(own, meta.get("topology"))
     parameters = learner.plans.parameters
     parameters.forget()
     if records is not None:

@@ -59,6 +59,8 @@ class Parameters:
         self.buffers["settings"] = aligned(max(_LINE, SETTINGS))
         channels = graph.input_shape[0] if graph.inputs and graph.input_shape else 1
         self.buffers["scale"], self.buffers["shift"] = aligned(channels), aligned(channels)
+        self.buffers["scale"][:] = 1
+        self._scaled_for: Normalization | None = None
         self.load(graph.arrays)
 
     @staticmethod
@@ -166,8 +168,11 @@ class Parameters:
                     self.put(name, array, buffer)
 
     def scale_input(self, normalization: Normalization | None) -> None:
-        """Set the factor and the offset per channel that the first input is read with."""
+        """Set the factor and the offset per channel that the first input is read with, if they are others now."""
+        if normalization is self._scaled_for:
+            return
         scale, shift = self.buffers["scale"], self.buffers["shift"]
         scale[:], shift[:] = 1, 0
         if normalization is not None:
             scale[:], shift[:] = 1 / normalization.std, -normalization.mean / normalization.std
+        self._scaled_for = normalization
