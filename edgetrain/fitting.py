@@ -231,7 +231,7 @@ class _Loop:
                 return False
         rest = learner.stream.flush()
         if rest is not None:
-            learner.history.running.add(rest, rest.seconds)
+            self._count(rest)
         return True
 
     def _take(self, batch: Batch) -> StepResult:
@@ -244,7 +244,7 @@ class _Loop:
             before = learner.step_count
             try:
                 step = learner.partial_fit(*batch)
-                learner.history.running.add(step, step.seconds)
+                self._count(step)
                 return step
             finally:  # an interrupt in the middle of a step is raised behind it
                 if learner.step_count > before:
@@ -254,10 +254,10 @@ class _Loop:
         finally:
             if learner.stream.latest is not None:
                 self._count(learner.stream.latest)
+                self._move_on()
 
     def _count(self, step: StepResult) -> None:
         self.learner.history.running.add(step, step.seconds)
-        self._move_on()
 
     def _move_on(self) -> None:
         self.learner.position = replace(self.learner.position, batch=self.learner.position.batch + 1)
@@ -305,7 +305,7 @@ def _begin(learner: Learner, dataset: Samples, epochs: int, normalize: bool) -> 
         done = learner.position.epoch - history.first_epoch
         raise UsageError(f"epochs is {epochs}, but {done} are done already; ask for more, or load an older checkpoint")
     learner.topology.total_steps = _last_step(learner, len(dataset), last_epoch)
-    _set_schedule(learner, history, learner.topology.total_steps)
+    _set_schedule(learner, learner.topology.total_steps)
     if normalize and learner.step_count == 0 and learner.graph.normalization is None:
         learner.graph.normalization = Normalization(*dataset.statistics())
     if isinstance(dataset, Dataset):
@@ -337,8 +337,8 @@ def _last_step(learner: Learner, instances: int, last_epoch: int) -> int:
     return first + max(1, round(kept / learner.batch_size + epochs / 2))
 
 
-def _set_schedule(learner: Learner, history: History, total_steps: int) -> None:
-    schedule = learner.optimizer.schedule
+def _set_schedule(learner: Learner, total_steps: int) -> None:
+    schedule, history = learner.optimizer.schedule, learner.history
     if schedule is None:
         return
     chosen = history.sets_schedule and history.schedule_steps in (None, schedule.total_steps)

@@ -120,7 +120,7 @@ class Learner(NotCopied):
             self.graph, self._parameters, self._optimizer, objective, self.batch_size, self.memory_budget,
             threads_of(threads, self.profile), self.topology, self.error_pruning,
         )  # fmt: skip
-        self.stream = InstanceStream(self, self.instance_filter)
+        self.stream = InstanceStream(self)
         self.plans.beside = self.stream, self.topology
 
     # --- settings ---

@@ -42,7 +42,7 @@ def restore_state(learner: Learner, tensors: Mapping[str, NDArray[Any]], meta: M
     own = {name: array for name, array in tensors.items() if not name.startswith(_STREAM)}
     records, step_count = own.pop(_RECORDS, None), int(meta["step_count"])
     _check(learner, own, records, step_count)
-    stream = InstanceStream(learner, learner.instance_filter)
+    stream = InstanceStream(learner)
     if "stream" in meta:
         stream.restore(taken_from(_STREAM, tensors), meta["stream"])
     own = learner.topology.restore(own, meta.get("topology"))

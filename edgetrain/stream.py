@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from edgetrain.accounting import StepResult
 from edgetrain.arrays import Checked
 from edgetrain.errors import CheckpointError
-from edgetrain.filters import Choice, InstanceFilter, Judge, Lesson, Selector
+from edgetrain.filters import Choice, Judge, Lesson, Selector
 from edgetrain.filters.base import Floats, Images, instance_bytes
 from edgetrain.history import Totals
 from edgetrain.kernels.registry import KernelKey, working_clock
@@ -69,13 +69,14 @@ class InstanceStream:
         UsageError: the filter does not suit the learner's network.
     """
 
-    def __init__(self, learner: Learner, instance_filter: InstanceFilter | None) -> None:
+    def __init__(self, learner: Learner) -> None:
         # Weak, for the learner holds this: a cycle would keep a dropped learner's memory until the next collection.
         self._learner: Learner = weakref.proxy(learner)
         self._selector: Selector | None = None
-        if instance_filter is not None:
-            instance_filter.check_network(self._learner.graph)
-            self._selector = instance_filter.selector(self._learner, _judge(self._learner))
+        chosen = learner.instance_filter
+        if chosen is not None:
+            chosen.check_network(learner.graph)
+            self._selector = chosen.selector(self._learner, _judge(self._learner))
         self._x: Images = np.zeros((0, *learner.graph.input_shape), np.float32)
         self._y: NDArray[Any] = np.zeros(0, np.int64)
         self._faded = np.zeros(2)  # sums of hits and of instances, both fading
