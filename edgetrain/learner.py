@@ -421,7 +421,7 @@ class Learner(NotCopied):
         works through many instances, copies of those that are kept and of those that the filter puts aside come on top.
         """
         with self._lock:
-            return self.plans.memory(self.plans.largest(batch_size or self.batch_size))
+            return self.plans.memory(self.plans.budget_plan(batch_size or self.batch_size))
 
     def training_plan(self, batch_size: int | None = None) -> Plan:
         """Return the plan of a training step: its rows, layouts and offsets, to look at."""

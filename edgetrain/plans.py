@@ -49,7 +49,7 @@ from edgetrain.units import MIB
 # made 60 (cnn1d; tests/test_lanes.py). A plan of MobileNetV1 has tables of 0.2 to 0.4 MiB.
 _KEPT_PLANS, _KEPT_OF_CHANNELS = 8, 16
 # Products that skip the zeros of an error map.
-_LISTED = ("ListedInputGrad", "ListedWeightGrad", "PooledInputGrad", "PooledWeightGrad")
+_SKIPS_ERRORS = ("ListedInputGrad", "ListedWeightGrad", "PooledInputGrad", "PooledWeightGrad")
 # Batches so small nevertheless have lists of weights, and mostly empty lanes, where the lists leave at most this share
 # of the operations, by batch size (a step against dense, lists and channels in the lanes, uniform densities, a tenth
 # of ResNet-8's weights: at batch 1 1.29 and 1.01, 2 0.68 and 1.01, 3 0.46 and 1.00, 4 0.35 and 1.00; a fifth at batch 2
@@ -59,7 +59,7 @@ _LISTED = ("ListedInputGrad", "ListedWeightGrad", "PooledInputGrad", "PooledWeig
 # 0.79 and 0.89, 0.87). Layers with a larger share of their weights count as dense: about there lists stop being faster
 # (``lowering_sparse``). So do fully connected ones that are read by bits: four of them, 512 wide, with a tenth of their
 # weights took 0.90 by lists and 0.51 (batch 4).
-_LISTED_SHARE = 0.33
+_DENSE_SHARE = 0.33
 _LEFT, _FEW_OPERATIONS = {1: 0.03, 2: 0.17, 3: 0.3, 4: 0.7}, 10
 _FEW_WEIGHTS = {1: 0.03, 2: 0.22, 3: 0.3, 4: 0.3}
 # Of fewer weights bits take more memory than they are worth, but where few samples read weights by them: writing out a
@@ -136,8 +136,9 @@ class Plans:
         self.latest: Executor | None = None
         self._executors: dict[tuple[bool, int, bool, str, tuple[bool, ...]], Executor] = {}
         self._forward_plans: dict[tuple[bool, ...], Plan] = {}  # the latest, by which weights run on lists
-        self._lists: dict[int, tuple[int, tuple[bool, ...]]] = {}  # by blocks, see ``_listed``
-        self._macs: dict[str, int] = {}  # of one sample's step: before and after every policy has rewritten the graph
+        self._listed: dict[int, tuple[int, tuple[bool, ...]]] = {}  # by blocks, see ``_on_lists``
+        # Of one sample's step, before and after every policy has rewritten the training graph; 0 until it is made.
+        self._dense_macs = self._step_macs = 0
 
     def use_team(self, team: Team) -> None:
         """Run the plans with another team from now on; it may be one that runs other plans too, in turns."""
@@ -171,7 +172,7 @@ class Plans:
         """The training graph; making it also makes the buffers that only training needs."""
         made = training_graph(self.graph, self._objective.loss, self._objective.label_smoothing)
         self.parameters.start_training(made.gradients, self._optimizer)
-        self._macs["dense"] = _macs(made)
+        self._dense_macs = _macs(made)
         made.densities = {name: _share(index) for name, index in self.parameters.sparse.items()}
         if self._pools_first:
             self._list_pooled_errors(made)
@@ -183,7 +184,7 @@ class Plans:
         if self._error_pruning is not None:
             self._error_pruning.skip(made)
         self.parameters.start_records(made.graph.nodes, made.records)
-        self._macs["done"] = _macs(made)
+        self._step_macs = _macs(made)
         return made
 
     @functools.cached_property
@@ -193,20 +194,20 @@ class Plans:
             return self.training
         return combine_gradients(self.training, self.parameters.sparse, self._blocks(self._batch_size), self.lanes)
 
-    @functools.cached_property
+    @property
     def step_macs(self) -> int:
         """Multiply-accumulates of one sample's training step: what the nodes of the training graph execute.
 
         Counted once: counting took 0.2 ms, a third of a step of LeNet-5 with batch size 8.
         """
         _ = self.training
-        return self._macs["done"]
+        return self._step_macs
 
     @property
     def dense_macs(self) -> int:
         """Multiply-accumulates of one sample's training step without any method."""
         _ = self.training
-        return self._macs["dense"]
+        return self._dense_macs
 
     @property
     def forward_macs(self) -> int:
@@ -214,7 +215,7 @@ class Plans:
         dense = self._dense_forward_macs
         if not self.parameters.sparse:
             return dense
-        key = self._listed(self._batch_size)
+        key = self._on_lists(self._batch_size)
         if key not in self._forward_plans:
             self._forward_plans = {key: self.plan(False, self._batch_size)}  # to be looked at, not run
         return dense - _skipped_weights(self._forward_plans[key])
@@ -236,13 +237,13 @@ class Plans:
 
         The latter by what saved them (``accounting.SAVERS``), with the names of the fields of ``StepResult``.
         """
-        listed, activations = self._skipped()
+        errors, activations = self._skipped()
         saved = {
-            "saved_error_maps": self._macs["dense"] - self.step_macs + listed,
+            "saved_error_maps": self._dense_macs - self._step_macs + errors,
             "saved_weights": _skipped_weights(plan),
             "saved_activations": activations,
         }
-        done = self._macs["dense"] - sum(saved.values())
+        done = self._dense_macs - sum(saved.values())
         return count * done, {name: count * macs for name, macs in saved.items()}
 
     def _skipped(self) -> tuple[int, int]:
@@ -251,7 +252,7 @@ class Plans:
         In plain integers, since every step does it: with those of NumPy it took 30 us where 18 products count, and
         takes 10 so.
         """
-        listed = activations = 0
+        errors = activations = 0
         tally = self.parameters.buffers["tally"].tolist() if self._counted else []
         for op_type, macs, record in self._counted:
             kept, total = tally[2 * record : 2 * record + 2]
@@ -259,14 +260,14 @@ class Plans:
             if op_type == "CompressedWeightGrad":
                 activations += skipped
             else:
-                listed += skipped
-        return listed, activations
+                errors += skipped
+        return errors, activations
 
     @functools.cached_property
     def _counted(self) -> list[tuple[str, int, int]]:
         """Operator, dense multiply-accumulates per sample and record of products that count what they skip."""
-        nodes = [node for node in self.training.graph.nodes
-                 if node.op_type in ("CompressedWeightGrad", *_LISTED) and node.get("record") is not None]  # fmt: skip
+        kinds = ("CompressedWeightGrad", *_SKIPS_ERRORS)
+        nodes = [n for n in self.training.graph.nodes if n.op_type in kinds and n.get("record") is not None]
         return [(node.op_type, get_op(node.op_type).macs(node), int(node.get("record"))) for node in nodes]
 
     def executor(
@@ -277,13 +278,13 @@ class Plans:
         Raises:
             MemoryBudgetError: the plan does not fit into the budget.
         """
-        key = (training, self._blocks(count), whole_gradients, buffer, self._listed(count))
+        key = (training, self._blocks(count), whole_gradients, buffer, self._on_lists(count))
         executor = self._executors.pop(key, None)
         if executor is None:
             plan = self.plan(training, count, whole_gradients, buffer)
             moves = not self._executors and bool(self._moving())  # looked at once: it takes three plans
             more = training and not whole_gradients and (self._topology.wants_gradients or moves)
-            self._check_budget(self.largest(count) if more else plan, count)
+            self._check_budget(self.budget_plan(count) if more else plan, count)
             executor = Executor(plan, self.parameters, self.arena, self.team)
             while len(self._executors) >= (_KEPT_OF_CHANNELS if self.by_channel else _KEPT_PLANS):
                 del self._executors[next(iter(self._executors))]
@@ -292,14 +293,14 @@ class Plans:
             self.latest = executor
         return executor
 
-    def _listed(self, count: int) -> tuple[bool, ...]:
+    def _on_lists(self, count: int) -> tuple[bool, ...]:
         """Return which products of ``count`` samples run on lists of non-zeros now, of those where that may change."""
         blocks, patterns = self._blocks(count), self.parameters.patterns
-        if self._lists.get(blocks, (-1, ()))[0] != patterns:
+        if self._listed.get(blocks, (-1, ()))[0] != patterns:
             found = tuple(index.count <= most for index, most in self._limits(blocks))
-            self._lists[blocks] = patterns, found
+            self._listed[blocks] = patterns, found
         # Asked in every step. Looking at every index took 5 of the 41 us of Python in a step of LeNet-5 with SWAT.
-        return self._lists[blocks][1]
+        return self._listed[blocks][1]
 
     @property
     def _pools_first(self) -> bool:
@@ -324,7 +325,7 @@ class Plans:
         index = self.parameters.sparse.get(weight)
         if index is None or (self._pools_first and not index.compact):
             return False
-        if not index.compact and index.capacity == index.size:
+        if _may_move(index):
             return True
         vectors = vectors_of(g, self._blocks(self._batch_size), self.lanes)
         return index.capacity <= index.rows * most_entries(index, True, vectors)
@@ -340,8 +341,8 @@ class Plans:
                     for winograd in (False, True):
                         yield index, index.rows * most_entries(index, winograd, vectors)
 
-    def largest(self, count: int) -> Plan:
-        """Return the plan of the training step of ``count`` samples that needs most memory.
+    def budget_plan(self, count: int) -> Plan:
+        """Return the plan that the budget is checked against: of the steps of ``count`` samples what needs most memory.
 
         Where weights may move from layer to layer (SWAT's momentum variant), also of those with lists of all weights
         and of none.
@@ -362,7 +363,7 @@ class Plans:
     def _moving(self) -> list[SparseIndex]:
         """Return the indices whose number of weights may change."""
         sparse = self.parameters.sparse.values()
-        return [index for index in sparse if not index.compact and index.capacity == index.size]
+        return [index for index in sparse if _may_move(index)]
 
     def plan(self, training: bool, count: int, whole_gradients: bool = False, buffer: str = "weights") -> Plan:
         """Lower the training graph, or the network for inference, for ``count`` samples.
@@ -508,11 +509,16 @@ def _lists_pay(graph: Graph, sparse: Mapping[str, SparseIndex], batch_size: int)
                 return False
             share = 1.0 if index is None else _share(index)
             operations += g.macs
-            left += g.macs * (1.0 if share > _LISTED_SHARE or is_read_by_bits(g) else share)
+            left += g.macs * (1.0 if share > _DENSE_SHARE or is_read_by_bits(g) else share)
             weights += node.input(1).size
             existing += share * node.input(1).size
     few = operations <= _FEW_OPERATIONS * weights and existing <= _FEW_WEIGHTS[batch_size] * weights
     return left < operations and (few or left <= _LEFT[batch_size] * operations)
+
+
+def _may_move(index: SparseIndex) -> bool:
+    """Whether the number of weights may change: they move from layer to layer (SWAT's momentum variant)."""
+    return not index.compact and index.capacity == index.size
 
 
 def _share(index: SparseIndex) -> float:
