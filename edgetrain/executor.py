@@ -201,7 +201,7 @@ class Executor:
 
     def __init__(self, plan: Plan, parameters: Parameters, arena: Arena, team: Team) -> None:
         self.plan, self._parameters, self._arena, self._team = plan, parameters, arena, team
-        self._listed = -1  # the topology that the lists are made of
+        self._listed_patterns = -1  # the topology that the lists are made of
         self._addresses = compile_kernels(plan.kernels)
         self._bound = -1
         self._list_address = self._step_address = 0  # of the program's rows of either kind
@@ -288,9 +288,9 @@ class Executor:
     def _list(self) -> None:
         """Make the lists of sparse weights anew if the topology has changed."""
         patterns = self._parameters.patterns
-        if self._listed != patterns:
+        if self._listed_patterns != patterns:
             self._team.run(self._list_address, len(self.plan.list_rows))
-            self._listed = patterns
+            self._listed_patterns = patterns
 
     def _place(self, sources: Mapping[str, NDArray[Any]]) -> None:
         """Put the addresses of the inputs into the program."""

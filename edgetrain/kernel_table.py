@@ -24,7 +24,7 @@ from edgetrain.sparsity import SparsityPolicy
 # for; other kernels of a product's node prepare operands or collect sums.
 _MULTIPLYING = {"multiply": 0, "correlate": 0, "correlate_listed": 0, "winograd": 1}
 # Compiled for lanes and the cut of the maps, no tile of channels.
-_LISTED = ("multiply_csr", "correlate_csr", "gradients_csr", "multiply_lists", "correlate_lists")
+_LIST_KERNELS = ("multiply_csr", "correlate_csr", "gradients_csr", "multiply_lists", "correlate_lists")
 # Compiled for lanes of channels, vectors of them, and terms, or rows and columns of the kernel.
 _NUMBERS = ("correlate_elements", "correlate_pooled", "spread_elements")
 
@@ -90,7 +90,7 @@ def merged(uses: Iterable[KernelUse]) -> list[KernelUse]:
 
 def _multiplies(plan: Plan, row: Row) -> bool:
     product = isinstance(get_op(plan.graph.nodes[row.node].op_type), (ProductOp, ProductGrad))
-    return product and row.kernel[0] in (*_MULTIPLYING, *_LISTED, *_NUMBERS)
+    return product and row.kernel[0] in (*_MULTIPLYING, *_LIST_KERNELS, *_NUMBERS)
 
 
 def _use(plan: Plan, row: Row) -> KernelUse:

@@ -27,7 +27,7 @@ _DIRECT, _SKIPPING, _APART = 0.87, 0.36, 1.1
 _STRIDED = 1.35
 # What a weight of a list takes, 1 is one of a dense product: 1.4 in DS-CNN, 2.2 in cnn1d, 2.4 in MobileNetV1 (batch 5
 # to 8, with a tenth and three tenths of the weights), and more, since little else of a step becomes shorter.
-_LISTED = 3.0
+_LIST_COST = 3.0
 _BETWEEN = ("Relu", "LeakyRelu", "Clip", "Identity")  # operators that leave exact zeros behind a max pool
 # Operators that move single channels, number by number where lanes hold channels: for an eighth of a vector at most.
 # With six of them, of 16 to 88 channels on 30x30 pixels, steps took 0.78 times as long as with samples at batch 2, 1.47
@@ -57,7 +57,7 @@ def channels_pay(graph: Graph, batch_size: int, listed: Mapping[str, float] = Ma
         op = get_op(node.op_type)
         if isinstance(op, ProductOp):
             g = op.product(node)
-            left = min(1.0, _LISTED * listed.get(node.input(1).name, 1.0))
+            left = min(1.0, _LIST_COST * listed.get(node.input(1).name, 1.0))
             channels += batch_size * g.macs * _channel_vectors(g)
             samples += left * g.macs * _sample_vectors(graph, node, g, lanes)
     return channels <= samples

@@ -329,7 +329,7 @@ def _producer(train: TrainingGraph, value: Value) -> Node:
     return node
 
 
-_LISTED = {"ProductInputGrad": "ListedInputGrad", "ProductWeightGrad": "ListedWeightGrad"}
+_ON_LISTS = {"ProductInputGrad": "ListedInputGrad", "ProductWeightGrad": "ListedWeightGrad"}
 
 
 def list_errors(train: TrainingGraph, error_map: ErrorMap, pruned: Value) -> None:
@@ -345,14 +345,14 @@ def list_errors(train: TrainingGraph, error_map: ErrorMap, pruned: Value) -> Non
     if (node := _pool_behind(graph, error_map)) is not None:
         _list_at_pool(graph, error_map, node, lists, counted)
         return
-    readers = [i for i, node in enumerate(graph.nodes) if error_map.read_by(node) and node.op_type in _LISTED]
+    readers = [i for i, node in enumerate(graph.nodes) if error_map.read_by(node) and node.op_type in _ON_LISTS]
     # Places in the lists are those of what the weight gradient reads: a copy of the input may have another border.
     x = next((graph.nodes[i].x for i in readers if graph.nodes[i].op_type == "ProductWeightGrad"), conv.x)
     by_pixel = any(graph.nodes[i].op_type == "ProductInputGrad" for i in readers)
     for i in readers:
         node = graph.nodes[i]
         graph.nodes[i] = replace(
-            node, op_type=_LISTED[node.op_type], inputs=(*node.inputs, lists),
+            node, op_type=_ON_LISTS[node.op_type], inputs=(*node.inputs, lists),
             attributes={**node.attributes, "record": counted["record"]},
         )  # fmt: skip
     attributes = {**conv.attributes, "forward": conv.op_type, "like": x, "by_pixel": by_pixel, **counted}
@@ -385,7 +385,7 @@ def _list_at_pool(graph: Graph, error_map: ErrorMap, node: Node, lists: Value, c
             continue
         x, covered = reader.x, math.prod(pool.out) * len(pool.taps)
         graph.nodes[place] = replace(
-            reader, op_type=_LISTED[reader.op_type], inputs=(reader.x, lists),
+            reader, op_type=_ON_LISTS[reader.op_type], inputs=(reader.x, lists),
             attributes={**reader.attributes, "record": counted["record"], "covered": covered},
         )  # fmt: skip
     attributes = {**node.attributes, "conv": error_map.conv, "x": x, **counted}

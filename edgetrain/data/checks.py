@@ -53,7 +53,7 @@ def read_bytes(path: Path) -> bytes:
         raise DataError(f"{path}: cannot be read ({error.strerror}); expected a readable file") from error
 
 
-def entries(folder: Path) -> list[Path]:
+def paths_in(folder: Path) -> list[Path]:
     """Return the paths of everything in a folder, sorted.
 
     Raises:

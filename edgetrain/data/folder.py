@@ -11,7 +11,7 @@ from types import ModuleType
 import numpy as np
 from numpy.typing import NDArray
 
-from edgetrain.data.checks import entries, whole_number
+from edgetrain.data.checks import paths_in, whole_number
 from edgetrain.data.dataset import Dataset
 from edgetrain.errors import DataError, UsageError
 
@@ -72,7 +72,7 @@ def load_folder(
 
 def class_folders(path: Path) -> dict[str, Path]:
     """Return the visible sub-folders of a folder by name, sorted."""
-    visible = (entry for entry in entries(path) if entry.is_dir() and not entry.name.startswith("."))
+    visible = (entry for entry in paths_in(path) if entry.is_dir() and not entry.name.startswith("."))
     return {folder.name: folder for folder in sorted(visible)}
 
 
@@ -91,7 +91,7 @@ def image_files(folder: Path) -> list[Path]:
     """Return the visible files with an image suffix directly in a folder, sorted."""
     return sorted(
         file
-        for file in entries(folder)
+        for file in paths_in(folder)
         if file.suffix.lower() in IMAGE_SUFFIXES and not file.name.startswith(".") and file.is_file()
     )
 
