@@ -12,7 +12,7 @@ from edgetrain.graph import Graph
 from edgetrain.optim import Optimizer
 
 # Counters in memory are int64.
-LARGEST = 2**63 - 1
+_MOST = 2**63 - 1
 
 
 def graph_of(graph: Any) -> Graph:
@@ -53,7 +53,7 @@ def optimizer_of(optimizer: Any) -> Optimizer:
     return optimizer
 
 
-def integer_of(name: str, value: Any, low: int, high: int = LARGEST) -> int:
+def integer_of(name: str, value: Any, low: int, high: int = _MOST) -> int:
     """Return an integer of any type (also NumPy's) as an int.
 
     Raises:
@@ -68,7 +68,7 @@ def integer_of(name: str, value: Any, low: int, high: int = LARGEST) -> int:
     except TypeError:
         number = low - 1
     if not low <= number <= high:
-        limits = f"of at least {low}" if high == LARGEST and number <= high else f"from {low} to {high}"
+        limits = f"of at least {low}" if high == _MOST and number <= high else f"from {low} to {high}"
         raise UsageError(f"{name}={value!r}, expected an integer {limits}")
     return number
 

@@ -110,9 +110,10 @@ def fit_loop(
     check_fits(graph, training)
     last_epoch = _begin(learner, training, epochs, normalize)
     learner.prepare()
-    loop = _Loop(learner, training, _parsed(augmentation), shuffle, Callbacks(on_step, on_epoch, should_stop))
+    callbacks = Callbacks(on_step, on_epoch, should_stop)
+    loop = _Loop(learner, training, held_out, _parsed(augmentation), shuffle, callbacks)
     while learner.position.epoch < last_epoch:
-        if not loop.epoch(held_out):
+        if not loop.epoch():
             return learner.history
     learner.history.finished = True
     return learner.history
@@ -200,16 +201,17 @@ def check_fits(graph: Graph, dataset: Samples) -> None:
 class _Loop:
     learner: Learner
     dataset: Samples
+    held_out: Samples | None
     augmentation: Augmentation | None
     shuffle: bool
     callbacks: Callbacks
 
-    def epoch(self, held_out: Samples | None) -> bool:
+    def epoch(self) -> bool:
         """Do what is left of the present epoch; return False if asked to stop before its end."""
         if not self._steps():
             return False
         learner = self.learner
-        metrics = {} if held_out is None else evaluate_dataset(learner, held_out)
+        metrics = {} if self.held_out is None else evaluate_dataset(learner, self.held_out)
         record = _record(learner, metrics)
         learner.history.epochs.append(record)
         learner.history.running = Totals()

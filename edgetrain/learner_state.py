@@ -23,7 +23,7 @@ _STREAM, _RECORDS = "stream/", "records"
 def state_of(learner: Learner) -> State:
     """Return copies of all that training changes but the graph's own: tensors by name, and plain data."""
     parameters, steps = learner.plans.parameters, learner.step_count
-    arrays = _arrays(learner, steps)
+    arrays = _stored_arrays(learner, steps)
     tensors: Tensors = {f"{buffer}/{name}": parameters.stored(name, buffer).copy() for buffer, name in arrays}
     if steps:
         tensors[_RECORDS] = parameters.buffers[_RECORDS].copy()
@@ -58,8 +58,8 @@ def restore_state(learner: Learner, tensors: Mapping[str, NDArray[Any]], meta: M
     learner.stream, learner.plans.beside = stream, (stream, learner.topology)
 
 
-def _arrays(learner: Learner, step_count: int) -> list[tuple[str, str]]:
-    """Return (buffer, name) of all arrays that there are after so many steps: moments and averages begin with them."""
+def _stored_arrays(learner: Learner, step_count: int) -> list[tuple[str, str]]:
+    """Return (buffer, name) of all arrays of a state after so many steps; before the first one of weights alone."""
     names, optimizer = learner.plans.parameters.names(), learner.optimizer
     weights = [("weights", name) for name in names]
     if not step_count:
@@ -77,7 +77,8 @@ def _check(learner: Learner, tensors: Tensors, records: NDArray[Any] | None, ste
     parameters = learner.plans.parameters
     if step_count:
         _ = learner.plans.training  # makes the buffers of moments and records
-    wanted = {f"{buffer}/{name}": parameters.stored(name).shape for buffer, name in _arrays(learner, step_count)}
+    arrays = _stored_arrays(learner, step_count)
+    wanted = {f"{buffer}/{name}": parameters.stored(name).shape for buffer, name in arrays}
     given = {key: np.shape(array) for key, array in tensors.items() if not key.startswith(TOPOLOGY)}
     if given != wanted:
         odd = sorted(key for key in wanted.keys() | given.keys() if wanted.get(key) != given.get(key))

@@ -49,7 +49,7 @@ class Parameters:
         place, ends = 0, [0, 0, 0]
         for name in names:
             self._starts[name] = place
-            place += -(-self._stored(name) // _LINE) * _LINE
+            place += -(-self._size(name) // _LINE) * _LINE
             for group in range(self._group(graph, optimizer, name), 3):
                 ends[group] = place
         self.decayed, self.trained, self.total = ends
@@ -116,7 +116,7 @@ class Parameters:
     def view(self, name: str, buffer: str = "weights") -> NDArray[np.float32]:
         """Return an array of a buffer as a view, float32: in its ONNX shape, or compact ``(capacity,)``."""
         start = self._starts[name]
-        flat: NDArray[np.float32] = self.buffers[buffer][start : start + self._stored(name)]  # type: ignore[assignment]  # float32
+        flat: NDArray[np.float32] = self.buffers[buffer][start : start + self._size(name)]  # type: ignore[assignment]  # float32
         return flat if self._is_compact(name) else flat.reshape(self._shapes[name])
 
     def stored(self, name: str, buffer: str = "weights") -> NDArray[np.float32]:
@@ -149,13 +149,6 @@ class Parameters:
         index = self.sparse[name]
         view[: index.count], view[index.count :] = index.values_of(array), 0
 
-    def _is_compact(self, name: str) -> bool:
-        return name in self.sparse and self.sparse[name].compact
-
-    def _stored(self, name: str) -> int:
-        """Return how many floats an array takes."""
-        return self.sparse[name].capacity if self._is_compact(name) else int(np.prod(self._shapes[name]))
-
     def names(self) -> list[str]:
         """Return the names of all arrays in the graph's order."""
         return list(self._shapes)
@@ -176,3 +169,10 @@ class Parameters:
         if normalization is not None:
             scale[:], shift[:] = 1 / normalization.std, -normalization.mean / normalization.std
         self._scaled_for = normalization
+
+    def _is_compact(self, name: str) -> bool:
+        return name in self.sparse and self.sparse[name].compact
+
+    def _size(self, name: str) -> int:
+        """Return how many floats an array takes."""
+        return self.sparse[name].capacity if self._is_compact(name) else int(np.prod(self._shapes[name]))
