@@ -93,6 +93,11 @@ class Run:
         return self.path / "model.onnx"
 
     @property
+    def plot(self) -> Path:
+        """Accuracy over operations and time, beside that of the dense twin."""
+        return self.path / "accuracy.svg"
+
+    @property
     def baseline(self) -> Run:
         """The dense twin of the run, in a folder of its own."""
         return Run(self.path / "baseline")
@@ -247,6 +252,10 @@ class Run:
         if not ending or "whole_seconds" not in ending[0] or self.comparison() == "baseline":
             return False
         return not self.account()
+
+    def is_done(self) -> bool:
+        """Tell whether nothing is left to write: the run's own files, its dense twin if asked for, and its account."""
+        return self.status() == "finished" and self.model.exists() and not self.lacks_account()
 
     def _ending(self) -> list[dict[str, Any]]:
         """Return the events from the last "finished" on; none of a run that was gone on with since."""

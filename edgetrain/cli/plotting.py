@@ -4,33 +4,36 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 from edgetrain.checkpoint import write_file
-from edgetrain.cli.sessions import resuming
-from edgetrain.errors import CheckpointError, UsageError
+from edgetrain.cli.advice import resuming
+from edgetrain.cli.progress import Display
+from edgetrain.errors import CheckpointError, EdgetrainError, UsageError
 from edgetrain.runs import Run
 
 Rows = list[dict[str, float | None]]
-PLOT = "accuracy.svg"
 
 
-def plot_runs(run: Run, others: list[Run]) -> Path:
-    """Draw accuracy over operations and over training time into the run folder; return the file.
+def plot_runs(run: Run, others: Sequence[Run] = ()) -> Path:
+    """Draw accuracy over operations and over training time into the run folder, beside its dense twin if it has one.
 
     Args:
         run: gets the file ``accuracy.svg``.
-        others: runs to compare with, such as the baseline.
+        others: further runs to compare with.
+
+    Returns:
+        The file.
 
     Raises:
         UsageError: matplotlib is not installed, a run has no rows yet, the runs have no measure in common, or the file
             cannot be written.
     """
     figure, axes = _axes()
-    runs = {one: one.read_metrics() for one in (run, *others)}
+    runs = {one: one.read_metrics() for one in (run, *_twins(run), *others)}
     for one, rows in runs.items():
         if not rows:
             raise UsageError(f"{one.path}: no finished epoch or window to plot; train with: {resuming(one)}")
@@ -44,13 +47,29 @@ def plot_runs(run: Run, others: list[Run]) -> Path:
     axes[1].set_xlabel("training time on the machine of the run, s")
     axes[0].set_ylabel(title)
     axes[0].legend()
-    path, picture = run.path / PLOT, io.BytesIO()
+    picture = io.BytesIO()
     figure.savefig(picture, format="svg", metadata={"Date": None})
     try:
-        write_file(path, picture.getvalue())
+        write_file(run.plot, picture.getvalue())
     except CheckpointError as error:
         raise UsageError(str(error)) from error
-    return path
+    return run.plot
+
+
+def draw(run: Run, display: Display) -> None:
+    """Draw a run beside its baseline into its folder; where that fails, say so: the run is done all the same."""
+    try:
+        display.say(f"plot: {plot_runs(run)}")
+    except EdgetrainError as error:
+        display.say(f"no plot: {error}")
+    except Exception as error:  # whatever a drawing library raises
+        display.say(f"no plot: {type(error).__name__}: {error}; try again with: edgetrain report {run.path} --plot")
+
+
+def _twins(run: Run) -> list[Run]:
+    """Return the dense twin of a run where there is one that has rows, finished or not."""
+    twin = run.baseline
+    return [twin] if twin.config_file.exists() and twin.read_metrics() else []
 
 
 def _measure(runs: Mapping[Run, Rows]) -> tuple[str, str]:

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from edgetrain.cli.output import emit, table
+from edgetrain.cli.plotting import plot_runs
 from edgetrain.cli.savings import account_text, times_text
-from edgetrain.cli.sessions import is_done, twins_to_plot
 from edgetrain.history import COUNTED
 from edgetrain.runs import Run, open_run
 
@@ -24,9 +24,7 @@ def report_command(path: Path, *, as_json: bool, plot: bool = False, against: Se
     """
     run = open_run(path)
     if plot or against:
-        from edgetrain.cli.plotting import plot_runs
-
-        plot_runs(run, [*twins_to_plot(run), *map(open_run, against)])
+        plot_runs(run, [*map(open_run, against)])
     result = summarise(run)
     emit(result, _text(result), as_json)
 
@@ -38,16 +36,8 @@ def summarise(run: Run) -> dict[str, Any]:
     # The checkpoint called best is that of the best epoch; of a stream it is that of the end.
     rated = [] if config.get("stream", {}).get("enabled") else metrics
     known = [row for row in rated if row.get("validation_accuracy") is not None]
-    files = (
-        run.last,
-        run.best,
-        run.model,
-        run.path / "accuracy.svg",
-        run.metrics_file,
-        run.events_file,
-        run.environment_file,
-        run.config_file,
-    )
+    files = (run.last, run.best, run.model, run.plot, run.metrics_file, run.events_file, run.environment_file,
+             run.config_file)  # fmt: skip
     return {
         "run": str(run.path),
         "status": run.status(),
@@ -68,7 +58,7 @@ def _lacking(run: Run) -> str | None:
     """Return what a finished run lacks because its process ended too soon, ``None`` if nothing."""
     if not run.lacks_account():
         return None
-    return "account" if run.comparison() != "wanted" or is_done(run.baseline) else "baseline"
+    return "account" if run.comparison() != "wanted" or run.baseline.is_done() else "baseline"
 
 
 def _text(result: dict[str, Any]) -> str:

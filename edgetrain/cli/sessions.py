@@ -9,14 +9,16 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from edgetrain._version import __version__
 from edgetrain.checkpoint import load_checkpoint, save_checkpoint
+from edgetrain.cli.advice import resuming
 from edgetrain.cli.config import Config, dense
+from edgetrain.cli.plotting import draw
 from edgetrain.cli.progress import CompileNotice, Display
 from edgetrain.cli.signals import StopOnSignal, interrupts_kept
 from edgetrain.cli.sources import make_learner, take_initial_weights
 from edgetrain.data.batches import Batch
 from edgetrain.data.streaming import STANDARD_INPUT
 from edgetrain.devices import DeviceProfile
-from edgetrain.errors import CheckpointError, EdgetrainError, InterruptedRunError, NumericalError, UsageError
+from edgetrain.errors import CheckpointError, InterruptedRunError, NumericalError, UsageError
 from edgetrain.runs import Run
 
 if TYPE_CHECKING:
@@ -111,11 +113,6 @@ def tell_surprises(display: Display, profile: DeviceProfile, learner: Learner, c
         )
 
 
-def is_done(run: Run) -> bool:
-    """Tell whether a run has nothing left to write: its own files, its dense twin if asked for, and its account."""
-    return run.status() == "finished" and run.model.exists() and not run.lacks_account()
-
-
 def check_baseline(config: Config) -> None:
     """Refuse a dense twin that cannot be, or that tells nothing.
 
@@ -158,7 +155,7 @@ def train_baseline(
         save_checkpoint(twin.learner, run.last)
         begin(run, config, comparison="baseline")
     try:
-        if not (twin.is_over and is_done(run)):
+        if not (twin.is_over and run.is_done()):
             twin.finish()
     except NumericalError:
         # The same step would fail again, and the run itself is none the worse for it.
@@ -178,29 +175,6 @@ def _baseline_facts(run: Run) -> dict[str, Any]:
         "accuracy": finished[-1]["accuracy"] if finished else None, "run": str(run.path),
         "how": "measured, the same data without the methods",
     }  # fmt: skip
-
-
-def twins_to_plot(run: Run) -> list[Run]:
-    """Return the dense twin of a run where there is one that has rows, finished or not."""
-    twin = run.baseline
-    return [twin] if twin.config_file.exists() and twin.read_metrics() else []
-
-
-def draw(run: Run, display: Display) -> None:
-    """Draw a run beside its baseline into its folder; where that fails, say so: the run is done all the same."""
-    from edgetrain.cli.plotting import plot_runs
-
-    try:
-        display.say(f"plot: {plot_runs(run, twins_to_plot(run))}")
-    except EdgetrainError as error:
-        display.say(f"no plot: {error}")
-    except Exception as error:  # whatever a drawing library raises
-        display.say(f"no plot: {type(error).__name__}: {error}; try again with: edgetrain report {run.path} --plot")
-
-
-def resuming(run: Run) -> str:
-    """Return the command that goes on with a run; of a dense twin, that of the run that wants it."""
-    return f"edgetrain resume {run.path.parent if run.comparison() == 'baseline' else run.path}"
 
 
 @contextmanager
@@ -243,22 +217,3 @@ def until_stopped(session: Session, batches: Iterable[Batch]) -> Iterator[Batch]
     for batch in batches:
         heed_stop(session)
         yield batch
-
-
-def how_to_go_on(error: EdgetrainError, run: Run, config: Config) -> str:
-    """Return what to do after a step that was not finite, where the same step again would fail again."""
-    return (
-        f"{error}; the state before it is saved in {run.last}, but the same step would fail again. "
-        f"{starting_anew(run, config)}"
-    )
-
-
-def starting_anew(run: Run, config: Config) -> str:
-    """Return how to train again with a lower learning rate, perhaps from the weights of this run."""
-    weights, source = run.path / "start.onnx", config.data.source
-    judge = f"edgetrain evaluate {run.path}" + ("" if source == STANDARD_INPUT else f" --data {source}")
-    return (
-        f"Start a new run with a lower learning rate: edgetrain fit --config {run.config_file} "
-        f"--lr {config.training.lr / 10:g} (or with --clip-norm 1); where the saved weights are good ({judge}), "
-        f"go on from them: edgetrain export {run.path} -o {weights}, and fit with --initial-weights {weights}"
-    )

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgetrain.checkpoint import load_checkpoint
+from edgetrain.cli.advice import without_checkpoint
 from edgetrain.cli.config import ARGUMENTS, Config, is_onnx_file
 from edgetrain.cli.output import parse_sizes
 from edgetrain.data import Dataset, available_splits, load_dataset
@@ -216,22 +217,6 @@ def load_trained(source: str, threads: int | None = None, best: bool = False) ->
     if threads is not None:
         learner.threads = threads
     return learner, str(path)
-
-
-def without_checkpoint(run: Run, missing: Path) -> str:
-    """Return what to say of a run that lacks a checkpoint: what is there, and what that is good for."""
-    resume, fit = f"edgetrain resume {run.path}", f"edgetrain fit --config {run.config_file}"
-    advice = {
-        run.last: f"to train on: {resume}",
-        run.best: f"to train on from the best epoch: cp {run.best} {run.last}, then {resume}",
-        run.model: f"to train anew from its weights: {fit} --initial-weights {run.model}",
-    }
-    for file, how in advice.items():
-        if file != missing and file.exists():
-            return (
-                f"{run.path}: no {missing.name} in it, but {file.name}; evaluate, predict and export take {file}; {how}"
-            )
-    return f"{run.path}: no {missing.name} in it, and nothing else that was trained; begin anew with: {fit}"
 
 
 def load_for(graph: Graph, source: str, split: str | None) -> Dataset:

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from edgetrain._version import __version__
 from edgetrain.checkpoint import save_checkpoint
+from edgetrain.cli.advice import how_to_go_on, resuming, starting_anew
 from edgetrain.cli.config import Config, MethodSettings
 from edgetrain.cli.estimate import Work, random_batches, time_dense
 from edgetrain.cli.normalizing import STANDS_OUT, normalization_of, standing_out
@@ -25,12 +26,8 @@ from edgetrain.cli.sessions import (
     begin,
     going_on,
     heed_stop,
-    how_to_go_on,
-    is_done,
     new_learner,
-    resuming,
     save_at_last,
-    starting_anew,
     taken_up,
     tell_surprises,
     train_baseline,
@@ -107,7 +104,7 @@ def resume_stream(run: Run, config: Config, display: Display, as_json: bool, beg
     """
     session = _taken_up(run, config, display, StopOnSignal(display), began)
     learner, source = session.learner, session.source
-    if session.is_over and is_done(run):
+    if session.is_over and run.is_done():
         raise UsageError(f"{run.path}: all {source.count:,} instances of the stream are done, nothing is left")
     run.log("resumed", instances=learner.stream.position)
     display.say(f"resuming {run.path} after {learner.stream.position:,} instances")

@@ -13,6 +13,7 @@ import numpy as np
 
 import edgetrain
 from edgetrain.checkpoint import read_checkpoint, save_checkpoint
+from edgetrain.cli.advice import how_to_go_on, resuming
 from edgetrain.cli.config import Config, MethodSettings, check_stream, from_flags, from_run, is_onnx_file, why_dense
 from edgetrain.cli.estimate import Work, time_dense
 from edgetrain.cli.output import count, emit
@@ -23,10 +24,7 @@ from edgetrain.cli.sessions import (
     check_baseline,
     going_on,
     heed_stop,
-    how_to_go_on,
-    is_done,
     new_learner,
-    resuming,
     save_at_last,
     taken_up,
     tell_surprises,
@@ -413,7 +411,7 @@ def _refuse_finished(run: Run, config: Config) -> None:
     """Refuse a run with nothing left; one whose ending was cut off still lacks its last files, or its baseline."""
     position, epochs = read_checkpoint(run.last)[1]["position"], config.training.epochs
     done = position["epoch"]
-    if done < epochs or (done == epochs and not position["batch"] and not is_done(run)):
+    if done < epochs or (done == epochs and not position["batch"] and not run.is_done()):
         return
     raise UsageError(
         f"{run.path}: {done} of {epochs} epochs are done, nothing is left; "

@@ -9,8 +9,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from edgetrain.checkpoint import read_checkpoint
+from edgetrain.cli.advice import without_checkpoint
 from edgetrain.cli.config import ARGUMENTS, Config, is_onnx_file
-from edgetrain.cli.sources import make_optimizer, without_checkpoint
+from edgetrain.cli.sources import make_optimizer
 from edgetrain.errors import CheckpointError, UsageError
 from edgetrain.optim import Optimizer
 from edgetrain.policies import NONE, agrees, parse_policy
