@@ -70,8 +70,8 @@ def test_a_run_lets_the_graph_go_that_its_learner_was_made_from(inside, capsys, 
 
 def test_a_stream_is_saved_by_the_clock_not_by_its_rows(inside, capsys, monkeypatch):
     saved = []
-    real = streaming.save_checkpoint
-    monkeypatch.setattr(streaming, "save_checkpoint", lambda made, path: saved.append(path.name) or real(made, path))
+    real = sessions.save_checkpoint
+    monkeypatch.setattr(sessions, "save_checkpoint", lambda made, path: saved.append(path.name) or real(made, path))
     assert run(capsys, *STREAM, "--quiet")[0] == 0
     assert saved == ["last.safetensors", "last.safetensors", "best.safetensors"]  # the beginning and the end
     assert len(open_run("runs/fit-1").read_metrics()) == 7
@@ -265,13 +265,13 @@ def killed(monkeypatch, capsys, where: str, *command: str) -> None:
         assert run(capsys, *command, "--quiet")[0] == 9
 
 
-@pytest.mark.parametrize("where", ["training.layers_of", "plotting.plot_runs"], ids=["in_the_account", "in_the_plot"])
+@pytest.mark.parametrize("where", ["epochs.layers_of", "plotting.plot_runs"], ids=["in_the_account", "in_the_plot"])
 @pytest.mark.parametrize("flags", [STREAM, CHANNELS], ids=["stream", "epochs"])
 def test_a_run_that_was_killed_before_its_account_ends_when_it_is_resumed(inside, capsys, monkeypatch, flags, where):
     pytest.importorskip("matplotlib")
     baseline = ["--baseline"] if where == "plotting.plot_runs" else []
     if flags is STREAM:
-        where = where.replace("training", "streaming")
+        where = where.replace("epochs", "streaming")
     killed(monkeypatch, capsys, where, *flags, *baseline)
     made = open_run("runs/fit-1")
     assert (made.status(), made.account()) == ("finished", {})
@@ -300,7 +300,7 @@ def test_the_account_of_a_run_that_went_on_is_not_that_of_its_beginning(inside, 
     assert run(capsys, *CHANNELS, "--quiet")[0] == 0
     made = open_run("runs/fit-1")
     assert made.account()
-    killed(monkeypatch, capsys, "training.layers_of", "resume", "runs/fit-1", "--epochs", "3")
+    killed(monkeypatch, capsys, "epochs.layers_of", "resume", "runs/fit-1", "--epochs", "3")
     assert made.status() == "finished"
     assert json.loads(run(capsys, "report", "runs/fit-1", "--json")[1])["account"] == {}
     assert run(capsys, "resume", "runs/fit-1", "--quiet")[0] == 0
@@ -373,7 +373,7 @@ def test_a_run_whose_baseline_is_only_begun_is_drawn_alone_and_the_report_says_h
     inside, capsys, monkeypatch
 ):
     pytest.importorskip("matplotlib")
-    killed(monkeypatch, capsys, "sessions.begin", *STREAM, "--baseline")
+    killed(monkeypatch, capsys, "baseline.begin", *STREAM, "--baseline")
     assert (inside / "runs/fit-1/baseline").is_dir()
     assert len(drawn(monkeypatch, capsys, "runs/fit-1", "--plot")[1]) == 1
     told = run(capsys, "report", "runs/fit-1")[1]

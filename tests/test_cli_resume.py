@@ -19,7 +19,7 @@ import pytest
 
 from edgetrain import checkpoint
 from edgetrain.checkpoint import read_checkpoint
-from edgetrain.cli import training
+from edgetrain.cli import sessions
 from edgetrain.errors import CheckpointError, UsageError
 from edgetrain.runs import open_run
 from tests.cli_support import FIT, ROOT, assert_same_result, run, stored_data, trained, write_data
@@ -295,7 +295,7 @@ def test_a_baseline_is_a_finished_run_of_its_own(inside, capsys, tmp_path):
 
 def test_a_kill_between_last_and_best_leaves_no_old_best(inside, capsys, tmp_path, monkeypatch):
     _, table = read_checkpoint("runs/fit-1/best.safetensors")
-    save = training.save_checkpoint
+    save = sessions.save_checkpoint
 
     def dying(learner, path) -> None:
         if path.name == "best.safetensors" and learner.position.epoch == table["position"]["epoch"]:
@@ -303,7 +303,7 @@ def test_a_kill_between_last_and_best_leaves_no_old_best(inside, capsys, tmp_pat
         save(learner, path)
 
     with monkeypatch.context() as death:
-        death.setattr(training, "save_checkpoint", dying)
+        death.setattr(sessions, "save_checkpoint", dying)
         assert run(capsys, *FIT, "--quiet", "--out", tmp_path)[0] == 9
     assert run(capsys, "resume", tmp_path / "fit-1", "--quiet")[0] == 0
     assert_same_result(tmp_path / "fit-1", inside / "runs/fit-1")
@@ -451,8 +451,8 @@ def test_a_run_without_a_checkpoint_names_what_is_left(inside, capsys, tmp_path,
 def test_checkpoint_inside_an_epoch(inside, capsys, tmp_path, monkeypatch):
     saved = []
     seconds = itertools.count(time.monotonic())  # every look at the clock takes a second
-    monkeypatch.setattr(training, "save_checkpoint", lambda learner, path: saved.append(learner.position.batch))
-    monkeypatch.setattr(training.time, "monotonic", lambda: next(seconds))
+    monkeypatch.setattr(sessions, "save_checkpoint", lambda learner, path: saved.append(learner.position.batch))
+    monkeypatch.setattr(time, "monotonic", lambda: next(seconds))
     code, _, _ = run(capsys, *FIT, "--epochs", "1", "--quiet", "--save-every", "0.25", "--out", tmp_path)
     assert code == 0
     assert any(0 < batch < 80 for batch in saved)

@@ -196,6 +196,7 @@ def test_a_stream_is_kept_though_its_test_data_were_damaged_meanwhile(capsys, tm
     assert "; all of the stream is learned, the model is " in told
     assert Path("runs/fit-1/model.onnx").exists()
     np.savez("a.npz", **arrays)  # mended
+    monkeypatch.setattr(StreamSession, "train", train)
     code, told, _ = run(capsys, "resume", "runs/fit-1")
     assert code == 0
     assert "test accuracy" in told
@@ -321,7 +322,7 @@ def test_instances_that_wait_save_nothing(inside, capsys, tmp_path):
 
 def test_dense_training_is_not_charged_for_instances_that_wait(inside, capsys, tmp_path, monkeypatch):
     timed = []
-    monkeypatch.setattr("edgetrain.cli.streaming.time_dense", lambda _, work, *others: (
+    monkeypatch.setattr("edgetrain.cli.sessions.time_dense", lambda _, work, *others: (
         timed.append(work.instances) or {"seconds": 1.0, "how": "not at all"}))  # fmt: skip
     images = stored_data()
     np.savez(tmp_path / "a.npz", x=images["x_train"][:70], y=images["y_train"][:70])

@@ -13,7 +13,7 @@ import pytest
 
 from edgetrain import Learner
 from edgetrain.checkpoint import _digest, _without_duplicates, load_checkpoint
-from edgetrain.cli import streaming, training
+from edgetrain.cli import sessions, streaming
 from edgetrain.cli.config import from_run
 from edgetrain.cli.progress import choose_display
 from edgetrain.cli.savings import savings_of
@@ -101,20 +101,20 @@ def test_rows_without_their_checkpoint_are_taken_back(capsys, tmp_path, monkeypa
     """Rows that a checkpoint does not know are taken back, though they end where it stands."""
     monkeypatch.chdir(tmp_path)
     write_data(tmp_path, 80)
-    kept, end = streaming.save_checkpoint, streaming.StreamSession._end
+    kept, train = sessions.save_checkpoint, streaming.StreamSession.train
 
     def full(*_):
         raise CheckpointError("no space")
 
-    def ending(self):
-        end(self)
-        monkeypatch.setattr(streaming, "save_checkpoint", full)  # behind the row of the rest, whose checkpoint fails
+    def training(self):
+        train(self)
+        monkeypatch.setattr(sessions, "save_checkpoint", full)  # behind the row of the rest, whose checkpoint fails
 
-    monkeypatch.setattr(streaming.StreamSession, "_end", ending)
+    monkeypatch.setattr(streaming.StreamSession, "train", training)
     flags = [*STREAM, "--save-every", "0", "--quiet"]
     assert run(capsys, *flags)[0] == 3
-    monkeypatch.setattr(streaming, "save_checkpoint", kept)
-    monkeypatch.setattr(streaming.StreamSession, "_end", end)
+    monkeypatch.setattr(sessions, "save_checkpoint", kept)
+    monkeypatch.setattr(streaming.StreamSession, "train", train)
     assert len(open_run("runs/fit-1").read_metrics()) == 1
     assert run(capsys, "resume", "runs/fit-1", "--quiet")[0] == 0
     rows = open_run("runs/fit-1").read_metrics()
@@ -262,8 +262,7 @@ def failing(times, real):
 def test_a_checkpoint_on_the_way_that_cannot_be_written_ends_nothing(flags, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_data(tmp_path, 80)
-    module = streaming if "--stream" in flags else training
-    monkeypatch.setattr(module, "save_checkpoint", failing(2, module.save_checkpoint))
+    monkeypatch.setattr(sessions, "save_checkpoint", failing(2, sessions.save_checkpoint))
     code, out, err = run(capsys, *flags)
     assert code == 0
     assert out.count("no space; training goes on, and the next checkpoint is tried as usual") >= 1, err
@@ -275,7 +274,7 @@ def test_a_checkpoint_on_the_way_that_cannot_be_written_ends_nothing(flags, caps
 def test_a_run_that_ends_early_and_cannot_be_saved_tells_both(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_data(tmp_path, 80)
-    monkeypatch.setattr(streaming, "save_checkpoint", failing(9, streaming.save_checkpoint))
+    monkeypatch.setattr(sessions, "save_checkpoint", failing(9, sessions.save_checkpoint))
     monkeypatch.setattr(Learner, "observe", lambda *_, **__: (_ for _ in ()).throw(DataError("a bad instance")))
     code, _, err = run(capsys, *STREAM)
     assert code == 3

@@ -1,24 +1,27 @@
-"""What runs over epochs and streams do alike: their beginning, going on, the dense twin, the plot, advice."""
+"""What runs over epochs and streams do alike: a session, its beginning, going on, and its end."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Protocol
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NoReturn, Self
 
 from edgetrain._version import __version__
 from edgetrain.checkpoint import load_checkpoint, save_checkpoint
 from edgetrain.cli.advice import resuming
-from edgetrain.cli.config import Config, dense
-from edgetrain.cli.plotting import draw
+from edgetrain.cli.config import Config, MethodSettings
+from edgetrain.cli.estimate import Work, time_dense
+from edgetrain.cli.output import emit
 from edgetrain.cli.progress import CompileNotice, Display
+from edgetrain.cli.savings import account_of, account_text, itself, savings_of
 from edgetrain.cli.signals import StopOnSignal, interrupts_kept
 from edgetrain.cli.sources import make_learner, take_initial_weights
 from edgetrain.data.batches import Batch
-from edgetrain.data.streaming import STANDARD_INPUT
 from edgetrain.devices import DeviceProfile
-from edgetrain.errors import CheckpointError, InterruptedRunError, NumericalError, UsageError
+from edgetrain.errors import CheckpointError, EdgetrainError, InterruptedRunError, UsageError
 from edgetrain.runs import Run
 
 if TYPE_CHECKING:
@@ -26,33 +29,204 @@ if TYPE_CHECKING:
     from edgetrain.learner import Learner
 
 
-class Session(Protocol):
-    """One process' part of a run, over epochs or of a stream."""
+@dataclass
+class Session(ABC):
+    """One process' part of a run, over epochs or of a stream.
+
+    Attributes:
+        run, learner, config: what is trained, how, and the folder that gets it.
+        display: told what happens.
+        stop: tells whether a signal asked for an end.
+        began: when this part began, of ``time.monotonic``.
+    """
 
     run: Run
     learner: Learner
     config: Config
     display: Display
     stop: StopOnSignal
+    began: float
+    _saved_at: float = field(default_factory=time.monotonic, init=False)
+
+    def __post_init__(self) -> None:
+        self._first_step = self.learner.step_count
 
     @property
+    @abstractmethod
     def is_over(self) -> bool:
         """Whether no step is left."""
 
+    @abstractmethod
+    def introduce(self) -> None:
+        """Say what a new run is going to do."""
+
+    @abstractmethod
+    def train(self) -> None:
+        """Take all steps that are left.
+
+        Raises:
+            InterruptedRunError: a signal asked to stop; the state is saved.
+            NumericalError: a step was not finite; the state before it is saved.
+            DataError: an instance is bad; the state before it is saved.
+            CheckpointError: the state of a run that ends early cannot be written.
+            MemoryBudgetError: a step does not fit into the budget.
+        """
+
+    @abstractmethod
+    def conclude(self) -> None:
+        """Write the last checkpoint and the ONNX file: the run is then finished, whatever becomes of its account.
+
+        Raises:
+            CheckpointError, UsageError: a file cannot be written.
+        """
+
+    @abstractmethod
+    def result(self, baseline: Mapping[str, Any] | None) -> dict[str, Any]:
+        """Return what the run gave; ``baseline``: time and accuracy of the same run, dense."""
+
+    @abstractmethod
+    def last_line(self, result: Mapping[str, Any]) -> str:
+        """Return the last line for people, of the result."""
+
+    @abstractmethod
+    def new_twin(self, run: Run, config: Config, began: float, profile: DeviceProfile) -> Self:
+        """Return a session on the same data before its first step; its run folder is still empty."""
+
+    @abstractmethod
+    def begun_twin(self, run: Run, config: Config, began: float) -> Self:
+        """Return a session on the same data that goes on at the last checkpoint of a run."""
+
+    @abstractmethod
+    def where(self) -> str:
+        """Return where the run stands, as a person reads it."""
+
+    @abstractmethod
+    def _batches_again(self, size: int) -> Iterable[Batch]:
+        """Return batches of so many instances, prepared as those of the run."""
+
     def finish(self) -> None:
-        """Train to the end and write the last files."""
+        """Train to the end and write the last files; raises what ``train``, ``conclude`` and ``heed_stop`` do."""
+        self.train()
+        self.conclude()
+        self.heed_stop()
+
+    def tell(self, as_json: bool, baseline: Mapping[str, Any] | None) -> None:
+        """Print the last lines, with what was saved; ``baseline`` as for ``result``."""
+        result = self.result(baseline)
+        self.run.log("account", **account_of(result))
+        self.display.close()
+        emit(result, f"{account_text(result)}\n{self.last_line(result)}", as_json)
+
+    def heed_stop(self) -> None:
+        """End the command where a signal came after the last step: the run's files are there, its account is not.
+
+        Raises:
+            InterruptedRunError: a signal came.
+        """
+        if self.stop.requested():
+            raise InterruptedRunError(
+                f"stopped after the last step; {self.run.model} is written, what the run tells at its end is not; go "
+                f"on with: {resuming(self.run)}"
+            )
+
+    def _described(self) -> dict[str, Any]:
+        """Return what the results of all runs say about settings."""
+        config = self.config
+        return {
+            "run": str(self.run.path), "model": config.model.name, "data": config.data.source,
+            "profile": config.device.profile, "timed_on": "this machine",
+        }  # fmt: skip
+
+    def _files(self) -> dict[str, str]:
+        return {"model": str(self.run.model), "last": str(self.run.last), "best": str(self.run.best)}
+
+    def _savings(self, counts: Mapping[str, int], work: Work, baseline: Mapping[str, Any] | None) -> dict[str, Any]:
+        """Return the account of the run: ``counts`` as in ``savings_of``, but for the instances that wait."""
+        waiting = {"instances_waiting": self.learner.stream.waiting}
+        return savings_of({**counts, **waiting}, work.seconds, self.run.whole_seconds(), baseline or self._dense(work))
+
+    def _dense(self, work: Work) -> dict[str, Any]:
+        """Estimate how long the same run takes densely; a run that skips nothing is that dense run."""
+        if self.config.methods == MethodSettings():
+            return itself(work.seconds)
+        return time_dense(self.learner, work, lambda size: self._until_stopped(self._batches_again(size)))
+
+    def _until_stopped(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """Yield batches of an estimate, which may take a while; raises what ``heed_stop`` does."""
+        for batch in batches:
+            self.heed_stop()
+            yield batch
+
+    def _is_due(self) -> bool:
+        return time.monotonic() - self._saved_at > 60 * self.config.training.save_every_minutes
+
+    def _save_if_due(self, is_new: bool = True) -> None:
+        """Save the state where it is time to, unless it is the one that was saved last."""
+        if not self._is_due():
+            return
+        self._saved_at = time.monotonic()
+        if is_new:
+            with going_on(self.display):
+                self._save()
+                self._log("saved", **self._position())
+
+    def _save(self) -> None:
+        save_checkpoint(self.learner, self.run.last)
+        self._saved_at = time.monotonic()
+
+    def _save_best(self) -> None:
+        save_checkpoint(self.learner, self.run.best)
+
+    def _save_at_last(self, why: str) -> None:
+        """Save the state of a run that ends early.
+
+        Raises:
+            CheckpointError: it cannot be written; the message tells ``why`` the run ends, too.
+        """
+        try:
+            self._save()
+        except (CheckpointError, UsageError) as error:
+            kept = f"{self.run.last} holds an earlier state, go on with: {resuming(self.run)}"
+            raise CheckpointError(f"{why}; {error}; {kept}") from error
+
+    def _note_failure(self, error: EdgetrainError, save: bool) -> None:
+        """Save the state of a run that fails, if that is of use, and note why it does."""
+        if save:
+            self._save_at_last(str(error))
+        with suppress(UsageError):  # the message tells it in any case
+            self._log("failed", error=str(error))
+
+    def _interrupt(self) -> NoReturn:
+        self._save_at_last("stopped by a signal")
+        with suppress(UsageError):
+            self._log("interrupted", **self._position())
+        raise InterruptedRunError(
+            f"stopped {self.where()}; the state is saved in {self.run.last}, go on with: {resuming(self.run)}"
+        )
+
+    def _position(self) -> dict[str, Any]:
+        """Return what the events of a saved state tell about it, beside what all events do."""
+        return {}
+
+    def _log(self, event: str, **details: Any) -> None:
+        self.run.log(event, whole_seconds=self._whole_seconds(), **details)
+
+    def _whole_seconds(self) -> float:
+        return time.monotonic() - self.began
 
 
-def begin(run: Run, config: Config, *, comparison: str = "") -> None:
-    """Write the files of a run that has its first checkpoint.
+def begin(run: Run, learner: Learner, config: Config, *, comparison: str) -> None:
+    """Write the first checkpoint and the files of a run.
 
     The configuration comes last: a folder that has one can be resumed, even if the power fails right now.
 
     Args:
         run: whose folder it is.
+        learner: before its first step.
         config: of the run.
         comparison: as ``Run.comparison`` returns it.
     """
+    save_checkpoint(learner, run.last)
     run.log("started", edgetrain=__version__, comparison=comparison)
     run.write_metrics(())
     run.write_config(config.to_dict())
@@ -99,84 +273,6 @@ def taken_up(run: Run, config: Config, display: Display) -> Learner:
     return learner
 
 
-def tell_surprises(display: Display, profile: DeviceProfile, learner: Learner, config: Config) -> None:
-    """Say what of another machine's profile is used and what is not, and what becomes of a network's inputs."""
-    if learner.graph.trained and learner.graph.normalization is None and config.data.normalize:
-        display.say(
-            "inputs are normalised with statistics of the data, which the given weights know nothing of; if they were "
-            "trained on inputs as they are: --no-normalize"
-        )
-    if profile.name != "host":
-        display.say(
-            f"profile {profile.name}: its batch size, memory budget and recipe are used; all times are this machine's, "
-            "not the device's"
-        )
-
-
-def check_baseline(config: Config) -> None:
-    """Refuse a dense twin that cannot be, or that tells nothing.
-
-    Raises:
-        UsageError: the data come once, or the run is dense itself.
-    """
-    if config.data.source == STANDARD_INPUT:
-        raise UsageError("--baseline needs the data twice, standard input comes once; use a file or a folder")
-    if config == dense(config):
-        raise UsageError(
-            "--baseline: nothing is skipped, so the baseline would be the same run; name a method (such as "
-            "--error-pruning channels:keep=0.85) or leave --baseline out"
-        )
-
-
-def train_baseline(
-    main: Session, go_on: Callable[[Run, Config, float], Session], begin_anew: Callable[[Run, Config, float], Session]
-) -> dict[str, Any]:
-    """Train the dense twin of a finished run in a folder inside the run's, or go on with it, and draw both.
-
-    Args:
-        main: the finished run.
-        go_on: returns the twin at its last checkpoint, of folder, configuration, and when it began.
-        begin_anew: the same before its first step; its checkpoint and files are written here.
-
-    Returns:
-        What ``savings.savings_of`` takes; ``seconds`` are ``None`` where a dense step was not finite.
-
-    Raises:
-        InterruptedRunError: a signal asked to stop; the state is saved.
-    """
-    run, config, began = main.run.baseline, dense(main.config), time.monotonic()
-    run.path.mkdir(exist_ok=True)
-    run.lock()
-    main.display.say(f"{main.run.path} is done; {run.path}: the same run, dense")
-    if run.config_file.exists():
-        twin = go_on(run, config, began)
-    else:
-        twin = begin_anew(run, config, began)
-        save_checkpoint(twin.learner, run.last)
-        begin(run, config, comparison="baseline")
-    try:
-        if not (twin.is_over and run.is_done()):
-            twin.finish()
-    except NumericalError:
-        # The same step would fail again, and the run itself is none the worse for it.
-        facts = {"seconds": None, "how": f"the dense run was not finite at step {twin.learner.step_count + 1:,}"}
-        main.display.say(f"{run.path}: {facts['how']}")
-    else:
-        facts = _baseline_facts(run)
-    draw(main.run, main.display)
-    return facts
-
-
-def _baseline_facts(run: Run) -> dict[str, Any]:
-    """Return times and accuracy of the finished dense twin in this folder."""
-    finished = [event for event in run.read_events() if event["event"] == "finished"]
-    return {
-        "seconds": sum(row["seconds"] or 0.0 for row in run.read_metrics()), "whole_seconds": run.whole_seconds(),
-        "accuracy": finished[-1]["accuracy"] if finished else None, "run": str(run.path),
-        "how": "measured, the same data without the methods",
-    }  # fmt: skip
-
-
 @contextmanager
 def going_on(display: Display) -> Iterator[None]:
     """Say that a file on the way cannot be written, and go on: there may be space again at the next time."""
@@ -184,36 +280,3 @@ def going_on(display: Display) -> Iterator[None]:
         yield
     except (CheckpointError, UsageError) as error:
         display.say(f"{error}; training goes on, and the next checkpoint is tried as usual")
-
-
-def save_at_last(save: Callable[[], None], why: str, run: Run) -> None:
-    """Save the state of a run that ends early.
-
-    Raises:
-        CheckpointError: it cannot be written; the message tells ``why`` the run ends, too.
-    """
-    try:
-        save()
-    except (CheckpointError, UsageError) as error:
-        kept = f"{run.last} holds an earlier state, go on with: {resuming(run)}"
-        raise CheckpointError(f"{why}; {error}; {kept}") from error
-
-
-def heed_stop(session: Session) -> None:
-    """End the command where a signal came after the last step: the run's files are there, its account is not.
-
-    Raises:
-        InterruptedRunError: a signal came.
-    """
-    if session.stop.requested():
-        raise InterruptedRunError(
-            f"stopped after the last step; {session.run.model} is written, what the run tells at its end is not; go on "
-            f"with: {resuming(session.run)}"
-        )
-
-
-def until_stopped(session: Session, batches: Iterable[Batch]) -> Iterator[Batch]:
-    """Yield batches of an estimate, which may take a while; raises what ``heed_stop`` does."""
-    for batch in batches:
-        heed_stop(session)
-        yield batch

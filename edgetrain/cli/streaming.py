@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -13,39 +12,26 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import numpy as np
 from numpy.typing import NDArray
 
-from edgetrain._version import __version__
-from edgetrain.checkpoint import save_checkpoint
 from edgetrain.cli.advice import how_to_go_on, resuming, starting_anew
-from edgetrain.cli.config import Config, MethodSettings
-from edgetrain.cli.estimate import Work, random_batches, time_dense
+from edgetrain.cli.config import Config
+from edgetrain.cli.estimate import Work, random_batches
 from edgetrain.cli.normalizing import STANDS_OUT, normalization_of, standing_out
-from edgetrain.cli.output import count, emit
+from edgetrain.cli.output import count
 from edgetrain.cli.progress import CompileNotice, Display, resident_mib
-from edgetrain.cli.savings import account_of, account_text, itself, layers_of, savings_of
-from edgetrain.cli.sessions import (
-    begin,
-    going_on,
-    heed_stop,
-    new_learner,
-    save_at_last,
-    taken_up,
-    tell_surprises,
-    train_baseline,
-    until_stopped,
-)
+from edgetrain.cli.savings import layers_of
+from edgetrain.cli.sessions import Session, going_on, new_learner, taken_up
 from edgetrain.cli.signals import StopOnSignal
 from edgetrain.cli.stream_lines import last_line, stream_line
 from edgetrain.cli.stream_sources import stream_graph, stream_source, test_data
 from edgetrain.data import Dataset
 from edgetrain.data.batches import Batch
 from edgetrain.data.streaming import InstanceSource
-from edgetrain.devices import DeviceProfile, load_profile
-from edgetrain.errors import DataError, EdgetrainError, InterruptedRunError, NumericalError, UsageError
+from edgetrain.devices import DeviceProfile
+from edgetrain.errors import DataError, EdgetrainError, NumericalError, UsageError
 from edgetrain.fitting import block_size, check_fits, evaluate_dataset, last_lr
 from edgetrain.history import EpochRecord, Totals
-from edgetrain.hostinfo import host_facts
 from edgetrain.policies import NONE
-from edgetrain.runs import Run, create_run
+from edgetrain.runs import Run
 
 if TYPE_CHECKING:
     from edgetrain.graph import Graph
@@ -57,61 +43,43 @@ _BY_NAME = ("files are taken in the order of their names: give new ones names be
             "edgetrain fit --stream")  # fmt: skip
 
 
-def fit_stream(
-    flags: Mapping[str, Any], config: Config, profile: DeviceProfile, display: Display, began: float
-) -> None:
-    """Learn from a stream in a new run folder; ``began``: when the command did, of ``time.monotonic``."""
+def prepare_stream(
+    config: Config, profile: DeviceProfile, display: Display
+) -> tuple[Learner, dict[str, Any], Callable[..., Session]]:
+    """Return what a new run on a stream begins with, before there is a run folder.
+
+    Returns:
+        The learner, what the run remembers about its data, and what makes a session of ``Session``'s arguments.
+
+    Raises:
+        UsageError, DataError, ModelError, MemoryBudgetError: model, source and settings do not fit together.
+    """
     learner, source = _new_learner(config, profile, display)
     if (test := test_data(config, learner.graph)) is not None:
         check_fits(learner.graph, test)  # now, not behind the whole stream
-        del test
-    with StopOnSignal(display) as stop:
-        run = create_run(flags["out"], "fit")
-        save_checkpoint(learner, run.last)
-        data = {"name": source.name, "count": source.count}
-        run.write_environment({"edgetrain": __version__, "host": host_facts(), "data": data})
-        begin(run, config, comparison="wanted" if flags["baseline"] else "")
-        _introduce(display, run, learner, config, source)
-        tell_surprises(display, profile, learner, config)
-        session = StreamSession(run, learner, config, display, stop, source, began, judges=flags["baseline"])
-        session.finish()
-        session.tell(flags["json"], _baseline(session, profile) if flags["baseline"] else None)
+    return learner, {"name": source.name, "count": source.count}, functools.partial(StreamSession, source=source)
 
 
-def _introduce(display: Display, run: Run, learner: Learner, config: Config, source: InstanceSource) -> None:
-    skips = ", ".join(text for text in asdict(config.methods).values() if text != NONE)
-    display.say(
-        f"{run.path}: {config.model.name} ({learner.graph.parameter_count:,} parameters) learns from the stream "
-        f"{source.name}, micro-batches of {learner.batch_size}, {skips or 'nothing is skipped'}"
-    )
-
-
-def resume_stream(run: Run, config: Config, display: Display, as_json: bool, began: float) -> None:
-    """Go on in a run folder: a file or a folder where the stream was left, standard input with what comes now.
+def resume_stream(run: Run, config: Config, display: Display, began: float) -> StreamSession:
+    """Return a session that goes on: a file or a folder where the stream was left, standard input with what comes now.
 
     Args:
         run: its folder, locked.
         config: of the run, perhaps with another number of threads.
         display: told what happens.
-        as_json: print the last lines for machines.
         began: when the command did, of ``time.monotonic``.
 
     Raises:
         UsageError: nothing of the stream is left, and its last files are written.
         CheckpointError: the last checkpoint is missing or damaged.
-        DataError, NumericalError, MemoryBudgetError, InterruptedRunError: as ``StreamSession.train``; DataError also
-            where the source is not what it was.
+        DataError: the source is not what it was.
     """
     session = _taken_up(run, config, display, StopOnSignal(display), began)
-    learner, source = session.learner, session.source
     if session.is_over and run.is_done():
-        raise UsageError(f"{run.path}: all {source.count:,} instances of the stream are done, nothing is left")
-    run.log("resumed", instances=learner.stream.position)
-    display.say(f"resuming {run.path} after {learner.stream.position:,} instances")
-    with session.stop:
-        session.finish()
-        wanted = run.comparison() == "wanted"
-        session.tell(as_json, _baseline(session, load_profile(config.device.profile)) if wanted else None)
+        raise UsageError(f"{run.path}: all {session.source.count:,} instances of the stream are done, nothing is left")
+    run.log("resumed", instances=session.learner.stream.position)
+    display.say(f"resuming {run.path} {session.where()}")
+    return session
 
 
 def _taken_up(run: Run, config: Config, display: Display, stop: StopOnSignal, began: float) -> StreamSession:
@@ -132,7 +100,7 @@ def _taken_up(run: Run, config: Config, display: Display, stop: StopOnSignal, be
     names = [event["last"] for event in run.read_events() if event.get("instances") == position and "last" in event]
     if names and names[-1] != found:
         raise DataError(f"stream '{source.name}': instance {position:,} was {names[-1]}, is now {found}; {_BY_NAME}")
-    session = StreamSession(run, learner, config, display, stop, source, began, judges=run.comparison() != "")
+    session = StreamSession(run, learner, config, display, stop, began, source)
     if run.status() == "failed":
         session.failed_at = position
     session.rows = run.keep_metrics(position - learner.history.running.instances_seen)
@@ -164,45 +132,26 @@ def _new_learner(
     return learner, source
 
 
-def _baseline(session: StreamSession, profile: DeviceProfile) -> dict[str, Any]:
-    """Learn from the same stream densely, or go on with that; return times and accuracy, and draw both runs."""
-    display, stop, source = session.display, session.stop, session.source
-
-    def begin_anew(run: Run, config: Config, began: float) -> StreamSession:
-        learner, _ = _new_learner(config, profile, display, source)
-        return StreamSession(run, learner, config, display, stop, source, began, judges=True)
-
-    return train_baseline(session, lambda run, config, began: _taken_up(run, config, display, stop, began), begin_anew)
-
-
 @dataclass
-class StreamSession:
+class StreamSession(Session):
     """One process' part of a streaming run.
 
     Attributes:
-        began: when this part began, of ``time.monotonic``.
+        source: the instances.
         failed_at: position where the run failed before it was resumed; -1 if it did not.
-        judges: whether some rows tell the accuracy on the test data: for comparing with the dense twin.
         rows: rows of metrics.csv so far; those since the last checkpoint are kept in memory.
     """
 
-    run: Run
-    learner: Learner
-    config: Config
-    display: Display
-    stop: StopOnSignal
     source: InstanceSource
-    began: float
-    judges: bool = False
-    failed_at: int = -1
-    rows: int = 0
-    _unwritten: list[EpochRecord] = field(default_factory=list)
-    _saved_at: float = field(default_factory=time.monotonic)
-    _judged: tuple[int, dict[str, float]] = field(default_factory=lambda: (-1, {}))  # steps done, and what was found
+    failed_at: int = field(default=-1, init=False)
+    rows: int = field(default=0, init=False)
+    _unwritten: list[EpochRecord] = field(default_factory=list, init=False)
+    _judged: tuple[int, dict[str, float]] = field(default=(-1, {}), init=False)  # steps done, and what was found
+    _unpredicted: NumericalError | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
-        self._first_step, self._saved_position = self.learner.step_count, self.learner.stream.position
-        self._unpredicted: NumericalError | None = None
+        super().__post_init__()
+        self._saved_position = self.learner.stream.position
         self._block = 0, np.zeros(0, np.float32)  # position of the latest, and its images
 
     @property
@@ -210,27 +159,24 @@ class StreamSession:
         """Whether all instances of the source were seen; false where nobody knows how many there are."""
         return self.source.count is not None and self.learner.stream.position >= self.source.count
 
-    def finish(self) -> None:
-        """Learn from what is left, if anything is, and write the last files.
-
-        Raises:
-            InterruptedRunError: a signal asked to stop; what ``train`` raises, too.
-        """
-        if self.is_over:
-            self._end()  # the run may have been stopped between the last block and its row
-        else:
-            self.train()
-        self.conclude()
-        heed_stop(self)
+    def introduce(self) -> None:
+        """Say what a new run is going to do."""
+        config, learner = self.config, self.learner
+        skips = ", ".join(text for text in asdict(config.methods).values() if text != NONE)
+        self.display.say(
+            f"{self.run.path}: {config.model.name} ({learner.graph.parameter_count:,} parameters) learns from the "
+            f"stream {self.source.name}, micro-batches of {learner.batch_size}, {skips or 'nothing is skipped'}"
+        )
 
     def train(self) -> None:
-        """Learn until the stream ends.
+        """Learn until the stream ends; raises what ``Session.train`` does."""
+        if not self.is_over:
+            self._learn_all()
+        # What waits for its micro-batch stays in the checkpoint: the source may have grown when the run is resumed.
+        if self.learner.history.running.instances_seen:  # also if it was stopped between the last block and its row
+            self._row()
 
-        Raises:
-            InterruptedRunError: a signal asked to stop; the state is saved.
-            DataError, NumericalError, MemoryBudgetError: an instance is bad or a step failed; the state is
-                saved.
-        """
+    def _learn_all(self) -> None:
         learner, stop = self.learner, self.stop
         size = self._block_size()
         self.display.begin(self.config.training.epochs, "test")
@@ -253,15 +199,14 @@ class StreamSession:
                     self._save()
                     self._log("failed", error=repr(error))
                 raise
-            if stop.requested():
-                self._interrupt()
-            if not learner.stream.position:
-                self._log("failed", error="no instance")
-                raise DataError(
-                    f"{self.source.name}: ended without an instance, expected at least one; nothing was learned; when "
-                    f"there are some, go on with: edgetrain resume {self.run.path}"
-                )
-            self._end()
+        if stop.requested():
+            self._interrupt()
+        if not learner.stream.position:
+            self._log("failed", error="no instance")
+            raise DataError(
+                f"{self.source.name}: ended without an instance, expected at least one; nothing was learned; when "
+                f"there are some, go on with: edgetrain resume {self.run.path}"
+            )
 
     def test_metrics(self) -> dict[str, float]:
         """Return loss and accuracy on the test data of the source, as things stand; empty when it has none."""
@@ -272,27 +217,26 @@ class StreamSession:
 
     def result(self, baseline: Mapping[str, Any] | None) -> dict[str, Any]:
         """Return what the run gave; ``baseline``: time and accuracy of the same stream, dense."""
-        learner, metrics, whole = self.learner, self.test_metrics(), self.run.whole_seconds()
+        learner, metrics = self.learner, self.test_metrics()
         # A copy, and the stream only afterwards: the estimate observes, too, and then puts the learner's state back.
         total = replace(learner.stream.totals["predict" if self.config.stream.predict else "train"])
-        counts = total.counts() | {"instances_waiting": learner.stream.waiting}
-        account = savings_of(counts, total.seconds, whole, baseline or self._dense(total))
+        # Those that wait cost nothing yet, so dense training must not be charged for them.
+        done = total.instances_seen - learner.stream.waiting
+        work = Work(total.seconds, total.macs_done, done, self._block_size(), self.config.stream.predict)
+        account = self._savings(total.counts(), work, baseline)
         stream = learner.stream
         return layers_of(learner) | {
-            "run": str(self.run.path), "model": self.config.model.name, "data": self.config.data.source,
-            "profile": self.config.device.profile, "timed_on": "this machine",
-            "instances": stream.position, "instances_waiting": stream.waiting,
+            **self._described(), "instances": stream.position, "instances_waiting": stream.waiting,
             "mode": "predict and train" if self.config.stream.predict else "train only",
             "running_accuracy": stream.accuracy, "recent_accuracy": stream.recent_accuracy,
             "loss": metrics.get("loss"), "accuracy": metrics.get("accuracy"), "seconds": total.seconds,
-            "whole_seconds": whole, "steps": learner.step_count, "batch_size": learner.batch_size,
+            "whole_seconds": account["whole_seconds"], "steps": learner.step_count, "batch_size": learner.batch_size,
             "images_per_second": total.images_per_second, "memory_mib": resident_mib(), "savings": account,
-            "filter": stream.facts,
-            "files": {"model": str(self.run.model), "last": str(self.run.last), "best": str(self.run.best)},
+            "filter": stream.facts, "files": self._files(),
         }  # fmt: skip
 
     def conclude(self) -> None:
-        """Write the last checkpoint and the ONNX file: the run is then finished, whatever becomes of its account.
+        """Write the last files, and look at the test data.
 
         Raises:
             InterruptedRunError: a signal came before the test data were looked at.
@@ -301,39 +245,40 @@ class StreamSession:
         """
         with self.stop.unbroken():
             self._save()
-            save_checkpoint(self.learner, self.run.best)
+            self._save_best()
             self.learner.export_onnx(self.run.model)
         if self.stop.requested():  # what follows looks at all test data
             with suppress(UsageError):
                 self._log("interrupted")
-            heed_stop(self)
+            self.heed_stop()
         try:
             self._log("finished", accuracy=self.test_metrics().get("accuracy"))
         except DataError as error:  # of test data that were whole when the stream began
             self._log("finished", accuracy=None, error=str(error))
             raise DataError(f"{error}; all of the stream is learned, the model is {self.run.model}") from error
 
-    def tell(self, as_json: bool, baseline: Mapping[str, Any] | None = None) -> None:
-        """Print the last lines, with what was saved; ``baseline``: time and accuracy of the same stream, dense."""
-        result = self.result(baseline)
-        self.run.log("account", **account_of(result))
-        self.display.close()
-        emit(result, f"{account_text(result)}\n{last_line(result)}", as_json)
+    def last_line(self, result: Mapping[str, Any]) -> str:
+        """Return the last line for people, of the result."""
+        return last_line(result)
 
-    def _dense(self, total: Totals) -> dict[str, Any]:
-        """Estimate how long the same stream takes densely; a run that skips nothing is that dense run."""
-        if self.config.methods == MethodSettings():
-            return itself(total.seconds)
-        # Those that wait cost nothing yet, so dense training must not be charged for them.
-        done = total.instances_seen - self.learner.stream.waiting
-        work = Work(total.seconds, total.macs_done, done, self._block_size(), self.config.stream.predict)
-        return time_dense(self.learner, work, self._batches_again)
+    def new_twin(self, run: Run, config: Config, began: float, profile: DeviceProfile) -> StreamSession:
+        """Return a session on the same stream before its first step."""
+        learner, _ = _new_learner(config, profile, self.display, self.source)
+        return replace(self, run=run, learner=learner, config=config, began=began)
+
+    def begun_twin(self, run: Run, config: Config, began: float) -> StreamSession:
+        """Return a session on the same stream that goes on at the last checkpoint of a run."""
+        return _taken_up(run, config, self.display, self.stop, began)
+
+    def where(self) -> str:
+        """Return how many instances were learned from."""
+        return f"after {self.learner.stream.position:,} instances"
 
     def _batches_again(self, size: int) -> Iterable[Batch]:
         """Return batches of the stream from its beginning, random ones where it cannot be read twice."""
         if self.source.count is None:
-            return until_stopped(self, random_batches(self.learner, size))
-        return until_stopped(self, self.source.blocks(size, 0, self.stop.requested))
+            return random_batches(self.learner, size)
+        return self.source.blocks(size, 0, self.stop.requested)
 
     def _block_size(self) -> int:
         return self.config.stream.block or block_size(self.learner)
@@ -445,21 +390,12 @@ class StreamSession:
         position, window = self.learner.stream.position, self.config.stream.window
         if position // window > (position - count) // window:
             self._row()
-        if not self._is_due():
-            return
-        self._saved_at = time.monotonic()
-        if position != self._saved_position:  # a pipe may give nothing for hours
-            with going_on(self.display):
-                self._save()
-                self._log("saved")
-
-    def _is_due(self) -> bool:
-        return time.monotonic() - self._saved_at > 60 * self.config.training.save_every_minutes
+        self._save_if_due(position != self._saved_position)  # a pipe may give nothing for hours
 
     def _row(self) -> None:
         """Make a row about the instances since the last one; it is written with the next checkpoint."""
         learner, total = self.learner, self.learner.history.running
-        metrics = self.test_metrics() if self.judges and self._is_tenth(total.instances_seen) else {}
+        metrics = self.test_metrics() if self._judges and self._is_tenth(total.instances_seen) else {}
         learner.history.running, self.rows = Totals(), self.rows + 1
         record = EpochRecord(
             epoch=self.rows, steps=learner.step_count, loss=total.mean_loss if total.judged else math.nan,
@@ -474,11 +410,6 @@ class StreamSession:
                 self._write_rows()
         self.display.say(stream_line(learner.stream, self.source.count, record, self.config.stream.predict))
 
-    def _end(self) -> None:
-        # What waits for its micro-batch stays in the checkpoint: the source may have grown when the run is resumed.
-        if self.learner.history.running.instances_seen:
-            self._row()
-
     def _is_tenth(self, count: int) -> bool:
         """Tell whether the last ``count`` instances of the stream went past a tenth of it, or end it."""
         position, length = self.learner.stream.position, self.source.count
@@ -491,23 +422,20 @@ class StreamSession:
     def _save(self) -> None:
         # The rows come first: those that the checkpoint does not know are taken back on resuming.
         self._write_rows()
-        save_checkpoint(self.learner, self.run.last)
-        self._saved_at, self._saved_position = time.monotonic(), self.learner.stream.position
+        super()._save()
+        self._saved_position = self.learner.stream.position
 
     def _log(self, event: str, **details: Any) -> None:
-        whole, position = time.monotonic() - self.began, self.learner.stream.position
+        position = self.learner.stream.position
         last = {"last": name} if (name := self.source.last_name(position)) else {}
-        self.run.log(event, instances=position, whole_seconds=whole, **last, **details)
+        self.run.log(event, instances=position, whole_seconds=self._whole_seconds(), **last, **details)
 
     def _fail(self, error: EdgetrainError) -> NoReturn:
         step, position = self._is_step(error), self.learner.stream.position
         # A step that was not finite drops its instances. Where it is the first one of this process, the checkpoint
         # stays as it was: else every vain attempt to go on would cost some more. What a pipe gave is gone anyway.
         vain = step and self.source.count is not None and self.learner.step_count == self._first_step
-        if not vain:
-            save_at_last(self._save, str(error), self.run)
-        with suppress(UsageError):  # the message tells it in any case
-            self._log("failed", error=str(error))
+        self._note_failure(error, save=not vain)
         if step and self.learner.stream.latest is None:  # the network predicts nothing any more
             raise NumericalError(how_to_go_on(error, self.run, self.config)) from error
         if vain:
@@ -543,14 +471,10 @@ class StreamSession:
         mended = f" (correct it in {self.config.data.source} first"
         return f"{mended})" if isinstance(error, DataError) else f"{mended}, else it is left out)"
 
-    def _interrupt(self) -> None:
-        save_at_last(self._save, "stopped by a signal", self.run)
-        with suppress(UsageError):
-            self._log("interrupted")
-        raise InterruptedRunError(
-            f"stopped after {self.learner.stream.position:,} instances; the state is saved in {self.run.last}, go on "
-            f"with: {resuming(self.run)}"
-        )
+    @functools.cached_property
+    def _judges(self) -> bool:
+        """Whether some rows tell the accuracy on the test data: for comparing a run with its dense twin."""
+        return self.run.comparison() != ""
 
     @functools.cached_property
     def _test(self) -> Dataset | None:
