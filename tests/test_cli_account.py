@@ -20,6 +20,7 @@ import pytest
 
 import edgetrain as et
 from edgetrain.cli import output, sessions, streaming
+from edgetrain.cli.stream_blocks import BlockLearner
 from edgetrain.errors import NumericalError, UsageError
 from edgetrain.runs import open_run
 from tests.cli_support import ROOT, rows_without_times, run, stored_data, write_data
@@ -92,8 +93,8 @@ def test_rows_in_memory_are_bounded(inside, capsys, monkeypatch):
 def test_training_time_is_one_figure_and_leaves_out_what_is_not_training(inside, capsys, monkeypatch, flags):
     kept = et.data.Dataset.take
     monkeypatch.setattr("edgetrain.data.Dataset.take", lambda self, which: time.sleep(0.01) or kept(self, which))
-    real = streaming.StreamSession._normalize
-    monkeypatch.setattr(streaming.StreamSession, "_normalize", lambda *given: time.sleep(0.01) or real(*given))
+    real = BlockLearner._normalize
+    monkeypatch.setattr(BlockLearner, "_normalize", lambda *given: time.sleep(0.01) or real(*given))
     code, out, _ = run(capsys, *flags, "--json")
     result = json.loads(out)
     assert code == 0

@@ -26,6 +26,7 @@ from edgetrain.checkpoint import load_checkpoint
 from edgetrain.cli import main
 from edgetrain.cli.normalizing import standing_out
 from edgetrain.cli.progress import BarDisplay, PlainDisplay
+from edgetrain.cli.stream_blocks import BlockLearner
 from edgetrain.cli.streaming import StreamSession
 from edgetrain.data.streaming import InstanceSource
 from edgetrain.errors import DataError, UsageError
@@ -206,15 +207,15 @@ def test_what_was_learned_is_kept_when_something_unforeseen_fails(capsys, tmp_pa
     monkeypatch.chdir(tmp_path)
     x, y = np.random.default_rng(0).integers(0, 256, (400, 1, 16, 16), np.uint8), np.arange(400) % 2
     np.savez("a.npz", x=x, y=y)
-    learn, blocks = StreamSession._learn, []
+    learn, blocks = BlockLearner.learn, []
 
-    def and_fail(session: StreamSession, *block: Any) -> None:
+    def and_fail(learner: BlockLearner, *block: Any) -> None:
         if len(blocks) == 3:
             raise ZeroDivisionError
         blocks.append(len(block[1]))
-        learn(session, *block)
+        learn(learner, *block)
 
-    monkeypatch.setattr(StreamSession, "_learn", and_fail)
+    monkeypatch.setattr(BlockLearner, "learn", and_fail)
     code, _, told = run(capsys, "fit", "--stream", "--data", "a.npz", "--threads", "1", "--batch-size", "8")
     assert code == 70
     assert "ZeroDivisionError" in told
@@ -495,7 +496,7 @@ def test_data_of_one_class_are_refused(inside, capsys, tmp_path, stream):
 
 def test_a_network_that_predicts_nothing_blames_no_instance(inside, capsys, tmp_path, monkeypatch):
     path = with_glitches(tmp_path, 301)
-    monkeypatch.setattr("edgetrain.cli.streaming._can_predict", lambda _: False)
+    monkeypatch.setattr("edgetrain.cli.stream_blocks._can_predict", lambda _: False)
     command = ["fit", "--stream", "--data", path, "--out", tmp_path, "--batch-size", "8", "--predict-first"]
     code, _, err = run(capsys, *command)
     assert code == 3

@@ -9,18 +9,15 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NoReturn
 
-import numpy as np
-from numpy.typing import NDArray
-
 from edgetrain.cli.advice import how_to_go_on, resuming, starting_anew
 from edgetrain.cli.config import Config
 from edgetrain.cli.estimate import Work, random_batches
-from edgetrain.cli.normalizing import STANDS_OUT, normalization_of, standing_out
 from edgetrain.cli.output import count
 from edgetrain.cli.progress import CompileNotice, Display, resident_mib
 from edgetrain.cli.savings import layers_of
 from edgetrain.cli.sessions import Session, going_on, new_learner, taken_up
 from edgetrain.cli.signals import StopOnSignal
+from edgetrain.cli.stream_blocks import BlockLearner, size_of_blocks
 from edgetrain.cli.stream_lines import last_line, stream_line
 from edgetrain.cli.stream_sources import stream_graph, stream_source, test_data
 from edgetrain.data import Dataset
@@ -28,7 +25,7 @@ from edgetrain.data.batches import Batch
 from edgetrain.data.streaming import InstanceSource
 from edgetrain.devices import DeviceProfile
 from edgetrain.errors import DataError, EdgetrainError, NumericalError, UsageError
-from edgetrain.fitting import block_size, check_fits, evaluate_dataset, last_lr
+from edgetrain.fitting import check_fits, evaluate_dataset, last_lr
 from edgetrain.history import EpochRecord, Totals
 from edgetrain.policies import NONE
 from edgetrain.runs import Run
@@ -147,12 +144,10 @@ class StreamSession(Session):
     rows: int = field(default=0, init=False)
     _unwritten: list[EpochRecord] = field(default_factory=list, init=False)
     _judged: tuple[int, dict[str, float]] = field(default=(-1, {}), init=False)  # steps done, and what was found
-    _unpredicted: NumericalError | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self._saved_position = self.learner.stream.position
-        self._block = 0, np.zeros(0, np.float32)  # position of the latest, and its images
 
     @property
     def is_over(self) -> bool:
@@ -178,22 +173,26 @@ class StreamSession(Session):
 
     def _learn_all(self) -> None:
         learner, stop = self.learner, self.stop
-        size = self._block_size()
+        blocks = BlockLearner(learner, self.config, self.source, self.display, self._log, self.failed_at)
+
+        def should_stop() -> bool:
+            return blocks.unpredicted is not None or stop.requested()
+
         self.display.begin(self.config.training.epochs, "test")
         with CompileNotice(self.display.compiling):
             try:
-                for x, y in self.source.blocks(size, learner.stream.position, self._should_stop, self._is_due):
+                for x, y in self.source.blocks(blocks.size, learner.stream.position, should_stop, self._is_due):
                     before = learner.stream.position
                     if len(y):
-                        self._learn(x, y, size)
+                        blocks.learn(x, y)
                     self._after(learner.stream.position - before)
                     # A live source ends by itself, after the instances that it has taken: nobody could give them again.
                     if self.source.count is not None and stop.requested():
                         break
-                if self._unpredicted is not None:
-                    raise self._unpredicted
+                if blocks.unpredicted is not None:
+                    raise blocks.unpredicted
             except EdgetrainError as error:
-                self._fail(error)
+                self._fail(error, blocks)
             except Exception as error:  # foreseen by nobody, so what was learned is kept if that can be
                 with suppress(Exception):
                     self._save()
@@ -217,17 +216,17 @@ class StreamSession(Session):
 
     def result(self, baseline: Mapping[str, Any] | None) -> dict[str, Any]:
         """Return what the run gave; ``baseline``: time and accuracy of the same stream, dense."""
-        learner, metrics = self.learner, self.test_metrics()
+        learner, predicts, metrics = self.learner, self.config.stream.predict, self.test_metrics()
         # A copy, and the stream only afterwards: the estimate observes, too, and then puts the learner's state back.
-        total = replace(learner.stream.totals["predict" if self.config.stream.predict else "train"])
+        total = replace(learner.stream.totals["predict" if predicts else "train"])
         # Those that wait cost nothing yet, so dense training must not be charged for them.
         done = total.instances_seen - learner.stream.waiting
-        work = Work(total.seconds, total.macs_done, done, self._block_size(), self.config.stream.predict)
+        work = Work(total.seconds, total.macs_done, done, size_of_blocks(self.config, learner), predicts)
         account = self._savings(total.counts(), work, baseline)
         stream = learner.stream
         return layers_of(learner) | {
             **self._described(), "instances": stream.position, "instances_waiting": stream.waiting,
-            "mode": "predict and train" if self.config.stream.predict else "train only",
+            "mode": "predict and train" if predicts else "train only",
             "running_accuracy": stream.accuracy, "recent_accuracy": stream.recent_accuracy,
             "loss": metrics.get("loss"), "accuracy": metrics.get("accuracy"), "seconds": total.seconds,
             "whole_seconds": account["whole_seconds"], "steps": learner.step_count, "batch_size": learner.batch_size,
@@ -280,115 +279,9 @@ class StreamSession(Session):
             return random_batches(self.learner, size)
         return self.source.blocks(size, 0, self.stop.requested)
 
-    def _block_size(self) -> int:
-        return self.config.stream.block or block_size(self.learner)
-
-    def _should_stop(self) -> bool:
-        return self._unpredicted is not None or self.stop.requested()
-
-    def _learn(self, x: NDArray[np.float32], y: NDArray[np.int64], size: int) -> None:
-        """Learn from a block; ``size``: instances of a full one."""
-        learner = self.learner
-        bad = self._unpredictable(x, self._normalize(x, size))
-        self._block = learner.stream.position, x
-        try:
-            if not bad:
-                self._observe(x, y)
-        except NumericalError as error:
-            if learner.stream.latest is not None or not error.samples or not _can_predict(learner):
-                raise
-            bad = error.samples
-        if bad:
-            self._learn_without(x, y, bad, size)
-        self.display.instances(learner.stream.position, self.source.count, learner.history.running)
-
-    def _learn_without(
-        self, x: NDArray[np.float32], y: NDArray[np.int64], bad: tuple[int, ...], size: int
-    ) -> None:
-        """Learn from a block of which some instances cannot be predicted.
-
-        Of a live source, all others are learned from, and those that have been read along; then the run fails. Of
-        another one, it fails at the first; where it failed before, and goes on there, those that begin it are left out.
-
-        Raises:
-            NumericalError: names the first one.
-        """
-        first, stream = bad[0], self.learner.stream
-        position = stream.position + first
-        error = NumericalError(
-            f"instance {position:,} of {self.source.name} (counted from 0) cannot be predicted: its largest number is "
-            f"{np.abs(x[first]).max():.3g}, and numbers on the way are beyond float32"
-        )
-        if self.source.count is None:
-            self._unpredicted = self._unpredicted or error
-            good = np.delete(np.arange(len(y)), bad)
-            if len(good):
-                self._learn(x[good], y[good], size)
-            return
-        if first:
-            self._learn(x[:first], y[:first], size)
-        if position != self.failed_at:
-            self._unpredicted = error
-            raise error
-        gone = next((place for place, sample in enumerate(bad) if place != sample), len(bad))
-        self.learner.history.running.add(stream.leave_out(gone, self.config.stream.predict), 0.0, judged=0)
-        self._log("left out", first=position, number=gone)
-        self.display.say(f"{error}; left out: {count(gone, 'instance')} from {position:,} on")
-        if gone < len(y):
-            self._learn(x[gone:], y[gone:], size)
-
-    def _normalize(self, x: NDArray[np.float32], size: int) -> NDArray[np.intp]:
-        """Give a network without input normalisation that of the first block; a stream cannot be looked at twice.
-
-        Where that has but a few instances, as of a slow pipe, it is that of all that have come before the first step.
-
-        Returns:
-            Which instances of the block stand out so much that they were left out of it.
-        """
-        learner, nothing = self.learner, np.zeros(0, np.intp)
-        if not self.config.data.normalize or learner.graph.normalization is not None or learner.step_count:
-            return nothing
-        come = learner.stream.behind_waiting(x.reshape(len(x), *learner.graph.input_shape))
-        if len(come) < min(size, learner.batch_size):
-            return nothing
-        strange = standing_out(come)
-        learner.graph.normalization = normalization_of(come[~strange])
-        if strange.any():
-            largest = f"{np.abs(come[strange]).max():.3g}"
-            self._log("normalized without", number=int(strange.sum()), largest=largest)
-            self.display.say(
-                f"the normalisation leaves out {strange.sum():,} of the first {count(len(come), 'instance')}: numbers "
-                f"up to {largest} are more than {STANDS_OUT} times the largest of a usual one"
-            )
-        return np.flatnonzero(strange[len(come) - len(x) :])
-
-    def _unpredictable(self, x: NDArray[np.float32], strange: NDArray[np.intp]) -> tuple[int, ...]:
-        """Return which of the strange instances of a live source are beyond what the network can compute with.
-
-        Nobody can give the others of their batch again, which a step with them would drop; of other sources it fails.
-        """
-        if self.source.count is not None or not len(strange):
-            return ()
-        try:
-            self.learner.logits(x[strange].reshape(len(strange), *self.learner.graph.input_shape))
-        except NumericalError as error:
-            if _can_predict(self.learner):
-                return tuple(int(strange[sample]) for sample in error.samples)
-        return ()
-
-    def _observe(self, x: NDArray[np.float32], y: NDArray[np.int64]) -> None:
-        """Hand instances to the learner, and count what it did, also where it failed."""
-        predict, running = self.config.stream.predict, self.learner.history.running
-        try:
-            self.learner.observe(x, y, predict=predict)
-        finally:
-            result = self.learner.stream.latest
-            if result is not None:
-                running.add(result, result.seconds, result.instances_seen if predict else result.instances_trained)
-
-    def _after(self, count: int) -> None:
+    def _after(self, number: int) -> None:
         position, window = self.learner.stream.position, self.config.stream.window
-        if position // window > (position - count) // window:
+        if position // window > (position - number) // window:
             self._row()
         self._save_if_due(position != self._saved_position)  # a pipe may give nothing for hours
 
@@ -410,10 +303,10 @@ class StreamSession(Session):
                 self._write_rows()
         self.display.say(stream_line(learner.stream, self.source.count, record, self.config.stream.predict))
 
-    def _is_tenth(self, count: int) -> bool:
-        """Tell whether the last ``count`` instances of the stream went past a tenth of it, or end it."""
+    def _is_tenth(self, number: int) -> bool:
+        """Tell whether the last ``number`` instances of the stream went past a tenth of it, or end it."""
         position, length = self.learner.stream.position, self.source.count
-        return length is not None and 10 * position // length > 10 * (position - count) // length
+        return length is not None and 10 * position // length > 10 * (position - number) // length
 
     def _write_rows(self) -> None:
         self.run.add_metrics(*self._unwritten)
@@ -430,8 +323,9 @@ class StreamSession(Session):
         last = {"last": name} if (name := self.source.last_name(position)) else {}
         self.run.log(event, instances=position, whole_seconds=self._whole_seconds(), **last, **details)
 
-    def _fail(self, error: EdgetrainError) -> NoReturn:
-        step, position = self._is_step(error), self.learner.stream.position
+    def _fail(self, error: EdgetrainError, blocks: BlockLearner) -> NoReturn:
+        position = self.learner.stream.position
+        step = isinstance(error, NumericalError) and error is not blocks.unpredicted
         # A step that was not finite drops its instances. Where it is the first one of this process, the checkpoint
         # stays as it was: else every vain attempt to go on would cost some more. What a pipe gave is gone anyway.
         vain = step and self.source.count is not None and self.learner.step_count == self._first_step
@@ -439,30 +333,15 @@ class StreamSession(Session):
         if step and self.learner.stream.latest is None:  # the network predicts nothing any more
             raise NumericalError(how_to_go_on(error, self.run, self.config)) from error
         if vain:
-            raise NumericalError(f"{how_to_go_on(error, self.run, self.config)}{self._suspect()}") from error
+            raise NumericalError(f"{how_to_go_on(error, self.run, self.config)}{blocks.suspect()}") from error
         if step:
             done = f"its batch, of instances before {position:,}, is left out, and the state behind it"
-            advice = f"{self._suspect()}. If that fails too: {starting_anew(self.run, self.config)}"
+            advice = f"{blocks.suspect()}. If that fails too: {starting_anew(self.run, self.config)}"
         else:
             done, advice = f"the state after {position:,} instances", self._remedy(error)
         raise type(error)(
             f"{error}; {done} is saved in {self.run.last}, go on with: {resuming(self.run)}{advice}"
         ) from error
-
-    def _is_step(self, error: EdgetrainError) -> bool:
-        return isinstance(error, NumericalError) and error is not self._unpredicted
-
-    def _suspect(self) -> str:
-        """Return which instance of the latest block stands out, if one does: it may be wrong."""
-        position, x = self._block
-        sizes = np.abs(x.reshape(len(x), -1)).max(1)
-        if sizes.max() < STANDS_OUT * np.median(sizes):
-            return ""
-        where = "" if self.source.count is None else f"; if it is wrong, correct it in {self.config.data.source}"
-        return (
-            f". The largest number of the latest block, {sizes.max():.3g}, is in instance "
-            f"{position + sizes.argmax():,} of {self.source.name} (counted from 0){where}"
-        )
 
     def _remedy(self, error: EdgetrainError) -> str:
         """Return what to do about a bad instance before going on; of a pipe it is gone, so nothing."""
@@ -479,16 +358,3 @@ class StreamSession(Session):
     @functools.cached_property
     def _test(self) -> Dataset | None:
         return test_data(self.config, self.learner.graph)
-
-
-def _can_predict(learner: Learner) -> bool:
-    """Tell whether the network predicts a usual image: if not, no instance is to blame."""
-    shape, usual = learner.graph.input_shape, learner.graph.normalization
-    x = np.random.default_rng(0).standard_normal((1, *shape), np.float32)
-    if usual is not None:
-        x = x * usual.std.reshape(-1, *[1] * len(shape[1:])) + usual.mean.reshape(-1, *[1] * len(shape[1:]))
-    try:
-        learner.logits(x)
-    except NumericalError:
-        return False
-    return True
