@@ -23,7 +23,7 @@ from edgetrain.optim import KINDS, OPTIMIZERS
 from edgetrain.policies import NONE, parse_policy
 from edgetrain.runs import read_sections
 from edgetrain.schema import OneOf, Within, build
-from edgetrain.units import parse_bytes
+from edgetrain.units import MIB, parse_bytes
 
 Table = dict[str, Any]
 
@@ -371,7 +371,7 @@ def _given(flags: Mapping[str, Any]) -> Table:
         if flags.get(flag) is not None:
             _put(given, key, flags[flag])
     if flags.get("memory_budget") is not None:
-        _put(given, "device.memory_budget_mib", parse_bytes(flags["memory_budget"]) / (1 << 20))
+        _put(given, "device.memory_budget_mib", parse_bytes(flags["memory_budget"]) / MIB)
     return given
 
 

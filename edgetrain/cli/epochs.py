@@ -200,11 +200,6 @@ class EpochSession(Session):
             f"model: {result['files']['model']}, run: {result['run']}"
         )
 
-    def new_twin(self, run: Run, config: Config, began: float, profile: DeviceProfile) -> EpochSession:
-        """Return a session on the same data before its first step."""
-        learner = _new_learner(config, self.training, self.validation, profile, self.display)
-        return replace(self, run=run, learner=learner, config=config, began=began)
-
     def begun_twin(self, run: Run, config: Config, began: float) -> EpochSession:
         """Return a session on the same data that goes on at the last checkpoint of a run."""
         return replace(self, run=run, learner=_taken_up(run, config, self.display), config=config, began=began)
@@ -236,6 +231,9 @@ class EpochSession(Session):
 
     def _position(self) -> dict[str, Any]:
         return {"epoch": self.learner.position.epoch, "batch": self.learner.position.batch}
+
+    def _new_learner(self, config: Config, profile: DeviceProfile) -> Learner:
+        return _new_learner(config, self.training, self.validation, profile, self.display)
 
     def _batches_again(self, size: int) -> Iterable[Batch]:
         augmentation = Augmentation.parse(self.config.data.augment)

@@ -14,6 +14,7 @@ from edgetrain.devices import list_profiles, load_profile
 from edgetrain.errors import UsageError
 from edgetrain.hostinfo import host_facts
 from edgetrain.kernels.cache import describe
+from edgetrain.units import MIB
 
 _HOT_C = 80.0
 _NEEDED_DISK_MIB = 200
@@ -81,7 +82,7 @@ def _examine(as_json: bool) -> None:
 
 def _free_mib(folder: Path) -> int | None:
     try:
-        return shutil.disk_usage(folder).free >> 20
+        return shutil.disk_usage(folder).free // MIB
     except OSError:
         return None
 

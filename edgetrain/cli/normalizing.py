@@ -24,6 +24,12 @@ def normalization_of(x: NDArray[np.float32]) -> Normalization:
     return Normalization(mean.astype(np.float32), std)
 
 
+def sizes_of(x: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Return the largest number of each of the instances ``(N, ...)``, without its sign, float32 ``(N,)``."""
+    sizes: NDArray[np.float32] = np.abs(x.reshape(len(x), -1)).max(1)
+    return sizes
+
+
 def standing_out(x: NDArray[np.float32]) -> NDArray[np.bool_]:
     """Return which of the instances ``(N, ...)`` stand out by their largest number, bool ``(N,)``: a few, or none.
 
@@ -34,7 +40,7 @@ def standing_out(x: NDArray[np.float32]) -> NDArray[np.bool_]:
         >>> standing_out(np.array([[0.5], [2.0], [-1e30], [0.0], [1.0]], np.float32))
         array([False, False,  True, False, False])
     """
-    sizes = np.abs(x.reshape(len(x), -1)).max(1)
+    sizes = sizes_of(x)
     usual = float(np.median(sizes[sizes > 0])) if sizes.any() else 0.0
     found = (sizes > STANDS_OUT * usual) & (sizes > 1)
     return found if found.mean() <= _LARGEST_SHARE else np.zeros(len(x), bool)

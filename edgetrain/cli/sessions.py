@@ -6,7 +6,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NoReturn, Self
 
 from edgetrain._version import __version__
@@ -89,16 +89,16 @@ class Session(ABC):
         """Return the last line for people, of the result."""
 
     @abstractmethod
-    def new_twin(self, run: Run, config: Config, began: float, profile: DeviceProfile) -> Self:
-        """Return a session on the same data before its first step; its run folder is still empty."""
-
-    @abstractmethod
     def begun_twin(self, run: Run, config: Config, began: float) -> Self:
         """Return a session on the same data that goes on at the last checkpoint of a run."""
 
     @abstractmethod
     def where(self) -> str:
         """Return where the run stands, as a person reads it."""
+
+    @abstractmethod
+    def _new_learner(self, config: Config, profile: DeviceProfile) -> Learner:
+        """Return a learner before its first step, for the data of the run."""
 
     @abstractmethod
     def _batches_again(self, size: int) -> Iterable[Batch]:
@@ -116,6 +116,10 @@ class Session(ABC):
         self.run.log("account", **account_of(result))
         self.display.close()
         emit(result, f"{account_text(result)}\n{self.last_line(result)}", as_json)
+
+    def new_twin(self, run: Run, config: Config, began: float, profile: DeviceProfile) -> Self:
+        """Return a session on the same data before its first step; its run folder is still empty."""
+        return replace(self, run=run, learner=self._new_learner(config, profile), config=config, began=began)
 
     def heed_stop(self) -> None:
         """End the command where a signal came after the last step: the run's files are there, its account is not.

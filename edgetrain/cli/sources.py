@@ -44,11 +44,10 @@ def load_splits(config: Config, class_names: tuple[str, ...] | None) -> tuple[Da
     source = config.data.source
     options: dict[str, Any] = {"image_size": image_size_of(config), "class_names": class_names}
     training = load_dataset(source, split="train", **options)
-    splits = available_splits(source)
-    for name in ("test", "validation"):
-        if name in splits:
-            return training, load_dataset(source, split=name, **options), name
-    return (*training.split(1 - HELD_OUT, config.training.seed), "held-out")
+    judging = _judging_split(available_splits(source))
+    if judging is None:
+        return (*training.split(1 - HELD_OUT, config.training.seed), "held-out")
+    return training, load_dataset(source, split=judging, **options), judging
 
 
 def classes_of_file(config: Config) -> tuple[str, ...] | None:
@@ -250,7 +249,12 @@ def default_split(source: str) -> str:
         DataError: the source is missing or of no known format.
     """
     splits = available_splits(source)
-    return next((name for name in ("test", "validation") if name in splits), splits[0])
+    return _judging_split(splits) or splits[0]
+
+
+def _judging_split(splits: Collection[str]) -> str | None:
+    """Return which of the splits models are judged on, ``None`` where there is but one for training."""
+    return next((name for name in ("test", "validation") if name in splits), None)
 
 
 def check_several(class_names: tuple[str, ...], source: str) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgetrain.cli.config import Config
-from edgetrain.cli.normalizing import STANDS_OUT, normalization_of, standing_out
+from edgetrain.cli.normalizing import STANDS_OUT, normalization_of, sizes_of, standing_out
 from edgetrain.cli.output import count
 from edgetrain.cli.progress import Display
 from edgetrain.data.streaming import InstanceSource
@@ -73,7 +73,7 @@ class BlockLearner:
     def suspect(self) -> str:
         """Return which instance of the latest block stands out, if one does: it may be wrong."""
         position, x = self._latest
-        sizes = np.abs(x.reshape(len(x), -1)).max(1)
+        sizes = sizes_of(x)
         if sizes.max() < STANDS_OUT * np.median(sizes):
             return ""
         where = "" if self.source.count is None else f"; if it is wrong, correct it in {self.config.data.source}"

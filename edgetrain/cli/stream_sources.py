@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from edgetrain.cli.config import Config, is_onnx_file
-from edgetrain.cli.sources import check_classes, check_several, image_options, image_size_of
-from edgetrain.data import Dataset, available_splits, load_dataset
+from edgetrain.cli.sources import check_classes, check_several, image_size_of, load_unlabelled
+from edgetrain.data import Dataset, available_splits
 from edgetrain.data.streaming import STANDARD_INPUT, InstanceSource, open_stream
 from edgetrain.errors import DataError
 
@@ -66,5 +66,4 @@ def test_data(config: Config, graph: Graph) -> Dataset | None:
     source = config.data.source
     if source == STANDARD_INPUT or "test" not in available_splits(source):
         return None
-    options = image_options(source, graph.input_shape)
-    return load_dataset(source, split="test", class_names=graph.class_names, **options)
+    return load_unlabelled(graph, source, "test")  # the source's classes were compared with the network's before

@@ -260,11 +260,6 @@ class StreamSession(Session):
         """Return the last line for people, of the result."""
         return last_line(result)
 
-    def new_twin(self, run: Run, config: Config, began: float, profile: DeviceProfile) -> StreamSession:
-        """Return a session on the same stream before its first step."""
-        learner, _ = _new_learner(config, profile, self.display, self.source)
-        return replace(self, run=run, learner=learner, config=config, began=began)
-
     def begun_twin(self, run: Run, config: Config, began: float) -> StreamSession:
         """Return a session on the same stream that goes on at the last checkpoint of a run."""
         return _taken_up(run, config, self.display, self.stop, began)
@@ -272,6 +267,9 @@ class StreamSession(Session):
     def where(self) -> str:
         """Return how many instances were learned from."""
         return f"after {self.learner.stream.position:,} instances"
+
+    def _new_learner(self, config: Config, profile: DeviceProfile) -> Learner:
+        return _new_learner(config, profile, self.display, self.source)[0]
 
     def _batches_again(self, size: int) -> Iterable[Batch]:
         """Return batches of the stream from its beginning, random ones where it cannot be read twice."""
