@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -175,16 +175,16 @@ def effective(
     Raises:
         UsageError, ProfileError: a key or a value is wrong.
     """
-    file = file or {}
-    both = _merge(dict(file), given)
-    name = str(both.get("device", {}).get("profile", "host"))
+    given, file = _all_sections(given), _all_sections(file or {})
+    both = _merge(file, given)
+    name = str(both["device"].get("profile", "host"))
     profile = load_profile(name)
     merged = _merge(_from_profile(profile, name), both)
     build(Config, merged, Path("settings"))  # types first: what follows computes with the values
-    if merged["training"]["optimizer"] != profile.recipe.optimizer and "lr" not in both.get("training", {}):
+    if merged["training"]["optimizer"] != profile.recipe.optimizer and "lr" not in both["training"]:
         # A recipe's learning rate is for its own optimizer.
         merged["training"]["lr"] = OPTIMIZERS[merged["training"]["optimizer"]].lr
-    named = (both if recipe is None else given).get("methods", {})
+    named = (both if recipe is None else given)["methods"]
     # A method that somebody named stands for itself.
     skips = merged["stream"].get("enabled") and not named and _begins_trained(merged["model"])
     usual = profile.recipe.stream_recipe if skips else "dense"
@@ -193,17 +193,14 @@ def effective(
         # Weight gradients from the largest activations are biased upwards; LeNet-5 diverges without a bound.
         merged["training"]["clip_norm"] = _SWAT_CLIP_NORM
     if merged["stream"].get("enabled"):
-        _adapt_to_stream(merged["training"], {**_kept_by_stream(file), **given.get("training", {})})
-        # A recipe's augmentation is for epochs; one that was asked for of a stream is refused below.
-        asked = both if file.get("stream", {}).get("enabled") else given
-        merged["data"]["augment"] = asked.get("data", {}).get("augment", "")
+        _adapt_to_stream(merged, given, file)
     config = build(Config, merged, Path("settings"))
     if not config.data.source:
         raise UsageError(f"data.source is ''; {NO_SOURCE}")
     # Errors now, not when the run folder exists.
     Augmentation.parse(config.data.augment)
-    _check_methods(config, profile, both.get("methods", {}))
-    _check_momentum(config.training, profile, given.get("training", {}), file.get("training", {}))
+    _check_methods(config, profile, both["methods"])
+    _check_momentum(config.training, profile, given["training"], file["training"])
     check_stream(config)
     return config, profile, frozenset(METHODS) - named.keys()
 
@@ -214,8 +211,7 @@ def from_run(table: Mapping[str, Any], path: Path) -> Config:
     Raises:
         ProfileError: the file was changed into something else.
     """
-    sections = {key: table.get(key, {}) for key in ("model", "data", "device", "training", "methods", "stream")}
-    return build(Config, sections | dict(table), path)
+    return build(Config, _all_sections(table), path)
 
 
 def check_stream(config: Config) -> None:
@@ -282,6 +278,11 @@ def dense(config: Config) -> Config:
     return replace(config, methods=MethodSettings())
 
 
+def _all_sections(table: Mapping[str, Any]) -> Table:
+    """Return the table with an empty section for each that it lacks."""
+    return {section.name: {} for section in fields(Config)} | dict(table)
+
+
 def _from_profile(profile: DeviceProfile, name: str) -> Table:
     recipe = asdict(profile.recipe)
     augment, _ = recipe.pop("augmentation"), recipe.pop("stream_recipe")
@@ -342,21 +343,25 @@ def _check_momentum(
             )
 
 
-def _adapt_to_stream(training: Table, given: Mapping[str, Any]) -> None:
+def _adapt_to_stream(merged: Table, given: Table, file: Table) -> None:
     """A stream has no known end, so no decay that would end it: a constant rate, a fifth of the recipe's peak.
 
     The recipe's rate is the peak of a schedule that comes down; held constant it is too large. What a decay would do,
     to take the noise out of the parameters, their average does.
     """
+    training, kept = merged["training"], {**_kept_by_stream(file), **given["training"]}
     changes = {"epochs": 1, "schedule": "constant", "warmup_fraction": 0.0, "lr": training["lr"] / 5,
                "averaging": training.get("averaging") or _STREAM_AVERAGING}  # fmt: skip
-    training |= {key: value for key, value in changes.items() if key not in given}
+    training |= {key: value for key, value in changes.items() if key not in kept}
+    # A recipe's augmentation is for epochs; ``check_stream`` refuses one that was asked for of a stream.
+    asked = _merge(file, given) if file["stream"].get("enabled") else given
+    merged["data"]["augment"] = asked["data"].get("augment", "")
 
 
-def _kept_by_stream(file: Mapping[str, Any]) -> Table:
+def _kept_by_stream(file: Table) -> Table:
     """Return what a stream keeps of the recipe in a file: of a run over epochs the rate, unless it is a peak."""
-    training = dict(file.get("training", {}))
-    if file.get("stream", {}).get("enabled"):
+    training: Table = file["training"]
+    if file["stream"].get("enabled"):
         return training
     has_peak = training.get("schedule", "constant") != "constant"
     return {"lr": training["lr"]} if "lr" in training and not has_peak else {}
