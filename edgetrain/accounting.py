@@ -44,3 +44,8 @@ class StepResult:
 
 # Where methods save operations; "saved_<name>" of every record tells how many.
 SAVERS = tuple(item.name.removeprefix("saved_") for item in fields(StepResult) if item.name.startswith("saved_"))
+
+
+def left_out(count: int) -> StepResult:
+    """Return what is counted of so many instances that nothing can be made of: that they were seen."""
+    return StepResult(float("nan"), 0, count, 0, macs_dense=0, macs_done=0, seconds=0.0, instances_kept=0)

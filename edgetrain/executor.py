@@ -168,14 +168,17 @@ class Team:
         if self._pid == os.getpid():
             return
         order, ticket = _Order(self.sync), int(self.sync[TICKET // 8])
-        for number in range(1, self.threads):
-            start = threading.Lock()
-            start.acquire()
-            order.starts.append(start)
-            thread = threading.Thread(target=_serve, args=(order, start, number, ticket), daemon=True, name="edgetrain")
-            thread.start()
         weakref.finalize(self, order.dismiss)
-        self._order, self._pid = order, os.getpid()
+        try:
+            for number in range(1, self.threads):
+                start, name = threading.Lock(), "edgetrain"
+                start.acquire()
+                order.starts.append(start)
+                threading.Thread(target=_serve, args=(order, start, number, ticket), daemon=True, name=name).start()
+            self._order, self._pid = order, os.getpid()
+        except BaseException:  # an interrupt: the next run starts others
+            order.dismiss()
+            raise
 
 
 class Arena:
@@ -187,7 +190,8 @@ class Arena:
 
     def reserve(self, nbytes: int) -> None:
         """Make the arena at least this large; its content is lost when it grows."""
-        if nbytes > self.memory.size:
+        if nbytes > self.memory.size or not self.address:
+            self.address = 0  # first: an interrupt on the way must leave no address of memory that is gone
             self.memory = aligned(0, np.uint8)  # free the old one first
             self.memory = aligned(nbytes, np.uint8)
             self.address = int(self.memory.ctypes.data)

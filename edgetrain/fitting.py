@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING, TypeAlias
 import numpy as np
 from numpy.typing import ArrayLike
 
-from edgetrain.accounting import StepResult
+from edgetrain.accounting import StepResult, left_out
 from edgetrain.arguments import integer_of
 from edgetrain.arrays import array_of
 from edgetrain.data import Augmentation, Dataset, batch_count, batches
 from edgetrain.data.batches import Batch
 from edgetrain.data.convert import ImageLayout
 from edgetrain.data.targets import TargetSet
-from edgetrain.errors import DataError, UsageError
+from edgetrain.errors import DataError, NumericalError, UsageError
 from edgetrain.graph import Graph, Normalization, Shape
 from edgetrain.history import EpochRecord, History, Totals
 
@@ -54,6 +54,11 @@ class Callbacks:
     on_step: Callable[[StepEvent], None] | None = None
     on_epoch: Callable[[EpochRecord], None] | None = None
     should_stop: Callable[[], bool] | None = None
+
+    def __post_init__(self) -> None:
+        for name, given in vars(self).items():
+            if given is not None and not callable(given):
+                raise UsageError(f"{name}={given!r}, expected a function")
 
 
 def fit_loop(
@@ -88,7 +93,8 @@ def fit_loop(
         normalize: give a model without input normalisation the mean and deviation of the training set's channels;
             only before its first step. Trained weights see other inputs then than those they were trained with:
             ``normalize=False`` leaves inputs as they are.
-        on_step: called after every step, with the learner's position already past it.
+        on_step: called after every step, with the learner's position already past it; with an instance filter after
+            every block of instances, and after the step on those that wait at the end of an epoch.
         on_epoch: called after every epoch.
         should_stop: asked between steps; true ends the fit early, ready to go on.
 
@@ -96,8 +102,10 @@ def fit_loop(
         The learner's history, of this and all earlier fits.
 
     Raises:
-        UsageError: a bad number of epochs, or fewer than a continued fit has done; a network with several inputs.
+        UsageError: a bad number of epochs, or fewer than a continued fit has done; a network with several inputs; an
+            augmentation or a callback that is none.
         DataError: the data do not fit the network.
+        MemoryBudgetError: a training step does not fit into the budget.
         NumericalError: a loss or gradient was not finite; the learner keeps the state before that step. With an
             instance filter the instances of that step are dropped; another fit goes on behind their block.
     """
@@ -107,11 +115,14 @@ def fit_loop(
         raise UsageError(f"fit takes networks with one input, '{graph.name}' has {names}; use partial_fit")
     training = as_samples(data, "training data", graph, learner.loss)
     held_out = None if validation is None else as_samples(validation, "validation data", graph, learner.loss)
-    check_fits(graph, training)
-    last_epoch = _begin(learner, training, epochs, normalize)
-    learner.prepare()
+    for samples in (training, held_out):
+        if samples is not None:
+            check_fits(graph, samples)
     callbacks = Callbacks(on_step, on_epoch, should_stop)
     loop = _Loop(learner, training, held_out, _parsed(augmentation), shuffle, callbacks)
+    _last_epoch(learner, epochs)  # what is refused, is so before anything changes, and before the compiler runs
+    learner.prepare()
+    last_epoch = _begin(learner, training, epochs, normalize)
     while learner.position.epoch < last_epoch:
         if not loop.epoch():
             return learner.history
@@ -234,6 +245,8 @@ class _Loop:
         rest = learner.stream.flush()
         if rest is not None:
             self._count(rest)
+            if self.callbacks.on_step is not None:
+                self.callbacks.on_step(self._event(rest))
         return True
 
     def _take(self, batch: Batch) -> StepResult:
@@ -253,6 +266,11 @@ class _Loop:
                     self._move_on()
         try:
             return learner.stream.offer(*batch)
+        except NumericalError:
+            if learner.stream.latest is None:  # the filter's own network cannot judge one of them: none is kept
+                self._count(left_out(len(batch[1])))
+                self._move_on()
+            raise
         finally:
             if learner.stream.latest is not None:
                 self._count(learner.stream.latest)
@@ -298,14 +316,10 @@ def training_batches(
 
 def _begin(learner: Learner, dataset: Samples, epochs: int, normalize: bool) -> int:
     """Start a new fit or take up an unfinished one; return the number of epochs to reach."""
-    epochs, history = integer_of("epochs", epochs, 1), learner.history
+    last_epoch, history = _last_epoch(learner, epochs), learner.history
     if history.finished:
         history.first_epoch, history.finished = learner.position.epoch, False
         history.first_step, history.first_seen = learner.step_count, learner.stream.seen
-    last_epoch = history.first_epoch + epochs
-    if last_epoch < learner.position.epoch or (last_epoch == learner.position.epoch and learner.position.batch):
-        done = learner.position.epoch - history.first_epoch
-        raise UsageError(f"epochs is {epochs}, but {done} are done already; ask for more, or load an older checkpoint")
     learner.topology.total_steps = _last_step(learner, len(dataset), last_epoch)
     _set_schedule(learner, learner.topology.total_steps)
     if normalize and learner.step_count == 0 and learner.graph.normalization is None:
@@ -313,6 +327,16 @@ def _begin(learner: Learner, dataset: Samples, epochs: int, normalize: bool) -> 
     if isinstance(dataset, Dataset):
         learner.graph.name_classes(dataset.class_names)
     return last_epoch
+
+
+def _last_epoch(learner: Learner, epochs: int) -> int:
+    """Return the number of epochs to reach."""
+    epochs, position, history = integer_of("epochs", epochs, 1), learner.position, learner.history
+    first = position.epoch if history.finished else history.first_epoch
+    if first + epochs < position.epoch or (first + epochs == position.epoch and position.batch):
+        done = position.epoch - first
+        raise UsageError(f"epochs is {epochs}, but {done} are done already; ask for more, or load an older checkpoint")
+    return first + epochs
 
 
 def block_size(learner: Learner) -> int:
@@ -379,4 +403,6 @@ def last_lr(learner: Learner) -> float:
 
 def _parsed(augmentation: Augmentation | str | None) -> Augmentation | None:
     chosen = Augmentation.parse(augmentation) if isinstance(augmentation, str) else augmentation
+    if chosen is not None and not callable(chosen):
+        raise UsageError(f"augmentation={chosen!r}, expected an Augmentation, or text such as 'flip,crop:4'")
     return None if chosen == Augmentation() else chosen

@@ -97,14 +97,27 @@ class Normalization:
     """Per-channel input normalisation ``(x - mean) / std``; both float32 of shape ``(C,)``.
 
     Raises:
-        GraphError: a number is not finite, or a deviation not above 0.
+        GraphError: they are no numbers of one shape ``(C,)``, a number is not finite, or a deviation not above 0.
+
+    Example:
+        >>> Normalization([0.5], [0.25]).mean
+        array([0.5], dtype=float32)
     """
 
     mean: NDArray[np.float32]
     std: NDArray[np.float32]
 
     def __post_init__(self) -> None:
-        """Check both."""
+        """Check both, and take them as float32."""
+        for name in ("mean", "std"):
+            try:
+                object.__setattr__(self, name, np.asarray(getattr(self, name), np.float32))
+            except (TypeError, ValueError) as error:
+                raise GraphError(f"Normalization: {name}={getattr(self, name)!r}, expected numbers (C,)") from error
+        if self.mean.ndim != 1 or self.mean.shape != self.std.shape:
+            raise GraphError(
+                f"Normalization: mean of shape {self.mean.shape}, std of {self.std.shape}, expected (C,) of both"
+            )
         if not (np.isfinite(self.mean).all() and np.isfinite(self.std).all() and (self.std > 0).all()):
             raise GraphError(
                 f"inputs are normalised by the mean {self.mean} and the deviation {self.std}, expected finite numbers "

@@ -24,7 +24,7 @@ from edgetrain.checkpoint import load_checkpoint, save_checkpoint
 from edgetrain.data import Augmentation
 from edgetrain.devices import DeviceProfile
 from edgetrain.diagnosis import explain_outputs, explain_step
-from edgetrain.errors import DataError, UsageError
+from edgetrain.errors import CheckpointError, DataError, UsageError
 from edgetrain.executor import Executor, Team
 from edgetrain.filters import InstanceFilter
 from edgetrain.fitting import Data, StepEvent, fit_loop
@@ -171,7 +171,9 @@ class Learner(NotCopied):
 
         Raises:
             DataError: arrays that do not fit the network.
-            NumericalError: loss or gradients are not finite; parameters are those before the step.
+            NumericalError: loss or gradients are not finite; parameters are those before the step (behind the choice of
+                weights that ``SWAT`` made before it, if it did; that is not made again).
+            UsageError: the optimizer's schedule has no end.
             MemoryBudgetError: this batch does not fit into the memory budget.
         """
         start = working_clock()
@@ -197,8 +199,8 @@ class Learner(NotCopied):
             What happened: ``instances_kept`` of them, ``instances_trained`` now (0 until a micro-batch is full).
 
         Raises:
-            DataError, NumericalError, MemoryBudgetError: as ``partial_fit``. ``stream.position`` and ``stream.totals``
-                tell what was done until then (``stream.InstanceStream``).
+            DataError, NumericalError, UsageError, MemoryBudgetError: as ``partial_fit``. ``stream.position`` and
+                ``stream.totals`` tell what was done until then (``stream.InstanceStream``).
         """
         with self._lock:
             self.stream.latest = None  # also where a check fails
@@ -378,7 +380,10 @@ class Learner(NotCopied):
             CheckpointError: it belongs to another network, optimizer or instance filter; nothing has changed.
         """
         with self._lock:
-            restore_state(self, tensors, meta)
+            try:
+                restore_state(self, tensors, meta)
+            except KeyError as error:
+                raise CheckpointError(f"the state is not whole: it has no {error}") from error
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a checkpoint: everything needed to go on exactly.
@@ -419,14 +424,22 @@ class Learner(NotCopied):
 
         Of what waits for a step, and for the filter to learn from, they are the bytes between calls. While one call
         works through many instances, copies of those that are kept and of those that the filter puts aside come on top.
+
+        Raises:
+            UsageError: ``batch_size`` is no integer of at least 1.
         """
         with self._lock:
-            return self.plans.memory(self.plans.budget_plan(batch_size or self.batch_size))
+            return self.plans.memory(self.plans.budget_plan(self._samples(batch_size)))
 
     def training_plan(self, batch_size: int | None = None) -> Plan:
-        """Return the plan of a training step: its rows, layouts and offsets, to look at."""
+        """Return the plan of a training step: its rows, layouts and offsets, to look at.
+
+        Raises:
+            UsageError: ``batch_size`` is no integer of at least 1.
+            MemoryBudgetError: the plan does not fit into the budget.
+        """
         with self._lock:
-            return self.plans.executor(True, batch_size or self.batch_size).plan
+            return self.plans.executor(True, self._samples(batch_size)).plan
 
     def kernels(self) -> list[KernelKey]:
         """Return the kernels that training steps and predictions of ``batch_size`` samples need, and of very few.
@@ -454,12 +467,17 @@ class Learner(NotCopied):
             compile_kernels(self.kernels())
             self._prepared = True
 
+    def _samples(self, batch_size: int | None) -> int:
+        return self.batch_size if batch_size is None else integer_of("batch_size", batch_size, 1)
+
     # --- inside a step ---
 
     def _begin_step(self, x: Inputs, y: ArrayLike) -> tuple[Executor, Arrays, int]:
         """Make an optimizer step ready: the batch, the topology, the optimizer's numbers."""
-        taken = self._take_batch(x, y, self.topology.wants_gradients_at(self.step_count))
-        self.topology.begin_step(self.step_count)
+        whole = self.topology.wants_gradients_at(self.step_count)
+        taken = self._take_batch(x, y, whole)
+        if self.topology.begin_step(self.step_count):
+            taken = self._take_batch(x, y, whole)  # which products run on lists may be another matter now
         settings: NDArray[np.float32] = self._parameters.buffers["settings"]  # type: ignore[assignment]  # float32
         self._optimizer.fill(settings, self.step_count)
         return taken

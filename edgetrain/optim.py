@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, ClassVar, Self
 
@@ -64,6 +64,8 @@ class Schedule:
     gamma: float = 0.1
 
     def __post_init__(self) -> None:
+        if not isinstance(self.milestones, Iterable):
+            raise UsageError(f"schedule: milestones={self.milestones!r}, expected shares of training from 0 to 1")
         object.__setattr__(self, "milestones", tuple(self.milestones))
         take_numbers(self, "schedule")
         if self.kind not in KINDS:
@@ -74,7 +76,7 @@ class Schedule:
         limits.require("total_steps", known, "an integer of at least 1, or None")
         shares = all(isinstance(value, int | float) and 0 <= value <= 1 for value in self.milestones)
         limits.require("milestones", shares, "shares of training from 0 to 1")
-        if not all(isinstance(value, int | float) and value >= 0 for value in (self.final, self.gamma)):
+        if not all(isinstance(value, int | float) and 0 <= value < math.inf for value in (self.final, self.gamma)):
             raise UsageError(f"schedule: final={self.final!r}, gamma={self.gamma!r}, expected numbers of at least 0")
 
     def factor(self, step: int) -> float:

@@ -14,8 +14,9 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from edgetrain.arrays import ALIGNMENT, READ_BEHIND, aligned
+from edgetrain.errors import GraphError
 from edgetrain.graph import Graph, Node, Normalization, placeholder
-from edgetrain.kernels.codes import DENSITY, RECORD, SETTINGS, TALLY_BYTES
+from edgetrain.kernels.codes import DENSITY, RECORD, SETTINGS, TALLY_BYTES, THRESHOLD
 from edgetrain.optim import Optimizer
 from edgetrain.sparse_index import SparseIndex
 
@@ -154,17 +155,28 @@ class Parameters:
         return list(self._shapes)
 
     def load(self, arrays: Mapping[str, NDArray[np.float32]]) -> None:
-        """Copy arrays in; the average of the weights goes on from them."""
+        """Copy arrays in; the average of the weights goes on from them, thresholds of activations are chosen anew."""
+        if "records" in self.buffers:
+            self.buffers["records"].reshape(-1, RECORD)[:, THRESHOLD] = 0
         for name, array in arrays.items():
             for buffer in ("weights", "average"):
                 if buffer in self.buffers:
                     self.put(name, array, buffer)
 
     def scale_input(self, normalization: Normalization | None) -> None:
-        """Set the factor and the offset per channel that the first input is read with, if they are others now."""
+        """Set the factor and the offset per channel that the first input is read with, if they are others now.
+
+        Raises:
+            GraphError: they are those of another number of channels.
+        """
         if normalization is self._scaled_for:
             return
         scale, shift = self.buffers["scale"], self.buffers["shift"]
+        if normalization is not None and len(normalization.mean) not in (1, len(scale)):
+            raise GraphError(
+                f"inputs are normalised by numbers of {len(normalization.mean)} channels, the input has {len(scale)}; "
+                "give graph.normalization as many, or 1 for all"
+            )
         scale[:], shift[:] = 1, 0
         if normalization is not None:
             scale[:], shift[:] = 1 / normalization.std, -normalization.mean / normalization.std

@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from edgetrain.accounting import StepResult
+from edgetrain.accounting import StepResult, left_out
 from edgetrain.arrays import Checked
-from edgetrain.errors import CheckpointError
+from edgetrain.errors import CheckpointError, NumericalError
 from edgetrain.filters import Choice, Judge, Lesson, Selector
 from edgetrain.filters.base import Floats, Images, instance_bytes
 from edgetrain.history import Totals
@@ -54,7 +55,8 @@ class InstanceStream:
     A call that fails leaves consistent books. When a prediction or the filter fails, nothing has happened: position
     and totals are as before, and the same instances may come again. When a training step fails, all instances of the
     call have been observed, and position and totals tell what was done; those of the failed step are dropped, for
-    with the same parameters it would fail again, and the others wait. So ``instances_kept`` less
+    with the same parameters it would fail again, and the others wait, as far as they are no more than a micro-batch or
+    what this call has kept: where every step fails, the oldest are dropped, too. So ``instances_kept`` less
     ``instances_trained`` less ``waiting`` is the number of dropped ones, and who goes on at ``position`` repeats none.
 
     Users call ``Learner.observe`` and ``Learner.flush``, which hold the learner's lock.
@@ -96,9 +98,13 @@ class InstanceStream:
 
     @property
     def accuracy(self) -> float:
-        """Accuracy of predictions made before learning, over all predicted instances; NaN without any."""
+        """Accuracy of predictions made before learning, over all predicted instances; NaN without any or for "mse"."""
         total = self.totals["predict"]
-        return total.accuracy if total.judged else float("nan")
+        return total.accuracy if total.judged and self._has_classes else float("nan")
+
+    @property
+    def _has_classes(self) -> bool:
+        return self._learner.loss != "mse"
 
     @property
     def recent_accuracy(self) -> float:
@@ -161,7 +167,7 @@ class InstanceStream:
             count: of these instances.
             predict: whether the stream predicts first.
         """
-        result = StepResult(float("nan"), 0, count, 0, macs_dense=0, macs_done=0, seconds=0.0, instances_kept=0)
+        result = left_out(count)
         self.position += count
         self.totals[MODES[predict]].add(result, 0.0, judged=0)
         return result
@@ -209,23 +215,30 @@ class InstanceStream:
         choice = self._choose(x, y, None if self._learner.averages else losses)
         done = _Done(start, choice, losses, hits)
         self._collect(x, y, choice.keep)  # what breaks into that leaves all as it was
+        self.position += len(y) if observed else 0  # now: they wait, or are trained on, whatever breaks in
         try:
             interrupt = self._train_waiting(done, least=self._learner.batch_size, whole=not observed)
-            if self._selector is not None:
-                done.lessons.append(self._selector.catch_up())
+            self._catch_up(done)
             _raise(interrupt)
+        except NumericalError:
+            with suppress(NumericalError):  # what was put aside must not pile up where every step fails
+                self._catch_up(done)
+            raise
         finally:
             self.latest = result = self._result(done)
             if observed:
                 self._count(result, done)
         return result
 
+    def _catch_up(self, done: _Done) -> None:
+        if self._selector is not None:
+            done.lessons.append(self._selector.catch_up())
+
     def _count(self, result: StepResult, done: _Done) -> None:
-        """Count observed instances."""
+        """Count observed instances in the totals."""
         count, hits = result.instances_seen, done.hits
-        self.position += count
         self._mode = "train" if hits is None else "predict"
-        if hits is not None:
+        if hits is not None and self._has_classes:
             self._faded = self._faded * _FADING**count + (float(hits.sum()), count)
         self.totals[self._mode].add(result, result.seconds, result.instances_trained if hits is None else count)
 
@@ -260,7 +273,7 @@ class InstanceStream:
     def _predicted(self, x: Images, y: NDArray[Any]) -> tuple[Floats, NDArray[np.bool_]]:
         """Predict, and return the losses and which predictions were right."""
         logits = self._learner.logits(_checked(self._learner, x))
-        hits = np.zeros(len(y), bool) if self._learner.loss == "mse" else logits.argmax(1) == y
+        hits = logits.argmax(1) == y if self._has_classes else np.zeros(len(y), bool)
         return _losses_of(self._learner, logits, y), hits
 
     def _choose(self, x: Images, y: NDArray[Any], losses: Floats | None) -> Choice:
@@ -302,7 +315,7 @@ class InstanceStream:
                 except BaseException as struck:
                     if self._learner.step_count == before:
                         if isinstance(struck, Exception):
-                            last = end
+                            last = max(end, len(y) - max(self._learner.batch_size, int(done.choice.keep.sum())))
                         raise  # after an interrupt that left no step they wait
                     interrupt = struck
                     done.steps[known:] = [_step_result(self._learner, end - last, working_clock() - began)]
@@ -311,8 +324,8 @@ class InstanceStream:
                     losses = _step_losses(self._learner, last - first)
                     done.lessons.append(self._selector.learn(x[first:last], y[first:last], losses))
         finally:
-            if last:
-                # A copy of the rest: a view would keep every batch it was ever a part of alive.
+            if len(y) >= least:
+                # A copy of the rest: a view would keep every batch it was ever a part of alive, and be the caller's.
                 self._x, self._y = x[last:].copy(), y[last:].copy()
         return interrupt
 

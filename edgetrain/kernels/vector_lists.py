@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 from numba import njit
 
 from edgetrain.kernels.codes import DENSITY, RECORD, SAMPLES, THRESHOLD
@@ -40,7 +41,8 @@ _DIGIT = 2048  # values of a digit of the radix selection: 11 bits
 def vector_norms(lanes: int) -> Body:
     """Write the sum of squares of every vector, lanes without a sample left out. Job: (block, channel).
 
-    ``counts``: int64, vectors of the job that reach the record's threshold.
+    Where some are without one the sum is as much larger as if all had one: else one threshold would drop nearly all
+    vectors of the last samples of a batch. ``counts``: int64, vectors of the job that reach the record's threshold.
     """
     step = 4 * lanes
 
@@ -50,12 +52,13 @@ def vector_norms(lanes: int) -> Body:
         for job in range(first, last):
             block, channel = job // channels, job % channels
             alive = load(mask + block * step, lanes)
+            scale = np.float32(lanes) / max(np.float32(1.0), sum_lanes(alive))
             target, count = norms + 4 * job * rows * columns, 0
             for row in range(rows):
                 source = x + block * x_block + channel * x_channel + row * x_row
                 for i in range(columns):
                     value = load(source + i * step, lanes) * alive
-                    norm = sum_lanes(fma(value, value, broadcast(0.0, lanes)))
+                    norm = scale * sum_lanes(fma(value, value, broadcast(0.0, lanes)))
                     store_f32(target, norm)
                     target += 4
                     count += norm >= threshold
@@ -122,7 +125,8 @@ def _drop_last(norms: Any, limit: Any, above: Any, total: Any, wanted: Any) -> N
     for i in range(total):
         spare -= load_f32(norms + 4 * i) >= above
     for i in range(total):
-        if limit <= load_f32(norms + 4 * i) < above:
+        norm = load_f32(norms + 4 * i)
+        if norm >= limit and not norm >= above:  # above is NaN where the limit is infinite
             spare -= 1
             if spare < 0:
                 store_f32(norms + 4 * i, 0.0)

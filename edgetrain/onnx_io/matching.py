@@ -19,6 +19,8 @@ from numpy.typing import ArrayLike, NDArray
 from edgetrain.errors import ModelError
 from edgetrain.graph import Graph, Normalization
 from edgetrain.onnx_io.names import NORMALIZATION, PRODUCER
+from edgetrain.ops import get_op
+from edgetrain.ops.conv import ProductOp
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -82,7 +84,8 @@ def match_parameters(
     """Choose initial weights for a graph; the graph is not changed.
 
     Args:
-        graph: the network that wants weights; trainable arrays and running averages take part.
+        graph: the network that wants weights; arrays of products and normalisations take part, also frozen ones, and
+            whatever else is trainable.
         source: path of an .onnx file, a model in memory, or arrays in ONNX layout by name.
 
     Returns:
@@ -107,7 +110,8 @@ def match_parameters(
     same = [n for n in wanted if n in offered and _sizes(offered[n]) == _sizes(graph.arrays[n])]
     rest = {name: graph.arrays[name] for name in wanted if name not in same}
     left_over = {name: array for name, array in offered.items() if name not in same}
-    by_order = _in_order(rest, left_over)
+    learned = {name: array for name, array in rest.items() if name in graph.trainable}
+    by_order = _in_order(rest, left_over) or _in_order(learned, left_over)
     report = MatchReport(
         by_name=tuple(same),
         by_order=tuple(by_order.items()),
@@ -175,11 +179,12 @@ def _shapes(arrays: Mapping[str, NDArray[Any]]) -> str:
 
 
 def _wanted(graph: Graph) -> list[str]:
-    """Names of the arrays that a layer learns, in the order nodes read them."""
+    """Names of the arrays that a layer learns, or has learned and keeps, in the order nodes read them."""
     read = [value.name for node in graph.nodes for value in node.inputs if value is not None]
-    averages = {n.inputs[i].name for n in graph.nodes if n.op_type == "BatchNormalization" for i in (3, 4)}  # type: ignore[union-attr]  # never None
-    learned = graph.trainable | averages
-    return [name for name in dict.fromkeys([*read, *graph.arrays]) if name in learned]
+    layers = [n for n in graph.nodes if n.op_type == "BatchNormalization" or isinstance(get_op(n.op_type), ProductOp)]
+    kept = {value.name for node in layers for value in node.inputs[1:] if value is not None}
+    wanted = graph.arrays.keys() & kept | graph.trainable
+    return [name for name in dict.fromkeys([*read, *graph.arrays]) if name in wanted]
 
 
 def _read(source: str | PathLike[str] | ModelProto) -> tuple[Arrays, Normalization | None, int]:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from edgetrain.autodiff import TrainingGraph
 from edgetrain.errors import CheckpointError, UsageError
 from edgetrain.graph import Graph, is_placeholder
-from edgetrain.kernels.codes import DENSITY, RECORD
+from edgetrain.kernels.codes import DENSITY, RECORD, THRESHOLD
 from edgetrain.optim import Optimizer
 from edgetrain.parameters import Parameters
 from edgetrain.policies import NONE, describe_policy, parse_policy
@@ -156,7 +156,8 @@ class Topology:
         """Set the share of saved activations that layers keep from now on, by weight."""
         records = self._parameters.buffers["records"].reshape(-1, RECORD)
         for name, number in self.records.items():
-            records[number, DENSITY] = densities[name]
+            if records[number, DENSITY] != np.float32(densities[name]):
+                records[number, DENSITY], records[number, THRESHOLD] = densities[name], 0  # 0: it is chosen anew
 
     def set(self, layer: SparseLayer, positions: Positions) -> None:
         """Take another topology; a new weight has its master copy's value or, if there is none, is 0 as its moments.
@@ -216,11 +217,17 @@ class Topology:
         policy = self._at_work
         return policy is not None and policy.wants_gradients_at(step, self.total_steps)
 
-    def begin_step(self, step: int) -> None:
-        """Change the topology before step ``step``; not again where that step is tried once more."""
+    def begin_step(self, step: int) -> bool:
+        """Change the topology before step ``step``; not again where that step is tried once more.
+
+        Returns:
+            Whether it may have changed, and another plan may be due.
+        """
         policy = self._at_work
-        if policy is not None and policy.changes_before(step) and self._begun != step:
-            unbroken(lambda: self._change(step, policy.before_step, step))
+        if policy is None or not policy.changes_before(step) or self._begun == step:
+            return False
+        unbroken(lambda: self._change(step, policy.before_step, step))
+        return True
 
     def end_step(self, step: int, gradients: Gradients) -> None:
         """Change the topology after step ``step``."""
@@ -291,6 +298,7 @@ class Topology:
         # What there is room for: ``adopt`` may lower the densities, but how a learner computes depends on the room.
         capacities = {name: index.capacity / index.size for name, index in self.indices.items()}
         plain = {"total_steps": self.total_steps, "densities": dict(self.densities), "policy": self._described()}
+        plain["begun"] = self._begun
         return tensors, plain | {"capacities": capacities, "beginning": self.beginning} | self.account()
 
     def restore(self, tensors: Mapping[str, NDArray[Any]], meta: Mapping[str, Any] | None) -> dict[str, NDArray[Any]]:
@@ -316,6 +324,7 @@ class Topology:
             self.indices[name].set_positions(positions)
         self._begun = None
         if meta is not None:
+            self._begun = meta.get("begun")  # not in files from before it was kept
             self.total_steps, self.densities = meta["total_steps"], dict(meta["densities"])
             # Not in files from before they were kept.
             self.changes, self.seconds = meta.get("changes", 0), meta.get("seconds", 0.0)
