@@ -586,3 +586,44 @@ def test_an_interrupted_fit_goes_on_where_it_stood(strike):
     assert (some.step_count, some.position) == (other.step_count, other.position)
     for name, array in other.parameters().items():
         np.testing.assert_array_equal(some.parameters()[name], array)
+
+
+class _Struck(np.ndarray):
+    """Memory that an interrupt keeps from telling its address."""
+
+    @property
+    def ctypes(self):
+        raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("before", [0, 64])
+def test_an_interrupt_while_the_arena_grows_leaves_no_address_of_memory_that_is_gone(before, monkeypatch):
+    arena = Arena()
+    arena.reserve(before)
+    with monkeypatch.context() as strike:
+        strike.setattr(executor, "aligned", lambda size, kind: np.zeros(size, kind).view(_Struck))
+        with pytest.raises(KeyboardInterrupt):
+            arena.reserve(1 << 20)
+    assert arena.memory.size == 1 << 20
+    arena.reserve(128)
+    assert arena.address == arena.memory.view(np.ndarray).ctypes.data
+
+
+def test_an_interrupt_while_threads_start_leaves_none(monkeypatch):
+    team, started, start, before = Team(3), [], threading.Thread.start, threading.active_count()
+
+    def strike(thread: threading.Thread) -> None:
+        start(thread)
+        started.append(thread)
+        if len(started) == 2:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", strike)
+        with pytest.raises(KeyboardInterrupt):
+            team._start()
+    for thread in started:
+        thread.join(10)
+    assert threading.active_count() == before
+    team._start()
+    assert threading.active_count() == before + 2

@@ -406,3 +406,53 @@ def test_signals_with_a_row_meet_signals_without(turns):
         else:
             learner.observe(x[:11], y[:11])
         assert learner.stream.waiting or turn == turns[-1]  # all of the first block pass, more than one batch
+
+
+# ---- what a refused fit leaves, and what callbacks hear ----
+
+
+def small(**options) -> tuple[et.Learner, np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(0)
+    made = et.Learner(et.models.lenet5(), batch_size=8, threads=1, **options)
+    return made, rng.random((60, 1, 28, 28), np.float32), rng.integers(0, 10, 60)
+
+
+@pytest.mark.parametrize(("options", "settings"), [
+    ({}, {"augmentation": "flp"}), ({}, {"augmentation": 3}), ({}, {"on_step": 3}), ({}, {"should_stop": True}),
+    ({}, {"epochs": 0}), ({"memory_budget": 300_000}, {}),
+    ({}, {"validation": (np.zeros((4, 1, 28, 27), np.float32), np.zeros(4, int))}),
+])  # fmt: skip
+def test_a_refused_fit_changes_nothing(options, settings):
+    made, x, y = small(**options)
+    with pytest.raises((UsageError, DataError, et.errors.MemoryBudgetError)):
+        made.fit((x, y), **{"epochs": 1} | settings)
+    assert made.graph.normalization is None
+    assert made.topology.total_steps is None
+    assert made.history.finished
+    assert made.step_count == 0
+
+
+@pytest.mark.parametrize("chosen", [None, "eif:rate=0.4,start=8", "selective:rate=0.4"])
+def test_callbacks_hear_of_all_steps_of_an_epoch(chosen):
+    made, x, y = small(instance_filter=chosen)
+    for _ in range(2):
+        heard: list[StepResult] = []
+        made.fit((x, y), 1, on_step=lambda event, heard=heard: heard.append(event.step))
+        record = made.history.epochs[-1]
+        for name in ("instances_seen", "instances_kept", "instances_trained", "instances_uncertain", "macs_done"):
+            assert sum(getattr(step, name) for step in heard) == getattr(record, name), name
+
+
+@pytest.mark.parametrize("chosen", ["eif:rate=0.4,start=0", "selective:rate=0.4"])
+def test_with_a_filter_another_fit_goes_on_behind_a_bad_image(chosen):
+    made, x, y = small(instance_filter=chosen)
+    x[30] = 3e38
+    failures = 0
+    for _ in range(4):
+        try:
+            made.fit((x, y), 1, normalize=False)
+            break
+        except et.errors.NumericalError:
+            failures += 1
+    assert failures == 1
+    assert made.history.epochs[-1].instances_seen == 60

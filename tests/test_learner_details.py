@@ -12,7 +12,7 @@ import edgetrain as et
 import edgetrain.onnx_io
 from edgetrain import choice, devices, models, reference
 from edgetrain.devices import load_profile
-from edgetrain.errors import DataError, NumericalError, ProfileError, UsageError
+from edgetrain.errors import CheckpointError, DataError, GraphError, NumericalError, ProfileError, UsageError
 from edgetrain.fitting import fit_loop
 from edgetrain.graph import Graph, Normalization
 from edgetrain.kernels.codes import UPDATE_JOB
@@ -274,3 +274,35 @@ def test_tensors_that_want_gradients_are_refused_in_one_message():
 def test_labels_that_are_too_large_are_named_as_they_were_given():
     with pytest.raises(DataError, match="label 18446744073709551615 given"):
         et.Learner(wide(4, 3), batch_size=2, threads=1).partial_fit(np.zeros((1, 4)), np.array([2**64 - 1], np.uint64))
+
+
+@pytest.mark.parametrize("count", [0, -1, 1.5, "3", True])
+def test_plans_are_of_whole_numbers_of_samples(count):
+    made = et.Learner(et.models.lenet5(), batch_size=4, threads=1)
+    for plan in (made.memory_plan, made.training_plan):
+        with pytest.raises(UsageError, match="batch_size="):
+            plan(count)
+
+
+def test_normalisations_are_checked():
+    made = et.Learner(et.models.lenet5(), batch_size=4, threads=1)
+    with pytest.raises(GraphError, match="shape"):
+        Normalization([0.5, 0.5], [0.2])
+    with pytest.raises(GraphError, match="expected numbers"):
+        Normalization("a", [0.2])
+    made.graph.normalization = Normalization([0.5, 0.5], [0.2, 0.2])
+    with pytest.raises(GraphError, match="2 channels, the input has 1"):
+        made.logits(np.zeros((1, 1, 28, 28), np.float32))
+
+
+def test_half_a_state_is_refused():
+    made = et.Learner(et.models.lenet5(), batch_size=4, threads=1)
+    with pytest.raises(CheckpointError, match="not whole"):
+        made.restore({}, {})
+
+
+def test_schedules_say_what_is_wrong():
+    with pytest.raises(UsageError, match="milestones"):
+        et.Schedule("step", milestones=0.5)
+    with pytest.raises(UsageError, match="final"):
+        et.Schedule("cosine", final=float("inf"))

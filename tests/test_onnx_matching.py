@@ -191,3 +191,15 @@ def test_same_name_with_another_shape_is_reported() -> None:
 def test_nothing_matches() -> None:
     with pytest.raises(ModelError, match=r"no weights match the graph 'net': fc \(3, 32\) wanted, a \(2,\) found"):
         match_parameters(network(fc=(3, 32)), {"a": ones(2)})
+
+
+def test_frozen_weights_are_taken_too() -> None:
+    graph = network(a=(3, 3), b=(3, 3))
+    graph.trainable -= {"a"}
+    arrays, report = match_parameters(graph, {"a": 7 * ones(3, 3), "b": 8 * ones(3, 3)})
+    assert report.by_name == ("a", "b")
+    assert (arrays["a"] == 7).all()
+    _, report = match_parameters(graph, {"first": ones(3, 3), "second": ones(3, 3)})
+    assert report.by_order == (("a", "first"), ("b", "second"))
+    _, report = match_parameters(graph, {"other": ones(3, 3)})  # of what is learned alone
+    assert report.by_order == (("b", "other"),)

@@ -1097,3 +1097,52 @@ def test_every_kernel_of_pruning_is_used():
     made.append(learner(et.models.resnet(depth=8), 16, sparsity=et.SWAT(0.5, activations=0.5)))
     plans = [each.plans.plan(True, 9) for each in made]  # more than one block
     assert ours <= {row.kernel[0] for plan in plans for row in plan.rows}
+
+
+# ---- vectors of a batch that is not full, norms without end, weights from elsewhere ----------------------------------
+
+
+def test_samples_of_a_vector_that_is_not_full_keep_their_share(monkeypatch):
+    set_lanes(monkeypatch, 8)
+    net = Net((2, 16, 16))
+    net.graph.set_outputs([net.Flatten(net.conv("input", 3, 2, 3, 3))])
+    x = np.random.default_rng(0).normal(size=(9, 2, 16, 16)).astype(np.float32)
+    target = np.random.default_rng(1).normal(size=(9, *net.graph.output_shape)).astype(np.float32)
+    made = Learner(net.graph, PROFILE, batch_size=9, loss="mse", error_pruning=Compressed(0.3))
+    assert made.plans.lanes == 8
+    made.partial_fit(x, target)
+    kept, total = made._parameters.buffers["tally"][:2]
+    assert 0.29 < kept / total < 0.31
+    (name,) = conv_weights(net.graph)
+    dark = x.copy()
+    dark[8] = 0
+    both = made, Learner(net.graph, PROFILE, batch_size=9, loss="mse")
+    pruned, dense = (np.abs(m.gradients(x, target)[name] - m.gradients(dark, target)[name]).sum() for m in both)
+    assert pruned > 0.3 * dense
+
+
+@pytest.mark.parametrize("group", ["lanes", "element"])
+def test_norms_without_end_do_not_write_beyond_the_lists(group):
+    net = Net((3, 8, 8))
+    net.graph.set_outputs([net.Flatten(net.Sigmoid(net.conv("input", 4, 3, 3, 3)))])
+    made = learner(net.graph, 8, loss="mse", error_pruning=Compressed(0.1, group=group))
+    x = np.full((8, 3, 8, 8), 1e20, np.float32)
+    try:
+        made.partial_fit(x, np.zeros((8, *net.graph.output_shape), np.float32))
+    except et.errors.NumericalError:
+        return
+    kept, total = made._parameters.buffers["tally"][:2]
+    assert kept <= math.ceil(0.125 * total)
+
+
+@pytest.mark.parametrize("group", ["lanes", "element"])
+def test_thresholds_are_of_the_weights_that_are_there(group):
+    policy = et.SWAT(weights=0.0, activations=0.8, group=group)
+    made = Learner(et.models.lenet5(), PROFILE, batch_size=16, threads=1, sparsity=policy)
+    x, y = np.random.default_rng(0).random((16, 1, 28, 28), np.float32), np.arange(16) % 10
+    made.partial_fit(x, y)
+    weights = made.parameters()
+    made.load_parameters(weights | {"conv1.weight": 0.02 * weights["conv1.weight"]})
+    made.partial_fit(x, y)
+    kept, total = made.topology.tally(0)
+    assert kept / total > 0.15

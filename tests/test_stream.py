@@ -23,7 +23,7 @@ from edgetrain.data.streaming import _JsonLines, open_stream
 from edgetrain.errors import DataError, NumericalError, UsageError
 from edgetrain.history import Totals
 from tests.cli_support import ROOT
-from tests.test_filters import instances, learner
+from tests.test_filters import instances, learner, network
 
 SHAPE = (1, 28, 28)
 
@@ -740,3 +740,59 @@ def test_waiting_for_a_line_can_be_interrupted():
     assert list(source.blocks(2, 0, lambda: bool(asked.append(0) or len(asked) > 2))) == []
     os.close(reading)
     os.close(writing)
+
+
+# ---- what goes wrong again and again, and interrupts -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("chosen", [None, "eif:rate=0.5,start=0", "random:rate=0.5"])
+def test_memory_is_bounded_where_every_step_fails(chosen):
+    some, (x, y, _) = learner(chosen), instances(64)
+    some.load_parameters({name: array * np.float32(3e30) for name, array in some.parameters().items()})
+    failures = 0
+    for _ in range(60):
+        try:
+            some.observe(x, y)
+        except NumericalError:
+            failures += 1
+        assert some.stream.waiting <= 64
+    assert failures >= 30  # a filter may keep less than a micro-batch
+    if chosen and chosen.startswith("eif"):
+        assert some.stream._selector._queue.count <= some.stream._selector._queue.usual
+
+
+@pytest.mark.parametrize("chosen", [None, "random:rate=1.0"])
+def test_what_waits_behind_an_interrupt_is_no_array_of_the_callers(chosen, monkeypatch):
+    some, (x, y, _) = learner(chosen), instances(40)
+
+    def strike(*_) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(some), "partial_fit", strike)
+        with pytest.raises(KeyboardInterrupt):
+            some.observe(x, y)
+    assert some.stream.waiting == 40
+    assert not np.shares_memory(some.stream._x, x)
+    assert not np.shares_memory(some.stream._y, y)
+
+
+def test_an_interrupt_while_a_call_is_counted_repeats_no_instance(monkeypatch):
+    some, (x, y, _) = learner(), instances(40)
+
+    def strike(*_) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(some.stream), "_count", strike)
+        with pytest.raises(KeyboardInterrupt):
+            some.observe(x, y)
+    assert (some.stream.position, some.step_count, some.stream.waiting) == (40, 2, 8)
+
+
+def test_targets_have_no_accuracy():
+    some, (x, _, _) = et.Learner(network(), batch_size=4, threads=1, loss="mse"), instances(8)
+    some.observe(x, np.zeros((8, 3), np.float32), predict=True)
+    assert math.isnan(some.stream.accuracy)
+    assert math.isnan(some.stream.recent_accuracy)
+    assert some.stream.totals["predict"].judged == 8
