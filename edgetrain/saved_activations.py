@@ -22,10 +22,10 @@ _SLACK = 1.25
 # Lists of numbers hold two words each and have one segment per channel. Where there is room for more than this share,
 # or maps have fewer pixels, they save neither memory nor time.
 _DENSEST_LIST, _FEWEST_PIXELS = 0.4, 16
-# Where samples fill whole vectors, dense kernels are at their best, and lists of more than this share save no time. A
-# step of ResNet-20 that keeps 0.3 of the numbers took 1.125 of a dense one's time with lists, takes 1.01 with zeros,
-# with 0.25 1.07 and 1.01, with 0.2 1.02 with lists (batch 32, two threads); with 0.3 and lists 0.95 at batch 8.
-_DENSEST_OF_FULL = 0.3
+# Where samples fill half a vector or more, lists of more than this share save no time. A step of ResNet-20 that keeps
+# 0.3 of the numbers took 1.125 of a dense one's time with lists and takes 1.01 with zeros (batch 32, two threads), 1.10
+# and 1.01 at batch 8, but 1.00 and 1.04 at batch 4; with 0.25 1.07 and 1.01, 1.04 and 1.02, 0.98 and 1.02.
+_DENSEST_OF_MANY = 0.3
 # Weight gradients that read whole activations: with the error map, or with lists of its exact zeros.
 _WHOLE = ("ProductWeightGrad", "PooledWeightGrad")
 
@@ -76,7 +76,7 @@ def compress_activations(
         settings = {"density": density, "capacity": room, "refresh": refresh, "record": train.records}
         if error_map is None:
             _store(train, node, settings)
-        elif group == "element" and lanes == simd_lanes() and room > _DENSEST_OF_FULL:
+        elif group == "element" and 2 * lanes >= simd_lanes() and room > _DENSEST_OF_MANY:
             _mask(train, node, {**settings, "capacity": 1.0}, merge=True)
         elif lanes:
             _compress(train, node, {**node.attributes, **settings, "unit": group, "grad_out": error_map.value})

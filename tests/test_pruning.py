@@ -943,7 +943,9 @@ def test_lists_of_weights_read_the_largest_numbers_alone_too():
     assert losses[0] == losses[1]
 
 
-@pytest.mark.parametrize(("kept", "samples", "listed"), [(0.2, 16, True), (0.3, 16, False), (0.3, 8, True)])
+@pytest.mark.parametrize(("kept", "samples", "listed"), [
+    (0.2, 16, True), (0.3, 16, False), (0.3, 8, False), (0.3, 4, True),
+])  # fmt: skip
 def test_few_samples_list_more_of_their_numbers(kept, samples, listed, monkeypatch):
     """A state goes to other batch sizes: records are the same."""
     set_lanes(monkeypatch, 16)

@@ -64,8 +64,8 @@ class SWAT(SparsityPolicy):
             costs more accuracy (docs/sparse_accuracy.md). Both are stored as lists, and skipped, but for single numbers
             where the gradients skip the exact zeros behind a max pool instead (LeNet-5). Single numbers are listed for
             convolutions of one group on maps of 16 pixels and more, with at most 0.32 of the numbers kept, 0.24 where
-            samples fill whole vectors (batches of 16 and more with AVX-512), and never for ``momentum``, which may keep
-            any share; for others they are zeros in a copy, which saves neither time nor memory.
+            samples fill half a vector or more (batches of 5 and more with AVX-512), and never for ``momentum``, which
+            may keep any share; for others they are zeros in a copy, which saves neither time nor memory.
         refresh: steps between choices of the weights, once that is a twentieth of all steps; at first 10, then twice
             as many whenever the number of steps has doubled. (The reference code applies a threshold of 10 to 1000
             steps ago to the present weights; here the pattern itself is kept in between, so the density is exact at
