@@ -193,7 +193,7 @@ def check_fits(graph: Graph, dataset: Samples) -> None:
     """Refuse data that the network cannot take.
 
     Raises:
-        DataError: another input shape, or more classes than outputs.
+        DataError: another input shape, more classes than outputs, or the same classes in another order.
     """
     expected = graph.input_shape
     if dataset.input_shape != _three_sizes(expected):
@@ -205,6 +205,13 @@ def check_fits(graph: Graph, dataset: Samples) -> None:
         raise DataError(
             f"data set '{dataset.name}' has {dataset.num_classes} classes, but the network '{graph.name}' "
             f"has {graph.num_classes} outputs; build the network with num_classes={dataset.num_classes}"
+        )
+    names = dataset.class_names if isinstance(dataset, Dataset) else graph.class_names
+    if names != graph.class_names and set(names) == set(graph.class_names):
+        raise DataError(
+            f"data set '{dataset.name}' has the classes {', '.join(names)}, the network '{graph.name}' the same as "
+            f"{', '.join(graph.class_names)}: labels would mean others; number them in the network's order, or set "
+            "graph.class_names"
         )
 
 

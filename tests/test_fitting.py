@@ -456,3 +456,14 @@ def test_with_a_filter_another_fit_goes_on_behind_a_bad_image(chosen):
             failures += 1
     assert failures == 1
     assert made.history.epochs[-1].instances_seen == 60
+
+
+def test_the_same_classes_in_another_order_are_refused():
+    made, x, y = small()
+    names = tuple("abcdefghij")
+    made.fit(Dataset.from_arrays(x, y % 10, names, allow_missing_classes=True), 1)
+    with pytest.raises(DataError, match="labels would mean others"):
+        made.fit(Dataset.from_arrays(x, y % 10, names[::-1], allow_missing_classes=True), 1)
+    others = tuple("klmnopqrst")  # of another task, on purpose: they are taken, and the names stay
+    made.fit(Dataset.from_arrays(x, y % 10, others, allow_missing_classes=True), 1)
+    assert made.graph.class_names == names
