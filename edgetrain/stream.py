@@ -83,6 +83,7 @@ class InstanceStream:
         self._y: NDArray[Any] = np.zeros(0, np.int64)
         self._faded = np.zeros(2)  # sums of hits and of instances, both fading
         self._mode = MODES[0]  # of the latest observed instances
+        self._has_classes = learner.loss != "mse"  # else there are no hits
         self.position = 0
         self.totals = {mode: Totals() for mode in MODES}
         self.latest: StepResult | None = None
@@ -101,10 +102,6 @@ class InstanceStream:
         """Accuracy of predictions made before learning, over all predicted instances; NaN without any or for "mse"."""
         total = self.totals["predict"]
         return total.accuracy if total.judged and self._has_classes else float("nan")
-
-    @property
-    def _has_classes(self) -> bool:
-        return self._learner.loss != "mse"
 
     @property
     def recent_accuracy(self) -> float:
