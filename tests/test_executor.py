@@ -610,7 +610,7 @@ def test_an_interrupt_while_the_arena_grows_leaves_no_address_of_memory_that_is_
 
 
 def test_an_interrupt_while_threads_start_leaves_none(monkeypatch):
-    team, started, start, before = Team(3), [], threading.Thread.start, threading.active_count()
+    team, started, start = Team(3), list[threading.Thread](), threading.Thread.start
 
     def strike(thread: threading.Thread) -> None:
         start(thread)
@@ -624,6 +624,7 @@ def test_an_interrupt_while_threads_start_leaves_none(monkeypatch):
             team._start()
     for thread in started:
         thread.join(10)
-    assert threading.active_count() == before
+        assert not thread.is_alive()
     team._start()
-    assert threading.active_count() == before + 2
+    assert len(team._order.starts) == 2
+    assert not team._order.dismissed
