@@ -46,7 +46,7 @@ BATCH = 32
 
 # "fast": lengths of dense training that are tried with twice the rate too.
 MODELS = {
-    "lenet5": {"epochs": 20, "long": 100, "lr": 0.025, "dense": (1, 2, 3, 4, 5, 7, 10, 14, 20, 40, 70, 100),
+    "lenet5": {"epochs": 20, "long": 100, "lr": 0.025, "dense": (1, 2, 3, 4, 5, 7, 10, 14, 20, 40, 70, 100, 120),
                "fast": (1, 2, 3, 4, 5), "seeds": 3},
     "resnet8": {"epochs": 8, "long": 32, "lr": 0.05, "dense": (1, 2, 3, 4, 6, 8),
                 "fast": (1, 2, 3, 4, 6, 8, 14, 32), "seeds": 2},
