@@ -207,7 +207,8 @@ def check_fits(graph: Graph, dataset: Samples) -> None:
             f"has {graph.num_classes} outputs; build the network with num_classes={dataset.num_classes}"
         )
     names = dataset.class_names if isinstance(dataset, Dataset) else graph.class_names
-    if names != graph.class_names and set(names) == set(graph.class_names):
+    numbers = tuple(map(str, range(len(names))))  # are no names: of a pair (x, y) they are the network's outputs
+    if names not in (graph.class_names, numbers) and set(names) == set(graph.class_names):
         raise DataError(
             f"data set '{dataset.name}' has the classes {', '.join(names)}, the network '{graph.name}' the same as "
             f"{', '.join(graph.class_names)}: labels would mean others; number them in the network's order, or set "

@@ -464,6 +464,9 @@ def test_the_same_classes_in_another_order_are_refused():
     made.fit(Dataset.from_arrays(x, y % 10, names, allow_missing_classes=True), 1)
     with pytest.raises(DataError, match="labels would mean others"):
         made.fit(Dataset.from_arrays(x, y % 10, names[::-1], allow_missing_classes=True), 1)
+    made.graph.class_names = tuple("9876543210")  # numbers of data without names are outputs, whatever they are called
+    made.fit((x, y), 1)
+    made.graph.class_names = names
     others = tuple("klmnopqrst")  # of another task, on purpose: they are taken, and the names stay
     made.fit(Dataset.from_arrays(x, y % 10, others, allow_missing_classes=True), 1)
     assert made.graph.class_names == names
